@@ -1,0 +1,246 @@
+"""The bundle on disk: opened with every hash checked, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tiue_export.errors import BundleError, ResourceError
+from tiue_export.manifest import FileRecord, Manifest
+from tiue_export.specs import GraphSpec
+
+MANIFEST_FILE = "tiue.json"
+REFERENCE_FILE = "parity/reference.safetensors"
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<host>[^-]+)-(?P<pid>\d+)-[0-9a-f]{8}")
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle: its folder and its manifest."""
+
+    root: Path
+    manifest: Manifest
+
+    def spec(self, graph: str) -> GraphSpec:
+        """The contract of one graph, or an error that says why the bundle lacks it."""
+        record = self.manifest.graphs.get(graph)
+        if record is None:
+            raise BundleError(
+                f"{self.root} has no {graph}: it was exported from a checkpoint without that part",
+                "Export again with --base and the pipeline folder that holds it.",
+            )
+        return record.spec(graph)
+
+    def graph_path(self, graph: str) -> Path:
+        """The ONNX file of one graph."""
+        self.spec(graph)
+        return self.root / self.manifest.graphs[graph].path
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(record.size_bytes for _, record in all_files(self.manifest))
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Open a bundle folder, checking the manifest and the SHA-256 of every file in it.
+
+    Raises `BundleError`: no bundle, unfinished export, unknown format version, a missing,
+    truncated or altered file.
+    """
+    root = Path(path)
+    if _PARTIAL.fullmatch(root.name):
+        raise BundleError(f"{root} is an unfinished export", "Export again; it can be deleted.")
+    manifest_path = root / MANIFEST_FILE
+    if not manifest_path.is_file():
+        raise BundleError(
+            f"{root} is no bundle: it has no {MANIFEST_FILE}"
+            if root.is_dir()
+            else f"{root} does not exist"
+            if not root.exists()
+            else f"{root} is a file; a bundle is a folder with a {MANIFEST_FILE}",
+            "Make one with: tiue-export onnx --ckpt student.safetensors --out BUNDLE",
+        )
+    try:
+        text = manifest_path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{manifest_path} cannot be read: {error}") from error
+    manifest = Manifest.from_json(text, str(manifest_path))
+    _verify(root, manifest)
+    return Bundle(root, manifest)
+
+
+def all_files(manifest: Manifest) -> list[tuple[str, FileRecord]]:
+    """Every file the manifest answers for, with its record."""
+    files = list(manifest.files.items())
+    for graph in manifest.graphs.values():
+        files.extend(graph.files.items())
+    return files
+
+
+def file_records(root: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Size and SHA-256 of files below `root`, hashed side by side."""
+    listed = sorted(names)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(listed, pool.map(lambda name: _record(root / name), listed), strict=True))
+
+
+def _record(path: Path) -> FileRecord:
+    digest, size_bytes = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+            size_bytes += len(piece)
+    return FileRecord(size_bytes, digest.hexdigest())
+
+
+def _verify(root: Path, manifest: Manifest) -> None:
+    files = dict(all_files(manifest))
+    for name, record in files.items():
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise BundleError(f"{root}: the manifest points outside the bundle: {name!r}")
+        path = root / name
+        if not path.is_file():
+            raise BundleError(f"{root}: {name} is missing", _COPY_AGAIN)
+        size_bytes = path.stat().st_size
+        if size_bytes != record.size_bytes:
+            raise BundleError(
+                f"{root}: {name} has {size_bytes:,} bytes; the manifest says {record.size_bytes:,}",
+                _COPY_AGAIN,
+            )
+    for name, found in file_records(root, files).items():
+        if found.sha256 != files[name].sha256:
+            raise BundleError(
+                f"{root}: {name} was altered after the export: its SHA-256 is "
+                f"{found.sha256[:12]}..., the manifest says {files[name].sha256[:12]}...",
+                _COPY_AGAIN,
+            )
+
+
+_COPY_AGAIN = "Copy the bundle again, or export it again."
+
+
+@contextlib.contextmanager
+def new_bundle(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A fresh folder beside `path` that becomes `path` when the block ends without an error.
+
+    A killed or failed export leaves `path` as it was. Leftovers of killed exports of the same
+    name on this machine are removed. An existing bundle is replaced only with `force`; any other
+    folder never.
+    """
+    target = Path(path).absolute()
+    check_target(target, force=force)
+    _remove_leftovers(target)
+    partial = target.with_name(
+        f".{target.name}.partial-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    )
+    with disk_errors(target):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            _sync(partial)
+            _replace(partial, target)
+        finally:
+            if partial.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(path: str | Path, *, force: bool) -> None:
+    """Refuse a target that is in the way, before any work is done."""
+    target = Path(path)
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / MANIFEST_FILE).is_file():
+        raise BundleError(
+            f"{target} exists and is no bundle; it is never replaced", "Choose another --out."
+        )
+    if not force:
+        raise BundleError(
+            f"{target} already holds a bundle", "Pass --force to replace it, or another --out."
+        )
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Turn a full disk or a read-only place into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            free = shutil.disk_usage(_existing(target)).free
+            raise ResourceError(
+                f"the disk of {target.parent} is full ({free:,} bytes left); nothing was kept",
+                "Free some space or choose another --out; --dry-run prints the size needed.",
+            ) from error
+        if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
+            raise ResourceError(f"{target} cannot be written: {error.strerror}") from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _replace(partial: Path, target: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def _sync(folder: Path) -> None:
+    """Force every file to disk, so that a power cut cannot leave a bundle with empty files."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _remove_leftovers(target: Path) -> None:
+    if not target.parent.is_dir():
+        return
+    for path in target.parent.iterdir():
+        found = _PARTIAL.fullmatch(path.name)
+        if found and found["name"] == target.name and found["host"] == _host():
+            if not _alive(int(found["pid"])):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _host() -> str:
+    return re.sub(r"\W", "_", socket.gethostname()) or "host"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def records_below(root: Path, folder: str) -> Mapping[str, FileRecord]:
+    """Records of all files below `root`/`folder`, keyed by path relative to `root`."""
+    names = [p.relative_to(root).as_posix() for p in (root / folder).rglob("*") if p.is_file()]
+    return file_records(root, names)

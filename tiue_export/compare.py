@@ -1,0 +1,54 @@
+"""Measures of parity, and the gates that decide. A comparison that cannot be made is an error."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tiue_export.errors import ParityError
+from tiue_export.specs import Array
+
+# PSNR in dB that a hop must reach, by what the hop does to the numbers. Peak = max|reference|.
+GATES_PSNR_DB = {
+    "split": 120.0,
+    "fp32": 100.0,
+    "fp16": 60.0,
+    "bf16": 40.0,
+    "int8-weights": 45.0,
+    "lut6": 40.0,
+    "w8a8": 30.0,
+}
+
+IDENTICAL_DB = 300.0
+
+
+def psnr_db(reference: Array, value: Array) -> float:
+    """20 log10(max|reference| / rms error), in dB; `IDENTICAL_DB` caps an error of zero.
+
+    Raises `ParityError` when the shapes differ or either side holds a non-finite value: such a
+    comparison must never count as passed.
+    """
+    _check_comparable(reference, value)
+    wide = reference.astype(np.float64)
+    peak = float(np.abs(wide).max())
+    error = math.sqrt(float(np.mean((wide - value.astype(np.float64)) ** 2)))
+    if error == 0:
+        return IDENTICAL_DB
+    if peak == 0:
+        return 0.0
+    return min(IDENTICAL_DB, 20 * math.log10(peak / error))
+
+
+def max_abs_error(reference: Array, value: Array) -> float:
+    """Largest absolute difference; raises like `psnr_db`."""
+    _check_comparable(reference, value)
+    return float(np.abs(reference.astype(np.float64) - value.astype(np.float64)).max())
+
+
+def _check_comparable(reference: Array, value: Array) -> None:
+    if reference.shape != value.shape:
+        raise ParityError(f"shapes differ: reference {reference.shape}, value {value.shape}")
+    for side, array in (("reference", reference), ("value", value)):
+        if not np.isfinite(array).all():
+            raise ParityError(f"the {side} holds non-finite values")

@@ -1,0 +1,263 @@
+"""Student -> the four graphs to export, each a module with its contract and example inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiue_export.errors import UsageError, unknown_name
+from tiue_export.hoisting import RowDecoder, SharedDecoder, hoist
+from tiue_export.schedule import Schedule
+from tiue_export.specs import (
+    BATCH,
+    TEXT_ENCODER,
+    UNET_DECODER,
+    UNET_ENCODER,
+    VAE_DECODER,
+    GraphSpec,
+    TensorSpec,
+)
+from tiue_export.split import NaiveDecoder, TextEncoder, UNetEncoder, VaeDecoder
+from tiue_export.student import Student
+
+PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+HOISTS = ("decoder", "encoder", "none")
+_DEFAULT_VAE_SCALE = 8
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the user chose. `height` and `width` in pixels, None for the model's own size.
+
+    `hoist` says which graph computes the decoder's time-independent part, or "none" for the naive
+    decoder. `batch` is the static batch, or the example batch when `dynamic_batch`.
+    """
+
+    precision: str = "fp16"
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    dynamic_batch: bool = False
+    hoist: str = "decoder"
+    merge_below: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.hoist not in HOISTS:
+            raise unknown_name("hoisting", self.hoist, HOISTS)
+        if self.batch < 1:
+            raise UsageError(f"--batch is {self.batch}; expected 1 or more")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph to export. `module(*example)` returns a tuple in the order of `spec.outputs`."""
+
+    spec: GraphSpec
+    module: nn.Module
+    example: tuple[Tensor, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weights and constants, each counted once."""
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def exported_schedule(student: Student, options: ExportOptions) -> Schedule:
+    """The student's schedule with rows merged as the options ask."""
+    return student.schedule.merged(options.merge_below) if options.merge_below else student.schedule
+
+
+def latent_shape(student: Student, options: ExportOptions) -> tuple[int, int, int, int]:
+    """(B, 4, H, W) of the latents; sizes that the UNet cannot halve evenly are refused."""
+    scale = vae_scale(student)
+    config = student.unet.config
+    own = config.sample_size or 64
+    own_height, own_width = own if isinstance(own, (list, tuple)) else (own, own)
+    height = own_height * scale if options.height is None else options.height
+    width = own_width * scale if options.width is None else options.width
+    multiple = scale * 2 ** (len(config.block_out_channels) - 1)
+    for name, side in (("--height", height), ("--width", width)):
+        if side < multiple or side % multiple:
+            near = max(multiple, round(side / multiple) * multiple)
+            raise UsageError(
+                f"{name} is {side}; expected a multiple of {multiple} px for this student",
+                f"The nearest is {name} {near}.",
+            )
+    return options.batch, 4, height // scale, width // scale
+
+
+def vae_scale(student: Student) -> int:
+    """Pixels per latent along one side."""
+    if student.vae is None:
+        return _DEFAULT_VAE_SCALE
+    config = student.vae.config
+    widths = getattr(config, "decoder_block_out_channels", None) or config.block_out_channels
+    return int(2 ** (len(widths) - 1))
+
+
+def vae_scaling_factor(student: Student) -> float:
+    """The factor that the latents are divided by before the VAE (1.0 for AutoencoderTiny)."""
+    return 0.18215 if student.vae is None else float(student.vae.config.scaling_factor)
+
+
+def text_shape(student: Student, options: ExportOptions) -> tuple[int, int, int]:
+    """(B, L, D) of the text embedding."""
+    text = student.text_encoder
+    length = 77 if text is None else int(text.config.max_position_embeddings)
+    return options.batch, length, int(student.unet.config.cross_attention_dim)
+
+
+def build_graphs(student: Student, options: ExportOptions) -> list[Graph]:
+    """The graphs this student has the parts for, in running order."""
+    dtype = PRECISIONS[options.precision]
+    latents, text = latent_shape(student, options), text_shape(student, options)
+    graphs = []
+    if student.text_encoder is not None:
+        module = TextEncoder(student.text_encoder, dtype)
+        inputs = {"input_ids": torch.zeros(text[:2], dtype=torch.int64)}
+        graphs.append(_graph(TEXT_ENCODER, module, inputs, ["last_hidden_state"], options))
+    graphs += _unet_graphs(student, options, latents, text)
+    if student.vae is not None:
+        inputs = {"latent_sample": torch.zeros(latents)}
+        module_vae = VaeDecoder(student.vae, dtype)
+        graphs.append(_graph(VAE_DECODER, module_vae, inputs, ["sample"], options))
+    return graphs
+
+
+def _unet_graphs(
+    student: Student,
+    options: ExportOptions,
+    latents: tuple[int, int, int, int],
+    text: tuple[int, int, int],
+) -> list[Graph]:
+    dtype = PRECISIONS[options.precision]
+    schedule = exported_schedule(student, options)
+    encoder: nn.Module = UNetEncoder(student.unet, schedule, dtype)
+    request = {"sample": torch.zeros(latents), "encoder_hidden_states": torch.zeros(text, dtype=dtype)}
+    skips = 1 + sum(len(b.resnets) + len(b.downsamplers or ()) for b in student.unet.down_blocks)
+    names = ["mid_sample", *(f"down_res_{i}" for i in range(skips))]
+    decoder: nn.Module
+    if options.hoist == "none":
+        decoder = NaiveDecoder(student.unet, schedule, dtype)
+    else:
+        shared, rows = hoist(student.unet, schedule, dtype)
+        if options.hoist == "decoder":
+            decoder = HoistedDecoder(shared, rows)
+        else:
+            encoder = SharingEncoder(encoder, shared)
+            names = encoder.output_names(*request.values())
+            decoder = SharedRows(rows, names)
+    encoder_graph = _graph(UNET_ENCODER, encoder, request, names, options)
+    features = {
+        spec.name: torch.zeros([_size(side, options) for side in spec.shape], dtype=dtype)
+        for spec in encoder_graph.spec.outputs
+    }
+    if options.hoist == "encoder":
+        del request["encoder_hidden_states"]
+    decoder_graph = _graph(UNET_DECODER, decoder, {**request, **features}, ["latents"], options)
+    return [encoder_graph, decoder_graph]
+
+
+class HoistedDecoder(nn.Module):
+    """sample, encoder_hidden_states, mid, skips -> latents, shared part and rows in one graph."""
+
+    def __init__(self, shared: SharedDecoder, rows: RowDecoder) -> None:
+        super().__init__()
+        self.shared, self.rows = shared, rows
+
+    def forward(
+        self, sample: Tensor, encoder_hidden_states: Tensor, *features: Tensor
+    ) -> tuple[Tensor, ...]:
+        return (self.rows(sample, self.shared(encoder_hidden_states, *features)),)
+
+
+class SharingEncoder(nn.Module):
+    """The encoder that also computes the decoder's time-independent part."""
+
+    def __init__(self, encoder: nn.Module, shared: SharedDecoder) -> None:
+        super().__init__()
+        self.encoder, self.shared = encoder, shared
+
+    def output_names(self, sample: Tensor, encoder_hidden_states: Tensor) -> list[str]:
+        """Names of the outputs, in order, found without computing anything."""
+        twin = _meta_twin(self)
+        features = twin.encoder(sample.to("meta"), encoder_hidden_states.to("meta"))
+        return list(twin.shared(encoder_hidden_states.to("meta"), *features))
+
+    def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
+        features = self.encoder(sample, encoder_hidden_states)
+        return tuple(self.shared(encoder_hidden_states, *features).values())
+
+
+class SharedRows(nn.Module):
+    """The decoder rows, fed by the encoder's shared tensors."""
+
+    def __init__(self, rows: RowDecoder, names: list[str]) -> None:
+        super().__init__()
+        self.rows, self.names = rows, names
+
+    def forward(self, sample: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+        return (self.rows(sample, dict(zip(self.names, shared, strict=True))),)
+
+
+_MEANINGS = {
+    "input_ids": "CLIP token ids, padded to the text length",
+    "last_hidden_state": "text embedding",
+    "encoder_hidden_states": "text embedding",
+    "sample": "initial noise",
+    "mid_sample": "output of the UNet's mid block",
+    "latents": "image latents, Eq. 11 applied",
+    "latent_sample": "latents divided by the VAE scaling factor",
+}
+
+
+def _graph(
+    name: str,
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    output_names: list[str],
+    options: ExportOptions,
+) -> Graph:
+    module = module.eval()
+    with torch.no_grad():
+        outputs = _meta_twin(module)(*(tensor.to("meta") for tensor in inputs.values()))
+    spec = GraphSpec(
+        name,
+        tuple(_spec(key, tensor, name, options) for key, tensor in inputs.items()),
+        tuple(
+            _spec(key, tensor, name, options)
+            for key, tensor in zip(output_names, outputs, strict=True)
+        ),
+    )
+    return Graph(spec, module, tuple(inputs.values()))
+
+
+def _spec(name: str, tensor: Tensor, graph: str, options: ExportOptions) -> TensorSpec:
+    batch = BATCH if options.dynamic_batch else int(tensor.shape[0])
+    meaning = _MEANINGS.get(name, "encoder feature")
+    if graph == VAE_DECODER and name == "sample":
+        meaning = "picture in [-1, 1]"
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorSpec(name, dtype, (batch, *(int(side) for side in tensor.shape[1:])), meaning)
+
+
+def _size(side: int | str, options: ExportOptions) -> int:
+    return options.batch if isinstance(side, str) else side
+
+
+def _meta_twin(module: Any) -> Any:
+    """A copy without memory, to learn output shapes by running it on nothing."""
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for parameter in module.parameters()
+    }
+    memo.update({id(buffer): buffer.to("meta") for buffer in module.buffers()})
+    return copy.deepcopy(module, memo)

@@ -1,0 +1,337 @@
+"""The decoder with everything that does not depend on the timestep computed once. Exact.
+
+The K decoder rows differ in their timestep alone; skips, the mid feature and the text are the same
+for all of them. In each resnet of the up blocks, of conv1(silu(norm1(cat(hidden, skip)))):
+- GroupNorm groups that lie wholly inside the skip channels, their SiLU and their share of conv1
+  are the same for every row (a convolution is linear in its input channels);
+- so is the skip's share of the 1x1 shortcut;
+- the first resnet sees only the mid feature and a skip: all of its norm1, conv1 and shortcut;
+- the time projection at fixed timesteps is a constant per row and channel.
+In each text attention the keys and values are computed for B rows, and the K rows of queries
+attend to them as one longer sequence: no copy of the keys is made.
+
+`SharedDecoder` computes the time-independent part; `RowDecoder` the rest. Either graph can hold the
+first: in the decoder it keeps the boundary small, in the encoder it moves weights out of the
+decoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiue_export.lowering import (
+    Attention,
+    attend,
+    copied,
+    project_out,
+    split_heads,
+    time_bias,
+    time_embedding_float32,
+    with_float32_norms,
+    with_plain_attention,
+)
+from tiue_export.schedule import Schedule
+from tiue_export.split import Combine, OutputHead, is_single
+
+Shared = dict[str, Tensor]
+
+
+def hoist(
+    unet: Any, schedule: Schedule, dtype: torch.dtype
+) -> tuple[SharedDecoder, RowDecoder]:
+    """Cut the decoder in two: what all rows share, and the rows. Weights are the student's own."""
+    up_blocks = copied(unet.up_blocks, dtype)
+    embedding = time_embedding_float32(unet, schedule.timesteps)
+    # From the student's weights, not from the copy's, which may be rounded to half already.
+    biases = [
+        [time_bias(resnet, embedding).to(dtype) for resnet in block.resnets]
+        for block in unet.up_blocks
+    ]
+    channels = int(unet.config.block_out_channels[-1])
+    shared = SharedDecoder(up_blocks, channels)
+    upcast = bool(unet.config.upcast_attention)
+    rows = RowDecoder(up_blocks, channels, biases, upcast, schedule)
+    rows.head = copied(OutputHead(unet), dtype)
+    if dtype != torch.float32:
+        with_float32_norms(shared)
+        with_float32_norms(rows)
+    return shared.eval(), rows.eval()
+
+
+class SharedDecoder(nn.Module):
+    """text (B, 77, D), mid and skips -> named tensors that every row uses, batch B."""
+
+    def __init__(self, up_blocks: Any, mid_channels: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleDict()
+        self.text = nn.ModuleDict()
+        channels = mid_channels
+        for i, block in enumerate(up_blocks):
+            for j, resnet in enumerate(block.resnets):
+                share = FirstShare(resnet) if i == j == 0 else SkipShare(resnet, channels)
+                self.resnets[f"up{i}_resnet{j}"] = share
+                channels = resnet.out_channels
+            for name, attention in _text_attentions(block, i):
+                self.text[name] = nn.ModuleDict({"key": attention.to_k, "value": attention.to_v})
+
+    def forward(self, text: Tensor, mid: Tensor, *skips: Tensor) -> Shared:
+        shared: Shared = {}
+        for (name, share), skip in zip(self.resnets.items(), reversed(skips), strict=True):
+            parts = share(mid, skip) if isinstance(share, FirstShare) else share(skip)
+            shared.update({f"{name}_{part}": value for part, value in parts.items()})
+        for name, projections in self.text.items():
+            for part, projection in projections.items():
+                shared[f"{name}_{part}"] = projection(text)  # (B, L, heads * d)
+        return shared
+
+
+class RowDecoder(nn.Module):
+    """sample (B, 4, H, W) and the shared tensors -> latents: what differs between the K rows."""
+
+    head: nn.Module
+
+    def __init__(
+        self,
+        up_blocks: Any,
+        mid_channels: int,
+        biases: list[list[Tensor]],
+        upcast: bool,
+        schedule: Schedule,
+    ) -> None:
+        super().__init__()
+        with_plain_attention(up_blocks, upcast)
+        channels = mid_channels
+        self.up_blocks = nn.ModuleList()
+        for i, block in enumerate(up_blocks):
+            resnets: list[nn.Module] = []
+            for j, resnet in enumerate(block.resnets):
+                name, bias = f"up{i}_resnet{j}", biases[i][j]
+                resnets.append(
+                    FirstRows(name, resnet, bias)
+                    if i == j == 0
+                    else Rows(name, resnet, channels, bias)
+                )
+                channels = resnet.out_channels
+            for name, attention in _text_attentions(block, i):
+                attention.set_processor(SharedTextAttention(name, schedule.rows, upcast))
+                attention.to_k = attention.to_v = None
+            self.up_blocks.append(RowBlock(block, resnets))
+        self.combine = Combine(schedule)
+
+    def forward(self, sample: Tensor, shared: Shared) -> Tensor:
+        hidden: Tensor | None = None
+        for block in self.up_blocks:
+            hidden = block(hidden, shared)
+        latents: Tensor = self.combine(sample, self.head(hidden))
+        return latents
+
+
+class RowBlock(nn.Module):
+    """One up block over K*B rows: hoisted resnets, diffusers' own attentions and upsampler."""
+
+    def __init__(self, block: Any, resnets: list[nn.Module]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = getattr(block, "attentions", None)
+        self.upsamplers = block.upsamplers
+
+    def forward(self, hidden: Tensor | None, shared: Shared) -> Tensor | None:
+        for j, resnet in enumerate(self.resnets):
+            hidden = resnet(hidden, shared)
+            if self.attentions is not None:
+                # diffusers hands encoder_hidden_states on untouched, down to our processor.
+                hidden = self.attentions[j](
+                    hidden, encoder_hidden_states=shared, return_dict=False
+                )[0]
+        for upsampler in self.upsamplers or ():
+            hidden = upsampler(hidden)
+        return hidden
+
+
+class FirstShare(nn.Module):
+    """The first resnet up to conv1, and its shortcut: its input has no timestep in it."""
+
+    def __init__(self, resnet: Any) -> None:
+        super().__init__()
+        self.norm1, self.act, self.conv1 = resnet.norm1, resnet.nonlinearity, resnet.conv1
+        self.conv_shortcut = resnet.conv_shortcut
+
+    def forward(self, mid: Tensor, skip: Tensor) -> Shared:
+        joined = torch.cat([mid, skip], 1)
+        shortcut = joined if self.conv_shortcut is None else self.conv_shortcut(joined)
+        return {"conv": self.conv1(self.act(self.norm1(joined))), "shortcut": shortcut}
+
+
+class FirstRows(nn.Module):
+    """The rest of the first resnet: K rows appear when the time bias is added."""
+
+    bias: Tensor
+
+    def __init__(self, name: str, resnet: Any, bias: Tensor) -> None:
+        super().__init__()
+        self.name = name
+        self.register_buffer("bias", bias[:, :, None, None])  # (K, C, 1, 1)
+        self.norm2, self.act, self.conv2 = resnet.norm2, resnet.nonlinearity, resnet.conv2
+
+    def forward(self, hidden: None, shared: Shared) -> Tensor:
+        conv = shared[f"{self.name}_conv"]
+        if is_single(conv):
+            x = conv + self.bias  # (K, C, h, w)
+        else:
+            x = add_bias(conv.repeat(len(self.bias), 1, 1, 1), self.bias)  # (K*B, C, h, w)
+        x = self.conv2(self.act(self.norm2(x)))
+        return add_to_rows(x, shared[f"{self.name}_shortcut"], len(self.bias))
+
+
+class SkipShare(nn.Module):
+    """The skip's part of a resnet: its own norm groups through conv1, and its shortcut."""
+
+    def __init__(self, resnet: Any, hidden_channels: int) -> None:
+        super().__init__()
+        cut = _GroupCut(resnet, hidden_channels)
+        self.straddle = cut.mixed_channels - hidden_channels
+        self.norm1 = cut.norm(skip=True)
+        self.act = resnet.nonlinearity
+        self.conv1 = None if self.norm1 is None else _conv_part(resnet.conv1, cut.skip, bias=False)
+        shortcut, skip = resnet.conv_shortcut, slice(hidden_channels, None)
+        self.conv_shortcut = None if shortcut is None else _conv_part(shortcut, skip, bias=False)
+
+    def forward(self, skip: Tensor) -> Shared:
+        parts = {"shortcut": skip if self.conv_shortcut is None else self.conv_shortcut(skip)}
+        if self.straddle:
+            parts["straddle"] = skip[:, : self.straddle]
+        if self.norm1 is not None and self.conv1 is not None:
+            parts["conv"] = self.conv1(self.act(self.norm1(skip[:, self.straddle :])))
+        return parts
+
+
+class Rows(nn.Module):
+    """The hidden state's part of a resnet, with the norm groups that straddle the border."""
+
+    bias: Tensor
+
+    def __init__(self, name: str, resnet: Any, hidden_channels: int, bias: Tensor) -> None:
+        super().__init__()
+        cut = _GroupCut(resnet, hidden_channels)
+        self.name = name
+        self.straddles = cut.mixed_channels > hidden_channels
+        self.register_buffer("bias", bias[:, :, None, None])  # (K, C, 1, 1)
+        self.norm1, self.act = cut.norm(skip=False), resnet.nonlinearity
+        self.conv1 = _conv_part(resnet.conv1, cut.mixed, bias=True)
+        self.norm2, self.conv2 = resnet.norm2, resnet.conv2
+        shortcut, hidden = resnet.conv_shortcut, slice(None, hidden_channels)
+        self.conv_shortcut = None if shortcut is None else _conv_part(shortcut, hidden, bias=True)
+
+    def forward(self, hidden: Tensor, shared: Shared) -> Tensor:
+        steps = len(self.bias)
+        x = hidden
+        if self.straddles:
+            straddle = shared[f"{self.name}_straddle"]
+            x = torch.cat([hidden, straddle.repeat(steps, 1, 1, 1)], 1)
+        x = add_bias(self.conv1(self.act(self.norm1(x))), self.bias)
+        if f"{self.name}_conv" in shared:
+            x = add_to_rows(x, shared[f"{self.name}_conv"], steps)
+        x = self.conv2(self.act(self.norm2(x)))
+        shortcut = shared[f"{self.name}_shortcut"]
+        if self.conv_shortcut is None:
+            return x + torch.cat([hidden, shortcut.repeat(steps, 1, 1, 1)], 1)
+        return add_to_rows(x + self.conv_shortcut(hidden), shortcut, steps)
+
+
+class SharedTextAttention(Attention):
+    """Text attention of K*B rows of queries over keys and values of batch B, found by name."""
+
+    def __init__(self, name: str, steps: int, upcast: bool) -> None:
+        super().__init__(upcast)
+        self.name = name
+        self.steps = steps
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        **ignored: object,
+    ) -> Tensor:
+        key = split_heads(encoder_hidden_states[f"{self.name}_key"], attn.heads)
+        value = split_heads(encoder_hidden_states[f"{self.name}_value"], attn.heads)
+        query = attn.to_q(hidden_states).unflatten(2, (attn.heads, -1))  # (K*B, T, heads, d)
+        length = query.shape[1]
+        if is_single(key):
+            query = query.flatten(0, 1).unsqueeze(0).transpose(1, 2)  # (1, heads, K*T, d)
+            mixed = attend(query, key, value, self.upcast).transpose(1, 2)
+            mixed = mixed.squeeze(0).unflatten(0, (self.steps, length))  # (K, T, heads, d)
+        else:
+            query = query.unflatten(0, (self.steps, -1)).permute(1, 3, 0, 2, 4).flatten(2, 3)
+            mixed = attend(query, key, value, self.upcast)  # (B, heads, K*T, d)
+            mixed = mixed.unflatten(2, (self.steps, length)).permute(2, 0, 3, 1, 4).flatten(0, 1)
+        return project_out(attn, mixed.flatten(2))
+
+
+def add_to_rows(rows: Tensor, shared: Tensor, steps: int) -> Tensor:
+    """Add a (B, C, h, w) tensor to each of the K steps of (K*B, C, h, w) rows."""
+    # A five-dimensional broadcast would save the copy, but torch.export cannot prove its strides
+    # for a dynamic batch; at batch 1 no copy is made either way.
+    return rows + (shared if is_single(shared) else shared.repeat(steps, 1, 1, 1))
+
+
+def add_bias(rows: Tensor, bias: Tensor) -> Tensor:
+    """Add a (K, C, 1, 1) bias to (K*B, C, h, w) rows."""
+    steps, channels = bias.shape[:2]
+    if isinstance(rows.shape[0], int) and rows.shape[0] == steps:
+        return rows + bias
+    spread = bias.unsqueeze(1).expand(steps, rows.shape[0] // steps, channels, 1, 1)
+    return rows + spread.reshape(rows.shape[0], channels, 1, 1)
+
+
+class _GroupCut:
+    """Where norm1's groups fall: those with any hidden channel are mixed, the rest all skip."""
+
+    def __init__(self, resnet: Any, hidden_channels: int) -> None:
+        self.norm1 = resnet.norm1
+        size = self.norm1.num_channels // self.norm1.num_groups
+        self.mixed_groups = -(-hidden_channels // size)
+        self.skip_groups = self.norm1.num_groups - self.mixed_groups
+        self.mixed_channels = self.mixed_groups * size
+        self.mixed, self.skip = slice(None, self.mixed_channels), slice(self.mixed_channels, None)
+
+    def norm(self, skip: bool) -> nn.GroupNorm | None:
+        """The GroupNorm over one side's channels, or None when that side has no group."""
+        groups = self.skip_groups if skip else self.mixed_groups
+        if groups == 0:
+            return None
+        part = self.skip if skip else self.mixed
+        weight, bias = self.norm1.weight[part], self.norm1.bias[part]
+        with torch.device("meta"):
+            norm = nn.GroupNorm(groups, len(weight), eps=self.norm1.eps)
+        norm.weight, norm.bias = _frozen(weight), _frozen(bias)
+        return norm
+
+
+def _conv_part(conv: nn.Conv2d, channels: slice, bias: bool) -> nn.Conv2d:
+    """The convolution over some of its input channels; only one part may keep the bias."""
+    weight = conv.weight[:, channels]
+    with torch.device("meta"):
+        part = nn.Conv2d(
+            weight.shape[1], weight.shape[0], weight.shape[2:], padding=conv.padding, bias=False
+        )
+    part.weight = _frozen(weight)
+    if bias and conv.bias is not None:
+        part.bias = _frozen(conv.bias)
+    return part
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _text_attentions(block: Any, i: int) -> list[tuple[str, Any]]:
+    """The text attentions of one up block with their names."""
+    return [
+        (f"up{i}_text{j}_{layer}", transformer.attn2)
+        for j, attention in enumerate(getattr(block, "attentions", ()))
+        for layer, transformer in enumerate(attention.transformer_blocks)
+    ]

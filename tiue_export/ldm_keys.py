@@ -1,0 +1,81 @@
+"""Names of UNet tensors in the CompVis/Stability ("LDM") layout and in diffusers' own.
+
+Original checkpoints number their blocks in one flat list (input_blocks.0 .. 11, middle_block.0 ..
+2, output_blocks.0 .. 11); diffusers nests them. The map below is a bijection built from the UNet's
+configuration, so it serves both directions and nothing can be dropped unseen.
+Source: the module lists of openaimodel.py in CompVis/stable-diffusion.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+LDM_PREFIX = "model.diffusion_model."
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_STEM = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+
+def ldm_module_names(unet_config: dict[str, Any]) -> dict[str, str]:
+    """Map of diffusers module prefix -> LDM module prefix for one UNet configuration."""
+    layers = int(unet_config.get("layers_per_block", 2))
+    down, up = unet_config["down_block_types"], unet_config["up_block_types"]
+    modules = dict(_STEM)
+
+    def resnet(diffusers: str, ldm: str) -> None:
+        modules.update({f"{diffusers}.{ours}": f"{ldm}.{theirs}" for ours, theirs in _RESNET.items()})
+
+    position = 1
+    for block, kind in enumerate(down):
+        for layer in range(layers):
+            resnet(f"down_blocks.{block}.resnets.{layer}", f"input_blocks.{position}.0")
+            if kind.startswith("CrossAttn"):
+                modules[f"down_blocks.{block}.attentions.{layer}"] = f"input_blocks.{position}.1"
+            position += 1
+        if block < len(down) - 1:
+            modules[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{position}.0.op"
+            position += 1
+    resnet("mid_block.resnets.0", "middle_block.0")
+    modules["mid_block.attentions.0"] = "middle_block.1"
+    resnet("mid_block.resnets.1", "middle_block.2")
+    position = 0
+    for block, kind in enumerate(up):
+        attends = kind.startswith("CrossAttn")
+        for layer in range(layers + 1):
+            resnet(f"up_blocks.{block}.resnets.{layer}", f"output_blocks.{position}.0")
+            if attends:
+                modules[f"up_blocks.{block}.attentions.{layer}"] = f"output_blocks.{position}.1"
+            if layer == layers and block < len(up) - 1:
+                place = f"output_blocks.{position}.{2 if attends else 1}.conv"
+                modules[f"up_blocks.{block}.upsamplers.0.conv"] = place
+            position += 1
+    return modules
+
+
+def ldm_names(diffusers_names: list[str], unet_config: dict[str, Any]) -> dict[str, str]:
+    """Map of LDM tensor name (without prefix) -> diffusers tensor name, for the names given."""
+    modules = ldm_module_names(unet_config)
+    mapped = {}
+    for name in diffusers_names:
+        parts = name.split(".")
+        # The longest known module prefix wins; attention interiors keep their names.
+        for cut in range(len(parts), 0, -1):
+            module = modules.get(".".join(parts[:cut]))
+            if module is not None:
+                mapped[".".join([module, *parts[cut:]])] = name
+                break
+        else:
+            raise KeyError(name)
+    return mapped

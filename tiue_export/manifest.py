@@ -1,0 +1,190 @@
+"""The content of tiue.json as frozen types, and their strict JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tiue_export.errors import BundleError
+from tiue_export.schedule import Schedule
+from tiue_export.specs import GraphSpec, TensorSpec
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 of one file of the bundle."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from. `parts` says which folder each component was read from."""
+
+    name: str
+    sha256: str
+    family: str
+    layout: str
+    dtype: str
+    ema: bool = False
+    parts: Mapping[str, str] = field(default_factory=dict)
+    licence: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One exported graph: `path` is the ONNX file; `files` are all it needs, relative paths."""
+
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    precision: str
+    opset: int
+    files: Mapping[str, FileRecord]
+
+    def spec(self, name: str) -> GraphSpec:
+        """The graph's contract under its name."""
+        return GraphSpec(name, self.inputs, self.outputs)
+
+
+@dataclass(frozen=True)
+class ParityRecord:
+    """One measured hop. `gate` None means the loss is reported, not judged."""
+
+    hop: str
+    subject: str
+    metric: str
+    value: float
+    gate: float | None
+    max_abs_error: float
+    inputs: str
+
+    @property
+    def passed(self) -> bool:
+        return self.gate is None or self.value >= self.gate
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runner or a reader must know of a bundle (design: the bundle contract)."""
+
+    format_version: int
+    created_by: str
+    source: Source
+    schedule: Schedule
+    latent_shape: tuple[int | str, ...]
+    text_shape: tuple[int | str, ...]
+    vae_scale: int
+    vae_scaling_factor: float
+    precision: str
+    hoisted: str
+    graphs: Mapping[str, GraphRecord]
+    files: Mapping[str, FileRecord]
+    parity: tuple[ParityRecord, ...] = ()
+    parity_loss_allowed: bool = False
+    tools: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def height_px(self) -> int:
+        return int(self.latent_shape[2]) * self.vae_scale
+
+    @property
+    def width_px(self) -> int:
+        return int(self.latent_shape[3]) * self.vae_scale
+
+    @property
+    def batch(self) -> int | None:
+        """Images per run, or None when the batch axis is dynamic."""
+        size = self.latent_shape[0]
+        return None if isinstance(size, str) else size
+
+    def to_json(self) -> str:
+        """The text of tiue.json: readable, stable order, strict JSON (no NaN)."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str, where: str) -> Manifest:
+        """Parse and check every field; `where` names the file in errors."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BundleError(f"{where} is not JSON: {error}", _REEXPORT) from error
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{where} has format version {version!r}; this program reads {FORMAT_VERSION}",
+                "Export the bundle again, or install the tiue-export that wrote it"
+                + (f" ({data['created_by']})." if isinstance(data, dict) and "created_by" in data else "."),
+            )
+        manifest: Manifest = _structure(Manifest, data, where)
+        return manifest
+
+
+_REEXPORT = "The file was changed after the export; export the bundle again."
+
+
+def _structure(kind: Any, data: Any, where: str) -> Any:
+    """Build a value of the annotated type `kind` from JSON data, or say which field is wrong."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            if option is type(None) and data is None:
+                return None
+        for option in args:
+            if option is not type(None) and _matches(option, data):
+                return _structure(option, data, where)
+        raise _wrong(where, data, kind)
+    if dataclasses.is_dataclass(kind):
+        return _structure_dataclass(kind, data, where)
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise _wrong(where, data, "a list")
+        return tuple(_structure(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(data, dict):
+            raise _wrong(where, data, "an object")
+        return {key: _structure(args[1], item, f"{where}.{key}") for key, item in data.items()}
+    if not _matches(kind, data):
+        raise _wrong(where, data, kind.__name__)
+    return float(data) if kind is float else data
+
+
+def _structure_dataclass(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise _wrong(where, data, "an object")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise BundleError(f"{where} has unknown fields: {', '.join(unknown)}", _REEXPORT)
+    values = {}
+    for name, definition in fields.items():
+        if name in data:
+            values[name] = _structure(hints[name], data[name], f"{where}: {name}")
+        elif (
+            definition.default is dataclasses.MISSING
+            and definition.default_factory is dataclasses.MISSING
+        ):
+            raise BundleError(f"{where} lacks the field {name!r}", _REEXPORT)
+    return kind(**values)
+
+
+def _matches(kind: Any, data: Any) -> bool:
+    if kind is float:
+        return isinstance(data, (int, float)) and not isinstance(data, bool)
+    if kind is int:
+        return isinstance(data, int) and not isinstance(data, bool)
+    return isinstance(data, kind)
+
+
+def _wrong(where: str, got: Any, expected: Any) -> BundleError:
+    return BundleError(f"{where} is {str(got)[:60]!r}; expected {expected}", _REEXPORT)

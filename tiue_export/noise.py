@@ -1,0 +1,45 @@
+"""Seed to initial noise: one NumPy definition, so that a seed means the same on every runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from tiue_export.errors import UsageError
+from tiue_export.specs import Array
+
+MAX_SEED = 2**32 - 1
+
+
+def noise_from_seed(seed: int, shape: tuple[int, ...]) -> Array:
+    """Standard normal noise, float32, of `shape` (B, 4, H, W); row b uses seed + b.
+
+    NumPy froze RandomState's stream for good (NEP 19), which Generator's is not; Apple's Swift
+    runtime implements the same generator, so a seed carries over to a phone.
+    """
+    if not 0 <= seed <= MAX_SEED - (shape[0] - 1):
+        raise UsageError(f"seed {seed} is out of range; expected 0 to {MAX_SEED - shape[0] + 1}")
+    rows = [np.random.RandomState(seed + row).standard_normal(shape[1:]) for row in range(shape[0])]
+    return np.stack(rows).astype(np.float32)
+
+
+def noise_from_file(path: Path, shape: tuple[int, ...]) -> Array:
+    """Initial noise from an .npy file: (4, H, W) for one image or `shape` (B, 4, H, W)."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(
+            f"{path} cannot be read as an .npy array: {error}",
+            "Write it with numpy.save('latents.npy', noise.astype('float32')).",
+        ) from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        raise UsageError(f"{path} does not hold one array of floating-point numbers")
+    noise = array.astype(np.float32)
+    if noise.shape == shape[1:]:
+        noise = noise[None]
+    if noise.shape != shape:
+        raise UsageError(f"{path} has shape {array.shape}; this request needs {shape}")
+    if not np.isfinite(noise).all():
+        raise UsageError(f"{path} holds non-finite values")
+    return noise

@@ -1,0 +1,73 @@
+"""Names to implementations. Runtimes live outside the hub and are imported only on use."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from tiue_export.errors import MissingExtraError, unknown_name
+from tiue_export.specs import Runtime, RuntimeOptions
+
+if TYPE_CHECKING:
+    from tiue_export.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class RuntimeEntry:
+    """One runtime: `opener` is "module:function", `needs` the modules it imports."""
+
+    opener: str
+    needs: tuple[str, ...]
+    extra: str
+    summary: str
+
+
+RUNTIMES: Mapping[str, RuntimeEntry] = {
+    "ort": RuntimeEntry(
+        "tiue_export.runtimes.ort:open_runtime",
+        ("onnxruntime",),
+        "ort",
+        "ONNX Runtime on CPU or CUDA",
+    ),
+    "torch": RuntimeEntry(
+        "tiue_export.runtimes.torch_reference:open_runtime",
+        ("torch", "diffusers", "transformers"),
+        "export",
+        "the student itself in PyTorch: ground truth, needs --ckpt",
+    ),
+    "fake": RuntimeEntry(
+        "tiue_export.runtimes.fake:open_runtime",
+        (),
+        "",
+        "right shapes, meaningless pictures: for testing applications",
+    ),
+}
+
+
+def open_runtime(name: str, bundle: Bundle, options: RuntimeOptions) -> Runtime:
+    """Open a runtime by name. Unknown names list the legal ones; missing packages say what to type."""
+    entry = RUNTIMES.get(name)
+    if entry is None:
+        raise unknown_name("runtime", name, RUNTIMES)
+    require(f"the {name} runtime", entry.needs, entry.extra)
+    module, _, function = entry.opener.partition(":")
+    return cast(Runtime, getattr(importlib.import_module(module), function)(bundle, options))
+
+
+def missing_modules(names: tuple[str, ...]) -> list[str]:
+    """Those of the modules that are not installed; none of them is imported."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def require(what: str, modules: tuple[str, ...], extra: str) -> None:
+    """Raise `MissingExtraError` with the pip line unless all modules are installed."""
+    missing = missing_modules(modules)
+    if missing:
+        raise MissingExtraError(
+            f"{what} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            "installed",
+            f"pip install 'tiue-export[{extra}]'",
+        )

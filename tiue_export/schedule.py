@@ -1,0 +1,243 @@
+"""The closed formula (Eq. 11 of the paper, corrected): latents = S * noise + sum_t E_t * output_t.
+
+DDIM at eta 0 is linear in the sample and in the network's output, and the student's decoder
+outputs all depend on the initial noise alone. Unrolling the K steps therefore leaves K + 1
+constants. They are derived here in float64 from the student's own scheduler configuration.
+
+The paper prints E_t = sqrt(a_0 / a_t) * (...) for t >= 2; unrolling its own Eq. 7-10 gives
+E_t = sqrt(a_0) * (sqrt(1 / a_prev - 1) - sqrt(1 / a_t - 1)) for every t. The tests prove both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tiue_export.errors import ScheduleError, UsageError
+
+DEFAULT_STEPS = 4
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+_NEUTRAL = {"clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False}
+_COMMON: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+}
+# What each diffusers class assumes for a key that its saved configuration lacks (diffusers 0.42
+# constructor defaults). A key the class never had takes its neutral value: PNDM never clips.
+# Classes without set_alpha_to_one leave the last step open, so the key must be in the file.
+_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": {
+        "clip_sample": True,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": "leading",
+    },
+    "PNDMScheduler": {
+        "set_alpha_to_one": False,
+        "steps_offset": 0,
+        "timestep_spacing": "leading",
+    },
+    "DDPMScheduler": {"clip_sample": True, "steps_offset": 0, "timestep_spacing": "leading"},
+    "EulerDiscreteScheduler": {"steps_offset": 0, "timestep_spacing": "linspace"},
+    "DPMSolverMultistepScheduler": {"steps_offset": 0, "timestep_spacing": "linspace"},
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Timesteps and constants of one student.
+
+    `timesteps[k]` conditions decoder row k, and `output_coefficients[k]` weighs its output; the
+    encoder runs at `timesteps[0]`. `merged_timesteps` names rows that were dropped, their weight
+    added to a neighbour; the student still has `steps` trained steps.
+    """
+
+    steps: int
+    timesteps: tuple[int, ...]
+    prediction_type: str
+    noise_coefficient: float
+    output_coefficients: tuple[float, ...]
+    timestep_spacing: str = "leading"
+    merged_timesteps: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Decoder rows that are really computed: `steps` less the merged ones."""
+        return len(self.timesteps)
+
+    def merged(self, below: float) -> Schedule:
+        """Drop rows whose |E_t| < `below`, adding their weight to the neighbouring kept row.
+
+        The error is |E_t| * |output_t - output_neighbour|: with K=4 the last row weighs 0.012.
+        """
+        if below < 0:
+            raise UsageError(f"--merge-below is {below}; expected 0 or more (0.02 is usual)")
+        timesteps = list(self.timesteps)
+        weights = list(self.output_coefficients)
+        dropped: list[int] = []
+        for row in range(len(timesteps) - 1, 0, -1):
+            if abs(weights[row]) < below:
+                weights[row - 1] += weights[row]
+                dropped.insert(0, timesteps[row])
+                del timesteps[row], weights[row]
+        return replace(
+            self,
+            timesteps=tuple(timesteps),
+            output_coefficients=tuple(weights),
+            merged_timesteps=(*self.merged_timesteps, *dropped),
+        )
+
+
+def schedule_from_config(config: Mapping[str, Any], steps: int) -> Schedule:
+    """Derive the constants from a diffusers scheduler configuration, in float64.
+
+    `config` is the content of scheduler_config.json. Raises `ScheduleError` for anything that
+    breaks the closed formula: clipping, thresholding, K=1 on a schedule that ends at t<=1, an
+    unknown scheduler class.
+    """
+    settings = _ddim_settings(config)
+    train_steps = int(settings["num_train_timesteps"])
+    if not 1 <= steps <= train_steps:
+        raise UsageError(f"--steps is {steps}; expected 1 to {train_steps}")
+    timesteps = _timesteps(settings, steps)
+    if steps == 1 and timesteps[0] <= 1:
+        raise ScheduleError(
+            f"K=1 on a {settings['timestep_spacing']!r} schedule has the single timestep "
+            f"{timesteps[0]}, where the formula returns the input noise unchanged",
+            "Use the K the student was trained for, usually --steps 4.",
+        )
+    alphas = alphas_cumprod(settings)
+    final_alpha = 1.0 if settings["set_alpha_to_one"] else float(alphas[0])
+    stride = train_steps // steps
+    noise, outputs = 1.0, np.zeros(steps)
+    for row, timestep in enumerate(timesteps):
+        # DDIM steps to t - 1000 // K whatever the next listed timestep is (diffusers
+        # scheduling_ddim.py, `step`): for linspace the two differ.
+        previous = timestep - stride
+        target = float(alphas[previous]) if previous >= 0 else final_alpha
+        kept, added = _linear_step(float(alphas[timestep]), target, settings["prediction_type"])
+        noise *= kept
+        outputs *= kept
+        outputs[row] += added
+    return Schedule(
+        steps=steps,
+        timesteps=tuple(timesteps),
+        prediction_type=str(settings["prediction_type"]),
+        noise_coefficient=float(noise),
+        output_coefficients=tuple(float(weight) for weight in outputs),
+        timestep_spacing=str(settings["timestep_spacing"]),
+    )
+
+
+def alphas_cumprod(config: Mapping[str, Any]) -> npt.NDArray[np.float64]:
+    """Cumulative products of 1 - beta, float64, shape (num_train_timesteps,)."""
+    settings = {**_COMMON, **_NEUTRAL, **config}
+    count = int(settings["num_train_timesteps"])
+    start, end = float(settings["beta_start"]), float(settings["beta_end"])
+    kind = settings["beta_schedule"]
+    if settings["trained_betas"] is not None:
+        betas = np.asarray(settings["trained_betas"], dtype=np.float64)
+        if betas.shape != (count,):
+            raise ScheduleError(f"trained_betas has shape {betas.shape}; expected ({count},)")
+    elif kind == "linear":
+        betas = np.linspace(start, end, count)
+    elif kind == "scaled_linear":
+        betas = np.linspace(start**0.5, end**0.5, count) ** 2
+    elif kind == "squaredcos_cap_v2":
+        grid = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = np.minimum(1 - grid[1:] / grid[:-1], 0.999)
+    else:
+        raise ScheduleError(
+            f"beta_schedule is {kind!r}; expected linear, scaled_linear or squaredcos_cap_v2"
+        )
+    if settings["rescale_betas_zero_snr"]:
+        # Lin et al. 2023 (arXiv 2305.08891), Algorithm 1: shift sqrt(alpha) so that it ends at 0.
+        roots = np.sqrt(np.cumprod(1 - betas))
+        roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+        return np.asarray(roots**2, dtype=np.float64)
+    return np.cumprod(1 - betas)
+
+
+def _ddim_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything DDIM needs, with the defaults of the class that wrote the file."""
+    name = str(config.get("_class_name", "DDIMScheduler"))
+    if name not in _CLASS_DEFAULTS:
+        raise ScheduleError(
+            f"the scheduler is {name}; a closed formula is known for configurations saved by "
+            f"{', '.join(_CLASS_DEFAULTS)}",
+            "Pass --base with the pipeline folder whose scheduler the student was distilled with.",
+        )
+    settings = {**_COMMON, **_NEUTRAL, **_CLASS_DEFAULTS[name], **config}
+    if "set_alpha_to_one" not in settings:
+        raise ScheduleError(
+            f"the {name} configuration has no set_alpha_to_one, so the last step is undefined",
+            'Add "set_alpha_to_one": false (Stable Diffusion 1.x and 2.x) to '
+            "scheduler_config.json.",
+        )
+    for key, reason in (
+        ("clip_sample", "clips every intermediate sample"),
+        ("thresholding", "rescales every intermediate sample by its own quantile"),
+    ):
+        if settings[key]:
+            raise ScheduleError(
+                f"the scheduler has {key}={settings[key]}, which {reason}; the closed formula "
+                "needs steps that are linear in the sample",
+                f'Set "{key}": false in scheduler_config.json if the student was trained so.',
+            )
+    if settings["prediction_type"] not in PREDICTION_TYPES:
+        raise ScheduleError(
+            f"prediction_type is {settings['prediction_type']!r}; "
+            f"expected {', '.join(PREDICTION_TYPES)}"
+        )
+    if settings["rescale_betas_zero_snr"] and settings["prediction_type"] == "epsilon":
+        raise ScheduleError(
+            "rescale_betas_zero_snr makes alpha 0 at the last training step, where an epsilon "
+            "prediction would be divided by zero; expected v_prediction or sample"
+        )
+    return settings
+
+
+def _timesteps(settings: Mapping[str, Any], steps: int) -> list[int]:
+    """Descending timesteps as diffusers' DDIMScheduler.set_timesteps computes them."""
+    count = int(settings["num_train_timesteps"])
+    spacing = settings["timestep_spacing"]
+    if spacing == "leading":
+        listed = np.arange(steps)[::-1] * (count // steps) + int(settings["steps_offset"])
+    elif spacing == "trailing":
+        listed = np.round(np.arange(count, 0, -count / steps)) - 1
+    elif spacing == "linspace":
+        listed = np.linspace(0, count - 1, steps).round()[::-1]
+    else:
+        raise ScheduleError(
+            f"timestep_spacing is {spacing!r}; expected leading, trailing or linspace"
+        )
+    timesteps = [int(t) for t in listed]
+    if len(timesteps) != steps or not 0 <= timesteps[-1] <= timesteps[0] < count:
+        raise ScheduleError(
+            f"{spacing} spacing with steps_offset {settings['steps_offset']} gives timesteps "
+            f"{timesteps[:3]}...; expected {steps} values below {count}"
+        )
+    return timesteps
+
+
+def _linear_step(alpha: float, target: float, prediction_type: str) -> tuple[float, float]:
+    """One DDIM step (Song et al. 2020, Eq. 12, eta 0) as factors of the sample and the output."""
+    sigma, target_sigma = (1 - alpha) ** 0.5, (1 - target) ** 0.5
+    root, target_root = alpha**0.5, target**0.5
+    if prediction_type == "epsilon":
+        return target_root / root, target_sigma - target_root * sigma / root
+    if prediction_type == "v_prediction":
+        return (
+            target_root * root + target_sigma * sigma,
+            target_sigma * root - target_root * sigma,
+        )
+    return target_sigma / sigma, target_root - target_sigma * root / sigma
