@@ -20,10 +20,10 @@ class OrtRuntime:
 
     name = "ort"
 
-    def __init__(self, bundle: Bundle, device: str, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, device: str, options: RuntimeOptions) -> None:
         self.device = device
         self._bundle = bundle
-        self._threads = threads
+        self._options = options
         self._sessions: dict[str, Any] = {}
 
     def run(self, graph: str, feeds: Feeds) -> dict[str, Array]:
@@ -49,8 +49,11 @@ class OrtRuntime:
     def _open(self, graph: str) -> Any:
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
+        if self._options.threads is not None:
+            options.intra_op_num_threads = self._options.threads
+        # The arena keeps what it once allocated: measured at SD 2.1-base size, 10.4 GB against
+        # 6.3 GB for the fp16 decoder, and 10.7 s against 15.9 s from the second run on.
+        options.enable_cpu_mem_arena = not self._options.low_memory
         providers = [_PROVIDERS[self.device]]
         if self.device != "cpu":
             providers.append(_PROVIDERS["cpu"])
@@ -87,7 +90,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> OrtRuntime:
             f"{', '.join(available)}",
             "pip uninstall onnxruntime && pip install 'tiue-export[gpu]'",
         )
-    return OrtRuntime(bundle, device, options.threads)
+    return OrtRuntime(bundle, device, options)
 
 
 def _first_line(error: BaseException) -> str:

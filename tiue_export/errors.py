@@ -3,7 +3,7 @@
     TiueError                      1
      +- UsageError                 2   an option or argument cannot be honoured
      +- CheckpointError            3   the weights file or folder is damaged, incomplete or not safe
-     +- UnsupportedModelError      4   the weights are sound, but no Stable Diffusion 1.x/2.x student
+     +- UnsupportedModelError      4   the weights are sound, but no SD 1.x/2.x student
      +- ScheduleError              5   the scheduler breaks the closed formula
      +- BundleError                6   a bundle is missing, damaged, unfinished or in the way
      +- ParityError                7   a conversion lost more than its gate allows

@@ -15,9 +15,11 @@ from tiue_export.hoisting import RowDecoder, SharedDecoder, hoist
 from tiue_export.schedule import Schedule
 from tiue_export.specs import (
     BATCH,
+    GRAPH_NAMES,
     TEXT_ENCODER,
     UNET_DECODER,
     UNET_ENCODER,
+    UNET_GRAPHS,
     VAE_DECODER,
     GraphSpec,
     TensorSpec,
@@ -38,7 +40,7 @@ class ExportOptions:
     decoder. `batch` is the static batch, or the example batch when `dynamic_batch`.
     """
 
-    precision: str = "fp16"
+    precision: str = "fp32"
     height: int | None = None
     width: int | None = None
     batch: int = 1
@@ -115,17 +117,20 @@ def text_shape(student: Student, options: ExportOptions) -> tuple[int, int, int]
     return options.batch, length, int(student.unet.config.cross_attention_dim)
 
 
-def build_graphs(student: Student, options: ExportOptions) -> list[Graph]:
-    """The graphs this student has the parts for, in running order."""
+def build_graphs(
+    student: Student, options: ExportOptions, only: tuple[str, ...] = GRAPH_NAMES
+) -> list[Graph]:
+    """The graphs this student has the parts for, in running order; `only` leaves others unbuilt."""
     dtype = PRECISIONS[options.precision]
     latents, text = latent_shape(student, options), text_shape(student, options)
     graphs = []
-    if student.text_encoder is not None:
+    if student.text_encoder is not None and TEXT_ENCODER in only:
         module = TextEncoder(student.text_encoder, dtype)
         inputs = {"input_ids": torch.zeros(text[:2], dtype=torch.int64)}
         graphs.append(_graph(TEXT_ENCODER, module, inputs, ["last_hidden_state"], options))
-    graphs += _unet_graphs(student, options, latents, text)
-    if student.vae is not None:
+    if set(UNET_GRAPHS) & set(only):
+        graphs += _unet_graphs(student, options, latents, text)
+    if student.vae is not None and VAE_DECODER in only:
         inputs = {"latent_sample": torch.zeros(latents)}
         module_vae = VaeDecoder(student.vae, dtype)
         graphs.append(_graph(VAE_DECODER, module_vae, inputs, ["sample"], options))
@@ -141,7 +146,10 @@ def _unet_graphs(
     dtype = PRECISIONS[options.precision]
     schedule = exported_schedule(student, options)
     encoder: nn.Module = UNetEncoder(student.unet, schedule, dtype)
-    request = {"sample": torch.zeros(latents), "encoder_hidden_states": torch.zeros(text, dtype=dtype)}
+    request = {
+        "sample": torch.zeros(latents),
+        "encoder_hidden_states": torch.zeros(text, dtype=dtype),
+    }
     skips = 1 + sum(len(b.resnets) + len(b.downsamplers or ()) for b in student.unet.down_blocks)
     names = ["mid_sample", *(f"down_res_{i}" for i in range(skips))]
     decoder: nn.Module

@@ -39,9 +39,7 @@ from tiue_export.split import Combine, OutputHead, is_single
 Shared = dict[str, Tensor]
 
 
-def hoist(
-    unet: Any, schedule: Schedule, dtype: torch.dtype
-) -> tuple[SharedDecoder, RowDecoder]:
+def hoist(unet: Any, schedule: Schedule, dtype: torch.dtype) -> tuple[SharedDecoder, RowDecoder]:
     """Cut the decoder in two: what all rows share, and the rows. Weights are the student's own."""
     up_blocks = copied(unet.up_blocks, dtype)
     embedding = time_embedding_float32(unet, schedule.timesteps)
@@ -75,16 +73,16 @@ class SharedDecoder(nn.Module):
                 self.resnets[f"up{i}_resnet{j}"] = share
                 channels = resnet.out_channels
             for name, attention in _text_attentions(block, i):
-                self.text[name] = nn.ModuleDict({"key": attention.to_k, "value": attention.to_v})
+                self.text[f"{name}_key"] = attention.to_k
+                self.text[f"{name}_value"] = attention.to_v
 
     def forward(self, text: Tensor, mid: Tensor, *skips: Tensor) -> Shared:
         shared: Shared = {}
         for (name, share), skip in zip(self.resnets.items(), reversed(skips), strict=True):
             parts = share(mid, skip) if isinstance(share, FirstShare) else share(skip)
             shared.update({f"{name}_{part}": value for part, value in parts.items()})
-        for name, projections in self.text.items():
-            for part, projection in projections.items():
-                shared[f"{name}_{part}"] = projection(text)  # (B, L, heads * d)
+        for name, projection in self.text.items():
+            shared[name] = projection(text)  # (B, L, heads * d)
         return shared
 
 
@@ -219,7 +217,8 @@ class Rows(nn.Module):
         self.name = name
         self.straddles = cut.mixed_channels > hidden_channels
         self.register_buffer("bias", bias[:, :, None, None])  # (K, C, 1, 1)
-        self.norm1, self.act = cut.norm(skip=False), resnet.nonlinearity
+        self.norm1: Any = cut.norm(skip=False)  # never None: hidden channels always fill a group
+        self.act = resnet.nonlinearity
         self.conv1 = _conv_part(resnet.conv1, cut.mixed, bias=True)
         self.norm2, self.conv2 = resnet.norm2, resnet.conv2
         shortcut, hidden = resnet.conv_shortcut, slice(None, hidden_channels)
@@ -235,9 +234,10 @@ class Rows(nn.Module):
         if f"{self.name}_conv" in shared:
             x = add_to_rows(x, shared[f"{self.name}_conv"], steps)
         x = self.conv2(self.act(self.norm2(x)))
-        shortcut = shared[f"{self.name}_shortcut"]
+        shortcut: Tensor = shared[f"{self.name}_shortcut"]
         if self.conv_shortcut is None:
-            return x + torch.cat([hidden, shortcut.repeat(steps, 1, 1, 1)], 1)
+            joined = torch.cat([hidden, shortcut.repeat(steps, 1, 1, 1)], 1)
+            return joined + x
         return add_to_rows(x + self.conv_shortcut(hidden), shortcut, steps)
 
 
@@ -258,17 +258,20 @@ class SharedTextAttention(Attention):
     ) -> Tensor:
         key = split_heads(encoder_hidden_states[f"{self.name}_key"], attn.heads)
         value = split_heads(encoder_hidden_states[f"{self.name}_value"], attn.heads)
-        query = attn.to_q(hidden_states).unflatten(2, (attn.heads, -1))  # (K*B, T, heads, d)
-        length = query.shape[1]
+        query = attn.to_q(hidden_states)
+        rows, length, width = query.shape
+        steps, batch, heads = self.steps, rows // self.steps, attn.heads
         if is_single(key):
-            query = query.flatten(0, 1).unsqueeze(0).transpose(1, 2)  # (1, heads, K*T, d)
-            mixed = attend(query, key, value, self.upcast).transpose(1, 2)
-            mixed = mixed.squeeze(0).unflatten(0, (self.steps, length))  # (K, T, heads, d)
+            query = split_heads(query.reshape(1, steps * length, width), heads)
+            mixed = attend(query, key, value, self.upcast)  # (1, heads, K*T, d)
+            mixed = mixed.transpose(1, 2).reshape(steps, length, width)
         else:
-            query = query.unflatten(0, (self.steps, -1)).permute(1, 3, 0, 2, 4).flatten(2, 3)
-            mixed = attend(query, key, value, self.upcast)  # (B, heads, K*T, d)
-            mixed = mixed.unflatten(2, (self.steps, length)).permute(2, 0, 3, 1, 4).flatten(0, 1)
-        return project_out(attn, mixed.flatten(2))
+            query = query.reshape(steps, batch, length, heads, width // heads)
+            query = query.permute(1, 3, 0, 2, 4).flatten(2, 3)  # (B, heads, K*T, d)
+            mixed = attend(query, key, value, self.upcast)
+            mixed = mixed.reshape(batch, heads, steps, length, width // heads)
+            mixed = mixed.permute(2, 0, 3, 1, 4).reshape(rows, length, width)
+        return project_out(attn, mixed)
 
 
 def add_to_rows(rows: Tensor, shared: Tensor, steps: int) -> Tensor:
@@ -314,10 +317,9 @@ class _GroupCut:
 def _conv_part(conv: nn.Conv2d, channels: slice, bias: bool) -> nn.Conv2d:
     """The convolution over some of its input channels; only one part may keep the bias."""
     weight = conv.weight[:, channels]
+    outputs, inputs, height, width = weight.shape
     with torch.device("meta"):
-        part = nn.Conv2d(
-            weight.shape[1], weight.shape[0], weight.shape[2:], padding=conv.padding, bias=False
-        )
+        part = nn.Conv2d(inputs, outputs, (height, width), padding=height // 2, bias=False)
     part.weight = _frozen(weight)
     if bias and conv.bias is not None:
         part.bias = _frozen(conv.bias)

@@ -35,7 +35,9 @@ def ldm_module_names(unet_config: dict[str, Any]) -> dict[str, str]:
     modules = dict(_STEM)
 
     def resnet(diffusers: str, ldm: str) -> None:
-        modules.update({f"{diffusers}.{ours}": f"{ldm}.{theirs}" for ours, theirs in _RESNET.items()})
+        modules.update(
+            {f"{diffusers}.{ours}": f"{ldm}.{theirs}" for ours, theirs in _RESNET.items()}
+        )
 
     position = 1
     for block, kind in enumerate(down):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
@@ -27,8 +28,11 @@ def lowered(module: M, dtype: torch.dtype) -> M:
     return twin if dtype == torch.float32 else cast(M, with_float32_norms(twin))
 
 
-def copied(module: M, dtype: torch.dtype) -> M:
-    """A frozen eval-mode copy: weights in `dtype`, those of norms in float32."""
+def copied(module: M, dtype: torch.dtype, *, plain: bool = True) -> M:
+    """A frozen eval-mode copy: weights in `dtype`, those of norms in float32.
+
+    With `plain`, upsampling is replaced by its branch-free form.
+    """
     in_norms = {
         id(parameter)
         for norm in module.modules()
@@ -42,7 +46,8 @@ def copied(module: M, dtype: torch.dtype) -> M:
     for buffer in module.buffers():
         shared[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
     # deepcopy takes whatever the memo holds instead of copying it: the weights stay shared.
-    return with_plain_upsampling(copy.deepcopy(module, shared)).eval()
+    twin = copy.deepcopy(module, shared).eval()
+    return with_plain_upsampling(twin) if plain else twin
 
 
 def with_float32_norms(module: nn.Module) -> nn.Module:
@@ -94,7 +99,8 @@ class Attention:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(N, T, heads * d) -> (N, heads, T, d)."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    batch, length, width = x.shape
+    return x.reshape(batch, length, heads, width // heads).transpose(1, 2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, upcast: bool) -> Tensor:
@@ -115,7 +121,7 @@ def with_plain_attention(module: M, upcast: bool) -> M:
     """Set the plain processor on every diffusers Attention below `module`."""
     processor = Attention(upcast)
     for child in module.modules():
-        if hasattr(child, "set_processor") and hasattr(child, "to_q"):
+        if isinstance(child, DiffusersAttention):
             child.set_processor(processor)
     return module
 

@@ -123,7 +123,11 @@ class Manifest:
             raise BundleError(
                 f"{where} has format version {version!r}; this program reads {FORMAT_VERSION}",
                 "Export the bundle again, or install the tiue-export that wrote it"
-                + (f" ({data['created_by']})." if isinstance(data, dict) and "created_by" in data else "."),
+                + (
+                    f" ({data['created_by']})."
+                    if isinstance(data, dict) and "created_by" in data
+                    else "."
+                ),
             )
         manifest: Manifest = _structure(Manifest, data, where)
         return manifest

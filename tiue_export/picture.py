@@ -22,7 +22,8 @@ METADATA_KEY = "tiue"
 def pixels_from_sample(sample: Array) -> Array:
     """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3), rounded as diffusers does."""
     pixels = np.clip(np.floor(127.5 * sample.astype(np.float32) + 128), 0, 255)
-    return pixels.transpose(0, 2, 3, 1).astype(np.uint8)
+    rgb: Array = pixels.transpose(0, 2, 3, 1).astype(np.uint8)
+    return rgb
 
 
 def image_from_pixels(pixels: Array) -> Image:

@@ -48,7 +48,7 @@ RUNTIMES: Mapping[str, RuntimeEntry] = {
 
 
 def open_runtime(name: str, bundle: Bundle, options: RuntimeOptions) -> Runtime:
-    """Open a runtime by name. Unknown names list the legal ones; missing packages say what to type."""
+    """Open a runtime by name; unknown names and missing packages are explained."""
     entry = RUNTIMES.get(name)
     if entry is None:
         raise unknown_name("runtime", name, RUNTIMES)
@@ -71,3 +71,8 @@ def require(what: str, modules: tuple[str, ...], extra: str) -> None:
             "installed",
             f"pip install 'tiue-export[{extra}]'",
         )
+
+
+def run_command_line(arguments: list[str] | None = None) -> None:
+    """The `tiue-export` command; its code is a spoke, so it is reached by name."""
+    importlib.import_module("tiue_export.apps.cli").main(arguments)

@@ -164,7 +164,7 @@ def alphas_cumprod(config: Mapping[str, Any]) -> npt.NDArray[np.float64]:
         roots = np.sqrt(np.cumprod(1 - betas))
         roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
         return np.asarray(roots**2, dtype=np.float64)
-    return np.cumprod(1 - betas)
+    return np.asarray(np.cumprod(1 - betas), dtype=np.float64)
 
 
 def _ddim_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,8 +210,10 @@ def _timesteps(settings: Mapping[str, Any], steps: int) -> list[int]:
     """Descending timesteps as diffusers' DDIMScheduler.set_timesteps computes them."""
     count = int(settings["num_train_timesteps"])
     spacing = settings["timestep_spacing"]
+    listed: npt.NDArray[np.float64]
     if spacing == "leading":
-        listed = np.arange(steps)[::-1] * (count // steps) + int(settings["steps_offset"])
+        listed = np.arange(steps, dtype=np.float64)[::-1] * (count // steps)
+        listed += int(settings["steps_offset"])
     elif spacing == "trailing":
         listed = np.round(np.arange(count, 0, -count / steps)) - 1
     elif spacing == "linspace":

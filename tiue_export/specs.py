@@ -82,17 +82,19 @@ class GraphSpec:
 class RuntimeOptions:
     """How to open a runtime. `device` "auto" takes the best the runtime finds and says which.
 
+    `low_memory` gives memory back between operations where the runtime can; slower.
     `checkpoint` and `base` are for the torch reference, which runs the student itself.
     """
 
     device: str = "auto"
     threads: int | None = None
+    low_memory: bool = False
     checkpoint: str | None = None
     base: str | None = None
 
 
 class Runtime(Protocol):
-    """What runs a bundle's graphs. `run` neither changes its feeds nor reuses its outputs' memory."""
+    """What runs a bundle's graphs. `run` neither changes feeds nor reuses its outputs' memory."""
 
     name: str
     device: str

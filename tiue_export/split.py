@@ -33,7 +33,7 @@ class TextEncoder(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    """latent_sample (B, 4, H, W), already divided by the scaling factor -> sample (B, 3, 8H, 8W)."""
+    """latent_sample (B, 4, H, W), divided by the scaling factor -> sample (B, 3, 8H, 8W)."""
 
     def __init__(self, vae: Any, dtype: torch.dtype) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class UNetEncoder(nn.Module):
             {"conv_in": unet.conv_in, "down_blocks": unet.down_blocks, "mid_block": unet.mid_block}
         )
         embedding = time_embedding_float32(unet, schedule.timesteps[:1])
-        self.unet = fold_time(lowered(body, dtype), embedding, dtype)
+        self.unet: Any = fold_time(lowered(body, dtype), embedding, dtype)
         with_plain_attention(self.unet, bool(unet.config.upcast_attention))
         self.dtype = dtype
 
@@ -90,7 +90,7 @@ class NaiveDecoder(nn.Module):
         super().__init__()
         body = nn.ModuleDict({"up_blocks": unet.up_blocks, "head": OutputHead(unet)})
         embedding = time_embedding_float32(unet, schedule.timesteps)
-        self.unet = fold_time(lowered(body, dtype), embedding, dtype)
+        self.unet: Any = fold_time(lowered(body, dtype), embedding, dtype)
         with_plain_attention(self.unet, bool(unet.config.upcast_attention))
         self.combine = Combine(schedule)
         self.steps = schedule.rows
@@ -126,7 +126,7 @@ class OutputHead(nn.Module):
 
 
 class Combine(nn.Module):
-    """Eq. 11 with its constants baked in, float32: sample (B, ...), outputs (K*B, ...) -> latents."""
+    """Eq. 11 with its constants baked in, float32: sample (B, ..), outputs (K*B, ..) -> latents."""
 
     output_coefficients: Tensor
 
@@ -141,7 +141,7 @@ class Combine(nn.Module):
         if is_single(sample):
             total = (weights * outputs).sum(0, keepdim=True)  # (1, 4, H, W)
         else:
-            rows = outputs.unflatten(0, (len(weights), -1))  # (K, B, 4, H, W)
+            rows = outputs.reshape(len(weights), *sample.shape)  # (K, B, 4, H, W)
             total = (weights.unsqueeze(1) * rows).sum(0)
         return self.noise_coefficient * sample + total
 

@@ -18,7 +18,7 @@ from tiue_export.schedule import Schedule
 
 
 class Features(NamedTuple):
-    """What the UNet's encoder hands to its decoder: mid (B, C, h, w) and every skip, first first."""
+    """What the UNet's encoder hands to its decoder: mid (B, C, h, w) and all skips in order."""
 
     mid: Tensor
     skips: tuple[Tensor, ...]
@@ -86,7 +86,7 @@ class Student(nn.Module):
         return combine(self.schedule, noise, outputs)
 
     def sample(self, noise: Tensor, text: Tensor) -> Tensor:
-        """Noise (B, 4, H, W) and text (B, 77, D) -> latents (B, 4, H, W), float32, differentiable."""
+        """Noise (B, 4, H, W), text (B, 77, D) -> latents (B, 4, H, W), float32, differentiable."""
         return self.combine(noise, self.decode(self.encode(noise, text), text))
 
     forward = sample
@@ -115,8 +115,9 @@ def combine(schedule: Schedule, noise: Tensor, outputs: Tensor) -> Tensor:
     weights = torch.tensor(
         schedule.output_coefficients, dtype=torch.float32, device=outputs.device
     ).view(-1, 1, 1, 1, 1)
-    rows = outputs.float().unflatten(0, (schedule.rows, -1))  # (K, B, 4, H, W)
-    return schedule.noise_coefficient * noise.float() + (weights * rows).sum(0)
+    rows = outputs.float().reshape(schedule.rows, *noise.shape)  # (K, B, 4, H, W)
+    latents: Tensor = schedule.noise_coefficient * noise.float() + (weights * rows).sum(0)
+    return latents
 
 
 def _text_for(block: nn.Module, text: Tensor) -> dict[str, Tensor]:

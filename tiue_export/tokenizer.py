@@ -29,7 +29,8 @@ class Tokenizer:
         """Tokens of the whole prompt with start and end, before any cut or padding."""
         encoding = self.backend.encode(prompt)
         overflow = sum(sum(part.attention_mask) - 2 for part in encoding.overflowing)
-        return int(sum(encoding.attention_mask)) + overflow
+        count: int = sum(encoding.attention_mask) + overflow
+        return count
 
 
 def open_tokenizer(path: Path, length: int) -> Tokenizer:

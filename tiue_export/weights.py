@@ -164,9 +164,7 @@ def _ldm_weights(file: WeightFile) -> UnetWeights:
         )
     if averaged:
         notes.append("the EMA weights were taken, the plain ones left")
-    others = [
-        name for name in file.tensors if not name.startswith((LDM_PREFIX, "model_ema."))
-    ]
+    others = [name for name in file.tensors if not name.startswith((LDM_PREFIX, "model_ema."))]
     if others:
         notes.append(
             f"{len(others)} tensors outside the UNet were left, the first is {others[0]!r}: "
@@ -177,7 +175,9 @@ def _ldm_weights(file: WeightFile) -> UnetWeights:
     return UnetWeights(file.path, tensors, file.metadata, "ldm", bool(averaged), tuple(notes))
 
 
-def named_for_diffusers(weights: UnetWeights, names: list[str], config: Config) -> dict[str, Tensor]:
+def named_for_diffusers(
+    weights: UnetWeights, names: list[str], config: Config
+) -> dict[str, Tensor]:
     """The tensors under diffusers' names; what has no place keeps its own name."""
     if weights.layout == "diffusers":
         return dict(weights.tensors)
@@ -259,7 +259,9 @@ def _check_container(path: Path) -> None:
         raw = file.read(header_bytes)
     try:
         header = json.loads(raw)
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        ends = [
+            entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+        ]
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         if len(raw) < header_bytes:
             raise _truncated(path, size_bytes, 8 + header_bytes) from error
@@ -295,4 +297,6 @@ def _pickle_error(path: Path) -> CheckpointError:
 def require_file(path: Path) -> None:
     """Raise `UsageError` unless `path` exists."""
     if not path.exists():
-        raise UsageError(f"{path} does not exist", "Give a .safetensors file or a diffusers folder.")
+        raise UsageError(
+            f"{path} does not exist", "Give a .safetensors file or a diffusers folder."
+        )

@@ -119,7 +119,9 @@ def _name_batch_axis(model: ir.Model) -> None:
     for value in (*model.graph.inputs, *produced):
         if value.shape is not None:
             value.shape = ir.Shape(
-                old.sub(BATCH, side.value) if isinstance(side, ir.SymbolicDim) and side.value else side
+                old.sub(BATCH, side.value)
+                if isinstance(side, ir.SymbolicDim) and side.value
+                else side
                 for side in value.shape
             )
 

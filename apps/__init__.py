@@ -1,0 +1,1 @@
+"""Applications on top of the hub: the command line and what it calls."""

@@ -1,0 +1,176 @@
+"""`tiue-export doctor`: what is installed, what can run here, and what to type where not."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rich.table import Table
+
+from tiue_export._version import __version__
+from tiue_export.registry import RUNTIMES, missing_modules
+
+from .tables import console, megabytes, print_json
+
+_PACKAGES = (
+    "numpy", "tokenizers", "safetensors", "pillow", "onnxruntime", "onnxruntime-gpu", "torch",
+    "diffusers", "transformers", "onnx", "onnxscript", "accelerate", "optimum",
+)  # fmt: skip
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to use a bundle here. `remedy` is what to type when it cannot be used."""
+
+    name: str
+    usable: bool
+    detail: str
+    remedy: str = ""
+
+
+def run(as_json: bool) -> None:
+    """Print machine, packages and backends."""
+    machine, packages, backends = describe_machine(), installed_packages(), check_backends()
+    problems = conflicts(packages)
+    if as_json:
+        print_json(
+            {
+                "tiue-export": __version__,
+                "machine": machine,
+                "packages": packages,
+                "backends": [asdict(backend) for backend in backends],
+                "problems": problems,
+            }
+        )
+        return
+    about = Table(title=f"tiue-export {__version__}", title_justify="left", title_style="bold")
+    about.show_header = False
+    about.add_column(style="dim", no_wrap=True)
+    about.add_column(overflow="fold")
+    for name, value in machine.items():
+        about.add_row(name, value)
+    about.add_row("packages", ", ".join(f"{n} {v}" for n, v in packages.items() if v))
+    console.print(about)
+    table = Table(title="What works here", title_justify="left", title_style="bold")
+    for column in ("", "backend", "detail", "to make it work"):
+        table.add_column(column, overflow="fold")
+    for backend in backends:
+        mark = "[green]yes[/]" if backend.usable else "[yellow]no[/]"
+        table.add_row(mark, backend.name, backend.detail, backend.remedy)
+    console.print(table)
+    for problem in problems:
+        console.print(f"[bold red]problem:[/] {problem}")
+
+
+def describe_machine() -> dict[str, str]:
+    """Operating system, Python, CPU with the instruction sets that matter, memory, GPU."""
+    return {
+        "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "memory": _memory(),
+        "gpu": _gpu() or "none found (nvidia-smi)",
+    }
+
+
+def installed_packages() -> dict[str, str | None]:
+    """Version of each package of interest, None where absent."""
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def check_backends() -> list[Backend]:
+    """Every way to export or run, tried as far as that costs nothing."""
+    return [
+        _by_modules(
+            "export to ONNX",
+            ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "psutil"),
+            "export",
+        ),
+        _ort("CPUExecutionProvider", "run: ort on cpu", "ort"),
+        _ort("CUDAExecutionProvider", "run: ort on cuda", "gpu"),
+        _by_modules("run: torch reference", RUNTIMES["torch"].needs, "export"),
+        _by_modules("optimum-cli export tiue", ("optimum", "torch", "diffusers"), "optimum"),
+    ]
+
+
+def conflicts(packages: dict[str, str | None]) -> list[str]:
+    """Combinations that are known to break."""
+    found = []
+    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
+        found.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            "pip uninstall both, then install one."
+        )
+    return found
+
+
+def _by_modules(name: str, modules: tuple[str, ...], extra: str) -> Backend:
+    missing = missing_modules(modules)
+    if missing:
+        return Backend(
+            name, False, f"missing: {', '.join(missing)}", f"pip install 'tiue-export[{extra}]'"
+        )
+    return Backend(name, True, "installed")
+
+
+def _ort(provider: str, name: str, extra: str) -> Backend:
+    remedy = f"pip install 'tiue-export[{extra}]'"
+    if missing_modules(("onnxruntime",)):
+        return Backend(name, False, "onnxruntime is not installed", remedy)
+    import onnxruntime
+
+    if provider not in onnxruntime.get_available_providers():
+        return Backend(
+            name,
+            False,
+            f"this onnxruntime ({onnxruntime.__version__}) was built without {provider}",
+            f"pip uninstall onnxruntime && {remedy}",
+        )
+    if provider == "CUDAExecutionProvider" and _gpu() is None:
+        return Backend(name, False, "no NVIDIA GPU found", "check the driver with nvidia-smi")
+    return Backend(name, True, f"onnxruntime {onnxruntime.__version__}")
+
+
+def _cpu() -> str:
+    name, features = platform.processor() or platform.machine(), []
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        pairs = (line.partition(":") for line in info.read_text().splitlines())
+        lines = {key.strip(): value.strip() for key, _, value in pairs}
+        name = lines.get("model name", name)
+        flags = (lines.get("flags") or lines.get("Features") or "").split()
+        features = [feature for feature in _CPU_FEATURES if feature in flags]
+    return f"{name}, {os.cpu_count()} cores" + (f", {' '.join(features)}" if features else "")
+
+
+def _memory() -> str:
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return "unknown"
+    lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+    sizes = [int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable")]
+    return f"{megabytes(sizes[0])}, {megabytes(sizes[1])} available"
+
+
+def _gpu() -> str | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

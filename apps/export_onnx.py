@@ -1,0 +1,204 @@
+"""`tiue-export onnx`: load, export with progress, print what was made and what it proved."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tiue_export.bundle import Bundle, check_target
+from tiue_export.registry import RUNTIMES, require
+
+from .tables import console, graph_table, megabytes, parity_table, print_json
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """The options of `tiue-export onnx`."""
+
+    ckpt: str
+    out: Path | None = None
+    base: str | None = None
+    precision: str = "fp32"
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    dynamic_batch: bool = False
+    steps: int | None = None
+    allow_other_steps: bool = False
+    family: str | None = None
+    hoist: str = "decoder"
+    merge_below: float = 0.0
+    allow_parity_loss: bool = False
+    dry_run: bool = False
+    force: bool = False
+    as_json: bool = False
+
+
+def run(request: ExportRequest) -> None:
+    """Export and print the result, or the plan for a dry run."""
+    require("exporting", ("onnx", "onnxscript", "onnxruntime", *RUNTIMES["torch"].needs), "export")
+    out = request.out or Path(f"{Path(request.ckpt).stem}-{request.precision}")
+    if not request.dry_run:
+        check_target(out, force=request.force)
+    bundle, stages, seconds = export(request, out)
+    if bundle is None:
+        return
+    if request.as_json:
+        print_json(
+            {
+                "bundle": str(out),
+                "seconds": round(seconds, 2),
+                "stages": stages,
+                "manifest": dataclasses.asdict(bundle.manifest),
+            }
+        )
+        return
+    for note in bundle.manifest.source.notes:
+        console.print(f"note: {note}")
+    console.print(graph_table(bundle.manifest))
+    console.print(parity_table(bundle.manifest.parity))
+    if bundle.manifest.parity_loss_allowed:
+        console.print("[bold yellow]A gate failed and was allowed; the manifest says so.[/]")
+    console.print(
+        f"[bold green]{out}[/]: {megabytes(bundle.size_bytes)} in {seconds:.0f} s, "
+        f"{bundle.manifest.width_px}x{bundle.manifest.height_px} px, "
+        f"K={bundle.manifest.schedule.steps}"
+    )
+    if len(bundle.manifest.graphs) == 4:
+        console.print(f'next:  tiue-export generate {out} "a red fox" --time', markup=False)
+    else:
+        console.print("This bundle holds the UNet graphs only; pass --base for the rest.")
+
+
+def export(
+    request: ExportRequest, out: Path
+) -> tuple[Bundle | None, list[dict[str, object]], float]:
+    """Load and export behind a progress bar; (None, [], 0) after a dry run printed its plan."""
+    from tiue_export.checkpoint import load_student
+    from tiue_export.export.onnx_bundle import Observer, StageReport, export_onnx, plan_export
+    from tiue_export.graphs import ExportOptions
+    from tiue_export.memory import PeakMemory
+
+    options = ExportOptions(
+        precision=request.precision,
+        height=request.height,
+        width=request.width,
+        batch=request.batch,
+        dynamic_batch=request.dynamic_batch,
+        hoist=request.hoist,
+        merge_below=request.merge_below,
+    )
+    start = time.perf_counter()
+    stages: list[dict[str, object]] = []
+    with _progress(quiet=request.as_json) as bar:
+
+        def on_done(report: StageReport) -> None:
+            stages.append(dataclasses.asdict(report))
+            bar.done(report.stage, report.seconds, report.peak_memory_bytes, report.size_bytes)
+
+        bar.begin("load student")
+        loading = time.perf_counter()
+        with PeakMemory() as memory:
+            student = load_student(
+                request.ckpt,
+                request.base,
+                family=request.family,
+                steps=request.steps,
+                allow_other_steps=request.allow_other_steps,
+                on_stage=lambda part: bar.begin(f"load {part}"),
+            )
+        on_done(StageReport("load student", time.perf_counter() - loading, memory.peak_bytes))
+        if request.dry_run:
+            _print_plan(plan_export(student, options), out, as_json=request.as_json)
+            return None, [], 0.0
+        graphs = 2 + (student.text_encoder is not None) + (student.vae is not None)
+        bar.expect(1 + graphs + 1 + graphs)  # load, export each, reference, verify each
+        bundle = export_onnx(
+            student,
+            out,
+            options,
+            force=request.force,
+            allow_parity_loss=request.allow_parity_loss,
+            observer=Observer(bar.begin, on_done),
+        )
+    return bundle, stages, time.perf_counter() - start
+
+
+def _print_plan(plan: object, out: Path, *, as_json: bool) -> None:
+    from tiue_export.export.onnx_bundle import Plan
+
+    assert isinstance(plan, Plan)
+    if as_json:
+        print_json({"bundle": str(out), **dataclasses.asdict(plan)})
+        return
+    table = Table(title="Plan (nothing was written)", title_justify="left", title_style="bold")
+    for column in ("graph", "inputs", "outputs", "weights"):
+        table.add_column(column, justify="left" if column == "graph" else "right")
+    for graph in plan.graphs:
+        table.add_row(
+            graph.name, str(graph.inputs), str(graph.outputs), megabytes(graph.weight_bytes)
+        )
+    console.print(table)
+    timesteps = ", ".join(map(str, plan.timesteps))
+    console.print(f"latents {plan.latent_shape}, K={plan.steps}, decoder rows at t = {timesteps}")
+    console.print(
+        f"disk {megabytes(plan.size_bytes)} at {out}, memory about {megabytes(plan.memory_bytes)}"
+    )
+
+
+class _Bar:
+    """Stages on standard error: a moving line on a terminal, one plain line each elsewhere."""
+
+    def __init__(self, progress: Progress | None, stderr: Console | None) -> None:
+        self._progress, self._stderr = progress, stderr
+        self._task = None if progress is None else progress.add_task("starting", total=None)
+
+    def expect(self, stages: int) -> None:
+        """The number of stages in all, once it is known."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, total=stages)
+
+    def begin(self, stage: str) -> None:
+        """A stage starts."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=stage)
+
+    def done(self, stage: str, seconds: float, peak_bytes: int, size_bytes: int) -> None:
+        """A stage ended."""
+        if self._stderr is None:
+            return
+        size = megabytes(size_bytes) if size_bytes else ""
+        self._stderr.print(
+            f"  {stage:<24}{seconds:7.1f} s   {size:>8}   peak memory {megabytes(peak_bytes)}",
+            highlight=False,
+        )
+        if self._progress is not None and self._task is not None:
+            self._progress.advance(self._task)
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[_Bar]:
+    if quiet:
+        yield _Bar(None, None)
+        return
+    stderr = Console(stderr=True)
+    if not sys.stderr.isatty():
+        yield _Bar(None, stderr)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        yield _Bar(progress, stderr)

@@ -1,0 +1,68 @@
+"""From exceptions to messages and exit codes: no traceback reaches a user."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+from tiue_export.errors import ResourceError, TiueError
+
+P = ParamSpec("P")
+_INTERRUPTED = 130
+_DEBUG = "TIUE_EXPORT_DEBUG"
+
+
+def explained(command: Callable[P, None]) -> Callable[P, None]:
+    """Run a command; print what went wrong, what was expected and what to type next, and exit.
+
+    With TIUE_EXPORT_DEBUG=1 exceptions pass through with their traceback.
+    """
+
+    @functools.wraps(command)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        if os.environ.get(_DEBUG):
+            command(*args, **kwargs)
+            return
+        try:
+            command(*args, **kwargs)
+        except TiueError as error:
+            _stop(error.message, error.next_step, error.exit_code)
+        except KeyboardInterrupt:
+            _stop("interrupted; nothing unfinished was kept", None, _INTERRUPTED)
+        except MemoryError:
+            _stop(
+                "memory ran out",
+                "Close other programs, or see the estimate of --dry-run.",
+                ResourceError.exit_code,
+            )
+        except BrokenPipeError:
+            # The reader of our output (head, less) has seen enough.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until exit
+            sys.exit(0)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                _stop("the disk is full", "Free some space.", ResourceError.exit_code)
+            where = f"{error.filename}: " if error.filename else ""
+            _stop(f"{where}{error.strerror or error}", None, ResourceError.exit_code)
+        except Exception as error:
+            _stop(
+                f"internal error: {type(error).__name__}: {str(error).strip()[:300]}",
+                f"This is a defect: please report it with the output of {_DEBUG}=1 and "
+                "`tiue-export doctor --json`.",
+                TiueError.exit_code,
+            )
+
+    return guarded
+
+
+def _stop(message: str, next_step: str | None, exit_code: int) -> None:
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    label = "\033[1;31merror:\033[0m" if colour else "error:"
+    print(f"{label} {message}", file=sys.stderr)
+    if next_step:
+        print(f"  next: {next_step}", file=sys.stderr)
+    sys.exit(exit_code)

@@ -1,0 +1,196 @@
+"""`tiue-export generate`: prompts to PNG files with their parameters inside."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from tiue_export._version import __version__
+from tiue_export.bundle import Bundle, disk_errors, open_bundle
+from tiue_export.errors import UsageError
+from tiue_export.noise import noise_from_file, noise_from_seed
+from tiue_export.picture import save_png
+from tiue_export.pipeline import Picture, Pipeline
+from tiue_export.specs import RuntimeOptions
+
+from .tables import console, print_json
+
+_SLUG_LENGTH = 40
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """The options of `tiue-export generate`."""
+
+    bundle: Path
+    prompts: tuple[str, ...] = ()
+    prompts_file: Path | None = None
+    seed: int = 0
+    count: int = 1
+    out: Path = Path("pictures")
+    latents: Path | None = None
+    time_stages: bool = False
+    runtime: str = "ort"
+    device: str = "auto"
+    threads: int | None = None
+    low_memory: bool = False
+    ckpt: str | None = None
+    base: str | None = None
+    force: bool = False
+    as_json: bool = False
+
+
+def run(request: GenerateRequest) -> None:
+    """Draw and write every picture; existing files are refused before anything is drawn."""
+    prompts = [*request.prompts, *_prompts_from(request.prompts_file)]
+    if not prompts:
+        raise UsageError(
+            "no prompt was given", 'Type one in quotes: tiue-export generate BUNDLE "a red fox"'
+        )
+    paths = _paths(request, prompts)
+    start = time.perf_counter()
+    bundle = open_bundle(request.bundle)
+    noise = None
+    if request.latents is not None:
+        shape = (1, *(int(side) for side in bundle.manifest.latent_shape[1:]))
+        noise = noise_from_file(request.latents, shape)
+    else:
+        noise_from_seed(request.seed, (request.count, 1))  # refuses a seed out of range early
+    options = RuntimeOptions(
+        request.device, request.threads, request.low_memory, request.ckpt, request.base
+    )
+    written: list[Path] = []
+    with Pipeline.open(bundle, request.runtime, options) as pipeline:
+        _warn_of_cut_prompts(pipeline, prompts)
+        opened = time.perf_counter()
+
+        def write(picture: Picture) -> None:
+            path = paths[len(written)]
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_png(picture.image, path, _parameters(picture, bundle, pipeline, request))
+            written.append(path)
+            if not request.as_json:
+                console.print(str(path), markup=False, highlight=False)
+
+        result = pipeline(
+            prompts, seed=request.seed, count=request.count, latents=noise, on_picture=write
+        )
+        device = f"{pipeline.runtime.name} {pipeline.runtime.device}"
+    drawn = time.perf_counter()
+    if request.as_json:
+        print_json(
+            {
+                "runtime": device,
+                "pictures": [
+                    {"path": str(path), "prompt": picture.prompt, "seed": picture.seed}
+                    for path, picture in zip(written, result.pictures, strict=True)
+                ],
+                "open_ms": round((opened - start) * 1e3, 1),
+                "draw_ms": round((drawn - opened) * 1e3, 1),
+                "stage_latency_ms": result.stage_latency_ms,
+            }
+        )
+    elif request.time_stages:
+        console.print(_time_table(result.stage_latency_ms, device))
+        console.print(
+            f"opened in {opened - start:.2f} s (hashes verified), "
+            f"{len(written)} picture(s) in {drawn - opened:.2f} s"
+        )
+
+
+def _prompts_from(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--prompts {path} cannot be read as UTF-8 text: {error}", "Write one prompt a line."
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(f"--prompts {path} holds no prompt", "Write one prompt a line.")
+    return prompts
+
+
+def _paths(request: GenerateRequest, prompts: list[str]) -> list[Path]:
+    """One path per picture, in drawing order; none may exist without --force."""
+    total = len(prompts) * request.count
+    if request.out.suffix.lower() == ".png":
+        if total != 1:
+            raise UsageError(
+                f"--out {request.out} names one picture, the request makes {total}",
+                "Give --out a folder.",
+            )
+        paths = [request.out]
+    else:
+        paths = [
+            request.out / f"{number:04d}-{_slug(prompt)}-seed{request.seed + i}.png"
+            for number, prompt in enumerate(prompts)
+            for i in range(request.count)
+        ]
+    existing = [path for path in paths if path.exists()]
+    if existing and not request.force:
+        raise UsageError(
+            f"{existing[0]} exists already"
+            + (f", and {len(existing) - 1} more" if len(existing) > 1 else ""),
+            "Pass --force to replace, or another --out.",
+        )
+    return paths
+
+
+def _slug(prompt: str) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return words[:_SLUG_LENGTH].strip("-") or "prompt"
+
+
+def _warn_of_cut_prompts(pipeline: Pipeline, prompts: list[str]) -> None:
+    length = pipeline.tokenizer.length
+    for prompt in prompts:
+        tokens = pipeline.tokenizer.token_count(prompt)
+        if tokens > length:
+            from rich.console import Console
+
+            Console(stderr=True).print(
+                f"[yellow]note:[/] a prompt has {tokens} tokens, the last {tokens - length} are "
+                f"cut: {prompt[:50]!r}..."
+            )
+
+
+def _parameters(
+    picture: Picture, bundle: Bundle, pipeline: Pipeline, request: GenerateRequest
+) -> dict[str, object]:
+    manifest = bundle.manifest
+    parameters: dict[str, object] = {
+        "prompt": picture.prompt,
+        "seed": picture.seed,
+        "steps": manifest.schedule.steps,
+        "size": f"{manifest.width_px}x{manifest.height_px}",
+        "model": manifest.source.name,
+        "model_hash": manifest.source.sha256[:10],
+        "precision": manifest.precision,
+        "runtime": f"{pipeline.runtime.name} {pipeline.runtime.device}",
+        "version": f"tiue-export {__version__}",
+    }
+    if request.latents is not None:
+        parameters["latents"] = request.latents.name
+        del parameters["seed"]
+    return parameters
+
+
+def _time_table(stages: Mapping[str, list[float]], device: str) -> Table:
+    table = Table(title=f"Time on {device}", title_justify="left", title_style="bold")
+    table.add_column("stage")
+    for column in ("first ms", "median ms", "runs"):
+        table.add_column(column, justify="right")
+    for stage, latencies in stages.items():
+        median = statistics.median(latencies[1:] or latencies)
+        table.add_row(stage, f"{latencies[0]:.0f}", f"{median:.0f}", str(len(latencies)))
+    return table

@@ -1,0 +1,74 @@
+"""`tiue-export inspect`: a verified bundle as a page a person reads, or its manifest as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from rich.table import Table
+
+from tiue_export.bundle import Bundle, open_bundle
+
+from .tables import console, graph_table, megabytes, parity_table, print_json
+
+
+def run(path: Path, as_json: bool) -> None:
+    """Open (which verifies every file) and print."""
+    bundle = open_bundle(path)
+    if as_json:
+        print_json(dataclasses.asdict(bundle.manifest))
+        return
+    console.print(_facts(bundle))
+    console.print(_constants(bundle))
+    console.print(graph_table(bundle.manifest))
+    console.print(parity_table(bundle.manifest.parity))
+
+
+def _facts(bundle: Bundle) -> Table:
+    manifest, source = bundle.manifest, bundle.manifest.source
+    table = Table(
+        title=str(bundle.root), title_justify="left", title_style="bold", show_header=False
+    )
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    weights = f"{source.dtype}, {source.layout} names" + (", EMA" if source.ema else "")
+    batch = "any" if manifest.batch is None else str(manifest.batch)
+    hoisting = {"none": "none (naive decoder)"}.get(
+        manifest.hoisted, f"into the {manifest.hoisted}"
+    )
+    rows = [
+        ("student", f"{source.name} ({source.family}; {weights})"),
+        ("weights sha256", source.sha256),
+        ("picture", f"{manifest.width_px}x{manifest.height_px} px, batch {batch}"),
+        ("precision", manifest.precision),
+        ("hoisting", hoisting),
+        ("VAE scaling", str(manifest.vae_scaling_factor)),
+        ("parts from", ", ".join(f"{part}: {place}" for part, place in source.parts.items())),
+        ("licence", source.licence or "not recorded in the checkpoint"),
+        ("notes", "; ".join(source.notes)),
+        ("size", f"{megabytes(bundle.size_bytes)}, every SHA-256 verified"),
+        (
+            "made by",
+            ", ".join([manifest.created_by, *(f"{k} {v}" for k, v in manifest.tools.items())]),
+        ),
+    ]
+    for name, value in rows:
+        if value:
+            table.add_row(name, value)
+    return table
+
+
+def _constants(bundle: Bundle) -> Table:
+    schedule = bundle.manifest.schedule
+    title = f"Eq. 11, K={schedule.steps}, {schedule.prediction_type}, {schedule.timestep_spacing}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("term")
+    table.add_column("timestep", justify="right")
+    table.add_column("coefficient", justify="right")
+    table.add_row("noise", "", f"{schedule.noise_coefficient:+.9f}")
+    rows = zip(schedule.timesteps, schedule.output_coefficients, strict=True)
+    for row, (timestep, weight) in enumerate(rows):
+        table.add_row(f"decoder row {row}", str(timestep), f"{weight:+.9f}")
+    for timestep in schedule.merged_timesteps:
+        table.add_row("merged", str(timestep), "into its neighbour")
+    return table

@@ -1,0 +1,29 @@
+"""`tiue-export parity`: does this runtime, on this machine, still draw what the student draws?"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from tiue_export.bundle import open_bundle
+from tiue_export.parity import load_reference, measure_runtime, require_passed
+from tiue_export.registry import open_runtime
+from tiue_export.specs import RuntimeOptions
+
+from .tables import console, parity_table, print_json
+
+
+def run(path: Path, runtime_name: str, options: RuntimeOptions, as_json: bool) -> None:
+    """Measure, print, and end with exit code 7 if a gate fails."""
+    bundle = open_bundle(path)
+    reference = load_reference(bundle)
+    runtime = open_runtime(runtime_name, bundle, options)
+    try:
+        records = measure_runtime(bundle, runtime, reference)
+    finally:
+        runtime.close()
+    if as_json:
+        print_json([{**dataclasses.asdict(r), "passed": r.passed} for r in records])
+    else:
+        console.print(parity_table(records, f"{path} against its fp32 student"))
+    require_passed(records)

@@ -1,0 +1,1 @@
+"""Calibration data and quantization (to come); nothing is exported from here yet."""

@@ -1,0 +1,5 @@
+"""`python -m tiue_export` is the same as `tiue-export`."""
+
+from tiue_export.registry import run_command_line
+
+run_command_line()

@@ -1,0 +1,299 @@
+"""Student -> verified ONNX bundle: export every graph, capture the reference, measure each hop."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tiue_export._version import __version__
+from tiue_export.bundle import (
+    MANIFEST_FILE,
+    REFERENCE_FILE,
+    Bundle,
+    check_target,
+    file_records,
+    new_bundle,
+    open_bundle,
+    records_below,
+)
+from tiue_export.export.to_onnx import MODEL_FILE, OPSET, onnx_from_graph
+from tiue_export.export.tokenizer_files import write_tokenizer
+from tiue_export.graphs import (
+    ExportOptions,
+    Graph,
+    build_graphs,
+    exported_schedule,
+    latent_shape,
+    text_shape,
+    vae_scale,
+    vae_scaling_factor,
+)
+from tiue_export.manifest import FORMAT_VERSION, GraphRecord, Manifest, ParityRecord
+from tiue_export.memory import PeakMemory
+from tiue_export.parity import (
+    CHAIN_OUTPUTS,
+    measure_graph,
+    parity_record,
+    require_passed,
+    with_dtypes,
+)
+from tiue_export.reference import Capture, capture
+from tiue_export.registry import open_runtime, require
+from tiue_export.specs import (
+    BATCH,
+    TEXT_ENCODER,
+    UNET_DECODER,
+    UNET_GRAPHS,
+    VAE_DECODER,
+    Runtime,
+    RuntimeOptions,
+)
+from tiue_export.student import Student
+from tiue_export.tokenizer import Tokenizer, open_tokenizer
+
+_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One finished stage ("export NAME", "verify NAME"): what it wrote, the memory it needed."""
+
+    stage: str
+    seconds: float
+    peak_memory_bytes: int
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """What exporting one graph will write."""
+
+    name: str
+    inputs: int
+    outputs: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `--dry-run` prints. Memory is an estimate; see `plan_export`."""
+
+    graphs: tuple[GraphPlan, ...]
+    latent_shape: tuple[int, ...]
+    steps: int
+    timesteps: tuple[int, ...]
+    size_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Observer:
+    """How an export tells of its progress; the default tells nobody."""
+
+    on_start: Callable[[str], None] = lambda stage: None
+    on_done: Callable[[StageReport], None] = lambda report: None
+
+
+def plan_export(student: Student, options: ExportOptions) -> Plan:
+    """What an export would write and need, without writing anything."""
+    graphs = build_graphs(student, options)
+    size_bytes = sum(graph.weight_bytes for graph in graphs)
+    loaded = sum(p.numel() * p.element_size() for p in student.parameters())
+    parameters = sum(p.numel() for p in student.unet.parameters())
+    # Measured at SD 2.1-base size: the float32 reference of the UNet and its decoder's
+    # activations on top of the checkpoint decide the peak; libraries take about 1 GB.
+    memory_bytes = int(1.0e9 + loaded + 4 * parameters + 0.1 * size_bytes)
+    schedule = exported_schedule(student, options)
+    return Plan(
+        tuple(
+            GraphPlan(g.spec.name, len(g.spec.inputs), len(g.spec.outputs), g.weight_bytes)
+            for g in graphs
+        ),
+        latent_shape(student, options),
+        schedule.steps,
+        schedule.timesteps,
+        size_bytes,
+        memory_bytes,
+    )
+
+
+def export_onnx(
+    student: Student,
+    out: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    force: bool = False,
+    allow_parity_loss: bool = False,
+    observer: Observer | None = None,
+) -> Bundle:
+    """Export `student` to a bundle at `out` and return it, verified.
+
+    Every graph is run by ONNX Runtime on captured inputs and held against the fp32 student; a
+    gate that fails raises `ParityError` and leaves nothing, unless `allow_parity_loss`.
+    """
+    options, observer = options or ExportOptions(), observer or Observer()
+    require("checking an export", ("onnxruntime",), "export")
+    check_target(out, force=force)
+    with new_bundle(out, force=force) as folder:
+        tokenizer = _write_parts(student, options, folder)
+        graphs = {}
+        for group in ((TEXT_ENCODER,), UNET_GRAPHS, (VAE_DECODER,)):
+            for graph in build_graphs(student, options, only=group):
+                name = graph.spec.name
+                graphs[name] = _export_graph(graph, folder, options, observer)
+        captured = _capture(student, options, tokenizer, folder, observer)
+        bundle = Bundle(folder, _manifest(student, options, graphs, folder))
+        records = [*captured.hops, *_measure(bundle, captured, options, observer)]
+        if not allow_parity_loss:
+            require_passed(records)
+        lost = any(not record.passed for record in records)
+        manifest = replace(bundle.manifest, parity=tuple(records), parity_loss_allowed=lost)
+        (folder / MANIFEST_FILE).write_text(manifest.to_json(), "utf-8")
+    return open_bundle(out)
+
+
+def _export_graph(
+    graph: Graph, folder: Path, options: ExportOptions, observer: Observer
+) -> GraphRecord:
+    name = graph.spec.name
+    with _stage(observer, f"export {name}") as done:
+        onnx_from_graph(graph, folder / name)
+        files = records_below(folder, name)
+        done["size_bytes"] = sum(record.size_bytes for record in files.values())
+    return GraphRecord(
+        path=f"{name}/{MODEL_FILE}",
+        inputs=graph.spec.inputs,
+        outputs=graph.spec.outputs,
+        precision=options.precision,
+        opset=OPSET,
+        files=files,
+    )
+
+
+def _capture(
+    student: Student,
+    options: ExportOptions,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    observer: Observer,
+) -> Capture:
+    with _stage(observer, "verify student in fp32"):
+        captured = capture(student, options, tokenizer)
+        captured.reference.save(folder / REFERENCE_FILE)
+    return captured
+
+
+def _measure(
+    bundle: Bundle, captured: Capture, options: ExportOptions, observer: Observer
+) -> list[ParityRecord]:
+    """Each graph on the student's own inputs, and all graphs as one chain from the token ids on.
+
+    One graph is open at a time, and serves both: at full size two would not fit beside torch.
+    """
+    known, inputs = captured.reference.arrays, captured.reference.inputs
+    hop, kind = f"ONNX {options.precision}", options.precision
+    graphs: list[ParityRecord] = []
+    chain: list[ParityRecord] = []
+    pool = dict(known)
+    for name, (feeds, expected) in captured.graph_io.items():
+        with _stage(observer, f"verify {name}"), _ort(bundle) as runtime:
+            spec = bundle.spec(name)
+            graphs.append(
+                measure_graph(runtime, spec, with_dtypes(spec, feeds), expected, hop, kind, inputs)
+            )
+            outputs = runtime.run(name, with_dtypes(spec, pool))
+        pool.update(outputs)
+        if name == TEXT_ENCODER:
+            pool["encoder_hidden_states"] = outputs["last_hidden_state"]
+        for tensor, stage in CHAIN_OUTPUTS.get(name, {}).items():
+            reference, value = known[stage], outputs[tensor].astype("float32")
+            chain.append(parity_record(f"{hop} chain", stage, reference, value, kind, inputs))
+        if name == UNET_DECODER:
+            scaled = outputs["latents"] / bundle.manifest.vae_scaling_factor
+            pool["latent_sample"] = scaled.astype("float32")
+            # From here on "sample" names the picture; the noise has been used.
+            del pool["sample"]
+    return graphs + chain
+
+
+@contextmanager
+def _ort(bundle: Bundle) -> Iterator[Runtime]:
+    runtime = open_runtime("ort", bundle, RuntimeOptions(device="cpu", low_memory=True))
+    try:
+        yield runtime
+    finally:
+        runtime.close()
+
+
+@contextmanager
+def _stage(observer: Observer, stage: str) -> Iterator[dict[str, int]]:
+    observer.on_start(stage)
+    facts: dict[str, int] = {}
+    start = time.perf_counter()
+    with PeakMemory() as memory:
+        yield facts
+    seconds = time.perf_counter() - start
+    observer.on_done(StageReport(stage, seconds, memory.peak_bytes, facts.get("size_bytes", 0)))
+
+
+def _write_parts(student: Student, options: ExportOptions, folder: Path) -> Tokenizer | None:
+    """Configurations and tokenizer, in the layout that optimum and diffusers read."""
+    _write_json(folder / "scheduler" / "scheduler_config.json", student.scheduler_config)
+    index: dict[str, Any] = {
+        "_class_name": "TiUEPipeline",
+        "scheduler": ["diffusers", student.scheduler_config.get("_class_name", "DDIMScheduler")],
+    }
+    if student.vae is not None:
+        config = {k: v for k, v in student.vae.config.items() if k != "_name_or_path"}
+        config["_class_name"] = type(student.vae).__name__
+        _write_json(folder / "vae_decoder" / "config.json", config)
+        index["vae"] = ["diffusers", type(student.vae).__name__]
+    tokenizer = None
+    if student.text_encoder is not None and student.tokenizer_folder is not None:
+        config = student.text_encoder.config.to_diff_dict()
+        config.pop("_name_or_path", None)
+        _write_json(folder / "text_encoder" / "config.json", config)
+        length = text_shape(student, options)[1]
+        write_tokenizer(student.tokenizer_folder, folder / "tokenizer", length)
+        index["text_encoder"] = ["transformers", "CLIPTextModel"]
+        index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+        tokenizer = open_tokenizer(folder / "tokenizer" / "tokenizer.json", length)
+    _write_json(folder / "model_index.json", index)
+    return tokenizer
+
+
+def _manifest(
+    student: Student, options: ExportOptions, graphs: Mapping[str, GraphRecord], folder: Path
+) -> Manifest:
+    latents: tuple[int | str, ...] = latent_shape(student, options)
+    text: tuple[int | str, ...] = text_shape(student, options)
+    if options.dynamic_batch:
+        latents, text = (BATCH, *latents[1:]), (BATCH, *text[1:])
+    in_graphs = {name for record in graphs.values() for name in record.files}
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        created_by=f"tiue-export {__version__}",
+        source=student.source,
+        schedule=exported_schedule(student, options),
+        latent_shape=latents,
+        text_shape=text,
+        vae_scale=vae_scale(student),
+        vae_scaling_factor=vae_scaling_factor(student),
+        precision=options.precision,
+        hoisted=options.hoist,
+        graphs=graphs,
+        files=file_records(folder, [name for name in names if name not in in_graphs]),
+        tools={name: metadata.version(name) for name in _TOOLS},
+    )
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2, sort_keys=True, default=str) + "\n", "utf-8")

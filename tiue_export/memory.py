@@ -1,0 +1,36 @@
+"""Peak resident memory of this process over a stretch of work, by sampling."""
+
+from __future__ import annotations
+
+import threading
+
+import psutil
+
+_INTERVAL_S = 0.02
+
+
+class PeakMemory:
+    """Context manager; afterwards `peak_bytes` is the largest resident size seen.
+
+    Resident size counts memory-mapped weights while they are in memory, so it is what the machine
+    must hold, not what was allocated.
+    """
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self.peak_bytes = self._process.memory_info().rss
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_INTERVAL_S):
+            self.peak_bytes = max(self.peak_bytes, self._process.memory_info().rss)

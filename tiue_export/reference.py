@@ -1,0 +1,198 @@
+"""The fp32 student run on real prompts: what every exported graph is held against.
+
+Each graph gets its feeds from the graph before it, so all inputs are captured, none invented. The
+parts are run and freed one after the other: at full size they would not fit side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiue_export.graphs import (
+    ExportOptions,
+    Graph,
+    build_graphs,
+    exported_schedule,
+    latent_shape,
+    text_shape,
+    vae_scaling_factor,
+)
+from tiue_export.lowering import copied
+from tiue_export.manifest import ParityRecord
+from tiue_export.noise import noise_from_seed
+from tiue_export.parity import PROMPTS, Reference, parity_record
+from tiue_export.specs import (
+    TEXT_ENCODER,
+    UNET_DECODER,
+    UNET_GRAPHS,
+    VAE_DECODER,
+    Array,
+)
+from tiue_export.student import Student
+from tiue_export.tokenizer import Tokenizer
+
+GraphIO = tuple[dict[str, Array], dict[str, Array]]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The stored reference, every graph's (feeds, outputs) in float32, and the torch-side hops."""
+
+    reference: Reference
+    graph_io: Mapping[str, GraphIO]
+    hops: list[ParityRecord]
+
+
+def capture(
+    student: Student,
+    options: ExportOptions,
+    tokenizer: Tokenizer | None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Capture:
+    """Run the student in float32 on PROMPTS and seeds 0, 1, ...; measure split and hoisting."""
+    options = replace(options, precision="fp32")
+    shape = latent_shape(student, options)
+    known: dict[str, Array] = {"sample": noise_from_seed(0, shape)}
+    graph_io: dict[str, GraphIO] = {}
+    inputs = _capture_text(student, options, tokenizer, known, graph_io)
+    on_stage("split and closed form")
+    hops = _capture_unet(student, options, known, graph_io, inputs, on_stage)
+    on_stage("reference picture")
+    _capture_vae(student, options, known, graph_io)
+    return Capture(Reference(known, inputs), graph_io, hops)
+
+
+def _capture_text(
+    student: Student,
+    options: ExportOptions,
+    tokenizer: Tokenizer | None,
+    known: dict[str, Array],
+    graph_io: dict[str, GraphIO],
+) -> str:
+    batch, length, width = text_shape(student, options)
+    if student.text_encoder is None or tokenizer is None:
+        # A text encoder ends in a LayerNorm: its output has about unit variance per token.
+        random = np.random.RandomState(0).standard_normal((batch, length, width))
+        known["encoder_hidden_states"] = random.astype(np.float32)
+        return "Gaussian text embedding (the checkpoint has no text encoder), seeded noise"
+    prompts = [PROMPTS[row % len(PROMPTS)] for row in range(batch)]
+    known["input_ids"] = tokenizer(prompts)
+    part = _part_of(student, text_encoder=student.text_encoder)
+    (graph,) = build_graphs(part, options, only=(TEXT_ENCODER,))
+    feeds, outputs = _run(graph, known)
+    graph_io[TEXT_ENCODER] = feeds, outputs
+    known["encoder_hidden_states"] = outputs["last_hidden_state"]
+    return f"{min(batch, len(PROMPTS))} real prompt(s), seeded noise"
+
+
+def _capture_unet(
+    student: Student,
+    options: ExportOptions,
+    known: dict[str, Array],
+    graph_io: dict[str, GraphIO],
+    inputs: str,
+    on_stage: Callable[[str], None],
+) -> list[ParityRecord]:
+    wide = _part_of(student, unet=copied_unet(student.unet))
+    noise = torch.from_numpy(known["sample"])
+    text = torch.from_numpy(known["encoder_hidden_states"])
+    with torch.no_grad():
+        unsplit = wide.unet(noise, wide.schedule.timesteps[0], text).sample
+        features = wide.encode(noise, text)
+        outputs = wide.decode(features, text)
+        latents = wide.combine(noise, outputs)
+        loop = scheduler_loop(wide, noise, outputs)
+    del features
+    first = outputs[: len(noise)]
+    hops = [
+        parity_record("split", "row 0 / unsplit UNet", _np(unsplit), _np(first), "split", inputs),
+        parity_record(
+            "closed form", "latents / DDIM loop", _np(loop), _np(latents), "split", inputs
+        ),
+    ]
+    on_stage("reference features and latents")
+    merged = exported_schedule(student, options).merged_timesteps
+    pool = dict(known)
+    for graph in build_graphs(wide, options, only=UNET_GRAPHS):
+        graph_io[graph.spec.name] = _run(graph, pool)
+        pool.update(graph_io[graph.spec.name][1])
+    if options.hoist != "none" or merged:
+        subject = "latents / naive student"
+        hop, kind = (
+            (f"merged t={','.join(map(str, merged))}", None) if merged else ("hoisted", "split")
+        )
+        value = graph_io[UNET_DECODER][1]["latents"]
+        hops.append(parity_record(hop, subject, _np(latents), value, kind, inputs))
+    known["latents"] = graph_io[UNET_DECODER][1]["latents"]
+    known["latent_sample"] = (known["latents"] / vae_scaling_factor(student)).astype(np.float32)
+    return hops
+
+
+def _capture_vae(
+    student: Student,
+    options: ExportOptions,
+    known: dict[str, Array],
+    graph_io: dict[str, GraphIO],
+) -> None:
+    if student.vae is None:
+        return
+    part = _part_of(student, vae=student.vae)
+    (graph,) = build_graphs(part, options, only=(VAE_DECODER,))
+    feeds, outputs = _run(graph, known)
+    graph_io[VAE_DECODER] = feeds, outputs
+    known["picture"] = outputs["sample"]
+
+
+def scheduler_loop(student: Student, noise: Tensor, outputs: Tensor) -> Tensor:
+    """The official loop: diffusers' DDIM scheduler stepped through the K outputs (K*B, 4, H, W)."""
+    from diffusers import DDIMScheduler
+
+    config = {
+        "clip_sample": False,
+        "thresholding": False,
+        **{k: v for k, v in student.scheduler_config.items() if not k.startswith(("_", "tiue_"))},
+    }
+    scheduler: Any = DDIMScheduler.from_config(config)
+    scheduler.set_timesteps(student.schedule.steps)
+    latents = noise
+    rows = outputs.float().reshape(student.schedule.steps, *noise.shape)
+    for timestep, output in zip(scheduler.timesteps, rows, strict=True):
+        latents = scheduler.step(output, timestep, latents).prev_sample
+    return latents
+
+
+def copied_unet(unet: Any) -> Any:
+    """The UNet in float32; weights that are float32 already are shared."""
+    # The plain diffusers modules are wanted here, with their own attention and upsampling.
+    return unet if unet.dtype == torch.float32 else copied(unet, torch.float32, plain=False)
+
+
+def _part_of(student: Student, **parts: Any) -> Student:
+    """A student of some parts only, so that building its graphs costs only those."""
+    return Student(
+        parts.get("unet", student.unet),
+        student.schedule,
+        source=student.source,
+        scheduler_config=student.scheduler_config,
+        text_encoder=parts.get("text_encoder"),
+        vae=parts.get("vae"),
+    ).eval()
+
+
+def _run(graph: Graph, pool: Mapping[str, Array]) -> GraphIO:
+    feeds = graph.spec.select(pool)
+    with torch.no_grad():
+        outputs = graph.module(*(torch.from_numpy(array) for array in feeds.values()))
+    names = [spec.name for spec in graph.spec.outputs]
+    return feeds, {n: _np(o) for n, o in zip(names, outputs, strict=True)}
+
+
+def _np(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().float().numpy()
+    return array
