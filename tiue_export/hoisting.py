@@ -236,9 +236,8 @@ class Rows(nn.Module):
         x = self.conv2(self.act(self.norm2(x)))
         shortcut: Tensor = shared[f"{self.name}_shortcut"]
         if self.conv_shortcut is None:
-            joined = torch.cat([hidden, shortcut.repeat(steps, 1, 1, 1)], 1)
-            return joined + x
-        return add_to_rows(x + self.conv_shortcut(hidden), shortcut, steps)
+            return torch.cat([hidden, shortcut.repeat(steps, 1, 1, 1)], 1).add(x)
+        return add_to_rows(self.conv_shortcut(hidden).add(x), shortcut, steps)
 
 
 class SharedTextAttention(Attention):

@@ -283,11 +283,13 @@ def _truncated(path: Path, size_bytes: int, promised_bytes: int) -> CheckpointEr
 
 def _pickle_error(path: Path) -> CheckpointError:
     target = path.with_suffix(".safetensors")
+    if target == path:
+        target = path.with_name(f"{path.stem}-converted.safetensors")
     return CheckpointError(
         f"{path} is a pickle, which can run any code when opened; expected .safetensors",
         "Convert it once, where you trust the file:\n"
         '  python -c "import torch, safetensors.torch as s; '
-        f"d = torch.load('{path}', map_location='cpu', weights_only=True); "
+        f"d = torch.load(open('{path}', 'rb'), map_location='cpu', weights_only=True); "
         "d = d.get('state_dict', d); "
         "s.save_file({k: v.contiguous().clone() for k, v in d.items() if hasattr(v, 'shape')}, "
         f"'{target}')\"",

@@ -1,0 +1,42 @@
+"""Tiny real models, made once per session: a pipeline on disk, its student, its bundle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("TIUE_EXPORT_DEBUG", None)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers pipeline folder of the tiny family, fp32, seeded."""
+    from tiue_export.synthetic import write_synthetic_pipeline
+
+    return write_synthetic_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline", "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tiny_pipeline: Path):
+    """The student of `tiny_pipeline`. Shared: do not change it."""
+    from tiue_export import load_student
+
+    return load_student(tiny_pipeline)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_student, tmp_path_factory: pytest.TempPathFactory):
+    """A verified fp32 bundle. Shared: copy it before damaging it."""
+    from tiue_export import export_onnx
+
+    return export_onnx(tiny_student, tmp_path_factory.mktemp("bundles") / "tiny-fp32")
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle, tmp_path: Path) -> Path:
+    """A bundle folder of one's own."""
+    return Path(shutil.copytree(tiny_bundle.root, tmp_path / "bundle"))

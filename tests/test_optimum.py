@@ -1,0 +1,76 @@
+"""`optimum-cli export tiue`: optimum finds our plugin in an installed wheel, and it exports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tiue_export.bundle import open_bundle
+from tiue_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from packaging_fixtures import Installation
+
+pytest_plugins = ["packaging_fixtures"]
+pytestmark = pytest.mark.slow
+OPTIMUM_CLI = ("-m", "optimum.commands.optimum_cli")
+
+
+@pytest.fixture(autouse=True)
+def _needs_optimum() -> None:
+    pytest.importorskip("optimum.commands.optimum_cli", reason="optimum is not installed")
+
+
+def test_optimum_lists_our_command_once(installation: Installation, tmp_path: Path) -> None:
+    done = installation.run(*OPTIMUM_CLI, "export", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(None, 1) for line in done.stdout.splitlines() if line.startswith("    ")]
+    assert ["tiue", "Export a TiUE student to a verified ONNX bundle."] in rows
+    assert "conflicting" not in done.stderr
+
+
+def test_optimum_loads_the_plugin_of_the_wheel_without_torch(
+    installation: Installation, tmp_path: Path
+) -> None:
+    code = (
+        "import json, sys\n"
+        "from optimum.commands.optimum_cli import load_optimum_namespace_cli_commands\n"
+        "load_optimum_namespace_cli_commands()\n"
+        "from optimum.commands.register import register_tiue\n"
+        "print(json.dumps([register_tiue.__file__, sorted(sys.modules)]))"
+    )
+    done = installation.run("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    file, loaded = json.loads(done.stdout.splitlines()[-1])
+    assert file.startswith(str(installation.site))
+    assert not {"tiue_export", "diffusers", "onnx"} & set(loaded)
+
+
+def test_optimum_writes_a_bundle_that_opens(
+    installation: Installation, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    arguments = ["--model", str(tiny_pipeline), "--dtype", "fp32", "out"]
+    done = installation.run(*OPTIMUM_CLI, "export", "tiue", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    bundle = open_bundle(tmp_path / "out")
+    assert set(bundle.manifest.graphs) == {
+        "text_encoder",
+        "unet_encoder",
+        "unet_decoder",
+        "vae_decoder",
+    }
+    assert all(record.passed for record in bundle.manifest.parity)
+
+
+def test_optimum_passes_our_errors_on_without_a_traceback(
+    installation: Installation, tmp_path: Path
+) -> None:
+    arguments = ["--model", str(tmp_path / "absent"), "out"]
+    done = installation.run(*OPTIMUM_CLI, "export", "tiue", *arguments, cwd=tmp_path)
+    assert done.returncode == UsageError.exit_code
+    assert "absent" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
