@@ -32,7 +32,7 @@ def run(out: Path, force: bool) -> None:
     (out / _MARK).touch()
     console.print("[bold]1. a tiny student[/] (random weights: the picture will be abstract)")
     checkpoint = demo_checkpoint(out / "student")
-    console.print(f"   {checkpoint}\n")
+    console.print(f"   {checkpoint}\n", markup=False)
     bundle = out / "bundle"
     console.print("[bold]2. export and proof[/]  tiue-export onnx --precision fp32")
     export_onnx(ExportRequest(str(checkpoint), bundle, precision="fp32", force=True))

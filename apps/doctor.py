@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from tiue_export._version import __version__
@@ -54,7 +55,7 @@ def run(as_json: bool) -> None:
     about.add_column(style="dim", no_wrap=True)
     about.add_column(overflow="fold")
     for name, value in machine.items():
-        about.add_row(name, value)
+        about.add_row(name, escape(value))
     about.add_row("packages", ", ".join(f"{n} {v}" for n, v in packages.items() if v))
     console.print(about)
     table = Table(title="What works here", title_justify="left", title_style="bold")
@@ -62,7 +63,7 @@ def run(as_json: bool) -> None:
         table.add_column(column, overflow="fold")
     for backend in backends:
         mark = "[green]yes[/]" if backend.usable else "[yellow]no[/]"
-        table.add_row(mark, backend.name, backend.detail, backend.remedy)
+        table.add_row(mark, *map(escape, (backend.name, backend.detail, backend.remedy)))
     console.print(table)
     for problem in problems:
         console.print(f"[bold red]problem:[/] {problem}")
@@ -101,7 +102,9 @@ def check_backends() -> list[Backend]:
         _ort("CPUExecutionProvider", "run: ort on cpu", "ort"),
         _ort("CUDAExecutionProvider", "run: ort on cuda", "gpu"),
         _by_modules("run: torch reference", RUNTIMES["torch"].needs, "export"),
-        _by_modules("optimum-cli export tiue", ("optimum", "torch", "diffusers"), "optimum"),
+        _by_modules(
+            "optimum-cli export tiue", ("optimum.exporters", "torch", "diffusers"), "optimum"
+        ),
     ]
 
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tiue_export.bundle import Bundle, check_target
 from tiue_export.registry import RUNTIMES, require
+from tiue_export.weight_container import check_checkpoint_path
 
 from .tables import console, graph_table, megabytes, parity_table, print_json
 
@@ -46,6 +48,7 @@ class ExportRequest:
 def run(request: ExportRequest) -> None:
     """Export and print the result, or the plan for a dry run."""
     require("exporting", ("onnx", "onnxscript", "onnxruntime", *RUNTIMES["torch"].needs), "export")
+    check_checkpoint_path(request.ckpt)
     out = request.out or Path(f"{Path(request.ckpt).stem}-{request.precision}")
     if not request.dry_run:
         check_target(out, force=request.force)
@@ -63,13 +66,13 @@ def run(request: ExportRequest) -> None:
         )
         return
     for note in bundle.manifest.source.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", markup=False)
     console.print(graph_table(bundle.manifest))
     console.print(parity_table(bundle.manifest.parity))
     if bundle.manifest.parity_loss_allowed:
         console.print("[bold yellow]A gate failed and was allowed; the manifest says so.[/]")
     console.print(
-        f"[bold green]{out}[/]: {megabytes(bundle.size_bytes)} in {seconds:.0f} s, "
+        f"[bold green]{escape(str(out))}[/]: {megabytes(bundle.size_bytes)} in {seconds:.0f} s, "
         f"{bundle.manifest.width_px}x{bundle.manifest.height_px} px, "
         f"K={bundle.manifest.schedule.steps}"
     )
@@ -151,7 +154,8 @@ def _print_plan(plan: object, out: Path, *, as_json: bool) -> None:
     timesteps = ", ".join(map(str, plan.timesteps))
     console.print(f"latents {plan.latent_shape}, K={plan.steps}, decoder rows at t = {timesteps}")
     console.print(
-        f"disk {megabytes(plan.size_bytes)} at {out}, memory about {megabytes(plan.memory_bytes)}"
+        f"disk {megabytes(plan.size_bytes)} at {out}, memory about {megabytes(plan.memory_bytes)}",
+        markup=False,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.bundle import Bundle, open_bundle
@@ -27,7 +28,7 @@ def run(path: Path, as_json: bool) -> None:
 def _facts(bundle: Bundle) -> Table:
     manifest, source = bundle.manifest, bundle.manifest.source
     table = Table(
-        title=str(bundle.root), title_justify="left", title_style="bold", show_header=False
+        title=escape(str(bundle.root)), title_justify="left", title_style="bold", show_header=False
     )
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -54,7 +55,7 @@ def _facts(bundle: Bundle) -> Table:
     ]
     for name, value in rows:
         if value:
-            table.add_row(name, value)
+            table.add_row(name, escape(value))
     return table
 
 

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.manifest import Manifest, ParityRecord
 from tiue_export.specs import TensorSpec
 
+
+class PipeConsole(Console):
+    """A console that ends quietly when its reader (head, less) has seen enough."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave without a complaint and with success, as filters do."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0)
+
+
 # Piped output is not wrapped to a narrow default: the reader's tools see whole lines.
-console = Console(soft_wrap=False, width=None if Console().is_terminal else 140)
+console = PipeConsole(width=None if sys.stdout.isatty() else 140)
 
 
 def print_json(data: Any) -> None:
@@ -48,7 +61,7 @@ def parity_table(records: Iterable[ParityRecord], title: str = "Parity") -> Tabl
             verdict = "[green]passed[/]" if record.passed else "[bold red]FAILED[/]"
         value = "identical" if record.value >= 300 else f"{record.value:.1f}"
         error = f"{record.max_abs_error:.1e}"
-        table.add_row(record.hop, record.subject, value, gate, error, verdict)
+        table.add_row(escape(record.hop), escape(record.subject), value, gate, error, verdict)
     return table
 
 

@@ -25,6 +25,7 @@ class OrtRuntime:
         self._bundle = bundle
         self._options = options
         self._sessions: dict[str, Any] = {}
+        self._closed = False
 
     def run(self, graph: str, feeds: Feeds) -> dict[str, Array]:
         """Run one graph; outputs are fresh arrays."""
@@ -38,6 +39,8 @@ class OrtRuntime:
 
     def session(self, graph: str) -> Any:
         """The graph's InferenceSession, for those who need more than `run`."""
+        if self._closed:
+            raise RuntimeFailure("the ort runtime is closed", "Open it again.")
         if graph not in self._sessions:
             self._sessions[graph] = self._open(graph)
         return self._sessions[graph]
@@ -45,6 +48,7 @@ class OrtRuntime:
     def close(self) -> None:
         """Drop all sessions and their memory."""
         self._sessions.clear()
+        self._closed = True
 
     def _open(self, graph: str) -> Any:
         options = ort.SessionOptions()

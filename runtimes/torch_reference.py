@@ -9,7 +9,7 @@ import torch
 
 from tiue_export.bundle import Bundle
 from tiue_export.checkpoint import load_student
-from tiue_export.errors import CheckpointError, UsageError
+from tiue_export.errors import CheckpointError, RuntimeFailure, UsageError, unknown_name
 from tiue_export.graphs import ExportOptions, Graph, build_graphs
 from tiue_export.specs import Array, Feeds, RuntimeOptions
 
@@ -26,18 +26,37 @@ class TorchRuntime:
 
     def run(self, graph: str, feeds: Feeds) -> dict[str, Array]:
         """Run one graph in float32."""
-        tensors = [_wide(array).to(self.device) for array in feeds.values()]
+        if not self._modules:
+            raise RuntimeFailure("the torch runtime is closed", "Open it again.")
+        spec = self._bundle.spec(graph)
+        tensors = [_wide(feeds[tensor.name]).to(self.device) for tensor in spec.inputs]
         with torch.no_grad():
             outputs = self._modules[graph](*tensors)
-        specs = self._bundle.spec(graph).outputs
         return {
             spec.name: output.cpu().numpy().astype(spec.dtype)
-            for spec, output in zip(specs, outputs, strict=True)
+            for spec, output in zip(spec.outputs, outputs, strict=True)
         }
 
     def close(self) -> None:
         """Drop the modules."""
         self._modules.clear()
+
+
+def _device(asked: str) -> str:
+    usable = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": _has_mps()}
+    if asked == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if usable[name])
+    if asked not in usable:
+        raise unknown_name("device", asked, usable)
+    if not usable[asked]:
+        raise RuntimeFailure(
+            f"this torch ({torch.__version__}) finds no {asked} device", "Use --device cpu."
+        )
+    return asked
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
 
 
 def _wide(array: Array) -> torch.Tensor:
@@ -53,6 +72,9 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> TorchRuntime:
             f"Add --ckpt {bundle.manifest.source.name} (and --base as at the export).",
         )
     manifest = bundle.manifest
+    device = _device(options.device)
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"--threads is {options.threads}; expected 1 or more")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     student = load_student(
@@ -62,16 +84,16 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> TorchRuntime:
         steps=manifest.schedule.steps,
         allow_other_steps=True,
     )
-    if student.source.sha256 != manifest.source.sha256:
-        raise CheckpointError(
-            f"{options.checkpoint} is not the student of this bundle: its SHA-256 is "
-            f"{student.source.sha256[:12]}..., the bundle's {manifest.source.sha256[:12]}...",
-            f"Give the checkpoint named {manifest.source.name}, or export this one.",
-        )
+    ours = {"unet": student.source.sha256, **student.source.part_sha256}
+    theirs = {"unet": manifest.source.sha256, **manifest.source.part_sha256}
+    for part, expected in theirs.items():
+        if ours.get(part) != expected:
+            raise CheckpointError(
+                f"{options.checkpoint} is not the student of this bundle: the SHA-256 of its "
+                f"{part} is {ours.get(part, 'none')[:12]}..., the bundle's {expected[:12]}...",
+                f"Give the checkpoint named {manifest.source.name}, or export this one.",
+            )
     student.schedule = manifest.schedule
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     graphs = build_graphs(
         student,
         ExportOptions(

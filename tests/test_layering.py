@@ -20,7 +20,7 @@ SPOKES = ("runtimes", "calibration", "benchmarks", "apps")
 # The hub, lowest first: a module imports only from lines above its own.
 LIGHT_LAYERS = (  # numpy only: what runs a bundle on a device, without torch
     ("_version", "errors"),
-    ("specs", "schedule", "family"),
+    ("specs", "schedule", "family", "weight_container"),
     ("compare", "manifest", "noise", "picture", "tokenizer"),
     ("bundle",),
     ("registry",),

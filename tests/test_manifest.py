@@ -29,9 +29,10 @@ QUICK = settings(database=None, deadline=None, suppress_health_check=[HealthChec
 TEXT = st.text(max_size=12)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 SIZE = st.integers(1, 4096)
+SIDE = st.one_of(st.just(BATCH), SIZE)
 SHAPE = st.builds(
     lambda batch, rest: (batch, *rest),
-    st.one_of(st.just(BATCH), SIZE),
+    SIDE,
     st.lists(SIZE, max_size=3),
 )
 TENSOR = st.builds(
@@ -72,8 +73,8 @@ MANIFEST = st.builds(
         timestep_spacing=TEXT,
         merged_timesteps=tuples(SIZE),
     ),
-    latent_shape=SHAPE,
-    text_shape=SHAPE,
+    latent_shape=st.tuples(SIDE, SIZE, SIZE, SIZE),
+    text_shape=st.tuples(SIDE, SIZE, SIZE),
     vae_scale=SIZE,
     vae_scaling_factor=FINITE,
     precision=TEXT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,3 +75,24 @@ def test_optimum_passes_our_errors_on_without_a_traceback(
     assert "absent" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_doctor_does_not_take_our_own_plugin_file_for_optimum(
+    installation: Installation, tmp_path: Path
+) -> None:
+    without_optimum = tmp_path / "dependencies"
+    without_optimum.mkdir()
+    for package in Path(sysconfig.get_path("purelib")).iterdir():
+        if not package.name.startswith(("optimum", "tiue_export", "__")):
+            (without_optimum / package.name).symlink_to(package)
+    paths = [str(installation.site), str(without_optimum)]
+    code = (
+        f"import sys; sys.path += {paths!r}\n"
+        "from tiue_export.registry import run_command_line\n"
+        "run_command_line(['doctor', '--json'])"
+    )
+    done = installation.run("-S", "-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    backends = {backend["name"]: backend for backend in json.loads(done.stdout)["backends"]}
+    assert backends["export to ONNX"]["usable"]
+    assert not backends["optimum-cli export tiue"]["usable"]

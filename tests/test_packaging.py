@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import tiue_export
+from tiue_export.registry import RUNTIMES
 
 if TYPE_CHECKING:
     from packaging_fixtures import Installation
@@ -157,3 +158,13 @@ def test_the_pinned_version_lies_in_the_range_that_pyproject_gives(name: str) ->
     (pin,) = pins()[name].specifier
     for requirement in requirements()[name]:
         assert requirement.specifier.contains(pin.version, prereleases=True)
+
+
+def test_every_extra_that_code_or_documents_name_exists(source_copy: Path) -> None:
+    files = [*source_copy.rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    text = "\n".join(file.read_text("utf-8") for file in files)
+    named = {
+        name for names in re.findall(rf"{NAME}\[([\w,-]+)\]", text) for name in names.split(",")
+    }
+    extras = {entry.extra for entry in RUNTIMES.values() if entry.extra} | named
+    assert sorted(extras - set(PROJECT["project"]["optional-dependencies"])) == []

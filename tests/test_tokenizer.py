@@ -257,12 +257,20 @@ def test_a_shorter_length_is_written_and_kept(pair, tmp_path):
     "damage",
     [
         lambda folder: [path.unlink() for path in folder.iterdir()],
+        lambda folder: [(folder / name).unlink() for name in ("vocab.json", "merges.txt")],
         lambda folder: (folder / "vocab.json").unlink(),
         lambda folder: (folder / "merges.txt").unlink(),
         lambda folder: (folder / "vocab.json").write_text("{"),
         lambda folder: (folder / "merges.txt").write_text("no such pair here"),
     ],
-    ids=["empty folder", "no vocabulary", "no merges", "cut vocabulary", "foreign merges"],
+    ids=[
+        "empty folder",
+        "configuration only",
+        "no vocabulary",
+        "no merges",
+        "cut vocabulary",
+        "foreign merges",
+    ],
 )
 def test_a_checkpoint_without_a_sound_tokenizer_is_refused(pair, tmp_path, damage):
     source = Path(shutil.copytree(pair.source, tmp_path / "source"))

@@ -21,7 +21,8 @@ from tiue_export.specs import GraphSpec
 
 MANIFEST_FILE = "tiue.json"
 REFERENCE_FILE = "parity/reference.safetensors"
-_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<host>[^-]+)-(?P<pid>\d+)-[0-9a-f]{8}")
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<host>[^-]+)-(?P<pid>\d{1,9})-[0-9a-f]{8}")
+_REPLACED = re.compile(r"\.(?P<name>.+)\.replaced-[0-9a-f]{8}")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -106,6 +107,13 @@ def _record(path: Path) -> FileRecord:
 
 def _verify(root: Path, manifest: Manifest) -> None:
     files = dict(all_files(manifest))
+    for graph, entry in manifest.graphs.items():
+        if entry.path not in entry.files:
+            raise BundleError(
+                f"{root}: the manifest gives {entry.path!r} as {graph}, which is none of its "
+                "hashed files",
+                _COPY_AGAIN,
+            )
     for name, record in files.items():
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts:
@@ -139,9 +147,9 @@ def new_bundle(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     name on this machine are removed. An existing bundle is replaced only with `force`; any other
     folder never.
     """
-    target = Path(path).absolute()
-    check_target(target, force=force)
+    target = Path(path).resolve()
     _remove_leftovers(target)
+    check_target(target, force=force)
     partial = target.with_name(
         f".{target.name}.partial-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
     )
@@ -150,6 +158,8 @@ def new_bundle(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         try:
             yield partial
             _sync(partial)
+            # Again: hours may have passed, and another export may have finished here.
+            check_target(target, force=force)
             _replace(partial, target)
         finally:
             if partial.exists():
@@ -163,11 +173,12 @@ def check_target(path: str | Path, *, force: bool) -> None:
         return
     if not (target / MANIFEST_FILE).is_file():
         raise BundleError(
-            f"{target} exists and is no bundle; it is never replaced", "Choose another --out."
+            f"{target} exists and is no bundle; it is never replaced", "Choose another output."
         )
     if not force:
         raise BundleError(
-            f"{target} already holds a bundle", "Pass --force to replace it, or another --out."
+            f"{target} already holds a bundle",
+            "Choose another output, or pass --force to replace it.",
         )
 
 
@@ -178,26 +189,21 @@ def disk_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            free = shutil.disk_usage(_existing(target)).free
             raise ResourceError(
-                f"the disk of {target.parent} is full ({free:,} bytes left); nothing was kept",
-                "Free some space or choose another --out; --dry-run prints the size needed.",
+                f"the disk of {target.parent} is full; nothing unfinished was kept",
+                "Free some space or choose another output; --dry-run prints the size needed.",
             ) from error
         if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
             raise ResourceError(f"{target} cannot be written: {error.strerror}") from error
         raise
 
 
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
-
-
 def _replace(partial: Path, target: Path) -> None:
     if not target.exists():
         partial.rename(target)
         return
+    # A kill between the two renames leaves the old bundle under this name; the next export to
+    # the same place puts it back (`_remove_leftovers`).
     old = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
     target.rename(old)
     try:
@@ -219,7 +225,13 @@ def _sync(folder: Path) -> None:
 def _remove_leftovers(target: Path) -> None:
     if not target.parent.is_dir():
         return
-    for path in target.parent.iterdir():
+    for path in list(target.parent.iterdir()):
+        replaced = _REPLACED.fullmatch(path.name)
+        if replaced and replaced["name"] == target.name:
+            if target.exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(target)
         found = _PARTIAL.fullmatch(path.name)
         if found and found["name"] == target.name and found["host"] == _host():
             if not _alive(int(found["pid"])):

@@ -7,7 +7,6 @@ LDM names. What a UNet alone lacks comes from `base`, a pipeline folder.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from tiue_export.family import (
 from tiue_export.manifest import Source
 from tiue_export.schedule import DEFAULT_STEPS, schedule_from_config
 from tiue_export.student import Student
+from tiue_export.weight_container import HUB_ID, check_checkpoint_path
 from tiue_export.weights import (
     UnetWeights,
     check_state,
@@ -50,7 +50,6 @@ from tiue_export.weights import (
 )
 
 _PARTS = ("text_encoder", "vae", "tokenizer", "scheduler")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _UNET_STEM = "diffusion_pytorch_model"
 STEPS_KEY = "tiue_steps"
 
@@ -86,13 +85,16 @@ def load_student(
     schedule = schedule_from_config(scheduler_config, chosen)
 
     text_encoder = vae = None
+    part_sha256: dict[str, str] = {}
     if folders["text_encoder"] is not None and folders["tokenizer"] is not None:
         on_stage("text encoder")
         text_encoder = _load_text_encoder(folders["text_encoder"])
         _check_text_width(text_encoder, config, folders["text_encoder"])
+        part_sha256["text_encoder"] = _folder_sha256(folders["text_encoder"], "model")
     if folders["vae"] is not None:
         on_stage("VAE")
         vae = _load_vae(folders["vae"])
+        part_sha256["vae"] = _folder_sha256(folders["vae"], _UNET_STEM)
 
     source = Source(
         name=checkpoint.root.name,
@@ -100,6 +102,7 @@ def load_student(
         family=family_name,
         layout=weights.layout,
         dtype=str(dtype).removeprefix("torch."),
+        part_sha256=part_sha256,
         ema=weights.ema,
         parts={part: _origin(folder, checkpoint) for part, folder in folders.items()},
         licence=weights.metadata.get("license") or weights.metadata.get("modelspec.license"),
@@ -132,14 +135,10 @@ class _Checkpoint:
 
 
 def _locate(path: str | Path) -> _Checkpoint:
+    check_checkpoint_path(str(path))
     root = Path(path)
     if not root.exists():
-        if _HUB_ID.fullmatch(str(path)):
-            root = _download(str(path))
-        else:
-            raise UsageError(
-                f"{path} does not exist", "Give a .safetensors file or a diffusers folder."
-            )
+        root = _download(str(path))
     if root.is_file():
         return _Checkpoint(root, [root], None, None)
     if (root / "unet").is_dir():
@@ -156,7 +155,7 @@ def _locate(path: str | Path) -> _Checkpoint:
 
 def _pipeline_folder(base: str | Path) -> Path:
     folder = Path(base)
-    if not folder.exists() and _HUB_ID.fullmatch(str(base)):
+    if not folder.exists() and HUB_ID.fullmatch(str(base)):
         folder = _download(str(base))
     if not any((folder / part).is_dir() for part in _PARTS):
         raise UsageError(
@@ -264,6 +263,10 @@ def _origin(folder: Path | None, checkpoint: _Checkpoint) -> str:
     if folder is None:
         return "none"
     return "checkpoint" if folder.parent == checkpoint.pipeline else f"base {folder.parent.name}"
+
+
+def _folder_sha256(folder: Path, stem: str) -> str:
+    return sha256_of_files(weight_files(folder, stem), folder)
 
 
 def _scheduler_config(folder: Path | None, family: str) -> Config:

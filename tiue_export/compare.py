@@ -32,11 +32,14 @@ def psnr_db(reference: Array, value: Array) -> float:
     _check_comparable(reference, value)
     wide = reference.astype(np.float64)
     peak = float(np.abs(wide).max())
-    error = math.sqrt(float(np.mean((wide - value.astype(np.float64)) ** 2)))
-    if error == 0:
+    difference = np.abs(wide - value.astype(np.float64))
+    largest = float(difference.max())
+    if largest == 0:
         return IDENTICAL_DB
     if peak == 0:
         return 0.0
+    # Scaled before squaring: the square of a large error would overflow.
+    error = largest * math.sqrt(float(np.mean((difference / largest) ** 2)))
     return min(IDENTICAL_DB, 20 * math.log10(peak / error))
 
 
@@ -49,6 +52,8 @@ def max_abs_error(reference: Array, value: Array) -> float:
 def _check_comparable(reference: Array, value: Array) -> None:
     if reference.shape != value.shape:
         raise ParityError(f"shapes differ: reference {reference.shape}, value {value.shape}")
+    if reference.size == 0:
+        raise ParityError("there is nothing to compare: both arrays are empty")
     for side, array in (("reference", reference), ("value", value)):
         if not np.isfinite(array).all():
             raise ParityError(f"the {side} holds non-finite values")

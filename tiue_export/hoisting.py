@@ -29,7 +29,7 @@ from tiue_export.lowering import (
     project_out,
     split_heads,
     time_bias,
-    time_embedding_float32,
+    time_embedding_float64,
     with_float32_norms,
     with_plain_attention,
 )
@@ -42,7 +42,7 @@ Shared = dict[str, Tensor]
 def hoist(unet: Any, schedule: Schedule, dtype: torch.dtype) -> tuple[SharedDecoder, RowDecoder]:
     """Cut the decoder in two: what all rows share, and the rows. Weights are the student's own."""
     up_blocks = copied(unet.up_blocks, dtype)
-    embedding = time_embedding_float32(unet, schedule.timesteps)
+    embedding = time_embedding_float64(unet, schedule.timesteps)
     # From the student's weights, not from the copy's, which may be rounded to half already.
     biases = [
         [time_bias(resnet, embedding).to(dtype) for resnet in block.resnets]

@@ -25,7 +25,7 @@ _NORMS = (nn.GroupNorm, nn.LayerNorm)
 def lowered(module: M, dtype: torch.dtype) -> M:
     """A frozen eval-mode copy in `dtype`; normalisation stays in float32, statistics included."""
     twin = copied(module, dtype)
-    return twin if dtype == torch.float32 else cast(M, with_float32_norms(twin))
+    return cast(M, with_float32_norms(twin)) if dtype == torch.float16 else twin
 
 
 def copied(module: M, dtype: torch.dtype, *, plain: bool = True) -> M:
@@ -126,21 +126,25 @@ def with_plain_attention(module: M, upcast: bool) -> M:
     return module
 
 
-def time_embedding_float32(unet: Any, timesteps: tuple[int, ...]) -> Tensor:
-    """Time embeddings (K, D_t) computed in float32 whatever the UNet's dtype."""
+def time_embedding_float64(unet: Any, timesteps: tuple[int, ...]) -> Tensor:
+    """Time embeddings (K, D_t) in float64 whatever the UNet's dtype.
+
+    What is folded must not depend on where the weights lie in memory: float32 products differ in
+    their last bit between a memory-mapped file and another, and the graphs would differ with them.
+    """
     stem = nn.ModuleDict({"conv_in": unet.conv_in, "time_embedding": unet.time_embedding})
-    twin = lowered(stem, torch.float32)
+    twin = lowered(stem, torch.float64)
     twin.add_module("time_proj", unet.time_proj)
     with torch.no_grad():
         return time_embedding(twin, timesteps)
 
 
 def time_bias(resnet: Any, embedding: Tensor) -> Tensor:
-    """What a resnet adds for each timestep: (K, D_t) -> (K, C), float32."""
+    """What a resnet adds for each timestep: (K, D_t) float64 -> (K, C) float32."""
     projection = resnet.time_emb_proj
     with torch.no_grad():
         active = resnet.nonlinearity(embedding)
-        return F.linear(active, projection.weight.float(), projection.bias.float())
+        return F.linear(active, projection.weight.double(), projection.bias.double()).float()
 
 
 def fold_time(module: M, embedding: Tensor, dtype: torch.dtype) -> M:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -27,13 +28,18 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights came from. `parts` says which folder each component was read from."""
+    """Where the weights came from.
+
+    `sha256` is the UNet's, `part_sha256` those of text encoder and VAE; `parts` says which folder
+    each component was read from.
+    """
 
     name: str
     sha256: str
     family: str
     layout: str
     dtype: str
+    part_sha256: Mapping[str, str] = field(default_factory=dict)
     ema: bool = False
     parts: Mapping[str, str] = field(default_factory=dict)
     licence: str | None = None
@@ -116,7 +122,7 @@ class Manifest:
         """Parse and check every field; `where` names the file in errors."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{where} is not JSON: {error}", _REEXPORT) from error
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
@@ -130,6 +136,9 @@ class Manifest:
                 ),
             )
         manifest: Manifest = _structure(Manifest, data, where)
+        for name, length in (("latent_shape", 4), ("text_shape", 3)):
+            if len(getattr(manifest, name)) != length:
+                raise _wrong(f"{where}: {name}", getattr(manifest, name), f"{length} sides")
         return manifest
 
 
@@ -159,7 +168,11 @@ def _structure(kind: Any, data: Any, where: str) -> Any:
         return {key: _structure(args[1], item, f"{where}.{key}") for key, item in data.items()}
     if not _matches(kind, data):
         raise _wrong(where, data, kind.__name__)
-    return float(data) if kind is float else data
+    if kind is not float:
+        return data
+    if not abs(data) <= sys.float_info.max:
+        raise _wrong(where, data, "a finite number")
+    return float(data)
 
 
 def _structure_dataclass(kind: Any, data: Any, where: str) -> Any:

@@ -18,24 +18,31 @@ def noise_from_seed(seed: int, shape: tuple[int, ...]) -> Array:
     NumPy froze RandomState's stream for good (NEP 19), which Generator's is not; Apple's Swift
     runtime implements the same generator, so a seed carries over to a phone.
     """
-    if not 0 <= seed <= MAX_SEED - (shape[0] - 1):
-        raise UsageError(f"seed {seed} is out of range; expected 0 to {MAX_SEED - shape[0] + 1}")
+    check_seeds(seed, shape[0])
     rows = [np.random.RandomState(seed + row).standard_normal(shape[1:]) for row in range(shape[0])]
     return np.stack(rows).astype(np.float32)
+
+
+def check_seeds(seed: int, count: int) -> None:
+    """Refuse seeds seed .. seed + count - 1 unless all are 32-bit."""
+    if not 0 <= seed <= MAX_SEED - (count - 1):
+        raise UsageError(f"seed {seed} is out of range; expected 0 to {MAX_SEED - count + 1}")
 
 
 def noise_from_file(path: Path, shape: tuple[int, ...]) -> Array:
     """Initial noise from an .npy file: (4, H, W) for one image or `shape` (B, 4, H, W)."""
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            array = np.load(file, allow_pickle=False)
+    except Exception as error:  # numpy raises TokenError, BadZipFile and more on foreign files
         raise UsageError(
             f"{path} cannot be read as an .npy array: {error}",
             "Write it with numpy.save('latents.npy', noise.astype('float32')).",
         ) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         raise UsageError(f"{path} does not hold one array of floating-point numbers")
-    noise = array.astype(np.float32)
+    with np.errstate(over="ignore"):  # what overflows is refused below
+        noise = array.astype(np.float32)
     if noise.shape == shape[1:]:
         noise = noise[None]
     if noise.shape != shape:

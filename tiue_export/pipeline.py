@@ -16,7 +16,7 @@ import numpy as np
 
 from tiue_export.bundle import Bundle, open_bundle
 from tiue_export.errors import UsageError
-from tiue_export.noise import noise_from_seed
+from tiue_export.noise import check_seeds, noise_from_seed
 from tiue_export.picture import image_from_pixels, pixels_from_sample
 from tiue_export.registry import open_runtime
 from tiue_export.specs import (
@@ -107,13 +107,18 @@ class Pipeline:
             raise UsageError(f"count is {count}; expected 1 or more")
         if latents is not None and count != 1:
             raise UsageError("latents fix the noise, so count must be 1")
+        shape = tuple(int(side) for side in self.bundle.manifest.latent_shape[1:])
+        if latents is not None and latents.shape not in (shape, (1, *shape)):
+            raise UsageError(f"latents have shape {latents.shape}; expected {(1, *shape)}")
+        check_seeds(seed, count)
         jobs = [(text, seed + i) for text in prompts for i in range(count)]
-        size = self.bundle.manifest.batch or min(len(jobs), _DYNAMIC_BATCH)
+        batch = self.bundle.manifest.batch
+        size = batch or _DYNAMIC_BATCH
         pictures: list[Picture] = []
         stages: dict[str, list[float]] = {}
         for start in range(0, len(jobs), size):
             chunk = jobs[start : start + size]
-            for picture in self._draw(chunk, size, latents, stages):
+            for picture in self._draw(chunk, batch or len(chunk), latents, stages):
                 on_picture(picture)
                 pictures.append(picture)
         return Result(pictures, stages)

@@ -59,7 +59,15 @@ def open_runtime(name: str, bundle: Bundle, options: RuntimeOptions) -> Runtime:
 
 def missing_modules(names: tuple[str, ...]) -> list[str]:
     """Those of the modules that are not installed; none of them is imported."""
-    return [name for name in names if importlib.util.find_spec(name) is None]
+    # A dotted name looks behind a namespace: our own plugin file makes "optimum" importable.
+    return [name for name in names if not _found(name)]
+
+
+def _found(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def require(what: str, modules: tuple[str, ...], extra: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tiue_export.lowering import (
     fold_time,
     lowered,
-    time_embedding_float32,
+    time_embedding_float64,
     with_plain_attention,
 )
 from tiue_export.schedule import Schedule
@@ -60,7 +60,7 @@ class UNetEncoder(nn.Module):
         body = nn.ModuleDict(
             {"conv_in": unet.conv_in, "down_blocks": unet.down_blocks, "mid_block": unet.mid_block}
         )
-        embedding = time_embedding_float32(unet, schedule.timesteps[:1])
+        embedding = time_embedding_float64(unet, schedule.timesteps[:1])
         self.unet: Any = fold_time(lowered(body, dtype), embedding, dtype)
         with_plain_attention(self.unet, bool(unet.config.upcast_attention))
         self.dtype = dtype
@@ -89,7 +89,7 @@ class NaiveDecoder(nn.Module):
     def __init__(self, unet: Any, schedule: Schedule, dtype: torch.dtype) -> None:
         super().__init__()
         body = nn.ModuleDict({"up_blocks": unet.up_blocks, "head": OutputHead(unet)})
-        embedding = time_embedding_float32(unet, schedule.timesteps)
+        embedding = time_embedding_float64(unet, schedule.timesteps)
         self.unet: Any = fold_time(lowered(body, dtype), embedding, dtype)
         with_plain_attention(self.unet, bool(unet.config.upcast_attention))
         self.combine = Combine(schedule)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.errors import BundleError, MissingExtraError
+from tiue_export.errors import BundleError, MissingExtraError, UsageError
 from tiue_export.specs import Array
 
 
@@ -22,6 +22,14 @@ class Tokenizer:
 
     def __call__(self, prompts: Sequence[str]) -> Array:
         """Token ids (B, L) int64: start, the words, end, padding; what is too long is cut."""
+        for prompt in prompts:
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(
+                    f"the prompt {prompt[:50]!r} is no valid text: {error.reason}",
+                    "Set the terminal's locale to UTF-8, or put the prompt in a UTF-8 file.",
+                ) from error
         rows = [encoding.ids for encoding in self.backend.encode_batch(list(prompts))]
         return np.asarray(rows, dtype=np.int64).reshape(len(rows), self.length)
 

@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tiue_export.errors import CheckpointError, UsageError
+from tiue_export.errors import CheckpointError
 from tiue_export.family import Config, Shapes, check_tensor_names
 from tiue_export.ldm_keys import LDM_PREFIX, ldm_names
+from tiue_export.weight_container import check_container, refuse_pickle
 
-_PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
 _WRAPPERS = ("_orig_mod.", "module.", "student.", "unet.")
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 _LISTED = 10
@@ -38,7 +38,7 @@ def read_weights(paths: Iterable[Path]) -> WeightFile:
     first: Path | None = None
     for path in paths:
         first = first or path
-        _check_container(path)
+        check_container(path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata.update(file.metadata() or {})
@@ -64,23 +64,12 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a shard index: {error}") from error
         return [folder / shard for shard in shards]
-    pickles = sorted(p for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
-    if pickles:
-        raise _pickle_error(pickles[0])
+    for path in sorted(folder.iterdir()):
+        refuse_pickle(path)
     raise CheckpointError(
         f"{folder} holds no {stem}.safetensors",
         "Point --ckpt at a diffusers folder saved with safe_serialization=True.",
     )
-
-
-def check_not_pickle(path: Path) -> None:
-    """Refuse pickled checkpoints by suffix or content: opening one can run any code."""
-    if path.suffix in _PICKLE_SUFFIXES:
-        raise _pickle_error(path)
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or head == b"PK\x03\x04":
-        raise _pickle_error(path)
 
 
 def sha256_of_files(paths: Iterable[Path], root: Path) -> str:
@@ -240,65 +229,3 @@ def _listing(title: str, names: list[str]) -> str:
     shown = ", ".join(names[:_LISTED])
     more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return f"{len(names)} {title}: {shown}{more}"
-
-
-def _check_container(path: Path) -> None:
-    """Tell a pickle, a truncated file and a foreign file apart before safetensors sees them."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist")
-    check_not_pickle(path)
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if size_bytes < 8 or header_bytes > 100_000_000:
-            raise CheckpointError(
-                f"{path} is no safetensors file ({size_bytes} bytes; its header would be "
-                f"{header_bytes} bytes)",
-                "A git-lfs pointer or an error page looks like this: download the file again.",
-            )
-        raw = file.read(header_bytes)
-    try:
-        header = json.loads(raw)
-        ends = [
-            entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        if len(raw) < header_bytes:
-            raise _truncated(path, size_bytes, 8 + header_bytes) from error
-        raise CheckpointError(
-            f"{path} is no safetensors file: its header is not the JSON that it should be",
-            "Download or convert the file again.",
-        ) from error
-    promised = 8 + header_bytes + max(ends, default=0)
-    if size_bytes < promised:
-        raise _truncated(path, size_bytes, promised)
-
-
-def _truncated(path: Path, size_bytes: int, promised_bytes: int) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is truncated: it has {size_bytes:,} bytes, its header promises {promised_bytes:,}",
-        "Download or copy it again.",
-    )
-
-
-def _pickle_error(path: Path) -> CheckpointError:
-    target = path.with_suffix(".safetensors")
-    if target == path:
-        target = path.with_name(f"{path.stem}-converted.safetensors")
-    return CheckpointError(
-        f"{path} is a pickle, which can run any code when opened; expected .safetensors",
-        "Convert it once, where you trust the file:\n"
-        '  python -c "import torch, safetensors.torch as s; '
-        f"d = torch.load(open('{path}', 'rb'), map_location='cpu', weights_only=True); "
-        "d = d.get('state_dict', d); "
-        "s.save_file({k: v.contiguous().clone() for k, v in d.items() if hasattr(v, 'shape')}, "
-        f"'{target}')\"",
-    )
-
-
-def require_file(path: Path) -> None:
-    """Raise `UsageError` unless `path` exists."""
-    if not path.exists():
-        raise UsageError(
-            f"{path} does not exist", "Give a .safetensors file or a diffusers folder."
-        )

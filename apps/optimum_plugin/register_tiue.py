@@ -22,10 +22,12 @@ class TiueExportCommand(BaseOptimumCLICommand):
         """The arguments of `tiue-export onnx` in optimum's spelling."""
         parser.add_argument("--model", required=True, help="student: folder or .safetensors file")
         parser.add_argument("--base", help="pipeline folder for what the student lacks")
-        parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp16")
+        parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32")
         parser.add_argument("--height", type=int)
         parser.add_argument("--width", type=int)
         parser.add_argument("--batch-size", type=int, default=1)
+        parser.add_argument("--steps", type=int)
+        parser.add_argument("--force", action="store_true", help="replace an existing bundle")
         parser.add_argument("output", help="bundle folder to write")
 
     def run(self) -> None:
@@ -34,11 +36,11 @@ class TiueExportCommand(BaseOptimumCLICommand):
 
         command = ["onnx", "--ckpt", self.args.model, "--out", self.args.output]
         command += ["--precision", self.args.dtype, "--batch", str(self.args.batch_size)]
-        for option in ("base", "height", "width"):
+        for option in ("base", "height", "width", "steps"):
             value = getattr(self.args, option)
             if value is not None:
                 command += [f"--{option}", str(value)]
-        run_command_line(command)
+        run_command_line(command + ["--force"] * self.args.force)
 
 
 REGISTER_COMMANDS = [(TiueExportCommand, ExportCommand)]

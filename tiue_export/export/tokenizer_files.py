@@ -18,6 +18,12 @@ def write_tokenizer(source: Path, folder: Path, length: int) -> None:
     read from the checkpoint. transformers 5 saves only tokenizer.json, which Apple's Swift code
     and stable-diffusion.cpp cannot read.
     """
+    if not any((source / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        # transformers would make up an empty vocabulary.
+        raise CheckpointError(
+            f"{source} cannot be read as a CLIP tokenizer: it holds no vocabulary",
+            "It needs tokenizer.json, or vocab.json and merges.txt.",
+        )
     try:
         tokenizer: Any = CLIPTokenizer.from_pretrained(source, local_files_only=True)
         backend = tokenizer.backend_tokenizer

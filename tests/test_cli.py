@@ -1,0 +1,330 @@
+"""The command line as a user meets it: real processes' arguments, messages and exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tiue_export import open_bundle
+from tiue_export.errors import BundleError
+from tiue_export.picture import parameters_from_png
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Call the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+    cli = importlib.import_module("tiue_export.apps.cli")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def weights(tiny_pipeline: Path) -> dict[str, torch.Tensor]:
+    return load_file(tiny_pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_without_arguments_and_with_help_it_lists_the_commands(run):
+    for arguments in ([], ["--help"], ["-h"]):
+        _, out, err = run(*arguments)
+        for command in ("onnx", "generate", "parity", "inspect", "doctor", "demo"):
+            assert command in out + err
+
+
+@pytest.mark.parametrize("command", ["onnx", "generate", "parity", "inspect", "doctor", "demo"])
+def test_every_command_has_help_with_an_example(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"tiue-export {command}" in out
+    assert "Example:" in out
+
+
+def test_version_is_printed(run):
+    code, out, _ = run("--version")
+    assert (code, out.split()[0]) == (0, "tiue-export")
+
+
+def test_onnx_exports_prints_tables_and_the_next_command(run, tiny_pipeline):
+    code, out, err = run("onnx", "--ckpt", tiny_pipeline, "--out", "fox")
+    assert code == 0
+    assert "unet_decoder" in out
+    assert "passed" in out
+    assert "FAILED" not in out
+    assert 'tiue-export generate fox "a red fox" --time' in out
+    assert re.search(r"export unet_decoder +\d+\.\d s +\d.* peak memory", err)
+    assert open_bundle("fox").manifest.precision == "fp32"
+
+
+def test_onnx_json_is_one_object_with_the_manifest(run, tiny_pipeline):
+    code, out, err = run("onnx", "--ckpt", tiny_pipeline / "unet", "--out", "fox", "--json")
+    assert (code, err) == (0, "")
+    data = json.loads(out)
+    assert data["manifest"]["schedule"]["steps"] == 4
+    assert {stage["stage"] for stage in data["stages"]} >= {"load student", "export unet_decoder"}
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(run, tiny_pipeline, tmp_path):
+    code, out, _ = run("onnx", "--ckpt", tiny_pipeline, "--dry-run")
+    assert code == 0
+    assert "nothing was written" in out
+    assert "751, 501, 251, 1" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generate_writes_pngs_with_their_parameters(run, tiny_bundle, tmp_path):
+    code, out, _ = run(
+        "generate", tiny_bundle.root, "a red fox", "an owl", "--seed", 5, "--count", 2, "--time"
+    )
+    assert code == 0
+    files = sorted((tmp_path / "pictures").iterdir())
+    assert [f.name for f in files] == [
+        "0000-a-red-fox-seed5.png",
+        "0000-a-red-fox-seed6.png",
+        "0001-an-owl-seed5.png",
+        "0001-an-owl-seed6.png",
+    ]
+    parameters = parameters_from_png(files[3])
+    assert (parameters["prompt"], parameters["seed"], parameters["steps"]) == ("an owl", 6, 4)
+    assert "unet_decoder" in out
+    assert "median ms" in out
+
+
+def test_generate_json_lists_pictures_and_latencies(run, tiny_bundle):
+    code, out, _ = run("generate", tiny_bundle.root, "an owl", "--out", "owl.png", "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert data["pictures"] == [{"path": "owl.png", "prompt": "an owl", "seed": 0}]
+    assert set(data["stage_latency_ms"]) == set(tiny_bundle.manifest.graphs)
+
+
+def test_generate_reads_prompts_from_a_file_and_noise_from_another(run, tiny_bundle, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeffa cat\n\n  a dog \n", "utf-8")
+    np.save("noise.npy", np.zeros((4, 8, 8), np.float32))
+    code, out, _ = run(
+        "generate", tiny_bundle.root, "--prompts", "prompts.txt", "--latents", "noise.npy"
+    )
+    assert code == 0
+    assert [Path(line).name[5:10] for line in out.splitlines()] == ["a-cat", "a-dog"]
+
+
+def test_runtimes_draw_the_same_picture(run, tiny_bundle, tiny_pipeline):
+    from PIL import Image
+
+    base = ["generate", tiny_bundle.root, "a red fox", "--seed", 1]
+    assert run(*base, "--out", "ort.png")[0] == 0
+    assert run(*base, "--out", "torch.png", "--runtime", "torch", "--ckpt", tiny_pipeline)[0] == 0
+    difference = np.asarray(Image.open("ort.png")).astype(int) - np.asarray(Image.open("torch.png"))
+    assert abs(difference).max() <= 1
+
+
+def test_parity_holds_a_runtime_against_the_stored_reference(run, tiny_bundle):
+    code, out, _ = run("parity", tiny_bundle.root, "--json")
+    assert code == 0
+    assert [r["subject"] for r in json.loads(out)] == [
+        "encoder_hidden_states",
+        "latents",
+        "picture",
+    ]
+    assert all(record["passed"] for record in json.loads(out))
+
+
+def test_parity_fails_with_exit_code_7_when_a_runtime_draws_something_else(run, tiny_bundle):
+    code, out, err = run("parity", tiny_bundle.root, "--runtime", "fake")
+    assert code == 7
+    assert "FAILED" in out
+    assert "parity checks failed" in err
+
+
+def test_inspect_shows_graphs_constants_and_parity(run, tiny_bundle):
+    code, out, _ = run("inspect", tiny_bundle.root)
+    assert code == 0
+    for text in ("+4.234611528", "-2.491944646", "751", "unet_decoder", "passed", "SHA-256"):
+        assert text in out
+    code, out, _ = run("inspect", tiny_bundle.root, "--json")
+    assert json.loads(out)["latent_shape"] == [1, 4, 8, 8]
+
+
+def test_doctor_names_backends_and_remedies(run):
+    code, out, _ = run("doctor", "--json")
+    assert code == 0
+    backends = {b["name"]: b for b in json.loads(out)["backends"]}
+    assert backends["run: ort on cpu"]["usable"]
+    assert all(b["usable"] or b["remedy"] for b in backends.values())
+    assert run("doctor")[0] == 0
+
+
+@pytest.mark.slow
+def test_demo_makes_everything_and_refuses_to_overwrite(run, tmp_path):
+    code, out, _ = run("demo", "--out", "demo")
+    assert code == 0
+    assert (tmp_path / "demo" / "picture.png").is_file()
+    assert "tiue-export inspect" in out
+    code, _, err = run("demo", "--out", "demo")
+    assert (code, "holds an earlier demo" in err) == (6, True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    code, _, err = run("demo", "--out", "mine", "--force")
+    assert (code, "was not made by the demo" in err) == (6, True)
+
+
+# --- failures: exit code, what was got, what to type next
+
+
+def failing(run, code: int, *parts: str, arguments: list[object]) -> str:
+    got, _, err = run(*arguments)
+    assert got == code, err
+    assert err.startswith("error: "), err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err, err
+    return str(err)
+
+
+def test_a_height_that_does_not_fit_names_the_nearest(run, tiny_pipeline):
+    arguments = ["onnx", "--ckpt", tiny_pipeline, "--out", "b", "--height", "100"]
+    failing(run, 2, "--height is 100", "multiple of 32", "--height 96", arguments=arguments)
+
+
+def test_k_of_one_is_refused(run, weights, tmp_path):
+    save_file(weights, tmp_path / "s.safetensors")
+    arguments = ["onnx", "--ckpt", "s.safetensors", "--steps", "1"]
+    failing(run, 5, "K=1", "returns the input noise", arguments=arguments)
+
+
+def test_existing_output_is_refused_before_any_work(run, tiny_pipeline, bundle_copy):
+    arguments = ["onnx", "--ckpt", tiny_pipeline, "--out", bundle_copy]
+    failing(run, 6, "already holds a bundle", "--force", arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["onnx", "--ckpt", "nothing.safetensors"], 2, "nothing.safetensors does not exist"),
+        (["generate", "nothing", "a fox"], 6, "nothing does not exist"),
+        (["inspect", "."], 6, "is no bundle: it has no tiue.json"),
+        (["onnx", "--ckpt", "x.ckpt"], 3, "is a pickle"),
+    ],
+)
+def test_wrong_paths_are_explained(run, tmp_path, arguments, code, part):
+    (tmp_path / "x.ckpt").write_bytes(b"\x80\x02")
+    failing(run, code, part, arguments=arguments)
+
+
+def test_generate_refuses_bad_requests(run, tiny_bundle, tmp_path):
+    root = tiny_bundle.root
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x01")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    Path("pictures").mkdir()
+    Path("pictures/0000-an-owl-seed0.png").touch()
+    for extra, code, part in (
+        ([], 2, "no prompt was given"),
+        (["an owl"], 2, "exists already"),
+        (["a", "b", "--out", "x.png"], 2, "names one picture, the request makes 2"),
+        (["a", "--seed", "-1"], 2, "seed -1 is out of range"),
+        (["a", "--count", "0"], 2, "count is 0"),
+        (["a", "--runtime", "orr"], 2, "Did you mean 'ort'?"),
+        (["a", "--device", "tpu"], 2, "unknown device 'tpu'"),
+        (["a", "--device", "cuda"], 9, "has no CUDAExecutionProvider"),
+        (["a", "--threads", "0"], 2, "--threads is 0"),
+        (["a", "--runtime", "torch"], 2, "needs its checkpoint"),
+        (["--prompts", "binary.txt"], 2, "cannot be read as UTF-8"),
+        (["--prompts", "empty.txt"], 2, "holds no prompt"),
+        (["a", "--latents", "empty.txt"], 2, "cannot be read as an .npy array"),
+    ):
+        failing(run, code, part, arguments=["generate", root, *extra])
+
+
+def test_a_flipped_byte_in_a_weight_file_is_found(run, bundle_copy):
+    data = bundle_copy / "unet_decoder" / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    arguments = ["generate", bundle_copy, "a fox"]
+    failing(run, 6, "unet_decoder/model.onnx.data was altered", arguments=arguments)
+
+
+def test_a_missing_extra_names_the_pip_line(run, tiny_pipeline, monkeypatch):
+    registry = importlib.import_module("tiue_export.registry")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        registry.importlib.util,
+        "find_spec",
+        lambda n, *a: None if n == "onnxscript" else found(n, *a),
+    )
+    arguments = ["onnx", "--ckpt", tiny_pipeline]
+    failing(run, 8, "needs onnxscript", "pip install 'tiue-export[export]'", arguments=arguments)
+
+
+def test_an_internal_error_is_reported_without_a_traceback(run, monkeypatch, tiny_bundle):
+    inspection = importlib.import_module("tiue_export.apps.inspection")
+    monkeypatch.setattr(inspection, "graph_table", lambda manifest: 1 / 0)
+    arguments = ["inspect", tiny_bundle.root]
+    failing(run, 1, "internal error: ZeroDivisionError", "please report it", arguments=arguments)
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_a_note(run, tiny_bundle):
+    code, _, err = run("generate", tiny_bundle.root, "word " * 200, "--out", "long.png")
+    assert code == 0
+    assert re.search(r"a prompt has \d+ tokens, the last \d+ are cut", err)
+
+
+@pytest.mark.slow
+def test_an_export_killed_at_any_moment_leaves_nothing_that_opens(tiny_pipeline, tmp_path):
+    """kill -9 at moments spread over the export; then a whole export cleans up after them."""
+    command = [sys.executable, "-m", "tiue_export", "onnx", "--ckpt", str(tiny_pipeline)]
+    command += ["--out", str(tmp_path / "fox")]
+    random = np.random.RandomState(0)
+    for delay in random.uniform(3.0, 12.0, 4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in tmp_path.iterdir():
+            if path.name == "fox":  # the export had ended before the kill: then it must be whole
+                open_bundle(path)
+                shutil.rmtree(path)
+                continue
+            with pytest.raises(BundleError):
+                open_bundle(path)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert [path.name for path in tmp_path.iterdir()] == ["fox"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_nothing_and_says_so(tiny_pipeline, tmp_path):
+    """A real file system of 1 MB; needs root for the mount."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        command = [sys.executable, "-m", "tiue_export", "onnx", "--ckpt", str(tiny_pipeline)]
+        done = subprocess.run(
+            [*command, "--out", str(small / "fox")], capture_output=True, text=True
+        )
+        assert done.returncode == 10, done.stderr
+        assert "is full" in done.stderr
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

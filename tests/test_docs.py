@@ -1,0 +1,220 @@
+"""The documents keep their word: links lead somewhere, and commands and flags exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from tiue_export import errors
+
+ROOT = Path(__file__).resolve().parents[1]
+REQUIRED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/errors.md")
+DOCUMENTS = sorted({*REQUIRED, *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))})
+PROGRAM = typer.main.get_command(importlib.import_module("tiue_export.apps.cli").app)
+FENCE = re.compile(r"^ *(```+|~~~+)[^\n]*\n(.*?)^ *\1[ \t]*$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(
+    r"\]\(\s*<?([^)>\s]+)"  # [text](target "title"), ![text](target)
+    r"|^ {0,3}\[[^\]^]+\]:\s*<?([^>\s]+)>?"  # [name]: target
+    r"|<(?:a|img|source)\b[^>]*\b(?:href|src|srcset)=[\"']([^\"'\s]+)",
+    re.MULTILINE,
+)
+INTERRUPTED = 130
+
+
+def read(document: str) -> str:
+    """A document, or the failure that says it is still to be written."""
+    path = ROOT / document
+    assert path.is_file(), f"{document} does not exist"
+    return path.read_text("utf-8")
+
+
+def prose(text: str) -> str:
+    """A document without its code: what looks like a link there is none."""
+    return re.sub(r"`[^`\n]+`", "`code`", FENCE.sub("", text))
+
+
+def link_targets(text: str) -> list[str]:
+    """Where the links and pictures of a document lead, web addresses left out."""
+    targets = (next(filter(None, match.groups())) for match in LINK.finditer(prose(text)))
+    return [target for target in targets if not re.match(r"[a-z][a-z0-9+.-]+:", target)]
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives a document's headings, and those it sets itself."""
+    found: dict[str, int] = {}
+    body = FENCE.sub("", text)
+    names = set(re.findall(r"<a\b[^>]*\b(?:id|name)=[\"']([^\"']+)", body))
+    for heading in re.findall(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t#]*$", body, re.MULTILINE):
+        words = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        count = found[slug] = found.get(slug, -1) + 1
+        names.add(f"{slug}-{count}" if count else slug)
+    return names
+
+
+def dead_links(document: str, text: str) -> list[str]:
+    """The links whose file or heading does not exist."""
+    dead = []
+    for target in link_targets(text):
+        name, _, anchor = target.partition("#")
+        path = (ROOT / document).parent / name if name else ROOT / document
+        if not path.exists() or not path.resolve().is_relative_to(ROOT):
+            dead.append(target)
+        elif anchor and path.suffix == ".md":
+            if anchor not in anchors(path.read_text("utf-8") if name else text):
+                dead.append(target)
+    return dead
+
+
+def invocations(text: str) -> Iterator[list[str]]:
+    """The arguments of each `tiue-export ...` in fenced blocks and in inline code."""
+    blocks = [match.group(2) for match in FENCE.finditer(text)]
+    inline = [code for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", text)) if " " in code]
+    for line in re.sub(r"\\\n\s*", " ", "\n".join([*blocks, *inline])).splitlines():
+        yield from _invocations_in(line)
+
+
+def _invocations_in(line: str) -> Iterator[list[str]]:
+    line = line.replace("-m tiue_export", "-m tiue-export")
+    if not re.search(r"(^|[\s/(=])tiue-export(\s|$)", line):
+        return
+    try:
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;()<>")
+        lexer.whitespace_split = True
+        words = list(lexer)
+    except ValueError:  # prose with an apostrophe
+        words = line.split()
+    current: list[str] | None = None
+    for word in [*words, ";"]:
+        if word.rpartition("/")[2] == "tiue-export" and "://" not in word:
+            current = []
+        elif current is not None and set(word) <= set("|&;()<>"):
+            yield current
+            current = None
+        elif current is not None:
+            current.append(word)
+
+
+def mistakes(arguments: list[str]) -> list[str]:
+    """The command or the flags of one invocation that the program does not know."""
+    commands = PROGRAM.commands
+    root_flags = {"--help", "-h", *_flags(PROGRAM)}
+    while arguments and arguments[0] in root_flags:
+        arguments = arguments[1:]
+    if not arguments or re.fullmatch(r"[A-Z.…]+|\[.*|\d.*", arguments[0]):
+        return []  # a placeholder (COMMAND, [OPTIONS]) or what --version prints
+    name, *rest = arguments
+    if name not in commands:
+        return [f"tiue-export has no {name!r}"]
+    known = {"--help", "-h", *_flags(commands[name])}
+    used = [word.strip("[]").partition("=")[0] for word in rest]
+    flags = [word for word in used if re.fullmatch(r"--[a-z][a-z-]*|-[a-zA-Z]", word)]
+    return [f"tiue-export {name} has no {flag}" for flag in flags if flag not in known]
+
+
+def _flags(command: object) -> set[str]:
+    options = [*command.params]  # type: ignore[attr-defined]
+    return {flag for option in options for flag in [*option.opts, *option.secondary_opts]}
+
+
+def unknown_commands(text: str) -> list[str]:
+    return [mistake for arguments in invocations(text) for mistake in mistakes(arguments)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files_and_headings_that_exist(document: str) -> None:
+    assert dead_links(document, read(document)) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_and_flags_in_the_documents_exist(document: str) -> None:
+    assert unknown_commands(read(document)) == []
+
+
+def test_the_documents_show_every_command() -> None:
+    written = [read(document) for document in DOCUMENTS if (ROOT / document).is_file()]
+    shown = {arguments[0] for text in written for arguments in invocations(text) if arguments}
+    assert sorted(set(PROGRAM.commands) - shown) == []
+
+
+@pytest.mark.parametrize("name", PROGRAM.commands)
+def test_the_example_in_the_help_of_a_command_is_one_it_accepts(name: str) -> None:
+    example = PROGRAM.commands[name].help.partition("Example:")[2]
+    (arguments,) = invocations(f"```\n{example.strip()}\n```")
+    assert arguments[0] == name
+    assert mistakes(arguments) == []
+
+
+def test_the_error_page_has_a_row_for_every_exit_code() -> None:
+    rows = [line for line in read("docs/errors.md").splitlines() if line.startswith("|")]
+    cells = {cell.strip(" `*") for row in rows for cell in row.split("|")}
+    kinds = [value for value in vars(errors).values() if isinstance(value, type)]
+    codes = {kind.exit_code for kind in kinds if issubclass(kind, errors.TiueError)}
+    assert codes == set(range(1, 11))
+    assert {str(code) for code in {*codes, INTERRUPTED}} - cells == set()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[gone](docs/gone.md)",
+        "![gone](docs/gone.png)",
+        "[gone]: docs/gone.md",
+        "[![badge](https://example.org/x.svg)](docs/gone.md)",
+        "[outside the repository](../)",
+        '<img src="docs/gone.svg" width="600">',
+        "# Here\n[wrong heading](#there)",
+        "[wrong heading](README.md#there-is-none)",
+    ],
+)
+def test_a_planted_dead_link_is_caught(text: str) -> None:
+    assert dead_links("README.md", text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[web](https://example.org/x) [mail](mailto:a@b.c) [licence](LICENSE)",
+        "## One `--flag`, two!\n[there](#one---flag-two)",
+        "# Twice\n# Twice\n[second](#twice-1)",
+        "```\n[not](a-link)\n```\nand `[nor](this)`",
+    ],
+)
+def test_good_links_and_code_are_left_alone(text: str) -> None:
+    assert dead_links("README.md", text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```sh\ntiue-export onxx --ckpt a\n```",
+        "```sh\n$ tiue-export onnx --ckpt a --presicion fp16\n```",
+        "```sh\ntiue-export onnx --ckpt a \\\n    --fast=1\n```",
+        "```sh\ncd x && .venv/bin/tiue-export doctor --loud | head\n```",
+        "```sh\npython -m tiue_export demo --quick\n```",
+        "Say `tiue-export inspect fox --deep`.",
+    ],
+)
+def test_a_planted_wrong_command_is_caught(text: str) -> None:
+    assert unknown_commands(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```sh\npip install 'tiue-export[export]' --upgrade  # tiue-export's extras\n```",
+        "```sh\ntiue-export inspect fox --json | jq --raw-output .steps\n```",
+        '```sh\ntiue-export generate fox "--not a flag" --seed 7 --count=4\n```',
+        "```\nUsage: tiue-export [OPTIONS] COMMAND [ARGS]...\n```",
+        "```sh\ntiue-export --version && tiue-export doctor\n```",
+        "```sh\ngit clone https://example.org/tiue-export folder\n```",
+    ],
+)
+def test_right_commands_and_other_programs_are_left_alone(text: str) -> None:
+    assert unknown_commands(text) == []
