@@ -14,7 +14,7 @@ from rich.table import Table
 from tiue_export._version import __version__
 from tiue_export.bundle import Bundle, disk_errors, open_bundle
 from tiue_export.errors import UsageError
-from tiue_export.noise import noise_from_file, noise_from_seed
+from tiue_export.noise import check_seeds, noise_from_file
 from tiue_export.picture import save_png
 from tiue_export.pipeline import Picture, Pipeline
 from tiue_export.specs import RuntimeOptions
@@ -61,7 +61,7 @@ def run(request: GenerateRequest) -> None:
         shape = (1, *(int(side) for side in bundle.manifest.latent_shape[1:]))
         noise = noise_from_file(request.latents, shape)
     else:
-        noise_from_seed(request.seed, (request.count, 1))  # refuses a seed out of range early
+        check_seeds(request.seed, max(1, request.count))
     options = RuntimeOptions(
         request.device, request.threads, request.low_memory, request.ckpt, request.base
     )

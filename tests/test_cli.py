@@ -193,7 +193,7 @@ def test_demo_makes_everything_and_refuses_to_overwrite(run, tmp_path):
 def failing(run, code: int, *parts: str, arguments: list[object]) -> str:
     got, _, err = run(*arguments)
     assert got == code, err
-    assert err.startswith("error: "), err
+    assert re.search(r"^error: ", err, re.M), err
     assert "Traceback" not in err
     for part in parts:
         assert part in err, err
