@@ -158,6 +158,19 @@ def test_statistics_and_the_weighted_sum_stay_in_float32_in_half_graphs(tiny_stu
             assert [kinds[node.output[0]] for node in sums] == [onnx.TensorProto.FLOAT]
 
 
+def test_layer_names_are_the_same_at_every_precision(tiny_student, tmp_path):
+    names = {}
+    for precision in ("fp32", "fp16"):
+        for graph in build_graphs(tiny_student, ExportOptions(precision=precision)):
+            onnx_from_graph(graph, tmp_path / precision / graph.spec.name)
+            path = tmp_path / precision / graph.spec.name / "model.onnx"
+            nodes = onnx.load(path, load_external_data=False).graph.node
+            heavy = ("Conv", "MatMul", "Gemm", "InstanceNormalization", "LayerNormalization")
+            names[graph.spec.name, precision] = {n.name for n in nodes if n.op_type in heavy}
+    for graph, precision in names:
+        assert names[graph, precision] == names[graph, "fp32"]
+
+
 def test_softmax_is_in_float32_where_the_model_asks_for_upcast(tiny_pipeline, tmp_path):
     folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
     config = folder / "unet" / "config.json"

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -25,8 +26,9 @@ from tiue_export.specs import BATCH, TensorSpec
 OPSET = 19
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-# Wrappers of ours and of diffusers that say nothing to a reader of the graph.
-_WRAPPERS = re.compile(r"^(unet|vae|text_encoder|rows|encoder)\.|(?<=\.)norm(?=\.norm$)\.?")
+# Wrappers of ours that say nothing to a reader; without them names are equal at every precision.
+_OUTER_WRAPPER = re.compile(r"^(unet|vae|text_encoder|rows|encoder)\.")
+_NORM_WRAPPER = re.compile(r"(\w*norm\w*)\.norm\b")
 
 
 def onnx_from_graph(graph: Graph, folder: Path) -> None:
@@ -134,7 +136,7 @@ def _module_path(node: ir.Node) -> str:
 
 
 def _plain(path: str) -> str:
-    return _WRAPPERS.sub("", path)
+    return _NORM_WRAPPER.sub(r"\1", _OUTER_WRAPPER.sub("", path))
 
 
 def _initializer_name(value: ir.Value) -> str:
@@ -180,14 +182,7 @@ def _described(value: Any) -> tuple[str, int, tuple[int | str, ...]]:
 
 
 def _onnx_type(spec: TensorSpec) -> int:
-    return int(onnx.helper.np_dtype_to_tensor_dtype(torch_numpy_dtype(spec.dtype)))
-
-
-def torch_numpy_dtype(name: str) -> Any:
-    """numpy dtype of a spec's dtype name."""
-    import numpy as np
-
-    return np.dtype(name)
+    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype)))
 
 
 @contextmanager
