@@ -87,7 +87,8 @@ def export(
 ) -> tuple[Bundle | None, list[dict[str, object]], float]:
     """Load and export behind a progress bar; (None, [], 0) after a dry run printed its plan."""
     from tiue_export.checkpoint import load_student
-    from tiue_export.export.onnx_bundle import Observer, StageReport, export_onnx, plan_export
+    from tiue_export.export.onnx_bundle import Observer, StageReport, export_onnx
+    from tiue_export.export.plan import plan_export
     from tiue_export.graphs import ExportOptions
     from tiue_export.memory import PeakMemory
 
@@ -137,7 +138,7 @@ def export(
 
 
 def _print_plan(plan: object, out: Path, *, as_json: bool) -> None:
-    from tiue_export.export.onnx_bundle import Plan
+    from tiue_export.export.plan import Plan
 
     assert isinstance(plan, Plan)
     if as_json:

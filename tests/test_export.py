@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from tiue_export import ExportOptions, Pipeline, export_onnx, load_student, open_bundle
 from tiue_export.compare import psnr_db
 from tiue_export.errors import BundleError, ParityError
-from tiue_export.export.onnx_bundle import Observer, plan_export
+from tiue_export.export.onnx_bundle import Observer
+from tiue_export.export.plan import plan_export
 from tiue_export.export.to_onnx import OPSET, onnx_from_graph
 from tiue_export.graphs import build_graphs
 from tiue_export.synthetic import write_ldm_file

@@ -35,7 +35,7 @@ EXPORT_LAYERS = (  # torch, diffusers, transformers, onnx: imported on use
     ("graphs",),
     ("reference",),
     ("export",),  # only a docstring, as it runs before its modules
-    ("export.to_onnx", "export.tokenizer_files"),
+    ("export.to_onnx", "export.tokenizer_files", "export.plan"),
     ("export.onnx_bundle",),
 )
 DOORS = ("__init__", "__main__")  # public names, found on use, and `python -m tiue_export`
