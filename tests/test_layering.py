@@ -29,7 +29,8 @@ LIGHT_LAYERS = (  # numpy only: what runs a bundle on a device, without torch
 EXPORT_LAYERS = (  # torch, diffusers, transformers, onnx: imported on use
     ("ldm_keys", "memory"),
     ("student", "weights"),
-    ("checkpoint", "lowering"),
+    ("components", "lowering"),
+    ("checkpoint",),
     ("split", "synthetic"),
     ("hoisting",),
     ("graphs",),

@@ -6,22 +6,24 @@ LDM names. What a UNet alone lacks comes from `base`, a pipeline folder.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from diffusers.utils import logging as diffusers_logging
-from transformers import CLIPTextModel
-from transformers.utils import logging as transformers_logging
+from diffusers import UNet2DConditionModel
 
+from tiue_export.components import (
+    WEIGHTS_STEM,
+    load_text_encoder,
+    load_vae,
+    parse_json,
+    read_json,
+)
 from tiue_export.errors import (
     CheckpointError,
     ScheduleError,
-    TiueError,
     UnsupportedModelError,
     UsageError,
 )
@@ -50,7 +52,6 @@ from tiue_export.weights import (
 )
 
 _PARTS = ("text_encoder", "vae", "tokenizer", "scheduler")
-_UNET_STEM = "diffusion_pytorch_model"
 STEPS_KEY = "tiue_steps"
 
 
@@ -88,13 +89,13 @@ def load_student(
     part_sha256: dict[str, str] = {}
     if folders["text_encoder"] is not None and folders["tokenizer"] is not None:
         on_stage("text encoder")
-        text_encoder = _load_text_encoder(folders["text_encoder"])
+        text_encoder = load_text_encoder(folders["text_encoder"])
         _check_text_width(text_encoder, config, folders["text_encoder"])
         part_sha256["text_encoder"] = _folder_sha256(folders["text_encoder"], "model")
     if folders["vae"] is not None:
         on_stage("VAE")
-        vae = _load_vae(folders["vae"])
-        part_sha256["vae"] = _folder_sha256(folders["vae"], _UNET_STEM)
+        vae = load_vae(folders["vae"])
+        part_sha256["vae"] = _folder_sha256(folders["vae"], WEIGHTS_STEM)
 
     source = Source(
         name=checkpoint.root.name,
@@ -142,11 +143,11 @@ def _locate(path: str | Path) -> _Checkpoint:
     if root.is_file():
         return _Checkpoint(root, [root], None, None)
     if (root / "unet").is_dir():
-        config = _read_json(root / "unet" / "config.json")
-        return _Checkpoint(root, weight_files(root / "unet", _UNET_STEM), config, root)
+        config = read_json(root / "unet" / "config.json")
+        return _Checkpoint(root, weight_files(root / "unet", WEIGHTS_STEM), config, root)
     if (root / "config.json").is_file():
-        config = _read_json(root / "config.json")
-        return _Checkpoint(root, weight_files(root, _UNET_STEM), config, None)
+        config = read_json(root / "config.json")
+        return _Checkpoint(root, weight_files(root, WEIGHTS_STEM), config, None)
     raise CheckpointError(
         f"{root} is neither a diffusers pipeline (no unet/) nor a UNet folder (no config.json)",
         "Point --ckpt at the folder that holds model_index.json, or at one .safetensors file.",
@@ -196,9 +197,9 @@ def _unet_config(
     families = families_of(shapes)
     config = checkpoint.unet_config
     if config is None and "unet_config" in weights.metadata:
-        config = _parse_json(weights.metadata["unet_config"], f"{weights.path} (metadata)")
+        config = parse_json(weights.metadata["unet_config"], f"{weights.path} (metadata)")
     if config is None and base is not None and (base / "unet" / "config.json").is_file():
-        candidate = _read_json(base / "unet" / "config.json")
+        candidate = read_json(base / "unet" / "config.json")
         check_unet_config(candidate)
         config = candidate if config_fits(candidate, shapes) else None
     if config is not None:
@@ -231,7 +232,7 @@ def _same_family(config: Config, candidates: tuple[str, ...]) -> str:
 def _by_prediction(families: tuple[str, ...], base: Path | None) -> str:
     """Weights cannot tell SD 2.1-base from SD 2.1: the base pipeline's scheduler can."""
     if base is not None and (base / "scheduler" / "scheduler_config.json").is_file():
-        wanted = _read_json(base / "scheduler" / "scheduler_config.json").get(
+        wanted = read_json(base / "scheduler" / "scheduler_config.json").get(
             "prediction_type", "epsilon"
         )
         for name in families:
@@ -271,7 +272,7 @@ def _folder_sha256(folder: Path, stem: str) -> str:
 
 def _scheduler_config(folder: Path | None, family: str) -> Config:
     if folder is not None:
-        return _read_json(folder / "scheduler_config.json")
+        return read_json(folder / "scheduler_config.json")
     if family == "custom":
         raise ScheduleError(
             "the checkpoint has no scheduler and is of no known family",
@@ -296,16 +297,6 @@ def _steps(recorded: object, asked: int | None, allow_other: bool) -> int:
     return trained if asked is None else asked
 
 
-def _load_text_encoder(folder: Path) -> Any:
-    config = _read_json(folder / "config.json")
-    kind = config.get("model_type", "clip_text_model")
-    if kind != "clip_text_model":
-        raise UnsupportedModelError(
-            f"{folder} holds a {kind}; expected a clip_text_model (CLIPTextModel)"
-        )
-    return _from_pretrained(CLIPTextModel, folder, "model")
-
-
 def _check_text_width(text_encoder: Any, config: Config, folder: Path) -> None:
     got, expected = text_encoder.config.hidden_size, config.get("cross_attention_dim")
     if got != expected:
@@ -313,100 +304,3 @@ def _check_text_width(text_encoder: Any, config: Config, folder: Path) -> None:
             f"the text encoder in {folder} is {got} wide; the student expects {expected}",
             "Stable Diffusion 1.x has 768, 2.x has 1024: pass the matching --base.",
         )
-
-
-def _load_vae(folder: Path) -> Any:
-    config = _read_json(folder / "config.json")
-    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-    name = config.get("_class_name")
-    if name not in kinds:
-        raise UnsupportedModelError(f"{folder} holds a {name}; expected {' or '.join(kinds)}")
-    if config.get("latent_channels", 4) != 4 or config.get("shift_factor"):
-        raise UnsupportedModelError(
-            f"the VAE in {folder} has {config.get('latent_channels')} latent channels and "
-            f"shift_factor {config.get('shift_factor')}; expected 4 and none"
-        )
-    return _from_pretrained(kinds[name], folder, _UNET_STEM)
-
-
-def _from_pretrained(kind: Any, folder: Path, stem: str) -> Any:
-    """`from_pretrained` made strict: missing, unexpected or non-finite weights are errors."""
-    files = weight_files(folder, stem)
-    tensors = read_weights(files).tensors
-    dtype = common_dtype(t for t in tensors.values() if t.is_floating_point())
-    options: dict[str, Any] = {"dtype": dtype} if kind is CLIPTextModel else {"torch_dtype": dtype}
-    if files[0].name.endswith(".fp16.safetensors"):
-        options["variant"] = "fp16"
-    with _quiet():
-        try:
-            model, report = kind.from_pretrained(
-                folder,
-                output_loading_info=True,
-                use_safetensors=True,
-                local_files_only=True,
-                **options,
-            )
-        except TiueError:
-            raise
-        except Exception as error:
-            raise CheckpointError(
-                f"{folder} cannot be loaded as {kind.__name__}: {_first_line(error)}",
-                "Check that config.json belongs to these weights.",
-            ) from error
-    problems = {
-        title: sorted(str(name) for name in report.get(key, ()))
-        for title, key in (
-            ("missing", "missing_keys"),
-            ("unexpected", "unexpected_keys"),
-            ("of another shape", "mismatched_keys"),
-        )
-    }
-    # CLIP checkpoints older than transformers 4.31 store the position ids, which are no weight.
-    problems["unexpected"] = [n for n in problems["unexpected"] if not n.endswith("position_ids")]
-    state = {name: tensor for name, tensor in model.named_parameters() if not tensor.is_meta}
-    for title, names in problems.items():
-        if names:
-            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-            raise CheckpointError(f"{folder} has {len(names)} {title} tensors: {shown}")
-    check_state({name: tuple(t.shape) for name, t in state.items()}, state, str(folder))
-    return model
-
-
-class _quiet:
-    """Keep diffusers' and transformers' own loading chatter off the terminal."""
-
-    def __enter__(self) -> None:
-        self.levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
-        self.bars = transformers_logging.is_progress_bar_enabled()
-        diffusers_logging.set_verbosity_error()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *exc: object) -> None:
-        diffusers_logging.set_verbosity(self.levels[0])
-        transformers_logging.set_verbosity(self.levels[1])
-        if self.bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _read_json(path: Path) -> Config:
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
-    return _parse_json(text, str(path))
-
-
-def _parse_json(text: str, where: str) -> Config:
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where} is not JSON: {error}") from error
-    if not isinstance(data, Mapping):
-        raise CheckpointError(f"{where} is not a JSON object")
-    return dict(data)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tiue_export.checkpoint import STEPS_KEY
+from tiue_export.components import quiet_libraries
 from tiue_export.family import load_family
 from tiue_export.ldm_keys import LDM_PREFIX, ldm_names
 from tiue_export.schedule import DEFAULT_STEPS
@@ -53,7 +54,8 @@ def write_synthetic_pipeline(
     ):
         built = _on_cpu(model, dtype)
         fill(built, generator)
-        built.save_pretrained(folder / part, safe_serialization=True)
+        with quiet_libraries():
+            built.save_pretrained(folder / part, safe_serialization=True)
         del built
     _write_tokenizer(folder / "tokenizer", config.text_encoder)
     scheduler = {**config.scheduler, STEPS_KEY: DEFAULT_STEPS}
