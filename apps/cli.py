@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -151,7 +152,9 @@ def generate(
     prompts_file: Annotated[
         Path | None, typer.Option("--prompts", help="Text file, one prompt a line.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Picture i of a prompt uses seed + i.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Picture i uses seed + i [default: 0].")
+    ] = None,
     count: Annotated[int, typer.Option("--count", help="Pictures per prompt.")] = 1,
     out: Annotated[
         Path, typer.Option("--out", help="Folder, or a .png path for a single picture.")
@@ -268,4 +271,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script; `arguments` default to the process's own."""
     # Our optimum plugin lives in optimum's namespace, which diffusers remarks on when imported.
     logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
+    # A plain SIGTERM would skip the clean-up of an unfinished export.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app(args=sys.argv[1:] if arguments is None else arguments)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from tiue_export.errors import BundleError
-from tiue_export.registry import RUNTIMES, require
+from tiue_export.registry import EXPORT_NEEDS, require
 
 from .export_onnx import ExportRequest
 from .export_onnx import run as export_onnx
@@ -20,7 +20,7 @@ _MARK = ".tiue-export-demo"
 
 def run(out: Path, force: bool) -> None:
     """Make everything below `out`; a folder that the demo did not make is left alone."""
-    require("the demo", ("onnx", "onnxscript", *RUNTIMES["torch"].needs), "export")
+    require("the demo", EXPORT_NEEDS, "export")
     if out.exists() and any(out.iterdir()):
         if not (out / _MARK).is_file():
             raise BundleError(f"{out} exists and was not made by the demo", "Choose another --out.")

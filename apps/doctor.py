@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export._version import __version__
-from tiue_export.registry import RUNTIMES, missing_modules
+from tiue_export.registry import EXPORT_NEEDS, RUNTIMES, missing_modules
 
 from .tables import console, megabytes, print_json
 
@@ -94,11 +94,7 @@ def installed_packages() -> dict[str, str | None]:
 def check_backends() -> list[Backend]:
     """Every way to export or run, tried as far as that costs nothing."""
     return [
-        _by_modules(
-            "export to ONNX",
-            ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "psutil"),
-            "export",
-        ),
+        _by_modules("export to ONNX", EXPORT_NEEDS, "export"),
         _ort("CPUExecutionProvider", "run: ort on cpu", "ort"),
         _ort("CUDAExecutionProvider", "run: ort on cuda", "gpu"),
         _by_modules("run: torch reference", RUNTIMES["torch"].needs, "export"),
@@ -132,8 +128,10 @@ def _ort(provider: str, name: str, extra: str) -> Backend:
     remedy = f"pip install 'tiue-export[{extra}]'"
     if missing_modules(("onnxruntime",)):
         return Backend(name, False, "onnxruntime is not installed", remedy)
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except Exception as error:  # a broken install is what this command is for
+        return Backend(name, False, f"onnxruntime does not import: {error}", remedy)
     if provider not in onnxruntime.get_available_providers():
         return Backend(
             name,

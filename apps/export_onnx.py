@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -16,10 +17,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from tiue_export.bundle import Bundle, check_target
-from tiue_export.registry import RUNTIMES, require
+from tiue_export.registry import EXPORT_NEEDS, require
+from tiue_export.specs import GRAPH_NAMES
 from tiue_export.weight_container import check_checkpoint_path
 
 from .tables import console, graph_table, megabytes, parity_table, print_json
+
+_VISIBLE_LOSS_DB = 40.0
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,11 @@ class ExportRequest:
 
 def run(request: ExportRequest) -> None:
     """Export and print the result, or the plan for a dry run."""
-    require("exporting", ("onnx", "onnxscript", "onnxruntime", *RUNTIMES["torch"].needs), "export")
+    require("exporting", EXPORT_NEEDS, "export")
     check_checkpoint_path(request.ckpt)
-    out = request.out or Path(f"{Path(request.ckpt).stem}-{request.precision}")
+    place = Path(request.ckpt).resolve()
+    name = place.stem if place.suffix == ".safetensors" else place.name
+    out = request.out or Path(f"{name}-{request.precision}")
     if not request.dry_run:
         check_target(out, force=request.force)
     bundle, stages, seconds = export(request, out)
@@ -69,6 +75,12 @@ def run(request: ExportRequest) -> None:
         console.print(f"note: {note}", markup=False)
     console.print(graph_table(bundle.manifest))
     console.print(parity_table(bundle.manifest.parity))
+    for record in bundle.manifest.parity:
+        if record.gate is None and record.value < _VISIBLE_LOSS_DB:
+            console.print(
+                f"[bold yellow]{record.hop} costs more than a visible amount: "
+                f"{record.value:.1f} dB.[/] Lower --merge-below."
+            )
     if bundle.manifest.parity_loss_allowed:
         console.print("[bold yellow]A gate failed and was allowed; the manifest says so.[/]")
     console.print(
@@ -76,10 +88,12 @@ def run(request: ExportRequest) -> None:
         f"{bundle.manifest.width_px}x{bundle.manifest.height_px} px, "
         f"K={bundle.manifest.schedule.steps}"
     )
-    if len(bundle.manifest.graphs) == 4:
-        console.print(f'next:  tiue-export generate {out} "a red fox" --time', markup=False)
+    missing = [name for name in GRAPH_NAMES if name not in bundle.manifest.graphs]
+    if missing:
+        console.print(f"Without {' and '.join(missing)}, which --base would bring.")
     else:
-        console.print("This bundle holds the UNet graphs only; pass --base for the rest.")
+        quoted = shlex.quote(str(out))
+        console.print(f'next:  tiue-export generate {quoted} "a red fox" --time', markup=False)
 
 
 def export(

@@ -49,6 +49,12 @@ def explained(command: Callable[P, None]) -> Callable[P, None]:
             where = f"{error.filename}: " if error.filename else ""
             _stop(f"{where}{error.strerror or error}", None, ResourceError.exit_code)
         except Exception as error:
+            if "allocate memory" in str(error) or "out of memory" in str(error):  # torch, ORT
+                _stop(
+                    "memory ran out",
+                    "Ask for less (--batch, --height, --width); --dry-run estimates the need.",
+                    ResourceError.exit_code,
+                )
             _stop(
                 f"internal error: {type(error).__name__}: {str(error).strip()[:300]}",
                 f"This is a defect: please report it with the output of {_DEBUG}=1 and "

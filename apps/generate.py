@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from tiue_export._version import __version__
@@ -31,7 +32,7 @@ class GenerateRequest:
     bundle: Path
     prompts: tuple[str, ...] = ()
     prompts_file: Path | None = None
-    seed: int = 0
+    seed: int | None = None
     count: int = 1
     out: Path = Path("pictures")
     latents: Path | None = None
@@ -53,6 +54,8 @@ def run(request: GenerateRequest) -> None:
         raise UsageError(
             "no prompt was given", 'Type one in quotes: tiue-export generate BUNDLE "a red fox"'
         )
+    if request.latents is not None and request.seed is not None:
+        raise UsageError("--latents and --seed both say what the noise is", "Give one of them.")
     paths = _paths(request, prompts)
     start = time.perf_counter()
     bundle = open_bundle(request.bundle)
@@ -61,7 +64,7 @@ def run(request: GenerateRequest) -> None:
         shape = (1, *(int(side) for side in bundle.manifest.latent_shape[1:]))
         noise = noise_from_file(request.latents, shape)
     else:
-        check_seeds(request.seed, max(1, request.count))
+        check_seeds(request.seed or 0, max(1, request.count))
     options = RuntimeOptions(
         request.device, request.threads, request.low_memory, request.ckpt, request.base
     )
@@ -80,7 +83,7 @@ def run(request: GenerateRequest) -> None:
                 console.print(str(path), markup=False, highlight=False)
 
         result = pipeline(
-            prompts, seed=request.seed, count=request.count, latents=noise, on_picture=write
+            prompts, seed=request.seed or 0, count=request.count, latents=noise, on_picture=write
         )
         device = f"{pipeline.runtime.name} {pipeline.runtime.device}"
     drawn = time.perf_counter()
@@ -123,6 +126,9 @@ def _prompts_from(path: Path | None) -> list[str]:
 def _paths(request: GenerateRequest, prompts: list[str]) -> list[Path]:
     """One path per picture, in drawing order; none may exist without --force."""
     total = len(prompts) * request.count
+    blocked = next((p for p in (request.out, *request.out.parents) if p.is_file()), None)
+    if blocked is not None and request.out.suffix.lower() != ".png":
+        raise UsageError(f"--out {request.out}: {blocked} is a file", "Give --out a folder.")
     if request.out.suffix.lower() == ".png":
         if total != 1:
             raise UsageError(
@@ -132,7 +138,7 @@ def _paths(request: GenerateRequest, prompts: list[str]) -> list[Path]:
         paths = [request.out]
     else:
         paths = [
-            request.out / f"{number:04d}-{_slug(prompt)}-seed{request.seed + i}.png"
+            request.out / f"{number:04d}-{_slug(prompt)}-{_noise_name(request, i)}.png"
             for number, prompt in enumerate(prompts)
             for i in range(request.count)
         ]
@@ -144,6 +150,12 @@ def _paths(request: GenerateRequest, prompts: list[str]) -> list[Path]:
             "Pass --force to replace, or another --out.",
         )
     return paths
+
+
+def _noise_name(request: GenerateRequest, i: int) -> str:
+    if request.latents is not None:
+        return _slug(request.latents.stem)
+    return f"seed{(request.seed or 0) + i}"
 
 
 def _slug(prompt: str) -> str:
@@ -160,7 +172,7 @@ def _warn_of_cut_prompts(pipeline: Pipeline, prompts: list[str]) -> None:
 
             Console(stderr=True).print(
                 f"[yellow]note:[/] a prompt has {tokens} tokens, the last {tokens - length} are "
-                f"cut: {prompt[:50]!r}..."
+                f"cut: {escape(repr(prompt[:50]))}..."
             )
 
 
@@ -170,7 +182,8 @@ def _parameters(
     manifest = bundle.manifest
     parameters: dict[str, object] = {
         "prompt": picture.prompt,
-        "seed": picture.seed,
+        **({} if request.latents is None else {"latents": request.latents.name}),
+        **({} if picture.seed is None else {"seed": picture.seed}),
         "steps": manifest.schedule.steps,
         "size": f"{manifest.width_px}x{manifest.height_px}",
         "model": manifest.source.name,
@@ -179,9 +192,6 @@ def _parameters(
         "runtime": f"{pipeline.runtime.name} {pipeline.runtime.device}",
         "version": f"tiue-export {__version__}",
     }
-    if request.latents is not None:
-        parameters["latents"] = request.latents.name
-        del parameters["seed"]
     return parameters
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from rich.markup import escape
+
 from tiue_export.bundle import open_bundle
 from tiue_export.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry import open_runtime
@@ -25,5 +27,5 @@ def run(path: Path, runtime_name: str, options: RuntimeOptions, as_json: bool) -
     if as_json:
         print_json([{**dataclasses.asdict(r), "passed": r.passed} for r in records])
     else:
-        console.print(parity_table(records, f"{path} against its fp32 student"))
-    require_passed(records)
+        console.print(parity_table(records, escape(f"{path} against its fp32 student")))
+    require_passed(records, "Its pictures cannot be trusted: try another --device or --runtime.")

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tiue_export.compare import IDENTICAL_DB
 from tiue_export.manifest import Manifest, ParityRecord
 from tiue_export.specs import TensorSpec
 
@@ -59,7 +60,7 @@ def parity_table(records: Iterable[ParityRecord], title: str = "Parity") -> Tabl
         else:
             gate = f"{record.gate:.0f}"
             verdict = "[green]passed[/]" if record.passed else "[bold red]FAILED[/]"
-        value = "identical" if record.value >= 300 else f"{record.value:.1f}"
+        value = "identical" if record.value >= IDENTICAL_DB else f"{record.value:.1f}"
         error = f"{record.max_abs_error:.1e}"
         table.add_row(escape(record.hop), escape(record.subject), value, gate, error, verdict)
     return table

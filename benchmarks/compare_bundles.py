@@ -27,15 +27,18 @@ from tiue_export.specs import RuntimeOptions
 _MEASURE_ONE = "--measure-one"
 
 
-def measure_one(path: Path, runs: int, threads: int | None) -> dict[str, Any]:
-    """Time every graph of one bundle in this process; milliseconds per run, peak memory."""
+def measure_one(
+    path: Path, runs: int, threads: int | None, graphs: list[str] | None
+) -> dict[str, Any]:
+    """Time graphs of one bundle in this process; milliseconds per run, peak memory."""
     bundle = open_bundle(path)
     known = dict(load_reference(bundle).arrays)
     runtime = open_runtime("ort", bundle, RuntimeOptions(device="cpu", threads=threads))
-    latency_ms: dict[str, list[float]] = {name: [] for name in bundle.manifest.graphs}
+    names = [n for n in bundle.manifest.graphs if graphs is None or n in graphs]
+    latency_ms: dict[str, list[float]] = {name: [] for name in names}
     for run in range(runs + 1):
         pool = dict(known)
-        for name in bundle.manifest.graphs:
+        for name in names:
             feeds = with_dtypes(bundle.spec(name), pool)
             start = time.perf_counter()
             outputs = runtime.run(name, feeds)
@@ -53,11 +56,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--runs", type=int, default=2, help="timed runs per process")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--graphs", nargs="+", help="only these, the encoder before the decoder")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument(_MEASURE_ONE, action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure_one:
-        print(json.dumps(measure_one(arguments.bundles[0], arguments.runs, arguments.threads)))
+        (path,) = arguments.bundles
+        measured = measure_one(path, arguments.runs, arguments.threads, arguments.graphs)
+        print(json.dumps(measured))
         return
     rounds: list[list[dict[str, Any]]] = []
     for number in range(arguments.rounds):
@@ -80,6 +86,8 @@ def _in_child(path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     command += [str(path), "--runs", str(arguments.runs)]
     if arguments.threads is not None:
         command += ["--threads", str(arguments.threads)]
+    if arguments.graphs is not None:
+        command += ["--graphs", *arguments.graphs]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, Any] = json.loads(done.stdout)
     return measured

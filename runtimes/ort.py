@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from tiue_export.bundle import Bundle
-from tiue_export.errors import RuntimeFailure, UsageError, unknown_name
+from tiue_export.errors import RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.specs import Array, Feeds, RuntimeOptions
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -29,16 +30,15 @@ class OrtRuntime:
 
     def run(self, graph: str, feeds: Feeds) -> dict[str, Array]:
         """Run one graph; outputs are fresh arrays."""
-        session = self.session(graph)
+        session = self._session(graph)
         names = [spec.name for spec in self._bundle.spec(graph).outputs]
         try:
             outputs = session.run(names, {k: np.ascontiguousarray(v) for k, v in feeds.items()})
         except Exception as error:  # onnxruntime's exceptions share no public base class
-            raise RuntimeFailure(f"ONNX Runtime failed in {graph}: {_first_line(error)}") from error
+            raise RuntimeFailure(f"ONNX Runtime failed in {graph}: {first_line(error)}") from error
         return dict(zip(names, outputs, strict=True))
 
-    def session(self, graph: str) -> Any:
-        """The graph's InferenceSession, for those who need more than `run`."""
+    def _session(self, graph: str) -> Any:
         if self._closed:
             raise RuntimeFailure("the ort runtime is closed", "Open it again.")
         if graph not in self._sessions:
@@ -58,18 +58,27 @@ class OrtRuntime:
         # The arena keeps what it once allocated: measured at SD 2.1-base size, 10.4 GB against
         # 6.3 GB for the fp16 decoder, and 10.7 s against 15.9 s from the second run on.
         options.enable_cpu_mem_arena = not self._options.low_memory
-        providers = [_PROVIDERS[self.device]]
-        if self.device != "cpu":
-            providers.append(_PROVIDERS["cpu"])
+        providers: list[Any] = [_PROVIDERS["cpu"]]
+        if self.device == "cuda":
+            # TF32 would round an fp32 bundle's products to 10 bits.
+            exact = {"use_tf32": "0"} if self._bundle.manifest.precision == "fp32" else {}
+            providers.insert(0, (_PROVIDERS["cuda"], exact))
         try:
             session = ort.InferenceSession(self._bundle.graph_path(graph), options, providers)
         except Exception as error:
             raise RuntimeFailure(
-                f"ONNX Runtime {ort.__version__} cannot load {graph}: {_first_line(error)}",
-                "Check `tiue-export doctor`; opset 19 needs ONNX Runtime 1.15 or newer.",
+                f"ONNX Runtime {ort.__version__} cannot load {graph}: {first_line(error)}",
+                "Check `tiue-export doctor`; bundles need ONNX Runtime 1.18 or newer.",
             ) from error
         # A provider that fails to start is dropped by ONNX Runtime with a log line only.
         if session.get_providers()[0] != _PROVIDERS[self.device]:
+            if self._options.device == "auto":
+                warnings.warn(
+                    f"onnxruntime could not start {_PROVIDERS[self.device]}: running on the CPU",
+                    stacklevel=2,
+                )
+                self.device = "cpu"
+                return session
             raise RuntimeFailure(
                 f"ONNX Runtime could not start {_PROVIDERS[self.device]}; it offers "
                 f"{', '.join(session.get_providers())}",
@@ -95,8 +104,3 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> OrtRuntime:
             "pip uninstall onnxruntime && pip install 'tiue-export[gpu]'",
         )
     return OrtRuntime(bundle, device, options)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -22,7 +22,7 @@ from tiue_export.specs import GraphSpec
 MANIFEST_FILE = "tiue.json"
 REFERENCE_FILE = "parity/reference.safetensors"
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<host>[^-]+)-(?P<pid>\d{1,9})-[0-9a-f]{8}")
-_REPLACED = re.compile(r"\.(?P<name>.+)\.replaced-[0-9a-f]{8}")
+_REPLACED = re.compile(r"\.(?P<name>.+)\.replaced-(?P<host>[^-]+)-(?P<pid>\d{1,9})-[0-9a-f]{8}")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -47,6 +47,14 @@ class Bundle:
         """The ONNX file of one graph."""
         self.spec(graph)
         return self.root / self.manifest.graphs[graph].path
+
+    def file(self, name: str) -> Path:
+        """A file of the bundle that the manifest answers for; others are not trusted."""
+        if name not in self.manifest.files:
+            raise BundleError(
+                f"{self.root}: the manifest lists no {name}", "Export the bundle again."
+            )
+        return self.root / name
 
     @property
     def size_bytes(self) -> int:
@@ -150,9 +158,7 @@ def new_bundle(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     target = Path(path).resolve()
     _remove_leftovers(target)
     check_target(target, force=force)
-    partial = target.with_name(
-        f".{target.name}.partial-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-    )
+    partial = _beside(target, "partial")
     with disk_errors(target):
         partial.mkdir(parents=True)
         try:
@@ -169,6 +175,11 @@ def new_bundle(path: str | Path, *, force: bool = False) -> Iterator[Path]:
 def check_target(path: str | Path, *, force: bool) -> None:
     """Refuse a target that is in the way, before any work is done."""
     target = Path(path)
+    if target.resolve() == Path.cwd() or (target.exists() and os.path.ismount(target)):
+        raise BundleError(
+            f"{target} is the current folder or a mount point, which cannot be replaced whole",
+            f"Name a new folder inside it: {target / 'bundle'}",
+        )
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not (target / MANIFEST_FILE).is_file():
@@ -204,7 +215,7 @@ def _replace(partial: Path, target: Path) -> None:
         return
     # A kill between the two renames leaves the old bundle under this name; the next export to
     # the same place puts it back (`_remove_leftovers`).
-    old = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
+    old = _beside(target, "replaced")
     target.rename(old)
     try:
         partial.rename(target)
@@ -226,16 +237,21 @@ def _remove_leftovers(target: Path) -> None:
     if not target.parent.is_dir():
         return
     for path in list(target.parent.iterdir()):
-        replaced = _REPLACED.fullmatch(path.name)
-        if replaced and replaced["name"] == target.name:
-            if target.exists():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.rename(target)
-        found = _PARTIAL.fullmatch(path.name)
-        if found and found["name"] == target.name and found["host"] == _host():
-            if not _alive(int(found["pid"])):
-                shutil.rmtree(path, ignore_errors=True)
+        found = _PARTIAL.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
+        if not found or found["name"] != target.name or found["host"] != _host():
+            continue
+        if _alive(int(found["pid"])):
+            continue
+        if _REPLACED.fullmatch(path.name) and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _beside(target: Path, state: str) -> Path:
+    """A hidden sibling of `target` that names the process it belongs to."""
+    owner = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return target.with_name(f".{target.name}.{state}-{owner}")
 
 
 def _host() -> str:

@@ -26,6 +26,7 @@ from tiue_export.errors import (
     ScheduleError,
     UnsupportedModelError,
     UsageError,
+    first_line,
 )
 from tiue_export.family import (
     Config,
@@ -38,7 +39,7 @@ from tiue_export.family import (
 from tiue_export.manifest import Source
 from tiue_export.schedule import DEFAULT_STEPS, schedule_from_config
 from tiue_export.student import Student
-from tiue_export.weight_container import HUB_ID, check_checkpoint_path
+from tiue_export.weight_container import check_checkpoint_path, is_hub_id
 from tiue_export.weights import (
     UnetWeights,
     check_state,
@@ -53,6 +54,7 @@ from tiue_export.weights import (
 
 _PARTS = ("text_encoder", "vae", "tokenizer", "scheduler")
 STEPS_KEY = "tiue_steps"
+_HUB_KINDS = ("json", "txt", "safetensors")
 
 
 def load_student(
@@ -81,13 +83,20 @@ def load_student(
 
     folders = {part: _part_folder(part, checkpoint.pipeline, base_folder) for part in _PARTS}
     scheduler_config = _scheduler_config(folders["scheduler"], family_name)
-    recorded = weights.metadata.get(STEPS_KEY, scheduler_config.get(STEPS_KEY))
+    own_scheduler = folders["scheduler"] is not None and checkpoint.owns(folders["scheduler"])
+    recorded = weights.metadata.get(
+        STEPS_KEY, scheduler_config.get(STEPS_KEY) if own_scheduler else None
+    )
     chosen = _steps(recorded, steps, allow_other_steps)
     schedule = schedule_from_config(scheduler_config, chosen)
 
     text_encoder = vae = None
     part_sha256: dict[str, str] = {}
-    if folders["text_encoder"] is not None and folders["tokenizer"] is not None:
+    notes = weights.notes
+    if folders["text_encoder"] is not None and folders["tokenizer"] is None:
+        notes += ("the text encoder was left out, because no tokenizer came with it",)
+        folders["text_encoder"] = None
+    if folders["text_encoder"] is not None:
         on_stage("text encoder")
         text_encoder = load_text_encoder(folders["text_encoder"])
         _check_text_width(text_encoder, config, folders["text_encoder"])
@@ -107,7 +116,7 @@ def load_student(
         ema=weights.ema,
         parts={part: _origin(folder, checkpoint) for part, folder in folders.items()},
         licence=weights.metadata.get("license") or weights.metadata.get("modelspec.license"),
-        notes=weights.notes,
+        notes=notes,
     )
     student = Student(
         unet,
@@ -130,6 +139,10 @@ class _Checkpoint:
     unet_config: Config | None
     pipeline: Path | None
 
+    def owns(self, part: Path) -> bool:
+        """Whether a part's folder is the checkpoint's own, not the base's."""
+        return part.parent == self.pipeline
+
     @property
     def root_folder(self) -> Path:
         return self.root if self.root.is_dir() else self.root.parent
@@ -139,7 +152,7 @@ def _locate(path: str | Path) -> _Checkpoint:
     check_checkpoint_path(str(path))
     root = Path(path)
     if not root.exists():
-        root = _download(str(path))
+        root = _download(str(path), with_unet=True)
     if root.is_file():
         return _Checkpoint(root, [root], None, None)
     if (root / "unet").is_dir():
@@ -156,8 +169,10 @@ def _locate(path: str | Path) -> _Checkpoint:
 
 def _pipeline_folder(base: str | Path) -> Path:
     folder = Path(base)
-    if not folder.exists() and HUB_ID.fullmatch(str(base)):
-        folder = _download(str(base))
+    if not folder.exists():
+        if not is_hub_id(str(base)):
+            raise UsageError(f"--base {base} does not exist", "Give a diffusers pipeline folder.")
+        folder = _download(str(base), with_unet=False)
     if not any((folder / part).is_dir() for part in _PARTS):
         raise UsageError(
             f"--base {base} holds none of {', '.join(part + '/' for part in _PARTS)}",
@@ -167,20 +182,29 @@ def _pipeline_folder(base: str | Path) -> Path:
     return folder
 
 
-def _download(hub_id: str) -> Path:
-    """Fetch a pipeline from the Hugging Face hub, on the user's explicit naming of its id."""
+def _download(hub_id: str, *, with_unet: bool) -> Path:
+    """Fetch a pipeline from the Hugging Face hub, on the user's explicit naming of its id.
+
+    A base gives everything but the UNet's weights; full-precision files only, no single-file
+    copies of the whole model.
+    """
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
             snapshot_download(
                 hub_id,
-                allow_patterns=["*.json", "*.txt", "*.safetensors"],
-                ignore_patterns=["*safety_checker*", "*vae_encoder*"],
+                allow_patterns=[
+                    "model_index.json",
+                    *(f"{part}/*.{kind}" for part in _PARTS for kind in _HUB_KINDS),
+                    "unet/config.json",
+                    *(("unet/*.safetensors",) if with_unet else ()),
+                ],
+                ignore_patterns=["*.fp16.*", "*non_ema*"],
             )
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UsageError(
             f"{hub_id} is no local path, and the hub did not deliver it: {reason}",
             "Check the spelling, or download it elsewhere and give the folder.",
@@ -192,9 +216,7 @@ def _unet_config(
 ) -> tuple[str, Config]:
     """Family name and UNet configuration: from the folder, the file's metadata, base or preset."""
     shapes = ldm_signature_shapes(weights.tensors)
-    if family is not None:
-        return family, load_family(family).unet
-    families = families_of(shapes)
+    families = families_of(shapes) if family is None else (load_family(family).name,)
     config = checkpoint.unet_config
     if config is None and "unet_config" in weights.metadata:
         config = parse_json(weights.metadata["unet_config"], f"{weights.path} (metadata)")
@@ -203,7 +225,7 @@ def _unet_config(
         check_unet_config(candidate)
         config = candidate if config_fits(candidate, shapes) else None
     if config is not None:
-        return _same_family(config, families), config
+        return _same_family(config, families_of(shapes)), config
     if not families:
         text_widths = sorted(
             {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
@@ -220,17 +242,21 @@ def _unet_config(
 
 
 def _same_family(config: Config, candidates: tuple[str, ...]) -> str:
-    """The candidate whose attention also agrees with the configuration, or "custom"."""
-    keys = ("block_out_channels", "attention_head_dim", "layers_per_block")
+    """The candidate whose whole UNet configuration this is, or "custom"."""
     for name in candidates:
         unet = load_family(name).unet
-        if all(config.get(key, unet[key]) == unet[key] for key in keys):
+        if all(config.get(key, unet[key]) == unet[key] for key in unet if key != "sample_size"):
             return name
     return "custom"
 
 
 def _by_prediction(families: tuple[str, ...], base: Path | None) -> str:
-    """Weights cannot tell SD 2.1-base from SD 2.1: the base pipeline's scheduler can."""
+    """Weights cannot tell SD 2.1-base from SD 2.1: the base pipeline's scheduler can.
+
+    Without it nothing can, and a wrong guess would draw wrong pictures through every gate.
+    """
+    if len(families) == 1:
+        return families[0]
     if base is not None and (base / "scheduler" / "scheduler_config.json").is_file():
         wanted = read_json(base / "scheduler" / "scheduler_config.json").get(
             "prediction_type", "epsilon"
@@ -238,13 +264,22 @@ def _by_prediction(families: tuple[str, ...], base: Path | None) -> str:
         for name in families:
             if load_family(name).scheduler["prediction_type"] == wanted:
                 return name
-    return families[0]
+    raise UsageError(
+        f"the weights fit {' and '.join(families)}, which differ in what the network predicts",
+        f"Say which: --family {families[0]}, or pass --base with its scheduler.",
+    )
 
 
 def _build_unet(config: Config, weights: UnetWeights) -> tuple[Any, torch.dtype]:
     check_unet_config(config)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
+    except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"the UNet configuration for {weights.path} describes no network: {first_line(error)}",
+            "Restore the config.json that belongs to these weights.",
+        ) from error
     expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     tensors = named_for_diffusers(weights, list(expected), config)
     check_state(expected, tensors, f"the UNet in {weights.path}")
@@ -263,7 +298,7 @@ def _part_folder(part: str, pipeline: Path | None, base: Path | None) -> Path | 
 def _origin(folder: Path | None, checkpoint: _Checkpoint) -> str:
     if folder is None:
         return "none"
-    return "checkpoint" if folder.parent == checkpoint.pipeline else f"base {folder.parent.name}"
+    return "checkpoint" if checkpoint.owns(folder) else f"base {folder.parent.name}"
 
 
 def _folder_sha256(folder: Path, stem: str) -> str:

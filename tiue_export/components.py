@@ -13,7 +13,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from tiue_export.errors import CheckpointError, UnsupportedModelError
+from tiue_export.errors import CheckpointError, UnsupportedModelError, first_line
 from tiue_export.family import Config
 from tiue_export.weights import check_state, common_dtype, read_weights, weight_files
 
@@ -42,6 +42,12 @@ def load_vae(folder: Path) -> Any:
         raise UnsupportedModelError(
             f"the VAE in {folder} has {config.get('latent_channels')} latent channels and "
             f"shift_factor {config.get('shift_factor')}; expected 4 and none"
+        )
+    factor = config.get("scaling_factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < 1e6:
+        raise CheckpointError(
+            f"the VAE in {folder} has scaling_factor {factor!r}; expected a positive number",
+            "Stable Diffusion 1.x and 2.x have 0.18215, AutoencoderTiny has 1.0.",
         )
     return _from_pretrained(kinds[name], folder, WEIGHTS_STEM)
 
@@ -122,9 +128,3 @@ def parse_json(text: str, where: str) -> Config:
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{where} is not a JSON object")
     return dict(data)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of another library's error message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -71,6 +71,12 @@ class ResourceError(TiueError):
     exit_code = 10
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def unknown_name(kind: str, got: str, legal: Iterable[str]) -> UsageError:
     """The error for a name that is not in a closed list, with the nearest legal spelling."""
     import difflib

@@ -114,6 +114,12 @@ def check_unet_config(config: Config) -> None:
     channels = config.get("in_channels", 4)
     if channels != 4:
         raise _not_plain(_INPUT_CHANNELS.get(channels, f"{channels} input channels"))
+    for key in ("block_out_channels", "down_block_types", "up_block_types"):
+        if not isinstance(config.get(key), (list, tuple)) or not config[key]:
+            raise UnsupportedModelError(
+                f"the UNet configuration has {key} {config.get(key)!r}; expected a list",
+                "Restore the config.json that belongs to these weights.",
+            )
     for key, plain, meaning in _PLAIN_UNET:
         value = config.get(key, plain)
         if value != plain and not (plain in (None, False) and value in (None, False)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,15 @@ class ExportOptions:
             raise unknown_name("hoisting", self.hoist, HOISTS)
         if self.batch < 1:
             raise UsageError(f"--batch is {self.batch}; expected 1 or more")
+        if not 0 <= self.merge_below < math.inf:
+            raise UsageError(
+                f"--merge-below is {self.merge_below}; expected 0 or more (0.02 is usual)"
+            )
+
+    @property
+    def example_batch(self) -> int:
+        """Images in the example inputs: torch.export takes a 1 for a constant."""
+        return max(2, self.batch) if self.dynamic_batch else self.batch
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ def latent_shape(student: Student, options: ExportOptions) -> tuple[int, int, in
                 f"{name} is {side}; expected a multiple of {multiple} px for this student",
                 f"The nearest is {name} {near}.",
             )
-    return options.batch, 4, height // scale, width // scale
+    return options.example_batch, 4, height // scale, width // scale
 
 
 def vae_scale(student: Student) -> int:
@@ -114,7 +124,7 @@ def text_shape(student: Student, options: ExportOptions) -> tuple[int, int, int]
     """(B, L, D) of the text embedding."""
     text = student.text_encoder
     length = 77 if text is None else int(text.config.max_position_embeddings)
-    return options.batch, length, int(student.unet.config.cross_attention_dim)
+    return options.example_batch, length, int(student.unet.config.cross_attention_dim)
 
 
 def build_graphs(
@@ -258,7 +268,7 @@ def _spec(name: str, tensor: Tensor, graph: str, options: ExportOptions) -> Tens
 
 
 def _size(side: int | str, options: ExportOptions) -> int:
-    return options.batch if isinstance(side, str) else side
+    return options.example_batch if isinstance(side, str) else side
 
 
 def _meta_twin(module: Any) -> Any:

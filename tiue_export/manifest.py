@@ -137,8 +137,16 @@ class Manifest:
             )
         manifest: Manifest = _structure(Manifest, data, where)
         for name, length in (("latent_shape", 4), ("text_shape", 3)):
-            if len(getattr(manifest, name)) != length:
-                raise _wrong(f"{where}: {name}", getattr(manifest, name), f"{length} sides")
+            shape = getattr(manifest, name)
+            if len(shape) != length or any(isinstance(side, str) for side in shape[1:]):
+                raise _wrong(f"{where}: {name}", shape, f"{length} sides")
+        schedule = manifest.schedule
+        if len(schedule.timesteps) != len(schedule.output_coefficients):
+            raise _wrong(
+                f"{where}: output_coefficients",
+                schedule.output_coefficients,
+                f"one for each of the timesteps {schedule.timesteps}",
+            )
         return manifest
 
 

@@ -65,7 +65,7 @@ def load_reference(bundle: Bundle) -> Reference:
     """The reference stored in a bundle."""
     from safetensors import SafetensorError, safe_open
 
-    path = bundle.root / REFERENCE_FILE
+    path = bundle.file(REFERENCE_FILE)
     try:
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -139,8 +139,8 @@ def with_dtypes(spec: GraphSpec, pool: Feeds) -> dict[str, Array]:
     return {tensor.name: pool[tensor.name].astype(tensor.dtype) for tensor in spec.inputs}
 
 
-def require_passed(records: list[ParityRecord]) -> None:
-    """Raise `ParityError` that lists every record below its gate."""
+def require_passed(records: list[ParityRecord], next_step: str) -> None:
+    """Raise `ParityError` that lists every record below its gate, with what to type next."""
     failed = [record for record in records if not record.passed]
     if failed:
         lines = "; ".join(
@@ -149,6 +149,5 @@ def require_passed(records: list[ParityRecord]) -> None:
         )
         raise ParityError(
             f"{len(failed)} of {len(records)} parity checks failed: {lines}",
-            "Try --precision fp32, or accept the loss with --allow-parity-loss (it is then "
-            "written in the manifest).",
+            next_step,
         )

@@ -37,11 +37,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """One generated image with what made it. `latents` (4, H, W) float32, before the VAE."""
+    """One generated image with what made it; `seed` None when the noise was given.
+
+    `latents` (4, H, W) float32, before the VAE.
+    """
 
     image: Image
     prompt: str
-    seed: int
+    seed: int | None
     latents: Array
 
 
@@ -81,7 +84,7 @@ class Pipeline:
         for graph in (TEXT_ENCODER, VAE_DECODER):
             opened.spec(graph)
         length = int(opened.manifest.text_shape[1])
-        tokenizer = open_tokenizer(opened.root / "tokenizer" / "tokenizer.json", length)
+        tokenizer = open_tokenizer(opened.file("tokenizer/tokenizer.json"), length)
         if isinstance(runtime, str):
             runtime = open_runtime(runtime, opened, options or RuntimeOptions())
         return Pipeline(opened, runtime, tokenizer)
@@ -143,7 +146,12 @@ class Pipeline:
         sample = self.decode(result, stages)
         pixels = pixels_from_sample(sample)
         return [
-            Picture(image_from_pixels(pixels[row]), prompt, seed, result[row])
+            Picture(
+                image_from_pixels(pixels[row]),
+                prompt,
+                seed if latents is None else None,
+                result[row],
+            )
             for row, (prompt, seed) in enumerate(jobs)
         ]
 

@@ -6,7 +6,8 @@ parts are run and freed one after the other: at full size they would not fit sid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ from tiue_export.lowering import copied
 from tiue_export.manifest import ParityRecord
 from tiue_export.noise import noise_from_seed
 from tiue_export.parity import PROMPTS, Reference, parity_record, with_dtypes
+from tiue_export.schedule import ddim_settings
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_DECODER,
@@ -37,7 +39,7 @@ from tiue_export.specs import (
     VAE_DECODER,
     Array,
 )
-from tiue_export.student import Student
+from tiue_export.student import Student, combine
 from tiue_export.tokenizer import Tokenizer
 
 GraphIO = tuple[dict[str, Array], dict[str, Array]]
@@ -52,22 +54,16 @@ class Capture:
     hops: list[ParityRecord]
 
 
-def capture(
-    student: Student,
-    options: ExportOptions,
-    tokenizer: Tokenizer | None,
-    on_stage: Callable[[str], None] = lambda stage: None,
-) -> Capture:
-    """Run the student in float32 on PROMPTS and seeds 0, 1, ...; measure split and hoisting."""
+def capture(student: Student, options: ExportOptions, tokenizer: Tokenizer | None) -> Capture:
+    """Run the student in float32 on PROMPTS and seeds 0, 1, ...; measure every torch-side hop."""
     options = replace(options, precision="fp32")
     shape = latent_shape(student, options)
     known: dict[str, Array] = {"sample": noise_from_seed(0, shape)}
     graph_io: dict[str, GraphIO] = {}
-    inputs = _capture_text(student, options, tokenizer, known, graph_io)
-    on_stage("split and closed form")
-    hops = _capture_unet(student, options, known, graph_io, inputs, on_stage)
-    on_stage("reference picture")
-    _capture_vae(student, options, known, graph_io)
+    hops: list[ParityRecord] = []
+    inputs = _capture_text(student, options, tokenizer, known, graph_io, hops)
+    _capture_unet(student, options, known, graph_io, hops, inputs)
+    _capture_vae(student, options, known, graph_io, hops, inputs)
     return Capture(Reference(known, inputs), graph_io, hops)
 
 
@@ -77,6 +73,7 @@ def _capture_text(
     tokenizer: Tokenizer | None,
     known: dict[str, Array],
     graph_io: dict[str, GraphIO],
+    hops: list[ParityRecord],
 ) -> str:
     batch, length, width = text_shape(student, options)
     if student.text_encoder is None or tokenizer is None:
@@ -91,7 +88,12 @@ def _capture_text(
     feeds, outputs = _run(graph, known)
     graph_io[TEXT_ENCODER] = feeds, outputs
     known["encoder_hidden_states"] = outputs["last_hidden_state"]
-    return f"{min(batch, len(PROMPTS))} real prompt(s), seeded noise"
+    inputs = f"{min(batch, len(PROMPTS))} real prompt(s), seeded noise"
+    own = copied(student.text_encoder, torch.float32, plain=False)
+    with torch.no_grad():
+        plain = own(torch.from_numpy(known["input_ids"])).last_hidden_state
+    hops.append(_lowered(TEXT_ENCODER, plain, outputs["last_hidden_state"], inputs))
+    return inputs
 
 
 def _capture_unet(
@@ -99,9 +101,9 @@ def _capture_unet(
     options: ExportOptions,
     known: dict[str, Array],
     graph_io: dict[str, GraphIO],
+    hops: list[ParityRecord],
     inputs: str,
-    on_stage: Callable[[str], None],
-) -> list[ParityRecord]:
+) -> None:
     wide = _part_of(student, unet=copied_unet(student.unet))
     noise = torch.from_numpy(known["sample"])
     text = torch.from_numpy(known["encoder_hidden_states"])
@@ -113,28 +115,31 @@ def _capture_unet(
         loop = scheduler_loop(wide, noise, outputs)
     del features
     first = outputs[: len(noise)]
-    hops = [
+    hops += [
         parity_record("split", "row 0 / unsplit UNet", _np(unsplit), _np(first), "split", inputs),
         parity_record(
             "closed form", "latents / DDIM loop", _np(loop), _np(latents), "split", inputs
         ),
     ]
-    on_stage("reference features and latents")
-    merged = exported_schedule(student, options).merged_timesteps
+    schedule = exported_schedule(student, options)
     pool = dict(known)
     for graph in build_graphs(wide, options, only=UNET_GRAPHS):
         graph_io[graph.spec.name] = _run(graph, pool)
         pool.update(graph_io[graph.spec.name][1])
-    if options.hoist != "none" or merged:
-        subject = "latents / naive student"
-        hop, kind = (
-            (f"merged t={','.join(map(str, merged))}", None) if merged else ("hoisted", "split")
-        )
-        value = graph_io[UNET_DECODER][1]["latents"]
-        hops.append(parity_record(hop, subject, _np(latents), value, kind, inputs))
+    # The exported rows of the naive student: with merging, the same rows under the same weights.
+    kept = [k for k, t in enumerate(student.schedule.timesteps) if t in schedule.timesteps]
+    by_step = outputs.reshape(student.schedule.rows, *noise.shape)[kept]
+    expected = combine(schedule, noise, by_step.flatten(0, 1))
+    hop = "lowered" if options.hoist == "none" else "hoisted"
+    value = graph_io[UNET_DECODER][1]["latents"]
+    hops.append(
+        parity_record(hop, "latents / naive student", _np(expected), value, "split", inputs)
+    )
+    if schedule.merged_timesteps:
+        hop = f"merged t={','.join(map(str, schedule.merged_timesteps))}"
+        hops.append(parity_record(hop, "latents / all rows", _np(latents), value, None, inputs))
     known["latents"] = graph_io[UNET_DECODER][1]["latents"]
     known["latent_sample"] = (known["latents"] / vae_scaling_factor(student)).astype(np.float32)
-    return hops
 
 
 def _capture_vae(
@@ -142,6 +147,8 @@ def _capture_vae(
     options: ExportOptions,
     known: dict[str, Array],
     graph_io: dict[str, GraphIO],
+    hops: list[ParityRecord],
+    inputs: str,
 ) -> None:
     if student.vae is None:
         return
@@ -150,6 +157,15 @@ def _capture_vae(
     feeds, outputs = _run(graph, known)
     graph_io[VAE_DECODER] = feeds, outputs
     known["picture"] = outputs["sample"]
+    own = copied(student.vae, torch.float32, plain=False)
+    with torch.no_grad():
+        plain = own.decode(torch.from_numpy(known["latent_sample"])).sample
+    hops.append(_lowered(VAE_DECODER, plain, outputs["sample"], inputs))
+
+
+def _lowered(graph: str, plain: Tensor, value: Array, inputs: str) -> ParityRecord:
+    """The module prepared for export against the checkpoint's own."""
+    return parity_record("lowered", f"{graph} / its own module", _np(plain), value, "split", inputs)
 
 
 def measure_half_arithmetic(
@@ -209,12 +225,9 @@ def scheduler_loop(student: Student, noise: Tensor, outputs: Tensor) -> Tensor:
     """The official loop: diffusers' DDIM scheduler stepped through the K outputs (K*B, 4, H, W)."""
     from diffusers import DDIMScheduler
 
-    config = {
-        "clip_sample": False,
-        "thresholding": False,
-        **{k: v for k, v in student.scheduler_config.items() if not k.startswith(("_", "tiue_"))},
-    }
-    scheduler: Any = DDIMScheduler.from_config(config)
+    settings = ddim_settings(student.scheduler_config)
+    known = inspect.signature(DDIMScheduler.__init__).parameters
+    scheduler: Any = DDIMScheduler(**{k: v for k, v in settings.items() if k in known})
     scheduler.set_timesteps(student.schedule.steps)
     latents = noise
     rows = outputs.float().reshape(student.schedule.steps, *noise.shape)

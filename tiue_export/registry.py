@@ -25,6 +25,17 @@ class RuntimeEntry:
     summary: str
 
 
+EXPORT_NEEDS = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnxruntime",
+    "psutil",
+)
+
 RUNTIMES: Mapping[str, RuntimeEntry] = {
     "ort": RuntimeEntry(
         "tiue_export.runtimes.ort:open_runtime",

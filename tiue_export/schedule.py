@@ -79,7 +79,7 @@ class Schedule:
 
         The error is |E_t| * |output_t - output_neighbour|: with K=4 the last row weighs 0.012.
         """
-        if below < 0:
+        if not below >= 0:
             raise UsageError(f"--merge-below is {below}; expected 0 or more (0.02 is usual)")
         timesteps = list(self.timesteps)
         weights = list(self.output_coefficients)
@@ -104,7 +104,7 @@ def schedule_from_config(config: Mapping[str, Any], steps: int) -> Schedule:
     breaks the closed formula: clipping, thresholding, K=1 on a schedule that ends at t<=1, an
     unknown scheduler class.
     """
-    settings = _ddim_settings(config)
+    settings = ddim_settings(config)
     train_steps = int(settings["num_train_timesteps"])
     if not 1 <= steps <= train_steps:
         raise UsageError(f"--steps is {steps}; expected 1 to {train_steps}")
@@ -167,8 +167,11 @@ def alphas_cumprod(config: Mapping[str, Any]) -> npt.NDArray[np.float64]:
     return np.asarray(np.cumprod(1 - betas), dtype=np.float64)
 
 
-def _ddim_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything DDIM needs, with the defaults of the class that wrote the file."""
+def ddim_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything DDIM needs, with the defaults of the class that wrote the file.
+
+    Raises `ScheduleError` for what breaks the closed formula.
+    """
     name = str(config.get("_class_name", "DDIMScheduler"))
     if name not in _CLASS_DEFAULTS:
         raise ScheduleError(
@@ -193,6 +196,9 @@ def _ddim_settings(config: Mapping[str, Any]) -> dict[str, Any]:
                 "needs steps that are linear in the sample",
                 f'Set "{key}": false in scheduler_config.json if the student was trained so.',
             )
+    for key in ("num_train_timesteps", "beta_start", "beta_end", "steps_offset"):
+        if isinstance(settings[key], bool) or not isinstance(settings[key], (int, float)):
+            raise ScheduleError(f"the scheduler's {key} is {settings[key]!r}; expected a number")
     if settings["prediction_type"] not in PREDICTION_TYPES:
         raise ScheduleError(
             f"prediction_type is {settings['prediction_type']!r}; "

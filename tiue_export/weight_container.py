@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 from tiue_export.errors import CheckpointError, UsageError
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
 
 
@@ -18,11 +19,17 @@ def check_checkpoint_path(path: str) -> None:
     if place.is_file():
         check_container(place)
     elif not place.exists():
-        if HUB_ID.fullmatch(path) is None or place.suffix == ".safetensors":
+        if not is_hub_id(path):
             refuse_pickle(place)
             raise UsageError(
                 f"{path} does not exist", "Give a .safetensors file or a diffusers folder."
             )
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether "owner/name" can mean the hub: it is no path, and `owner` is no folder here."""
+    known_kind = Path(path).suffix in {".safetensors", *_PICKLE_SUFFIXES}
+    return _HUB_ID.fullmatch(path) is not None and not known_kind and not Path(path).parent.exists()
 
 
 def refuse_pickle(path: Path) -> None:
@@ -57,14 +64,14 @@ def check_container(path: Path) -> None:
         ends = [
             entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
         ]
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        promised = 8 + header_bytes + max((int(end) for end in ends), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if len(raw) < header_bytes:
             raise _truncated(path, size_bytes, 8 + header_bytes) from error
         raise CheckpointError(
             f"{path} is no safetensors file: its header is not the JSON that it should be",
             "Download or convert the file again.",
         ) from error
-    promised = 8 + header_bytes + max(ends, default=0)
     if size_bytes < promised:
         raise _truncated(path, size_bytes, promised)
 
@@ -80,12 +87,15 @@ def _pickle_error(path: Path) -> CheckpointError:
     target = path.with_suffix(".safetensors")
     if target == path:
         target = path.with_name(f"{path.stem}-converted.safetensors")
+    code = (
+        "import sys, torch, safetensors.torch as s; "
+        "d = torch.load(open(sys.argv[1], 'rb'), map_location='cpu', weights_only=True); "
+        "d = d.get('state_dict', d); "
+        "d = {k: v.contiguous().clone() for k, v in d.items() if hasattr(v, 'shape')}; "
+        "s.save_file(d, sys.argv[2])"
+    )
     return CheckpointError(
         f"{path} is a pickle, which can run any code when opened; expected .safetensors",
         "Convert it once, where you trust the file:\n"
-        '  python -c "import torch, safetensors.torch as s; '
-        f"d = torch.load(open('{path}', 'rb'), map_location='cpu', weights_only=True); "
-        "d = d.get('state_dict', d); "
-        "s.save_file({k: v.contiguous().clone() for k, v in d.items() if hasattr(v, 'shape')}, "
-        f"'{target}')\"",
+        f'  python -c "{code}" {shlex.quote(str(path))} {shlex.quote(str(target))}',
     )

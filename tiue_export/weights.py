@@ -17,7 +17,7 @@ from tiue_export.family import Config, Shapes, check_tensor_names
 from tiue_export.ldm_keys import LDM_PREFIX, ldm_names
 from tiue_export.weight_container import check_container, refuse_pickle
 
-_WRAPPERS = ("_orig_mod.", "module.", "student.", "unet.")
+_WRAPPERS = ("_orig_mod.", "module.", "student.", "unet.", "diffusion_model.")
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 _LISTED = 10
 
@@ -60,8 +60,9 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            listed = json.loads(index.read_text("utf-8"))["weight_map"].values()
+            shards = sorted({str(shard) for shard in listed})
+        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{index} is not a shard index: {error}") from error
         return [folder / shard for shard in shards]
     for path in sorted(folder.iterdir()):
@@ -109,9 +110,10 @@ def unet_weights(file: WeightFile) -> UnetWeights:
     translate LDM names. Everything that is set aside is told in `notes`.
     """
     names = list(file.tensors)
-    if any(name.startswith(LDM_PREFIX) for name in names):
-        return _ldm_weights(file)
     prefix = _common_wrapper(names)
+    if any(name.startswith(prefix + LDM_PREFIX) for name in names):
+        bare = {name[len(prefix) :]: tensor for name, tensor in file.tensors.items()}
+        return _ldm_weights(WeightFile(file.path, bare, file.metadata))
     tensors = {n[len(prefix) :]: t for n, t in file.tensors.items() if n.startswith(prefix)}
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     check_tensor_names(shapes)

@@ -27,6 +27,7 @@ class TiueExportCommand(BaseOptimumCLICommand):
         parser.add_argument("--width", type=int)
         parser.add_argument("--batch-size", type=int, default=1)
         parser.add_argument("--steps", type=int)
+        parser.add_argument("--family", help="for a bare UNet whose family is ambiguous")
         parser.add_argument("--force", action="store_true", help="replace an existing bundle")
         parser.add_argument("output", help="bundle folder to write")
 
@@ -36,7 +37,7 @@ class TiueExportCommand(BaseOptimumCLICommand):
 
         command = ["onnx", "--ckpt", self.args.model, "--out", self.args.output]
         command += ["--precision", self.args.dtype, "--batch", str(self.args.batch_size)]
-        for option in ("base", "height", "width", "steps"):
+        for option in ("base", "height", "width", "steps", "family"):
             value = getattr(self.args, option)
             if value is not None:
                 command += [f"--{option}", str(value)]

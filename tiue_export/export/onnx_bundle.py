@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ from tiue_export.specs import (
 from tiue_export.student import Student
 from tiue_export.tokenizer import Tokenizer, open_tokenizer
 
+_IF_LOST = (
+    "Try --precision fp32, or accept the loss with --allow-parity-loss (the manifest then says so)."
+)
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -108,7 +111,7 @@ def export_onnx(
         bundle = Bundle(folder, _manifest(student, options, graphs, folder))
         records = [*captured.hops, *_measure(bundle, captured, modules, options, observer)]
         if not allow_parity_loss:
-            require_passed(records)
+            require_passed(records, _IF_LOST)
         lost = any(not record.passed for record in records)
         manifest = replace(bundle.manifest, parity=tuple(records), parity_loss_allowed=lost)
         (folder / MANIFEST_FILE).write_text(manifest.to_json(), "utf-8")
@@ -258,7 +261,7 @@ def _manifest(
         hoisted=options.hoist,
         graphs=graphs,
         files=file_records(folder, [name for name in names if name not in in_graphs]),
-        tools={name: metadata.version(name) for name in _TOOLS},
+        tools={name: importlib.import_module(name).__version__ for name in _TOOLS},
     )
 
 

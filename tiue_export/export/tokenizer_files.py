@@ -29,7 +29,7 @@ def write_tokenizer(source: Path, folder: Path, length: int) -> None:
         backend = tokenizer.backend_tokenizer
     except Exception as error:
         raise CheckpointError(
-            f"{source} cannot be read as a CLIP tokenizer: {str(error).splitlines()[0]}",
+            f"{source} cannot be read as a CLIP tokenizer: {str(error) or type(error).__name__}",
             "It needs tokenizer.json, or vocab.json and merges.txt.",
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
