@@ -441,6 +441,61 @@ def test_the_base_schedulers_prediction_type_tells_sd21_from_sd21_base(tmp_path)
         assert _by_prediction(("sd21-base", "sd21-v"), tmp_path) == expected
 
 
+def test_ambiguous_weights_without_a_scheduler_are_not_guessed():
+    from tiue_export.checkpoint import _by_prediction
+
+    with pytest.raises(UsageError, match="--family sd21-base, or pass --base"):
+        _by_prediction(("sd21-base", "sd21-v"), None)
+
+
+def test_an_ldm_file_behind_a_wrapper_prefix_loads(tiny_pipeline, tiny_student, tmp_path):
+    file = write_ldm_file(tiny_pipeline, tmp_path / "ldm.safetensors")
+    save_file({f"module.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    assert_same_weights(load_student(file, base=tiny_pipeline), tiny_student)
+
+
+def test_a_text_encoder_without_a_tokenizer_is_left_out_with_a_note(pipeline):
+    shutil.rmtree(pipeline / "tokenizer")
+    student = load_student(pipeline)
+    assert student.text_encoder is None
+    assert student.source.parts["text_encoder"] == "none"
+    assert student.source.notes == (
+        "the text encoder was left out, because no tokenizer came with it",
+    )
+
+
+def test_the_bases_recorded_k_is_not_the_students(pipeline, unet_tensors, tmp_path):
+    edit_json(pipeline / "scheduler" / "scheduler_config.json", tiue_steps=8)
+    file = saved(unet_tensors, tmp_path)
+    assert load_student(file, base=pipeline).schedule.steps == 4
+
+
+@pytest.mark.parametrize("factor", [0, None, -1, "0.18"])
+def test_a_vae_scaling_factor_that_is_no_positive_number_is_refused(factor, pipeline):
+    edit_json(pipeline / "vae" / "config.json", scaling_factor=factor)
+    refused(CheckpointError, pipeline, "scaling_factor", "expected a positive number")
+
+
+@pytest.mark.parametrize("value", [None, "abc", True])
+def test_scheduler_numbers_that_are_none_are_named(value, pipeline):
+    edit_json(pipeline / "scheduler" / "scheduler_config.json", beta_start=value)
+    refused(ScheduleError, pipeline, "beta_start", "expected a number")
+
+
+@pytest.mark.parametrize("value", [None, [], "320", [24]])
+def test_a_unet_configuration_that_describes_no_network_is_refused(value, pipeline):
+    edit_json(pipeline / "unet" / "config.json", block_out_channels=value)
+    with pytest.raises((CheckpointError, UnsupportedModelError)):
+        load_student(pipeline)
+
+
+def test_a_local_looking_path_is_never_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    refused(UsageError, Path("out/typo"), "out/typo does not exist")
+    refused(UsageError, Path("org/student.safetensors"), "does not exist")
+
+
 def test_sd_parameter_counts_are_the_published_ones():
     for family, millions in (("sd15", 859.5), ("sd21-base", 865.9)):
         with torch.device("meta"):

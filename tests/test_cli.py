@@ -254,6 +254,63 @@ def test_generate_refuses_bad_requests(run, tiny_bundle, tmp_path):
         failing(run, code, part, arguments=["generate", root, *extra])
 
 
+def test_square_brackets_are_text_not_markup(run, tiny_bundle, tmp_path):
+    folder = Path(shutil.copytree(tiny_bundle.root, tmp_path / "[/bold]"))
+    code, _, err = run("generate", folder, "[/b] [cat:dog] " * 60, "--out", "[red].png")
+    assert code == 0
+    assert "[/b] [cat:dog]" in err
+    for command in ("inspect", "parity"):
+        assert run(command, folder)[0] == 0
+
+
+def test_the_current_folder_is_refused_as_output_at_once(run, tiny_pipeline):
+    arguments = ["onnx", "--ckpt", tiny_pipeline, "--out", "."]
+    failing(run, 6, "is the current folder", "bundle", arguments=arguments)
+
+
+def test_merging_thresholds_must_be_finite(run, tiny_pipeline):
+    for value in ("nan", "inf", "-1"):
+        arguments = ["onnx", "--ckpt", tiny_pipeline, "--out", "b", "--merge-below", value]
+        failing(run, 2, f"--merge-below is {float(value)}", arguments=arguments)
+
+
+def test_noise_is_either_seeded_or_given(run, tiny_bundle, tmp_path):
+    np.save(tmp_path / "noise.npy", np.zeros((4, 8, 8), np.float32))
+    arguments = ["generate", tiny_bundle.root, "a", "--latents", "noise.npy", "--seed", "1"]
+    failing(run, 2, "both say what the noise is", arguments=arguments)
+    assert run(*arguments[:-2], "--json")[0] == 0
+    parameters = parameters_from_png(Path("pictures/0000-a-noise.png"))
+    assert (parameters["latents"], "seed" in parameters) == ("noise.npy", False)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_trusted(run, bundle_copy):
+    manifest = bundle_copy / "tiue.json"
+    data = json.loads(manifest.read_text())
+    del data["files"]["tokenizer/tokenizer.json"]
+    manifest.write_text(json.dumps(data))
+    arguments = ["generate", bundle_copy, "a fox"]
+    failing(run, 6, "the manifest lists no tokenizer/tokenizer.json", arguments=arguments)
+
+
+@pytest.mark.slow
+def test_dynamic_batch_needs_no_other_option(run, tiny_pipeline):
+    code, _, err = run("onnx", "--ckpt", tiny_pipeline / "unet", "--out", "any", "--dynamic-batch")
+    assert code == 0, err
+    assert open_bundle("any").manifest.batch is None
+
+
+@pytest.mark.slow
+def test_a_terminated_export_cleans_up(tiny_pipeline, tmp_path):
+    command = [sys.executable, "-m", "tiue_export", "onnx", "--ckpt", str(tiny_pipeline)]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "fox")], stderr=subprocess.PIPE)
+    while not any(tmp_path.iterdir()):
+        time.sleep(0.05)
+    process.terminate()
+    _, err = process.communicate()
+    assert process.returncode == 143, err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_flipped_byte_in_a_weight_file_is_found(run, bundle_copy):
     data = bundle_copy / "unet_decoder" / "model.onnx.data"
     content = bytearray(data.read_bytes())

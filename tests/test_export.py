@@ -22,6 +22,9 @@ from tiue_export.export.onnx_bundle import Observer
 from tiue_export.export.plan import plan_export
 from tiue_export.export.to_onnx import OPSET, onnx_from_graph
 from tiue_export.graphs import build_graphs
+from tiue_export.parity import load_reference, measure_runtime
+from tiue_export.registry import open_runtime
+from tiue_export.specs import RuntimeOptions
 from tiue_export.synthetic import write_ldm_file
 
 
@@ -64,6 +67,7 @@ def test_every_hop_is_measured_and_passed(tiny_bundle):
     assert {hop for hop, _ in hops} == {
         "split",
         "closed form",
+        "lowered",
         "hoisted",
         "ONNX fp32",
         "ONNX fp32 chain",
@@ -131,6 +135,9 @@ def test_every_variant_passes_its_gates_and_draws(options, tiny_student, tmp_pat
         assert bundle.spec("unet_decoder").outputs[0].dtype == "float32"
         assert bundle.spec("unet_encoder").outputs[0].dtype == "float16"
     if options.merge_below:
+        # Hoisting stays proven under merging: same rows, same weights, at the exact gate.
+        hoisted = next(r for r in manifest.parity if r.hop == "hoisted")
+        assert hoisted.gate == 120
         merged = next(r for r in manifest.parity if r.hop.startswith("merged"))
         assert merged.gate is None
         assert 20 < merged.value < 120
@@ -196,6 +203,29 @@ def test_a_dynamic_batch_bundle_runs_any_batch(tiny_student, tmp_path):
         alone = [pipeline("a red fox", seed=3 + i).pictures[0] for i in range(5)]
     for one, row in zip(alone, together.pictures, strict=True):
         assert psnr_db(one.latents, row.latents) > 100
+
+
+def test_a_scheduler_that_leaves_out_its_classes_defaults_exports(tiny_pipeline, tmp_path):
+    """The loop that proves the closed form must fill gaps as the class that wrote the file does."""
+    folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
+    config = folder / "scheduler" / "scheduler_config.json"
+    kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "set_alpha_to_one"}
+    config.write_text(json.dumps({k: v for k, v in kept.items() if k != "timestep_spacing"}))
+    bundle = export_onnx(load_student(folder / "unet", base=folder), tmp_path / "bundle")
+    closed = next(r for r in bundle.manifest.parity if r.hop == "closed form")
+    assert closed.value > 120
+
+
+def test_the_torch_runtime_follows_the_checkpoints_own_configuration(tiny_pipeline, tmp_path):
+    folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "norm_eps": 1e-2}))
+    student = load_student(folder)
+    assert student.source.family == "tiny"
+    bundle = export_onnx(student, tmp_path / "bundle")
+    runtime = open_runtime("torch", bundle, RuntimeOptions(checkpoint=str(folder)))
+    records = measure_runtime(bundle, runtime, load_reference(bundle))
+    assert all(record.value > 100 for record in records)
 
 
 def test_a_bare_unet_exports_its_two_graphs_and_says_so(tiny_pipeline, tmp_path):

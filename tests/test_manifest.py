@@ -64,12 +64,15 @@ MANIFEST = st.builds(
         notes=tuples(TEXT),
     ),
     schedule=st.builds(
-        Schedule,
+        lambda rows, **rest: Schedule(
+            timesteps=tuple(t for t, _ in rows),
+            output_coefficients=tuple(weight for _, weight in rows),
+            **rest,
+        ),
+        rows=tuples(st.tuples(SIZE, FINITE)),
         steps=SIZE,
-        timesteps=tuples(SIZE),
         prediction_type=TEXT,
         noise_coefficient=FINITE,
-        output_coefficients=tuples(FINITE),
         timestep_spacing=TEXT,
         merged_timesteps=tuples(SIZE),
     ),
