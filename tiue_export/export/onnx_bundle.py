@@ -174,6 +174,8 @@ def _measure(
             if name in modules:
                 graph = modules.pop(name)
                 graphs.append(measure_half_arithmetic(graph, feeds, expected, inputs))
+                del graph
+                return_freed_memory()
             graphs.append(
                 measure_graph(runtime, spec, with_dtypes(spec, feeds), expected, hop, kind, inputs)
             )
