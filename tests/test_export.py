@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -60,6 +61,13 @@ def test_the_bundle_has_the_contracts_layout(tiny_bundle):
     for graph in tiny_bundle.manifest.graphs.values():
         listed |= set(graph.files)
     assert listed == {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
+
+
+def test_every_file_of_a_bundle_is_as_readable_as_the_umask_allows(tiny_bundle):
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {p.stat().st_mode & 0o777 for p in tiny_bundle.root.rglob("*") if p.is_file()}
+    assert modes == {0o666 & ~umask}
 
 
 def test_every_hop_is_measured_and_passed(tiny_bundle):

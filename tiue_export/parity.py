@@ -54,11 +54,12 @@ class Reference:
 
     def save(self, path: Path) -> None:
         """Write as one safetensors file."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         path.parent.mkdir(parents=True, exist_ok=True)
         contiguous = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
-        save_file(contiguous, path, metadata={"inputs": self.inputs})
+        # Not save_file: it makes files that only their owner can read.
+        path.write_bytes(save(contiguous, metadata={"inputs": self.inputs}))
 
 
 def load_reference(bundle: Bundle) -> Reference:
