@@ -1,0 +1,1 @@
+"""The reference path that trains: TiUE distillation in PyTorch (extra [train])."""

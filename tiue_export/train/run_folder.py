@@ -1,0 +1,130 @@
+"""A training run on disk: its configuration, one atomic state file, and a journal of its steps.
+
+A run may be killed at any moment. The state file is replaced in one step, and on resuming the
+journal loses what was logged after the last state, so that a broken run and an unbroken one end
+with the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiue_export.bundle import disk_errors
+from tiue_export.errors import CheckpointError, UsageError, first_line
+
+CONFIG_FILE = "run.json"
+STATE_FILE = "state.pt"
+JOURNAL_FILE = "journal.jsonl"
+
+
+class RunFolder:
+    """One training run's files below `path`.
+
+    `config` is all that decides the outcome. A folder that holds another configuration's run is
+    refused with `UsageError`, naming the settings that differ.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.path = path
+        wanted = json.loads(json.dumps(config))
+        file = path / CONFIG_FILE
+        with disk_errors(file):
+            path.mkdir(parents=True, exist_ok=True)
+            if file.is_file():
+                _refuse_other(path, _read_json(file), wanted)
+            else:
+                write_atomically(file, (json.dumps(wanted, indent=1) + "\n").encode())
+
+    def load(self) -> dict[str, Any] | None:
+        """The last saved state, or None for a run that saved none yet."""
+        file = self.path / STATE_FILE
+        if not file.is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            self._truncate_journal(int(state["step"]))
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{file} is not a state of a training run: {first_line(error)}",
+                f"Remove {self.path} to train from the start.",
+            ) from error
+        return state
+
+    def save(self, step: int, **parts: Any) -> None:
+        """Replace the state file; `parts` are state dicts, tensors and plain values."""
+        file = self.path / STATE_FILE
+        partial = file.with_suffix(".partial")
+        with disk_errors(file):
+            try:
+                with partial.open("wb") as stream:
+                    torch.save({"step": step, **parts}, stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                partial.replace(file)
+            except RuntimeError as error:
+                # torch reports a failed write (a full disk) as its own RuntimeError.
+                partial.unlink(missing_ok=True)
+                if isinstance(error.__cause__ or error.__context__, OSError):
+                    raise (error.__cause__ or error.__context__) from error
+                raise
+            except OSError:
+                partial.unlink(missing_ok=True)
+                raise
+
+    def log(self, step: int, **values: float | str) -> None:
+        """Append one line to the journal."""
+        with disk_errors(self.path / JOURNAL_FILE), (self.path / JOURNAL_FILE).open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def journal(self) -> Iterator[dict[str, Any]]:
+        """The logged lines in order; a line cut off by a kill is left out."""
+        file = self.path / JOURNAL_FILE
+        if not file.is_file():
+            return
+        for line in file.read_text("utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
+
+    def _truncate_journal(self, step: int) -> None:
+        kept = [json.dumps(entry) for entry in self.journal() if entry["step"] <= step]
+        write_atomically(self.path / JOURNAL_FILE, "".join(f"{k}\n" for k in kept).encode())
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write beside `file` and rename, so that a reader sees the old content or the new."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def _refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    if changed:
+        differences = ", ".join(
+            f"{key} was {found.get(key)!r}, is {wanted.get(key)!r}" for key in changed[:4]
+        )
+        raise UsageError(
+            f"{path} holds a run with other settings: {differences}",
+            "Choose another output folder, or restore the settings to resume this run.",
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{file} is not JSON: {first_line(error)}", f"Remove {file.parent} to start anew."
+        ) from error
+    return content
