@@ -252,6 +252,36 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 @explained
+def distill(
+    config: Annotated[
+        Path | None, typer.Argument(help="TOML file; see docs/training.md.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder [default: the file's `out`].")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", help="Stop after this many [default: the file's].")
+    ] = None,
+    presets: Annotated[
+        bool, typer.Option("--presets", help="List the presets a configuration can name.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a TiUE student from a teacher. Run the same line again to resume.
+
+    Example:  tiue-export distill student.toml
+
+    Several GPUs or machines:  accelerate launch -m tiue_export distill student.toml
+    """
+    from .distill import run
+
+    overrides = {"out": None if out is None else str(out), "iterations": iterations}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    run(config, given, presets, as_json)
+
+
+@app.command()
+@explained
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for everything it makes.")] = Path(
         "demo"

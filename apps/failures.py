@@ -31,8 +31,9 @@ def explained(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
         except TiueError as error:
             _stop(error.message, error.next_step, error.exit_code)
-        except KeyboardInterrupt:
-            _stop("interrupted; nothing unfinished was kept", None, _INTERRUPTED)
+        except KeyboardInterrupt as interrupt:  # a training says in it how to go on
+            message = str(interrupt) or "interrupted; nothing unfinished was kept"
+            _stop(message, None, _INTERRUPTED)
         except MemoryError:
             _stop(
                 "memory ran out",

@@ -6,7 +6,7 @@ LDM names. What a UNet alone lacks comes from `base`, a pipeline folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,15 @@ def load_student(
     family: str | None = None,
     steps: int | None = None,
     allow_other_steps: bool = False,
+    without: Collection[str] = (),
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:
     """Load a student in its checkpoint's own dtype, memory-mapped, in eval mode.
 
     `steps` is K; a checkpoint that records its K (`tiue_steps` in scheduler_config.json or in the
     safetensors metadata) refuses another unless `allow_other_steps`. `family` overrides what the
-    weights suggest. `on_stage` hears what is being read.
+    weights suggest. `without` names parts to leave out even where they are there, such as "vae".
+    `on_stage` hears what is being read.
 
     Raises `CheckpointError`, `UnsupportedModelError`, `ScheduleError` or `UsageError`.
     """
@@ -81,7 +83,10 @@ def load_student(
     family_name, config = _unet_config(checkpoint, weights, base_folder, family)
     unet, dtype = _build_unet(config, weights)
 
-    folders = {part: _part_folder(part, checkpoint.pipeline, base_folder) for part in _PARTS}
+    folders = {
+        part: None if part in without else _part_folder(part, checkpoint.pipeline, base_folder)
+        for part in _PARTS
+    }
     scheduler_config = _scheduler_config(folders["scheduler"], family_name)
     own_scheduler = folders["scheduler"] is not None and checkpoint.owns(folders["scheduler"])
     recorded = weights.metadata.get(

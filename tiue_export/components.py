@@ -18,6 +18,8 @@ from tiue_export.family import Config
 from tiue_export.weights import check_state, common_dtype, read_weights, weight_files
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
+# The kinds of VAE that are understood, by the class name in their config.json.
+VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
 def load_text_encoder(folder: Path) -> Any:
@@ -34,10 +36,9 @@ def load_text_encoder(folder: Path) -> Any:
 def load_vae(folder: Path) -> Any:
     """An AutoencoderKL or AutoencoderTiny with four latent channels, in its own dtype."""
     config = read_json(folder / "config.json")
-    kinds = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     name = config.get("_class_name")
-    if name not in kinds:
-        raise UnsupportedModelError(f"{folder} holds a {name}; expected {' or '.join(kinds)}")
+    if name not in VAES:
+        raise UnsupportedModelError(f"{folder} holds a {name}; expected {' or '.join(VAES)}")
     if config.get("latent_channels", 4) != 4 or config.get("shift_factor"):
         raise UnsupportedModelError(
             f"the VAE in {folder} has {config.get('latent_channels')} latent channels and "
@@ -49,7 +50,7 @@ def load_vae(folder: Path) -> Any:
             f"the VAE in {folder} has scaling_factor {factor!r}; expected a positive number",
             "Stable Diffusion 1.x and 2.x have 0.18215, AutoencoderTiny has 1.0.",
         )
-    return _from_pretrained(kinds[name], folder, WEIGHTS_STEM)
+    return _from_pretrained(VAES[name], folder, WEIGHTS_STEM)
 
 
 def _from_pretrained(kind: Any, folder: Path, stem: str) -> Any:

@@ -36,6 +36,8 @@ EXPORT_NEEDS = (
     "psutil",
 )
 
+TRAIN_NEEDS = (*EXPORT_NEEDS, "accelerate", "peft", "tensorboard")
+
 RUNTIMES: Mapping[str, RuntimeEntry] = {
     "ort": RuntimeEntry(
         "tiue_export.runtimes.ort:open_runtime",

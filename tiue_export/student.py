@@ -24,6 +24,13 @@ class Features(NamedTuple):
     skips: tuple[Tensor, ...]
 
 
+class Prediction(NamedTuple):
+    """One pass of the student: latents (B, 4, H, W) float32, outputs (K*B, 4, H, W) step-major."""
+
+    latents: Tensor
+    outputs: Tensor
+
+
 class Student(nn.Module):
     """A TiUE student: UNet, schedule and, when known, text encoder and VAE decoder.
 
@@ -87,9 +94,14 @@ class Student(nn.Module):
 
     def sample(self, noise: Tensor, text: Tensor) -> Tensor:
         """Noise (B, 4, H, W), text (B, 77, D) -> latents (B, 4, H, W), float32, differentiable."""
-        return self.combine(noise, self.decode(self.encode(noise, text), text))
+        return self.predict(noise, text).latents
 
-    forward = sample
+    def predict(self, noise: Tensor, text: Tensor) -> Prediction:
+        """`sample`, together with the outputs that were combined; the training losses see both."""
+        outputs = self.decode(self.encode(noise, text), text)
+        return Prediction(self.combine(noise, outputs), outputs)
+
+    forward = predict
 
     def time_embedding(self, timesteps: tuple[int, ...]) -> Tensor:
         """Embeddings of the timesteps, (len(timesteps), D_t), in the UNet's dtype."""

@@ -12,22 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tiue_export.checkpoint import STEPS_KEY
-from tiue_export.components import quiet_libraries
+from tiue_export.components import VAES, quiet_libraries
 from tiue_export.family import load_family
 from tiue_export.ldm_keys import LDM_PREFIX, ldm_names
+from tiue_export.pipeline_folder import write_model_index, write_scheduler
 from tiue_export.schedule import DEFAULT_STEPS
+from tiue_export.vocabulary import write_tokenizer
 
 # Last layers of residual branches: kept small, so that depth does not amplify.
 _RESIDUAL = ("conv2", "to_out.0", "ff.net.2", "proj_out", "out_proj", "fc2")
 _RESIDUAL_GAIN = 0.4
-_VOCABULARY_SIZE = 1024
 _WORDS = """a an the of in on at with and over under beside near photo photograph picture painting
 drawing watercolor sketch portrait landscape red green blue yellow orange purple pink black white
 brown grey golden silver light dark bright soft morning evening night sunset snow rain clouds sky
@@ -50,25 +49,16 @@ def write_synthetic_pipeline(
     for part, model in (
         ("unet", lambda: UNet2DConditionModel.from_config(config.unet)),
         ("text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**config.text_encoder))),
-        ("vae", lambda: AutoencoderKL.from_config(config.vae)),
+        ("vae", lambda: VAES[config.vae["_class_name"]].from_config(config.vae)),
     ):
         built = _on_cpu(model, dtype)
         fill(built, generator)
         with quiet_libraries():
             built.save_pretrained(folder / part, safe_serialization=True)
         del built
-    _write_tokenizer(folder / "tokenizer", config.text_encoder)
-    scheduler = {**config.scheduler, STEPS_KEY: DEFAULT_STEPS}
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    index = {
-        "_class_name": "StableDiffusionPipeline",
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    _write_json(folder / "model_index.json", index)
+    write_tokenizer(folder / "tokenizer", [_WORDS], config.text_encoder)
+    write_scheduler(folder, config.scheduler, DEFAULT_STEPS)
+    write_model_index(folder, config.scheduler, config.vae["_class_name"])
     return folder
 
 
@@ -112,41 +102,3 @@ def _on_cpu(build: Any, dtype: torch.dtype) -> Any:
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
     return model.eval()
-
-
-def _write_tokenizer(folder: Path, text_config: dict[str, Any]) -> None:
-    """A CLIP-type byte-level BPE tokenizer over a small vocabulary of prompt words."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY_SIZE, end_of_word_suffix="</w>", show_progress=False
-    )
-    trained.train_from_iterator([_WORDS], trainer)
-    merges = json.loads(trained.to_str())["model"]["merges"]
-    pieces = [*alphabet, *(letter + "</w>" for letter in alphabet)]
-    merges = merges[: _VOCABULARY_SIZE - 2 - len(pieces)]
-    pieces += ["".join(pair) for pair in merges]
-    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
-    vocabulary["<|startoftext|>"] = text_config["bos_token_id"]
-    vocabulary["<|endoftext|>"] = text_config["eos_token_id"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
-    (folder / "merges.txt").write_text("\n".join(lines), "utf-8")
-    # OpenCLIP's tokenizer (SD 2.x, 1024 wide) pads with "!", OpenAI's (SD 1.x) with end-of-text.
-    pad = "!" if text_config["hidden_size"] == 1024 else "<|endoftext|>"
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": text_config["max_position_embeddings"],
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": pad,
-    }
-    _write_json(folder / "tokenizer_config.json", config)
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")

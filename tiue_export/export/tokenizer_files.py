@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from transformers import CLIPTokenizer
 
 from tiue_export.errors import CheckpointError
+from tiue_export.tokenizer import Tokenizer, open_tokenizer
 
 
 def write_tokenizer(source: Path, folder: Path, length: int) -> None:
@@ -52,3 +54,13 @@ def write_tokenizer(source: Path, folder: Path, length: int) -> None:
         "pad_token": tokenizer.pad_token,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def tokenizer_of(source: Path, length: int) -> Tokenizer:
+    """The checkpoint's tokenizer giving the very ids that an exported bundle gives.
+
+    `source` is the tokenizer's folder, `length` the text encoder's number of positions.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(source, Path(folder), length)
+        return open_tokenizer(Path(folder) / "tokenizer.json", length)

@@ -7,9 +7,12 @@ with the same files.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pickle
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,18 @@ from tiue_export.errors import CheckpointError, UsageError, first_line
 CONFIG_FILE = "run.json"
 STATE_FILE = "state.pt"
 JOURNAL_FILE = "journal.jsonl"
+LOCK_FILE = ".lock"
+
+
+_DAMAGED = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 class RunFolder:
@@ -41,19 +56,37 @@ class RunFolder:
             else:
                 write_atomically(file, (json.dumps(wanted, indent=1) + "\n").encode())
 
-    def load(self) -> dict[str, Any] | None:
-        """The last saved state, or None for a run that saved none yet."""
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process until it ends, however it ends.
+
+        Two trainings in one folder would replace each other's state: `UsageError` for the second.
+        """
+        with disk_errors(self.path / LOCK_FILE):
+            file = (self.path / LOCK_FILE).open("a")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(
+                    f"another process is training in {self.path}",
+                    "Wait until it has ended, or choose another output folder.",
+                ) from error
+            except OSError:
+                pass  # some network file systems have no locks
+            yield
+
+    def load(self, *, truncate: bool = True) -> dict[str, Any] | None:
+        """The last saved state, or None for a run that saved none yet.
+
+        With `truncate`, what the journal holds beyond that state is dropped: those steps come
+        again. Raises `CheckpointError` for a damaged file.
+        """
         file = self.path / STATE_FILE
-        if not file.is_file():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-            self._truncate_journal(int(state["step"]))
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{file} is not a state of a training run: {first_line(error)}",
-                f"Remove {self.path} to train from the start.",
-            ) from error
+        state = _read_state(file) if file.is_file() else None
+        if truncate:
+            with disk_errors(self.path / JOURNAL_FILE):
+                self._truncate_journal(0 if state is None else int(state["step"]))
         return state
 
     def save(self, step: int, **parts: Any) -> None:
@@ -67,14 +100,12 @@ class RunFolder:
                     stream.flush()
                     os.fsync(stream.fileno())
                 partial.replace(file)
-            except RuntimeError as error:
+            except BaseException as error:
+                partial.unlink(missing_ok=True)
                 # torch reports a failed write (a full disk) as its own RuntimeError.
-                partial.unlink(missing_ok=True)
-                if isinstance(error.__cause__ or error.__context__, OSError):
-                    raise (error.__cause__ or error.__context__) from error
-                raise
-            except OSError:
-                partial.unlink(missing_ok=True)
+                reason = error.__cause__ or error.__context__
+                if isinstance(error, RuntimeError) and isinstance(reason, OSError):
+                    raise reason from error
                 raise
 
     def log(self, step: int, **values: float | str) -> None:
@@ -101,11 +132,27 @@ class RunFolder:
 def write_atomically(file: Path, content: bytes) -> None:
     """Write beside `file` and rename, so that a reader sees the old content or the new."""
     partial = file.with_name(f".{file.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        int(state["step"])
+    except _DAMAGED as error:
+        raise CheckpointError(
+            f"{file} is not a state of a training run: {first_line(error)}",
+            f"Remove {file.parent} to train from the start.",
+        ) from error
+    return state
 
 
 def _refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

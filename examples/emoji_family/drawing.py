@@ -34,8 +34,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 # A mirrored arrow, letter or clock is another thing than its caption says.
 _DIRECTED_GROUPS = ("Symbols",)
 _DIRECTED_NAMES = re.compile(
-    r"left|right|clock|letter|button|book|calendar|keyboard|sign|sheet|newspaper|medal|banknote"
-    r"|zzz|points|globe|map|chart|receipt|card|pager|plate|notes?\b|document|page|scroll"
+    r"left|right|clock|thirty|quarter moon|waxing|waning|letter|button|book|calendar|keyboard"
+    r"|sign|sheet|newspaper|medal|banknote|zzz|points|globe|map|chart|receipt|card|pager|plate|notes?\b|document|page|scroll"
 )
 _NAMED_GROUND_SHARE = 0.6
 
@@ -92,14 +92,14 @@ def compose(
 
 
 def caption(name: str, background: str | None = None, *, bare: bool = False) -> str:
-    """"a red apple", "a red apple on a light blue background"; `bare` leaves the article out."""
+    """ "a red apple", "a red apple on a light blue background"; `bare` leaves the article out."""
     text = name if bare else with_article(name)
     return text if background is None else f"{text} on {with_article(background)} background"
 
 
 def with_article(name: str) -> str:
     """`name` after a or an; plurals and proper names stay as they are."""
-    if name[0].isupper() or name.endswith("s") and not name.endswith("ss"):
+    if name[0].isupper() or (name.endswith("s") and not name.endswith("ss")):
         return name
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
@@ -109,9 +109,7 @@ def directed(emoji: Emoji) -> bool:
     return emoji.group in _DIRECTED_GROUPS or bool(_DIRECTED_NAMES.search(emoji.name.lower()))
 
 
-def _within(
-    shift: tuple[float, float], lengths: tuple[int, int], size: int
-) -> tuple[float, float]:
+def _within(shift: tuple[float, float], lengths: tuple[int, int], size: int) -> tuple[float, float]:
     """No shift where a tilted sprite already fills the canvas."""
-    across, down = (part if length < size else 0.0 for part, length in zip(shift, lengths, strict=True))
-    return across, down
+    across, down = shift
+    return across if lengths[0] < size else 0.0, down if lengths[1] < size else 0.0

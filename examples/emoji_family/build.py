@@ -1,0 +1,199 @@
+"""Build the whole demo family from nothing: pictures -> autoencoder -> teacher -> students.
+
+    python -m emoji_family.build --out RUN                  (from examples/; hours of two cores)
+    python -m emoji_family.build --out RUN --stage teacher  (one stage; it needs those before it)
+
+Every stage resumes where it was stopped, and a finished stage is only read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from tiue_export.components import quiet_libraries
+from tiue_export.family import load_family
+from tiue_export.pipeline_folder import write_pipeline
+from tiue_export.train.config import read_config
+from tiue_export.train.distill import distill
+from tiue_export.vocabulary import write_tokenizer
+
+from .autoencoder import DECODER, DRAFT, FINAL, train_autoencoder
+from .corpus import Emoji, load_corpus
+from .drawing import BACKGROUNDS, PICTURE_SIZE, caption
+from .latents import LatentSet, encode_pictures
+from .teacher import LARGE, SMALL, Teacher, train_teacher
+
+_HERE = Path(__file__).parent
+_DRAWS_PER_EMOJI = 32
+_SMALL_SIZE = 64
+_SHOWN_PROMPTS = (
+    "a red apple",
+    "a red apple on a light blue background",
+    "a fox on a dark green background",
+    "an owl",
+    "a birthday cake on a pink background",
+    "a rocket on a dark blue background",
+    "a grinning face on a white background",
+    "a guitar on a lavender background",
+)
+
+
+class Family:
+    """The stages and where each keeps its files below `out`."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.corpus: tuple[Emoji, ...] = load_corpus()
+        out.mkdir(parents=True, exist_ok=True)
+
+    def tokenizer(self) -> CLIPTokenizer:
+        """A vocabulary over all names and grounds."""
+        folder = self.out / "tokenizer"
+        if not (folder / "tokenizer_config.json").is_file():
+            texts = [caption(emoji.name) for emoji in self.corpus]
+            # As often as names, so that every word of a ground is one piece.
+            texts += [caption("thing", ground) for ground in BACKGROUNDS] * len(self.corpus)
+            write_tokenizer(folder, texts, load_family("demo").text_encoder)
+        with quiet_libraries():
+            return CLIPTokenizer.from_pretrained(folder)
+
+    def autoencoder(self) -> Any:
+        """Encoder and decoder together, to the end."""
+        draft = self.draft_autoencoder()
+        return train_autoencoder(self.corpus, self.out / "autoencoder", FINAL, draft)
+
+    def draft_autoencoder(self) -> Any:
+        """Good enough for a teacher's first phase."""
+        return train_autoencoder(self.corpus, self.out / "draft-autoencoder", DRAFT)
+
+    def decoder(self) -> Any:
+        """The same encoder, a sharper decoder."""
+        return train_autoencoder(self.corpus, self.out / "decoder", DECODER, self.autoencoder())
+
+    def latents(self, size: int) -> LatentSet:
+        """Latents of drawn pictures at `size` px; the small ones are the draft's."""
+        file = self.out / f"latents-{size}.safetensors"
+        autoencoder = self._autoencoder(size)
+        return encode_pictures(
+            autoencoder, self.corpus, file, size=size, draws=_DRAWS_PER_EMOJI, seed=0
+        )
+
+    def teacher(self) -> Path:
+        """Teacher at 64 px, then at 128 px; returns its pipeline folder."""
+        small = self._teacher("teacher-64", _SMALL_SIZE, None)
+        large = self._teacher("teacher-128", PICTURE_SIZE, small)
+        return self._write(large, self.out / "teacher", self.decoder(), force=True)
+
+    def student(self) -> Path:
+        """The TiUE student."""
+        return self._distill("student.toml", "student")
+
+    def one_step(self) -> Path:
+        """The one-step baseline, same teacher and budget."""
+        return self._distill("one-step.toml", "one-step")
+
+    def _autoencoder(self, size: int) -> Any:
+        return self.draft_autoencoder() if size == _SMALL_SIZE else self.autoencoder()
+
+    def _teacher(self, name: str, size: int, start_from: Teacher | None) -> Teacher:
+        settings = SMALL if size == _SMALL_SIZE else LARGE
+        data, tokenizer, vae = self.latents(size), self.tokenizer(), self._autoencoder(size)
+
+        def after_save(step: int, teacher: Teacher) -> None:
+            if step % 1000 == 0 or step == settings.steps:
+                vae.register_to_config(scaling_factor=data.scaling_factor)
+                file = self.out / name / "samples" / f"step-{step:06d}.png"
+                _save_samples(teacher, vae, tokenizer, size, file)
+
+        folder = self.out / name
+        return train_teacher(data, tokenizer, folder, settings, start_from, after_save)
+
+    def _write(self, teacher: Teacher, folder: Path, vae: Any, *, force: bool) -> Path:
+        vae.register_to_config(scaling_factor=self.latents(PICTURE_SIZE).scaling_factor)
+        return write_pipeline(
+            folder,
+            unet=teacher.unet,
+            text_encoder=teacher.text_encoder,
+            vae=vae,
+            tokenizer=self.out / "tokenizer",
+            scheduler_config=load_family("demo").scheduler,
+            dtype=torch.float32,
+            force=force,
+        )
+
+    def _distill(self, config: str, name: str) -> Path:
+        prompts = self.out / "prompts.txt"
+        grounds = [None, *BACKGROUNDS]
+        lines = [caption(emoji.name, ground) for emoji in self.corpus for ground in grounds]
+        prompts.write_text("\n".join(lines) + "\n", "utf-8")
+        settings = {
+            "teacher": str(self.out / "teacher"),
+            "prompts": str(prompts),
+            "out": str(self.out / name),
+            "sample_prompts": _SHOWN_PROMPTS,
+        }
+        return distill(replace(read_config(_HERE / config, settings)), print)
+
+
+def _save_samples(
+    teacher: Teacher, vae: Any, tokenizer: CLIPTokenizer, size: int, file: Path
+) -> None:
+    """Two pictures of each shown prompt: 20 DDIM steps, guidance 3."""
+    from tiue_export.picture import save_png
+
+    scheduler = DDIMScheduler.from_config(load_family("demo").scheduler, clip_sample=False)
+    with quiet_libraries():
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=teacher.text_encoder,
+            tokenizer=tokenizer,
+            unet=teacher.unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        [prompt for prompt in _SHOWN_PROMPTS for _ in range(2)],
+        height=size,
+        width=size,
+        num_inference_steps=20,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    from PIL import Image
+
+    sheet = Image.new("RGB", (8 * size, 2 * size))
+    for number, image in enumerate(images):
+        sheet.paste(image, ((number // 2) * size, (number % 2) * size))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_png(sheet, file, {"prompt": " | ".join(_SHOWN_PROMPTS)})
+
+
+def main() -> None:
+    """Build one stage, or all of them in order."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="folder for all runs")
+    stages = ("draft-autoencoder", "autoencoder", "decoder", "teacher", "student", "one-step")
+    parser.add_argument("--stage", choices=stages, help="only this one [default: all]")
+    parser.add_argument("--threads", type=int, help="CPU threads [default: all cores]")
+    arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    family = Family(arguments.out)
+    for stage in stages if arguments.stage is None else (arguments.stage,):
+        build: Callable[[], Any] = getattr(family, stage.replace("-", "_"))
+        build()
+
+
+if __name__ == "__main__":
+    main()

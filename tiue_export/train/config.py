@@ -1,0 +1,193 @@
+"""A distillation's configuration: TOML -> one frozen object, with the paper's presets."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from tiue_export.errors import UsageError, first_line, unknown_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+METHODS = ("tiue", "one-step")
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Everything that decides a run's outcome. The defaults are the paper's (method B.5).
+
+    `batch` is the whole batch of one step over all processes and accumulation; `micro_batch` is
+    what one process holds at a time. Sides are in pixels.
+    """
+
+    teacher: str
+    prompts: str
+    out: str
+    prompt_column: str | None = None
+    # tiue: one encoder pass, K decoder rows, KL. one-step: SwiftBrush, one pass at t=999, no KL.
+    method: str = "tiue"
+    steps: int = 4
+    # Start from this student instead of from the teacher: how K = 2, 8, 16, 32 are trained.
+    student: str | None = None
+    iterations: int = 66_500
+    batch: int = 64
+    micro_batch: int = 8
+    height: int = 512
+    width: int = 512
+    precision: str = "fp16"
+    student_learning_rate: float = 1e-6
+    lora_learning_rate: float = 1e-3
+    warmup_steps: int = 0
+    final_rate: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    gradient_clip: float = 1.0
+    guidance: float = 4.5
+    lora_rank: int = 64
+    lora_alpha: float = 108.0
+    lora_targets: tuple[str, ...] = ("to_q", "to_v")
+    lora_warmup_steps: int = 0
+    null_share: float = 0.1
+    # Per sample, summed over the K predictions: 0.1 x the published code's device batch of 8.
+    kl_weight: float = 0.8
+    clip_model: str | None = None
+    clip_decoder: str | None = None
+    clip_threshold: float = 0.35
+    clip_weight: float = 0.1
+    clip_decay_steps: int = 177_341
+    ema_decay: float = 0.9999
+    gradient_checkpointing: bool = True
+    channels_last: bool = True
+    # Unfused attention: a fifth faster to train on CPUs at small resolutions, slower on GPUs.
+    plain_attention: bool = False
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 500
+    sample_every: int = 500
+    sample_prompts: tuple[str, ...] = ()
+    samples_per_prompt: int = 4
+
+    def __post_init__(self) -> None:
+        for kind, value, legal in (
+            ("method", self.method, METHODS),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in legal:
+                raise unknown_name(kind, value, legal)
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected more than 0")
+        for name in _NOT_NEGATIVE:
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        if not 0 <= self.null_share <= 1:
+            raise UsageError(f"null_share is {self.null_share}; expected 0 to 1")
+        if self.method == "one-step" and self.steps != 1:
+            raise UsageError(f"method one-step has steps {self.steps}; expected steps = 1")
+        if self.save_every % self.log_every:
+            raise UsageError(
+                f"save_every is {self.save_every}; expected a multiple of log_every "
+                f"({self.log_every}), so that a resumed journal has no gap"
+            )
+        if (self.clip_model is None) != (self.clip_decoder is None):
+            raise UsageError(
+                "the CLIP term needs both clip_model (a CLIPModel folder) and clip_decoder "
+                "(an AutoencoderTiny folder); one is missing"
+            )
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """The settings that decide the weights: a run may only be resumed with equal ones."""
+        free = {"out", "log_every", "save_every", "sample_every", "sample_prompts"}
+        free |= {"samples_per_prompt", "micro_batch", "gradient_checkpointing", "channels_last"}
+        return {key: value for key, value in asdict(self).items() if key not in free}
+
+
+_POSITIVE = (
+    "steps",
+    "iterations",
+    "batch",
+    "micro_batch",
+    "height",
+    "width",
+    "student_learning_rate",
+    "lora_learning_rate",
+    "lora_rank",
+    "lora_alpha",
+    "gradient_clip",
+    "log_every",
+    "save_every",
+    "sample_every",
+    "samples_per_prompt",
+)
+_NOT_NEGATIVE = ("warmup_steps", "lora_warmup_steps", "kl_weight", "clip_weight", "seed")
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files("tiue_export.train").joinpath("presets")
+    return tuple(sorted(e.name[:-5] for e in folder.iterdir() if e.name.endswith(".toml")))
+
+
+def read_config(file: Path, overrides: dict[str, Any] | None = None) -> DistillConfig:
+    """The configuration in `file`; `preset = "..."` in it fills what the file leaves open.
+
+    Relative paths are relative to the file. `overrides` win over the file. Unknown keys and values
+    of another type raise `UsageError` naming the nearest key.
+    """
+    try:
+        given = tomllib.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{file} is not there") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{file} is not TOML: {first_line(error)}") from error
+    for key in ("teacher", "prompts", "out", "student", "clip_model", "clip_decoder"):
+        if isinstance(given.get(key), str):
+            given[key] = str(file.parent / given[key])
+    name = given.pop("preset", None)
+    settings = {**({} if name is None else _preset(name)), **given, **(overrides or {})}
+    return _checked(file, settings)
+
+
+def _preset(name: object) -> dict[str, Any]:
+    if not isinstance(name, str) or name not in preset_names():
+        raise unknown_name("preset", str(name), preset_names())
+    text = resources.files("tiue_export.train").joinpath(f"presets/{name}.toml").read_text("utf-8")
+    return tomllib.loads(text)
+
+
+def _checked(file: Path, settings: dict[str, Any]) -> DistillConfig:
+    known = {field.name: field for field in fields(DistillConfig)}
+    hints = get_type_hints(DistillConfig)
+    for key, value in settings.items():
+        if key not in known:
+            raise unknown_name(f"setting in {file}", key, known)
+        settings[key] = _typed(file, key, value, hints[key])
+    for key, field in known.items():
+        if field.default is MISSING and key not in settings:
+            raise UsageError(f"{file} has no {key}", f'Add {key} = "...".')
+    return DistillConfig(**settings)
+
+
+def _typed(file: Path, key: str, value: Any, wanted: Any) -> Any:
+    if wanted == tuple[str, ...]:
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise UsageError(f"{file} has {key} = {value!r}; expected a list of strings")
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    kinds = {bool: bool, int: int, float: float}
+    kind = kinds.get(wanted, str)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UsageError(f"{file} has {key} = {value!r}; expected {_KIND_NAMES[kind]}")
+    return value
+
+
+_KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
