@@ -12,11 +12,11 @@ import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from tiue_export.errors import BundleError, ResourceError
-from tiue_export.manifest import FileRecord, Manifest
+from tiue_export.manifest import Compiled, CompiledGraph, FileRecord, GraphRecord, Manifest
 from tiue_export.specs import GraphSpec
 
 MANIFEST_FILE = "tiue.json"
@@ -94,6 +94,9 @@ def all_files(manifest: Manifest) -> list[tuple[str, FileRecord]]:
     files = list(manifest.files.items())
     for graph in manifest.graphs.values():
         files.extend(graph.files.items())
+    for compiled in manifest.compiled.values():
+        for form in compiled.graphs.values():
+            files.extend(form.files.items())
     return files
 
 
@@ -115,7 +118,10 @@ def _record(path: Path) -> FileRecord:
 
 def _verify(root: Path, manifest: Manifest) -> None:
     files = dict(all_files(manifest))
-    for graph, entry in manifest.graphs.items():
+    entries: list[tuple[str, GraphRecord | CompiledGraph]] = [*manifest.graphs.items()]
+    for folder, compiled in manifest.compiled.items():
+        entries += [(f"{folder}/{graph}", form) for graph, form in compiled.graphs.items()]
+    for graph, entry in entries:
         if entry.path not in entry.files:
             raise BundleError(
                 f"{root}: the manifest gives {entry.path!r} as {graph}, which is none of its "
@@ -170,6 +176,51 @@ def new_bundle(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         finally:
             if partial.exists():
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def compiled_folder(bundle: Bundle, name: str) -> Iterator[Path]:
+    """A fresh folder inside the bundle for compiled graphs; `add_compiled` puts it in place.
+
+    It is removed when the block ends, whatever happened: a killed or failed compilation leaves the
+    bundle as it was.
+    """
+    _remove_leftovers(bundle.root / name)
+    partial = _beside(bundle.root / name, "partial")
+    with disk_errors(bundle.root / name):
+        partial.mkdir()
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def add_compiled(bundle: Bundle, name: str, folder: Path, compiled: Compiled) -> Bundle:
+    """Move `folder`, made by `compiled_folder`, to NAME/ in the bundle and list it; returns both.
+
+    An earlier NAME/ is replaced. A kill in between leaves a bundle that opens, without NAME.
+    """
+    target = bundle.root / name
+    others = {key: value for key, value in bundle.manifest.compiled.items() if key != name}
+    with disk_errors(target):
+        _sync(folder)
+        if target.exists():
+            write_manifest(bundle.root, replace(bundle.manifest, compiled=others))
+            shutil.rmtree(target)
+        folder.rename(target)
+        manifest = replace(bundle.manifest, compiled={**others, name: compiled})
+        write_manifest(bundle.root, manifest)
+    return Bundle(bundle.root, manifest)
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write tiue.json so that a reader sees the old one or the new one."""
+    partial = root / f".{MANIFEST_FILE}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(manifest.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(root / MANIFEST_FILE)
 
 
 def check_target(path: str | Path, *, force: bool) -> None:

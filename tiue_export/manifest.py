@@ -80,6 +80,32 @@ class ParityRecord:
 
 
 @dataclass(frozen=True)
+class CompiledGraph:
+    """One compiled graph: `path` is the file a runtime opens, `files` all it needs.
+
+    `identity` is a SHA-256 over all that decides the result: the graph's files, shapes, flags,
+    compiler version and target. `report` holds figures of the build, units in their names.
+    """
+
+    path: str
+    identity: str
+    files: Mapping[str, FileRecord]
+    report: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The graphs in one backend's own form, for one target; `version` is the compiler's."""
+
+    backend: str
+    version: str
+    target: Mapping[str, str]
+    flags: Mapping[str, str | bool | int | float]
+    graphs: Mapping[str, CompiledGraph]
+    parity: tuple[ParityRecord, ...] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a runner or a reader must know of a bundle (design: the bundle contract)."""
 
@@ -98,6 +124,8 @@ class Manifest:
     parity: tuple[ParityRecord, ...] = ()
     parity_loss_allowed: bool = False
     tools: Mapping[str, str] = field(default_factory=dict)
+    # By the name of the folder that holds them, such as "trt" or "openvino".
+    compiled: Mapping[str, Compiled] = field(default_factory=dict)
 
     @property
     def height_px(self) -> int:
