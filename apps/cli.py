@@ -159,6 +159,10 @@ def generate(
     out: Annotated[
         Path, typer.Option("--out", help="Folder, or a .png path for a single picture.")
     ] = Path("pictures"),
+    sheet: Annotated[
+        Path | None,
+        typer.Option("--sheet", help="Also write one .png: prompts down, seeds across."),
+    ] = None,
     latents: Annotated[
         Path | None, typer.Option("--latents", help="Initial noise as .npy, instead of a seed.")
     ] = None,
@@ -188,6 +192,7 @@ def generate(
             seed=seed,
             count=count,
             out=out,
+            sheet=sheet,
             latents=latents,
             time_stages=time_stages,
             runtime=runtime,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ def run(file: Path | None, overrides: dict[str, Any], list_presets: bool, as_jso
     config = read_config(file, overrides)
     stderr = Console(stderr=True)
     student = distill(config, lambda stage: stderr.print(f"[dim]{escape(stage)} ...[/]"))
+    # Set by `accelerate launch`: one of several processes speaks for all.
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         print_json({"student": str(student), "run": config.out, "iterations": config.iterations})
         return

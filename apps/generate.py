@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tiue_export.picture import save_png
 from tiue_export.pipeline import Picture, Pipeline
 from tiue_export.specs import RuntimeOptions
 
+from .contact_sheet import contact_sheet
 from .tables import console, print_json
 
 _SLUG_LENGTH = 40
@@ -35,6 +36,7 @@ class GenerateRequest:
     seed: int | None = None
     count: int = 1
     out: Path = Path("pictures")
+    sheet: Path | None = None
     latents: Path | None = None
     time_stages: bool = False
     runtime: str = "ort"
@@ -57,6 +59,7 @@ def run(request: GenerateRequest) -> None:
     if request.latents is not None and request.seed is not None:
         raise UsageError("--latents and --seed both say what the noise is", "Give one of them.")
     paths = _paths(request, prompts)
+    _check_sheet(request)
     start = time.perf_counter()
     bundle = open_bundle(request.bundle)
     noise = None
@@ -87,6 +90,8 @@ def run(request: GenerateRequest) -> None:
         )
         device = f"{pipeline.runtime.name} {pipeline.runtime.device}"
     drawn = time.perf_counter()
+    if request.sheet is not None:
+        _write_sheet(request.sheet, result.pictures, request.count)
     if request.as_json:
         print_json(
             {
@@ -95,6 +100,7 @@ def run(request: GenerateRequest) -> None:
                     {"path": str(path), "prompt": picture.prompt, "seed": picture.seed}
                     for path, picture in zip(written, result.pictures, strict=True)
                 ],
+                **({} if request.sheet is None else {"sheet": str(request.sheet)}),
                 "open_ms": round((opened - start) * 1e3, 1),
                 "draw_ms": round((drawn - opened) * 1e3, 1),
                 "stage_latency_ms": result.stage_latency_ms,
@@ -150,6 +156,26 @@ def _paths(request: GenerateRequest, prompts: list[str]) -> list[Path]:
             "Pass --force to replace, or another --out.",
         )
     return paths
+
+
+def _check_sheet(request: GenerateRequest) -> None:
+    sheet = request.sheet
+    if sheet is None:
+        return
+    if sheet.suffix.lower() != ".png":
+        raise UsageError(f"--sheet is {sheet}; expected a .png file")
+    if sheet.exists() and not request.force:
+        raise UsageError(f"{sheet} exists already", "Pass --force to replace it.")
+
+
+def _write_sheet(path: Path, pictures: Sequence[Picture], count: int) -> None:
+    """One row per prompt, one column per seed."""
+    rows = [pictures[first : first + count] for first in range(0, len(pictures), count)]
+    titles = ["given noise" if p.seed is None else f"seed {p.seed}" for p in rows[0]]
+    sheet = contact_sheet([(row[0].prompt, [p.image for p in row]) for row in rows], titles)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(sheet, path, {"prompt": " | ".join(row[0].prompt for row in rows)})
 
 
 def _noise_name(request: GenerateRequest, i: int) -> str:

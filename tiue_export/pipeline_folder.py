@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from tiue_export.bundle import disk_errors
 from tiue_export.checkpoint import STEPS_KEY
@@ -63,7 +66,14 @@ def save_part(folder: Path, model: Any, dtype: torch.dtype) -> None:
         stored = copy.deepcopy(model).to(dtype=dtype)
         for parameter in stored.parameters():
             parameter.data = parameter.data.contiguous()
-        stored.save_pretrained(folder, safe_serialization=True)
+        try:
+            stored.save_pretrained(folder, safe_serialization=True)
+        except SafetensorError as error:
+            # safetensors words the system's errors, a full disk among them, as its own.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 def write_scheduler(folder: Path, config: dict[str, Any], steps: int | None) -> None:

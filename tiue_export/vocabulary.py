@@ -6,6 +6,7 @@ every token id, so here equal texts give equal files: ties go to the alphabetica
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -62,7 +63,7 @@ def learn_merges(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
     while len(merges) < count:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, times in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pairs[pair] += times
         if not pairs:
             break

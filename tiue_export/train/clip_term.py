@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel
 
-from tiue_export.components import load_vae, quiet_libraries
+from tiue_export.components import WEIGHTS_STEM, load_vae, quiet_libraries
 from tiue_export.errors import CheckpointError, first_line
+from tiue_export.export.tokenizer_files import tokenizer_of
+from tiue_export.tokenizer import Tokenizer
+from tiue_export.weights import sha256_of_files, weight_files
 
 from .config import DistillConfig
 from .losses import clip_loss
@@ -25,7 +28,9 @@ from .losses import clip_loss
 class ClipTerm:
     """Latents (B, 4, h, w) and their prompts -> relu(threshold - mean cosine)."""
 
-    def __init__(self, config: DistillConfig, clip: Any, tokenizer: Any, decoder: Any) -> None:
+    def __init__(
+        self, config: DistillConfig, clip: Any, tokenizer: Tokenizer, decoder: Any
+    ) -> None:
         self._config, self._clip, self._tokenizer, self._decoder = config, clip, tokenizer, decoder
 
     def weight(self, step: int) -> float:
@@ -41,36 +46,42 @@ class ClipTerm:
         side = config.vision_config.image_size
         # The published code feeds [0, 1] pictures, without CLIP's mean and standard deviation.
         resized = functional.interpolate(pictures, (side, side), mode="bicubic")
-        encoded = self._tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=config.text_config.max_position_embeddings,
-            truncation=True,
-            return_tensors="pt",
-        ).to(latents.device)
-        output = self._clip(
-            input_ids=encoded.input_ids,
-            attention_mask=encoded.attention_mask,
-            pixel_values=resized,
-        )
+        # No mask: CLIP's text attention is causal, so what pads the end changes nothing before it.
+        ids = torch.from_numpy(self._tokenizer(prompts)).to(latents.device)  # (B, L)
+        output = self._clip(input_ids=ids, pixel_values=resized)
         return clip_loss(output.image_embeds, output.text_embeds, self._config.clip_threshold)
 
 
 def load_clip_term(config: DistillConfig, device: torch.device) -> ClipTerm | None:
-    """The frozen models that the configuration names, or None where it names none."""
+    """The frozen models that the configuration names, or None where it names none.
+
+    Raises `CheckpointError` or `UnsupportedModelError` for folders that do not hold them.
+    """
     if config.clip_model is None or config.clip_decoder is None:
         return None
     folder = Path(config.clip_model)
     try:
         with quiet_libraries():
             clip = CLIPModel.from_pretrained(folder, local_files_only=True)
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises OSError, ValueError and more on bad folders
         raise CheckpointError(
             f"{folder} is not a CLIPModel folder: {first_line(error)}",
             "It needs config.json, model.safetensors and the tokenizer's files.",
         ) from error
+    tokenizer = tokenizer_of(folder, clip.config.text_config.max_position_embeddings)
     decoder = load_vae(Path(config.clip_decoder)).float()
     for model in (clip, decoder):
         model.to(device).requires_grad_(False).eval()
     return ClipTerm(config, clip, tokenizer, decoder)
+
+
+def clip_sha256(config: DistillConfig) -> dict[str, str]:
+    """SHA-256 of the weights that the term computes with; empty where there is none."""
+    if config.clip_model is None or config.clip_decoder is None:
+        return {}
+    named = (("clip_model", config.clip_model, "model"),)
+    named += (("clip_decoder", config.clip_decoder, WEIGHTS_STEM),)
+    return {
+        name: sha256_of_files(weight_files(Path(folder), stem), Path(folder))
+        for name, folder, stem in named
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from tiue_export.errors import UsageError, first_line, unknown_name
+from tiue_export.weight_container import is_hub_id
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -81,35 +83,59 @@ class DistillConfig:
         ):
             if value not in legal:
                 raise unknown_name(kind, value, legal)
-        for name in _POSITIVE:
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; expected more than 0")
-        for name in _NOT_NEGATIVE:
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        if not 0 <= self.null_share <= 1:
-            raise UsageError(f"null_share is {self.null_share}; expected 0 to 1")
-        if self.method == "one-step" and self.steps != 1:
-            raise UsageError(f"method one-step has steps {self.steps}; expected steps = 1")
-        if self.save_every % self.log_every:
-            raise UsageError(
-                f"save_every is {self.save_every}; expected a multiple of log_every "
-                f"({self.log_every}), so that a resumed journal has no gap"
-            )
+        self._check_numbers()
+        if self.method == "one-step":
+            self._check_one_step()
+        for name, other in (("save_every", "log_every"), ("sample_every", "save_every")):
+            if getattr(self, name) % getattr(self, other):
+                raise UsageError(
+                    f"{name} is {getattr(self, name)}; expected a multiple of {other} "
+                    f"({getattr(self, other)})"
+                )
         if (self.clip_model is None) != (self.clip_decoder is None):
             raise UsageError(
                 "the CLIP term needs both clip_model (a CLIPModel folder) and clip_decoder "
                 "(an AutoencoderTiny folder); one is missing"
             )
 
+    def _check_numbers(self) -> None:
+        for names, legal, expected in (
+            (_POSITIVE, lambda value: value > 0, "more than 0"),
+            (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+            (_SHARES, lambda value: 0 <= value <= 1, "0 to 1"),
+            (_BELOW_ONE, lambda value: 0 <= value < 1, "0 or more, less than 1"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not (legal(value) and math.isfinite(value)):
+                    raise UsageError(f"{name} is {value}; expected {expected}")
+
+    def _check_one_step(self) -> None:
+        for name, wanted in (("steps", 1), ("kl_weight", 0)):
+            if getattr(self, name) != wanted:
+                raise UsageError(
+                    f"method one-step has {name} {getattr(self, name)}; expected {wanted}",
+                    'Set it, or start from preset = "swiftbrush".',
+                )
+
     @property
     def outcome(self) -> dict[str, Any]:
-        """The settings that decide the weights: a run may only be resumed with equal ones."""
-        free = {"out", "log_every", "save_every", "sample_every", "sample_prompts"}
-        free |= {"samples_per_prompt", "micro_batch", "gradient_checkpointing", "channels_last"}
+        """The settings that decide the weights: a run may only be resumed with equal ones.
+
+        Of files and folders, what is in them decides, not where they lie.
+        """
+        free = {*_PLACES, "prompt_column", "log_every", "save_every", "sample_every"}
+        free |= {"sample_prompts", "samples_per_prompt", "gradient_checkpointing", "channels_last"}
+        if self.clip_model is None:
+            # The CLIP term alone is not a mean over samples: see `losses.clip_loss`.
+            free.add("micro_batch")
+        if self.final_rate == 1:
+            # The learning rate does not look ahead, so a run may be made longer.
+            free.add("iterations")
         return {key: value for key, value in asdict(self).items() if key not in free}
 
 
+_PLACES = ("teacher", "prompts", "out", "student", "clip_model", "clip_decoder")
 _POSITIVE = (
     "steps",
     "iterations",
@@ -122,12 +148,23 @@ _POSITIVE = (
     "lora_rank",
     "lora_alpha",
     "gradient_clip",
+    "clip_decay_steps",
     "log_every",
     "save_every",
     "sample_every",
     "samples_per_prompt",
 )
-_NOT_NEGATIVE = ("warmup_steps", "lora_warmup_steps", "kl_weight", "clip_weight", "seed")
+_NOT_NEGATIVE = (
+    "warmup_steps",
+    "lora_warmup_steps",
+    "guidance",
+    "kl_weight",
+    "clip_weight",
+    "clip_threshold",
+    "seed",
+)
+_SHARES = ("null_share", "final_rate", "ema_decay")
+_BELOW_ONE = ("adam_beta1", "adam_beta2")
 
 
 def preset_names() -> tuple[str, ...]:
@@ -139,7 +176,7 @@ def preset_names() -> tuple[str, ...]:
 def read_config(file: Path, overrides: dict[str, Any] | None = None) -> DistillConfig:
     """The configuration in `file`; `preset = "..."` in it fills what the file leaves open.
 
-    Relative paths are relative to the file. `overrides` win over the file. Unknown keys and values
+    Relative paths are relative to the file; a hub id of teacher or student stays one. `overrides` win over the file. Unknown keys and values
     of another type raise `UsageError` naming the nearest key.
     """
     try:
@@ -148,12 +185,18 @@ def read_config(file: Path, overrides: dict[str, Any] | None = None) -> DistillC
         raise UsageError(f"{file} is not there") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"{file} is not TOML: {first_line(error)}") from error
-    for key in ("teacher", "prompts", "out", "student", "clip_model", "clip_decoder"):
+    for key in _PLACES:
         if isinstance(given.get(key), str):
-            given[key] = str(file.parent / given[key])
+            hub = key in ("teacher", "student")
+            given[key] = _place(file.parent, given[key], hub=hub)
     name = given.pop("preset", None)
     settings = {**({} if name is None else _preset(name)), **given, **(overrides or {})}
     return _checked(file, settings)
+
+
+def _place(folder: Path, value: str, *, hub: bool) -> str:
+    place = folder / value
+    return value if hub and is_hub_id(value) and not place.parent.exists() else str(place)
 
 
 def _preset(name: object) -> dict[str, Any]:

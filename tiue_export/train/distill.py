@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from tiue_export.bundle import disk_errors
 from tiue_export.errors import UsageError
 from tiue_export.pipeline_folder import write_pipeline
 
+from .clip_term import clip_sha256
 from .config import DistillConfig
 from .distillation import Distillation
 from .loop import train
 from .networks import Networks, load_networks
 from .prompts import read_prompts
-from .run_folder import RunFolder
+from .run_folder import CONFIG_FILE, STATE_FILE, RunFolder
 from .sample_grid import draw_grid, save_grid
 
 _MIXED = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
@@ -29,52 +33,92 @@ def distill(config: DistillConfig, on_stage: Callable[[str], None] = lambda stag
 
     Below `config.out`: run.json (what decides the outcome), state.pt (the last save, replaced
     atomically), journal.jsonl, tensorboard/, samples/step-N.png and student/, the averaged student
-    as every command accepts it. Run under `accelerate launch` it uses all processes given.
+    as every command accepts it. Run under `accelerate launch` it uses all processes given; they
+    must see the same files.
 
-    Raises `UsageError`, `CheckpointError`, `UnsupportedModelError` for what cannot be trained and
-    `RuntimeFailure` when a loss is not finite.
+    Raises `UsageError`, `CheckpointError`, `UnsupportedModelError` for what cannot be trained,
+    `RuntimeFailure` when a loss is not finite and `ResourceError` when the disk is full.
     """
     out = Path(config.out)
-    on_stage("reading prompts")
-    prompts = read_prompts(Path(config.prompts), config.prompt_column)
-    accelerator = _accelerator(config)
-    on_stage("loading the teacher")
-    networks = load_networks(config, accelerator.device)
-    run = _open_run(config, prompts, accelerator)
-    distillation = Distillation(config, networks, prompts, accelerator)
-    shown = _SampleWriter(config, networks, prompts, distillation, out)
-    train(
-        run,
-        distillation.parts,
-        config.iterations,
-        distillation.step,
-        title=config.method,
-        log_every=config.log_every,
-        save_every=config.save_every,
-        after_save=shown.after_save,
-        on_log=shown.on_log,
-        writes=accelerator.is_main_process,
-    )
-    shown.close()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with _accelerator(config) as accelerator:
+        writes = accelerator.is_main_process
+        if writes:
+            on_stage("reading prompts")
+        prompts = read_prompts(Path(config.prompts), config.prompt_column)
+        if writes:
+            on_stage("loading the teacher")
+        networks = load_networks(config, accelerator.device)
+        distillation = Distillation(config, networks, prompts, accelerator)
+        run = _open_run(config, prompts, networks, accelerator)
+        shown = _SampleWriter(config, networks, prompts, distillation, out)
+        try:
+            train(
+                run,
+                distillation.parts,
+                config.iterations,
+                distillation.step,
+                title=config.method,
+                log_every=config.log_every,
+                save_every=config.save_every,
+                after_save=shown.after_save,
+                on_log=shown.on_log,
+                on_start=shown.on_start,
+                writes=writes,
+            )
+        finally:
+            shown.close()
     return out / "student"
 
 
-def _accelerator(config: DistillConfig) -> Accelerator:
+@contextmanager
+def _accelerator(config: DistillConfig) -> Iterator[Accelerator]:
+    """Accelerate, for one training: its state is the process's, and the next may differ."""
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise UsageError(
             "precision is fp16, which trains on GPUs only, and there is none here",
             'Set precision = "bf16" or "fp32".',
         )
-    return Accelerator(mixed_precision=_MIXED[config.precision])
+    accelerator = Accelerator(mixed_precision=_MIXED[config.precision])
+    try:
+        yield accelerator
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _open_run(config: DistillConfig, prompts: Sequence[str], accelerator: Accelerator) -> RunFolder:
+def _open_run(
+    config: DistillConfig, prompts: Sequence[str], networks: Networks, accelerator: Accelerator
+) -> RunFolder:
     """The main process makes or checks the folder first; the others then find it there."""
-    settings = {**config.outcome, "prompt_count": len(prompts)}
+    out = Path(config.out)
+    settings = {
+        **config.outcome,
+        "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "weights_sha256": {**networks.sha256, **clip_sha256(config)},
+        "scheduler": networks.student.scheduler_config,
+    }
+    if (out / "student").exists() and not (out / CONFIG_FILE).exists():
+        raise UsageError(
+            f"{out} has a student/ that no training made, and this one would replace it",
+            "Choose another output folder.",
+        )
     with accelerator.main_process_first():
-        return RunFolder(Path(config.out), settings)
+        run = RunFolder(out, settings)
+    _check_shared(run, accelerator)
+    return run
+
+
+def _check_shared(run: RunFolder, accelerator: Accelerator) -> None:
+    """All processes must resume from the same state, wherever they run."""
+    file = run.path / STATE_FILE
+    stamp = file.stat().st_mtime_ns if file.is_file() else 0
+    stamps = accelerator.gather(torch.tensor([stamp], device=accelerator.device))
+    if len(stamps.unique()) > 1:
+        raise UsageError(
+            f"the processes see different states in {run.path}",
+            "Choose an output folder that all machines share.",
+        )
 
 
 class _SampleWriter:
@@ -93,12 +137,15 @@ class _SampleWriter:
         self._out = out
         self._board: Any = None
 
+    def on_start(self, done: int) -> None:
+        """Open the curves; what a killed run drew beyond its last save is taken back."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        with disk_errors(self._out / "tensorboard"):
+            self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=done + 1)
+
     def on_log(self, step: int, figures: Mapping[str, float]) -> None:
         """One point of every curve."""
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._out / "tensorboard"), purge_step=step)
         for name, value in figures.items():
             self._board.add_scalar(name, value, step)
 
@@ -108,16 +155,16 @@ class _SampleWriter:
         parameters = list(networks.student.parameters())
         average = self._distillation.average
         average.store(parameters)
-        average.copy_to(parameters)
         try:
+            average.copy_to(parameters)
             self._write_student()
             if step % config.sample_every == 0 or step == config.iterations:
-                grid = draw_grid(networks, self._prompts, config.samples_per_prompt)
+                grid = draw_grid(
+                    networks, self._prompts, config.samples_per_prompt, config.micro_batch
+                )
                 with disk_errors(self._out / "samples"):
                     save_grid(grid, self._prompts, self._out / "samples" / f"step-{step:06d}.png")
-                if self._board is not None:
-                    pictures = grid.flatten(0, 1)
-                    self._board.add_images("samples", pictures, step, dataformats="NHWC")
+                self._board.add_images("samples", grid.flatten(0, 1), step, dataformats="NHWC")
         finally:
             average.restore(parameters)
 
@@ -138,5 +185,3 @@ class _SampleWriter:
             steps=self._config.steps,
             force=True,
         )
-
-

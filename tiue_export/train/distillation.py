@@ -142,7 +142,7 @@ class Distillation:
             "fake_score": _Adapters(self._fake_parameters),
             "student_optimizer": self._student_optimizer,
             "fake_optimizer": self._fake_optimizer,
-            "average": self.average,
+            "average": _Average(self.average, self.accelerator.device),
         }
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler
@@ -173,22 +173,33 @@ class Distillation:
     def _update_student(
         self, parts: list[Draw], texts: list[Tensor], step: int
     ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        accelerator = self.accelerator
         sums: dict[str, Tensor] = {}
         latents = []
-        self._student_optimizer.zero_grad()
         for part, text, synchronise, share in self._weighted(parts, texts):
-            with self._synchronised(self._student, synchronise), self.accelerator.autocast():
-                predicted = self._student(part.noise, text)
-                loss, figures = self._student_loss(part, text, predicted, step)
-                self.accelerator.backward(loss * share)
+            with self._synchronised(self._student, synchronise):
+                with accelerator.autocast():
+                    predicted = self._student(part.noise, text)
+                    loss, figures = self._student_loss(part, text, predicted, step)
+                accelerator.backward(loss * share)
             latents.append(predicted.latents.detach())
             _add(sums, {**figures, "loss": loss.detach()}, share)
-        norm = self.accelerator.clip_grad_norm_(
-            self._student_parameters, self.config.gradient_clip
-        )
-        self._student_optimizer.step()
-        self.average.step(self._student_parameters)
-        return {**sums, "gradient_norm": torch.as_tensor(norm)}, latents
+        norm = self._clip_and_step(self._student_optimizer, self._student_parameters)
+        if not self._student_optimizer.step_was_skipped:
+            self.average.step(self._student_parameters)
+        return {**sums, "gradient_norm": norm}, latents
+
+    def _clip_and_step(self, optimizer: Any, parameters: list[torch.nn.Parameter]) -> Tensor:
+        """One update; returns the gradient's norm before clipping, 0 for a skipped update.
+
+        Under fp16 an update whose gradient overflowed is skipped, and the loss scale halved: that
+        is how the scale is found, not a failure.
+        """
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.gradient_clip)
+        optimizer.step()
+        # At once, as the other optimizer's clipping would unscale these gradients again.
+        optimizer.zero_grad()
+        return torch.zeros(()) if optimizer.step_was_skipped else torch.as_tensor(norm)
 
     def _student_loss(
         self, part: Draw, text: Tensor, predicted: Any, step: int
@@ -217,21 +228,20 @@ class Distillation:
         self, parts: list[Draw], texts: list[Tensor], latents: list[Tensor]
     ) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
-        self._fake_optimizer.zero_grad()
         weighted = self._weighted(parts, texts)
         for drawn, (part, text, synchronise, share) in zip(latents, weighted, strict=True):
             alphas = self.networks.alphas[part.fake_timesteps]
             noisy = add_noise(drawn, part.fake_noise, alphas)
             conditions = torch.where(part.null.view(-1, 1, 1), self._null, text)
-            with self._synchronised(self._scores, synchronise), self.accelerator.autocast():
-                predicted = self._scores(
-                    noisy, part.fake_timesteps, conditions, return_dict=False
-                )[0]
-                loss = fake_score_loss(predicted, part.fake_noise, alphas)
+            with self._synchronised(self._scores, synchronise):
+                with self.accelerator.autocast():
+                    predicted = self._scores(
+                        noisy, part.fake_timesteps, conditions, return_dict=False
+                    )[0]
+                    loss = fake_score_loss(predicted, part.fake_noise, alphas)
                 self.accelerator.backward(loss * share)
             _add(sums, {"fake_score": loss.detach()}, share)
-        self.accelerator.clip_grad_norm_(self._fake_parameters, self.config.gradient_clip)
-        self._fake_optimizer.step()
+        self._clip_and_step(self._fake_optimizer, self._fake_parameters)
         return sums
 
     def _weighted(
@@ -282,7 +292,20 @@ class _Adapters:
             parameter.copy_(value)
 
 
+class _Average:
+    """The average as a state that comes back on `device`: a state is read on the CPU."""
+
+    def __init__(self, average: Any, device: torch.device) -> None:
+        self._average, self._device = average, device
+
+    def state_dict(self) -> Any:
+        return self._average.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self._average.load_state_dict(state)
+        self._average.to(self._device)
+
+
 def _add(sums: dict[str, Tensor], figures: Mapping[str, Tensor], share: float) -> None:
     for name, value in figures.items():
         sums[name] = sums.get(name, torch.zeros((), device=value.device)) + share * value
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from tiue_export.checkpoint import load_student
-from tiue_export.components import quiet_libraries
 from tiue_export.errors import UnsupportedModelError, UsageError
+from tiue_export.export.tokenizer_files import tokenizer_of
 from tiue_export.graphs import ExportOptions, latent_shape
-from tiue_export.schedule import alphas_cumprod, ddim_settings, schedule_from_config
+from tiue_export.schedule import (
+    DEFAULT_STEPS,
+    alphas_cumprod,
+    ddim_settings,
+    schedule_from_config,
+)
 from tiue_export.student import Student
+from tiue_export.tokenizer import Tokenizer
 
 from .config import DistillConfig
 from .score_networks import add_adapters
@@ -33,103 +38,129 @@ class Networks:
     """`student` is trained; `scores` is the frozen teacher with the fake score's adapters.
 
     `text_encoder`, `vae` are frozen. `alphas` (1000,) float32 are cumulative products of 1 - beta.
+    `latent_shape` is (4, h, w). `sha256` names the weights that decide a run's outcome.
     """
 
     student: Student
     scores: Any
     text_encoder: Any
     vae: Any
-    tokenizer: CLIPTokenizer
+    tokenizer: Tokenizer
     tokenizer_folder: Path
     alphas: Tensor
     latent_shape: tuple[int, int, int]
+    sha256: Mapping[str, str]
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> text embedding (B, L, D) float32, padded as the tokenizer says."""
-        encoded = self.tokenizer(
-            list(prompts), padding="max_length", truncation=True, return_tensors="pt"
-        )
-        ids = encoded.input_ids.to(self.text_encoder.device)
-        embedded: Tensor = self.text_encoder(ids).last_hidden_state
+        ids = torch.from_numpy(self.tokenizer(prompts))  # (B, L)
+        embedded: Tensor = self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state
         return embedded.float()
 
 
 def load_networks(config: DistillConfig, device: torch.device) -> Networks:
     """Teacher folder -> networks on `device`; the student starts as the teacher, or as `student`.
 
-    Raises `UnsupportedModelError` for a teacher that does not predict epsilon, `UsageError` for one
-    without text encoder or VAE and for a size the UNet
+    Raises `UnsupportedModelError` for a teacher or student that does not predict epsilon or that do
+    not fit together, `UsageError` for a teacher without text encoder or VAE and for a size the UNet
     cannot halve evenly.
     """
-    teacher = load_student(config.teacher, steps=4, allow_other_steps=True)
+    teacher = load_student(config.teacher, steps=DEFAULT_STEPS, allow_other_steps=True)
     if teacher.text_encoder is None or teacher.vae is None or teacher.tokenizer_folder is None:
         raise UsageError(
             f"{config.teacher} lacks a text encoder, a tokenizer or a VAE",
             "Distillation needs a whole pipeline folder.",
         )
     settings = ddim_settings(teacher.scheduler_config)
-    if settings["prediction_type"] != "epsilon":
-        raise UnsupportedModelError(
-            f"the teacher predicts {settings['prediction_type']}; the losses are defined on epsilon",
-            "Use an epsilon model, such as stable-diffusion-2-1-base.",
-        )
-    tokenizer = CLIPTokenizer.from_pretrained(teacher.tokenizer_folder)
-    with quiet_libraries():
-        frozen = teacher.unet.to(dtype=_TORCH_DTYPES[config.precision])
+    _check_epsilon(config.teacher, teacher)
+    shape = _latent_shape(config, teacher)
+    student, started_from = _new_student(config, teacher)
+    # Half a text encoder or VAE is for GPUs: on a CPU it is slow, and some of its operations fail.
+    frozen = {"dtype": torch.float32} if device.type == "cpu" else {}
     scores = add_adapters(
-        frozen,
+        teacher.unet.to(dtype=_TORCH_DTYPES[config.precision]),
         rank=config.lora_rank,
         alpha=config.lora_alpha,
         targets=config.lora_targets,
         seed=config.seed,
     )
-    shape = latent_shape(
-        teacher, ExportOptions(precision="fp32", height=config.height, width=config.width)
-    )
-    student = _new_student(config, teacher)
-    if config.gradient_checkpointing:
-        student.unet.enable_gradient_checkpointing()
-        scores.enable_gradient_checkpointing()
     for unet in (student.unet, scores):
-        if config.channels_last:
-            unet.to(memory_format=torch.channels_last)
-        if config.plain_attention:
-            unet.set_attn_processor(AttnProcessor())
+        _apply_speed_settings(config, unet)
     return Networks(
         student=student.to(device).train(),
         scores=scores.to(device).train(),
-        text_encoder=teacher.text_encoder.to(device).requires_grad_(False),
-        vae=teacher.vae.to(device).requires_grad_(False),
-        tokenizer=tokenizer,
+        text_encoder=teacher.text_encoder.to(device, **frozen).requires_grad_(False),
+        vae=teacher.vae.to(device, **frozen).requires_grad_(False),
+        tokenizer=tokenizer_of(
+            teacher.tokenizer_folder, teacher.text_encoder.config.max_position_embeddings
+        ),
         tokenizer_folder=teacher.tokenizer_folder,
         alphas=torch.from_numpy(alphas_cumprod(settings)).float().to(device),
-        latent_shape=shape[1:],
+        latent_shape=shape,
+        sha256={
+            "teacher": teacher.source.sha256,
+            "text_encoder": teacher.source.part_sha256["text_encoder"],
+            "student": started_from,
+        },
     )
 
 
-def _new_student(config: DistillConfig, teacher: Student) -> Student:
-    """UNet in float32 with all weights trainable; text encoder and VAE stay outside."""
+def _check_epsilon(name: str, model: Student) -> None:
+    if model.schedule.prediction_type != "epsilon":
+        raise UnsupportedModelError(
+            f"{name} predicts {model.schedule.prediction_type}; the losses are defined on epsilon",
+            "Use an epsilon model, such as stable-diffusion-2-1-base.",
+        )
+
+
+def _latent_shape(config: DistillConfig, teacher: Student) -> tuple[int, int, int]:
+    options = ExportOptions(precision="fp32", height=config.height, width=config.width)
+    try:
+        return latent_shape(teacher, options)[1:]
+    except UsageError as error:
+        # The same rule as for exporting, whose options carry dashes.
+        hint = None if error.next_step is None else error.next_step.replace("--", "")
+        raise UsageError(error.message.replace("--", ""), hint) from error
+
+
+def _apply_speed_settings(config: DistillConfig, unet: Any) -> None:
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if config.plain_attention:
+        unet.set_attn_processor(AttnProcessor())
+
+
+def _new_student(config: DistillConfig, teacher: Student) -> tuple[Student, str]:
+    """UNet in float32 with all weights trainable, and the SHA-256 of the weights it starts from.
+
+    Text encoder and VAE stay outside.
+    """
     scheduler = dict(teacher.scheduler_config)
     if config.method == "one-step":
         scheduler |= _ONE_STEP_SCHEDULER
-    unet = _unet_to_start_from(config, teacher)
-    return Student(
-        unet.float().requires_grad_(True),
+    # The teacher's UNet gets adapters; the student's weights are read again.
+    start = load_student(
+        config.teacher if config.student is None else config.student,
+        base=config.teacher,
+        steps=DEFAULT_STEPS,
+        allow_other_steps=True,
+        without=("text_encoder", "vae"),
+    )
+    _check_epsilon(config.student or config.teacher, start)
+    for key in ("cross_attention_dim", "block_out_channels"):
+        got, wanted = start.unet.config[key], teacher.unet.config[key]
+        if got != wanted:
+            raise UnsupportedModelError(
+                f"{config.student} has {key} {got}, its teacher {config.teacher} {wanted}",
+                "Student and teacher must be of one family.",
+            )
+    student = Student(
+        start.unet.float().requires_grad_(True),
         schedule_from_config(scheduler, config.steps),
         source=teacher.source,
         scheduler_config=scheduler,
     )
-
-
-def _unet_to_start_from(config: DistillConfig, teacher: Student) -> Any:
-    if config.student is not None:
-        loaded = load_student(
-            config.student, base=config.teacher, steps=config.steps, allow_other_steps=True
-        )
-        return loaded.unet
-    # The adapters are already in the teacher's UNet; its own weights, read again, are the start.
-    return load_student(
-        config.teacher, steps=4, allow_other_steps=True, without=("text_encoder", "vae")
-    ).unet
-
+    return student, start.source.sha256

@@ -13,6 +13,12 @@ from tiue_export.errors import MissingExtraError, UsageError, first_line
 # The paper's own preparation: drop empty ones and duplicates, sort, shuffle with this seed.
 _SHUFFLE_SEED = 2023
 _COLUMNS = ("prompt", "caption", "text")
+# UTF-8, with or without the mark that Windows programs put in front.
+_ENCODING = "utf-8-sig"
+
+
+class _Tsv(csv.excel_tab):
+    quoting = csv.QUOTE_NONE
 
 
 def read_prompts(file: Path, column: str | None = None) -> list[str]:
@@ -39,21 +45,21 @@ def read_prompts(file: Path, column: str | None = None) -> list[str]:
         raise UsageError(f"{file} cannot be read: {first_line(error)}") from error
     prompts = sorted(found - {""})
     if not prompts:
-        raise UsageError(f"{file} holds no prompt")
+        where = "" if column is None else f" in {column!r}"
+        raise UsageError(f"{file} holds no prompt{where}")
     random.Random(_SHUFFLE_SEED).shuffle(prompts)
     return prompts
 
 
 def _lines(file: Path, column: str | None) -> Iterator[str]:
-    yield from file.read_text("utf-8").splitlines()
+    yield from file.read_text(_ENCODING).splitlines()
 
 
 def _table(file: Path, column: str | None) -> Iterator[str]:
-    delimiter = "\t" if file.suffix == ".tsv" else ","
     # A quote sign in a TSV prompt is a quote sign; only CSV quotes its fields.
-    quoting = csv.QUOTE_NONE if file.suffix == ".tsv" else csv.QUOTE_MINIMAL
-    with file.open(encoding="utf-8", newline="") as stream:
-        rows = csv.DictReader(stream, delimiter=delimiter, quoting=quoting)
+    dialect = _Tsv if file.suffix == ".tsv" else csv.excel
+    with file.open(encoding=_ENCODING, newline="") as stream:
+        rows = csv.DictReader(stream, dialect=dialect)
         name = _choose(file, rows.fieldnames or [], column)
         for row in rows:
             yield row[name] or ""
@@ -61,7 +67,7 @@ def _table(file: Path, column: str | None) -> Iterator[str]:
 
 def _objects(file: Path, column: str | None) -> Iterator[str]:
     name = column
-    with file.open(encoding="utf-8") as stream:
+    with file.open(encoding=_ENCODING) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -91,7 +97,10 @@ def _parquet(file: Path, column: str | None) -> Iterator[str]:
         table = parquet.ParquetFile(file)
         name = _choose(file, table.schema_arrow.names, column)
         for batch in table.iter_batches(columns=[name]):
-            yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
+            for text in batch.column(0).to_pylist():
+                if text is not None and not isinstance(text, str):
+                    raise UsageError(f"{file} has a {name} that is not text: {text!r}")
+                yield text or ""
     except ArrowException as error:
         raise UsageError(f"{file} is not parquet: {first_line(error)}") from error
 

@@ -16,18 +16,29 @@ from .networks import Networks
 
 
 @torch.no_grad()
-def draw_grid(networks: Networks, prompts: Sequence[str], seeds: int) -> Tensor:
-    """(len(prompts), seeds, H, W, 3) uint8; seed s draws from noise s whatever the prompt."""
+def draw_grid(networks: Networks, prompts: Sequence[str], seeds: int, batch: int) -> Tensor:
+    """(len(prompts), seeds, H, W, 3) uint8; seed s draws from noise s whatever the prompt.
+
+    At most `batch` pictures are drawn at once.
+    """
     device = networks.alphas.device
     noise = torch.from_numpy(noise_from_seed(0, (seeds, *networks.latent_shape))).to(device)
     rows = []
     for prompt in prompts:
-        text = networks.embed([prompt] * seeds)
-        latents = networks.student.sample(noise, text)  # (seeds, 4, h, w)
-        scaled = latents / networks.vae.config.scaling_factor
-        pictures = networks.vae.decode(scaled.to(networks.vae.dtype), return_dict=False)[0]
-        rows.append(torch.from_numpy(pixels_from_sample(pictures.float().cpu().numpy())))
+        text = networks.embed([prompt])  # (1, L, D)
+        parts = [
+            _draw(networks, part, text.expand(len(part), -1, -1)) for part in noise.split(batch)
+        ]
+        rows.append(torch.cat(parts))
     return torch.stack(rows)
+
+
+def _draw(networks: Networks, noise: Tensor, text: Tensor) -> Tensor:
+    """Noise (B, 4, h, w) and text (B, L, D) -> pictures (B, H, W, 3) uint8."""
+    latents = networks.student.sample(noise, text)  # (B, 4, h, w)
+    scaled = latents / networks.vae.config.scaling_factor
+    pictures = networks.vae.decode(scaled.to(networks.vae.dtype), return_dict=False)[0]
+    return torch.from_numpy(pixels_from_sample(pictures.float().cpu().numpy()))
 
 
 def save_grid(grid: Tensor, prompts: Sequence[str], file: Path) -> None:
@@ -36,5 +47,7 @@ def save_grid(grid: Tensor, prompts: Sequence[str], file: Path) -> None:
     joined = grid.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_png(
-        image_from_pixels(np.ascontiguousarray(joined.numpy())), file, {"prompt": " | ".join(prompts)}
+        image_from_pixels(np.ascontiguousarray(joined.numpy())),
+        file,
+        {"prompt": " | ".join(prompts)},
     )

@@ -14,7 +14,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from tiue_export.train.losses import guided
+from tiue_export.errors import UsageError, first_line
+
+from .losses import guided
 
 ADAPTER = "fake_score"
 
@@ -23,15 +25,21 @@ def add_adapters(unet: Any, *, rank: int, alpha: float, targets: tuple[str, ...]
     """Freeze `unet` and put trainable adapters on the modules named `targets`; returns it.
 
     The paper's setting is rank 64, alpha 108 on to_q and to_v of all attentions. Adapters start as
-    the identity, so the fake score starts as the teacher.
+    the identity, so the fake score starts as the teacher. Raises `UsageError` for targets that the
+    UNet does not have.
     """
     unet.requires_grad_(False)
+    config: Any = LoraConfig(r=rank, target_modules=list(targets), lora_dropout=0.0)
+    config.lora_alpha = alpha  # annotated as a whole number, used as a factor
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0),
-            ADAPTER,
-        )
+        try:
+            unet.add_adapter(config, ADAPTER)
+        except ValueError as error:
+            raise UsageError(
+                f"lora_targets {', '.join(targets)} cannot be adapted: {first_line(error)}",
+                "The paper adapts to_q and to_v.",
+            ) from error
     # A base in half precision would train its adapters in half: their updates need float32.
     for parameter in adapter_parameters(unet):
         parameter.data = parameter.data.float()
