@@ -27,6 +27,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+bundle_app = typer.Typer(
+    help=(
+        "Carry a bundle to a device: one .tar with what it needs, and back.\n\n"
+        "Example:  tiue-export bundle pack fox --runtime trt"
+    ),
+    no_args_is_help=True,
+)
+app.add_typer(bundle_app, name="bundle")
+
 # Shared options: the same flag means the same in every command.
 Checkpoint = Annotated[
     str, typer.Option("--ckpt", help="Student: .safetensors file, diffusers folder or hub id.")
@@ -41,8 +50,16 @@ LowMemory = Annotated[
     bool, typer.Option("--low-memory", help="Give memory back between operations; slower.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
-RuntimeName = Annotated[str, typer.Option("--runtime", help="ort, torch (needs --ckpt) or fake.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+RuntimeName = Annotated[
+    str, typer.Option("--runtime", help="ort, openvino, torch (needs --ckpt) or fake.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda; with openvino gpu, npu.")]
+RuntimePrecision = Annotated[
+    str,
+    typer.Option(
+        "--precision", help="auto, fp32, bf16 or fp16, for runtimes that can choose (openvino)."
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="CPU threads [default: the runtime's choice].")
 ]
@@ -144,6 +161,159 @@ def onnx(
 
 @app.command()
 @explained
+def openvino(
+    ckpt: Annotated[
+        str | None, typer.Option("--ckpt", help="Student to export first; or give --bundle.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="Bundle to add OpenVINO graphs to.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="With --ckpt: bundle to write [default: NAME-fp32]."),
+    ] = None,
+    base: Base = None,
+    weights: Annotated[
+        str, typer.Option("--weights", help="fp32, or fp16 for files half the size.")
+    ] = "fp32",
+    precision: Annotated[
+        list[str] | None,
+        typer.Option("--precision", help="Arithmetic to prove [default: all this CPU has]."),
+    ] = None,
+    allow_parity_loss: Annotated[
+        bool, typer.Option("--allow-parity-loss", help="Keep graphs that fail a gate.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Add OpenVINO graphs to a bundle: the fastest way to run a student on an Intel or AMD CPU.
+
+    Example:  tiue-export openvino --bundle fox
+
+    Example:  tiue-export openvino --ckpt student.safetensors --base sd21-base/ --out fox
+    """
+    from .export_openvino import OpenvinoRequest, run
+
+    run(
+        OpenvinoRequest(
+            ckpt=ckpt,
+            bundle=bundle,
+            out=out,
+            base=base,
+            weights=weights,
+            precisions=tuple(precision or ()),
+            allow_parity_loss=allow_parity_loss,
+            force=force,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@explained
+def trt(
+    ckpt: Annotated[
+        str | None, typer.Option("--ckpt", help="Student to export first; or give --bundle.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="Bundle to add engines to; needs no torch.")
+    ] = None,
+    base: Base = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="With --ckpt: bundle to write [default: NAME-fp16]."),
+    ] = None,
+    flavor: Annotated[
+        str,
+        typer.Option(
+            "--flavor", help="tensorrt (Jetson, servers; on the device), rtx, or what is installed."
+        ),
+    ] = "auto",
+    sm: Annotated[
+        str | None,
+        typer.Option(
+            "--sm", help="rtx: GPUs to build for [default: this one, else Ampere and up]."
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="fp16 or fp32 [default: the bundle's, or fp16]."),
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option("--batch", help="Images per run: 1, or min:opt:max such as 1:2:4.")
+    ] = None,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels, with --ckpt.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels, with --ckpt.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="K, with --ckpt.")] = None,
+    optimization_level: Annotated[
+        int, typer.Option("--optimization-level", help="0 to 5: build time against speed.")
+    ] = 3,
+    workspace_mb: Annotated[
+        int, typer.Option("--workspace-mb", help="Builder's scratch memory; 0: what is free.")
+    ] = 0,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Engines for newer TensorRTs too.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="Engines for any Ampere or newer GPU.")
+    ] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Engines whose weights can be swapped later.")
+    ] = False,
+    refit_from: Annotated[
+        str | None,
+        typer.Option("--refit-from", help="Student or bundle whose weights to put into engines."),
+    ] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Build again what is valid already.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, write nothing.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Build TensorRT engines: on the device, or for RTX cards anywhere, without a GPU.
+
+    Engines that are valid already are kept; precision is proven layer by layer.
+
+    Example:  tiue-export trt --ckpt student.safetensors --base sd21-base/
+
+    Example:  tiue-export trt --bundle fox --flavor rtx --sm 86,89,120
+
+    Example:  tiue-export trt --bundle fox --refit-from tuned.safetensors --out tuned
+    """
+    from .export_trt import TrtRequest, run
+
+    run(
+        TrtRequest(
+            ckpt=ckpt,
+            bundle=bundle,
+            base=base,
+            out=out,
+            flavor=flavor,
+            sm=sm,
+            precision=precision,
+            batch=batch,
+            height=height,
+            width=width,
+            steps=steps,
+            optimization_level=optimization_level,
+            workspace_mb=workspace_mb,
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,
+            refit=refit,
+            refit_from=refit_from,
+            rebuild=rebuild,
+            dry_run=dry_run,
+            force=force,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@explained
 def generate(
     bundle: BundleArgument,
     prompts: Annotated[
@@ -171,6 +341,7 @@ def generate(
     ] = False,
     runtime: RuntimeName = "ort",
     device: Device = "auto",
+    precision: RuntimePrecision = "auto",
     threads: Threads = None,
     low_memory: LowMemory = False,
     ckpt: Annotated[str | None, typer.Option("--ckpt", help="Student for --runtime torch.")] = None,
@@ -197,6 +368,7 @@ def generate(
             time_stages=time_stages,
             runtime=runtime,
             device=device,
+            precision=precision,
             threads=threads,
             low_memory=low_memory,
             ckpt=ckpt,
@@ -213,6 +385,7 @@ def parity(
     bundle: BundleArgument,
     runtime: RuntimeName = "ort",
     device: Device = "auto",
+    precision: RuntimePrecision = "auto",
     threads: Threads = None,
     low_memory: LowMemory = False,
     ckpt: Annotated[str | None, typer.Option("--ckpt", help="Student for --runtime torch.")] = None,
@@ -227,7 +400,14 @@ def parity(
 
     from .parity_check import run
 
-    options = RuntimeOptions(device, threads, low_memory, ckpt, base)
+    options = RuntimeOptions(
+        device=device,
+        threads=threads,
+        low_memory=low_memory,
+        precision=precision,
+        checkpoint=ckpt,
+        base=base,
+    )
     run(bundle, runtime, options, as_json)
 
 
@@ -274,9 +454,9 @@ def distill(
 ) -> None:
     """Train a TiUE student from a teacher. Run the same line again to resume.
 
-    Example:  tiue-export distill student.toml
+    On several GPUs or machines, put `accelerate launch -m tiue_export` for `tiue-export`.
 
-    Several GPUs or machines:  accelerate launch -m tiue_export distill student.toml
+    Example:  tiue-export distill student.toml
     """
     from .distill import run
 
@@ -300,6 +480,52 @@ def demo(
     from .demo import run
 
     run(out, force)
+
+
+@bundle_app.command()
+@explained
+def pack(
+    bundle: BundleArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Archive to write [default: NAME.tar].")
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime", help="Only what it needs: ort, trt, rtx, openvino [default: all]."
+        ),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Pack a bundle into one .tar, with only what a device needs.
+
+    For trt the ONNX graphs, as its engines are built on the device; for rtx the engines alone.
+
+    Example:  tiue-export bundle pack fox --runtime trt
+    """
+    from .bundle_archive import pack as run
+
+    run(bundle, out, runtime, force=force, as_json=as_json)
+
+
+@bundle_app.command()
+@explained
+def unpack(
+    archive: Annotated[Path, typer.Argument(help="Archive of bundle pack.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write [default: the archive's name].")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Unpack an archive; every file is verified before the bundle appears.
+
+    Example:  tiue-export bundle unpack fox-trt.tar
+    """
+    from .bundle_archive import unpack as run
+
+    run(archive, out, force=force, as_json=as_json)
 
 
 def main(arguments: list[str] | None = None) -> None:

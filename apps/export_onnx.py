@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tiue_export.bundle import Bundle, check_target
@@ -21,6 +16,7 @@ from tiue_export.registry import EXPORT_NEEDS, require
 from tiue_export.specs import GRAPH_NAMES
 from tiue_export.weight_container import check_checkpoint_path
 
+from .stages import stage_bar
 from .tables import console, graph_table, megabytes, parity_table, print_json
 
 _VISIBLE_LOSS_DB = 40.0
@@ -53,9 +49,7 @@ def run(request: ExportRequest) -> None:
     """Export and print the result, or the plan for a dry run."""
     require("exporting", EXPORT_NEEDS, "export")
     check_checkpoint_path(request.ckpt)
-    place = Path(request.ckpt).resolve()
-    name = place.stem if place.suffix == ".safetensors" else place.name
-    out = request.out or Path(f"{name}-{request.precision}")
+    out = output_path(request)
     if not request.dry_run:
         check_target(out, force=request.force)
     bundle, stages, seconds = export(request, out)
@@ -96,6 +90,13 @@ def run(request: ExportRequest) -> None:
         console.print(f'next:  tiue-export generate {quoted} "a red fox" --time', markup=False)
 
 
+def output_path(request: ExportRequest) -> Path:
+    """`--out`, or NAME-PRECISION in the current folder."""
+    place = Path(request.ckpt).resolve()
+    name = place.stem if place.suffix == ".safetensors" else place.name
+    return request.out or Path(f"{name}-{request.precision}")
+
+
 def export(
     request: ExportRequest, out: Path
 ) -> tuple[Bundle | None, list[dict[str, object]], float]:
@@ -117,7 +118,7 @@ def export(
     )
     start = time.perf_counter()
     stages: list[dict[str, object]] = []
-    with _progress(quiet=request.as_json) as bar:
+    with stage_bar(quiet=request.as_json) as bar:
 
         def on_done(report: StageReport) -> None:
             stages.append(dataclasses.asdict(report))
@@ -172,52 +173,3 @@ def _print_plan(plan: object, out: Path, *, as_json: bool) -> None:
         f"disk {megabytes(plan.size_bytes)} at {out}, memory about {megabytes(plan.memory_bytes)}",
         markup=False,
     )
-
-
-class _Bar:
-    """Stages on standard error: a moving line on a terminal, one plain line each elsewhere."""
-
-    def __init__(self, progress: Progress | None, stderr: Console | None) -> None:
-        self._progress, self._stderr = progress, stderr
-        self._task = None if progress is None else progress.add_task("starting", total=None)
-
-    def expect(self, stages: int) -> None:
-        """The number of stages in all, once it is known."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, total=stages)
-
-    def begin(self, stage: str) -> None:
-        """A stage starts."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=stage)
-
-    def done(self, stage: str, seconds: float, peak_bytes: int, size_bytes: int) -> None:
-        """A stage ended."""
-        if self._stderr is None:
-            return
-        size = megabytes(size_bytes) if size_bytes else ""
-        self._stderr.print(
-            f"  {stage:<24}{seconds:7.1f} s   {size:>8}   peak memory {megabytes(peak_bytes)}",
-            highlight=False,
-        )
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task)
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[_Bar]:
-    if quiet:
-        yield _Bar(None, None)
-        return
-    stderr = Console(stderr=True)
-    if not sys.stderr.isatty():
-        yield _Bar(None, stderr)
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=stderr, transient=True) as progress:
-        yield _Bar(progress, stderr)

@@ -14,13 +14,13 @@ from rich.table import Table
 
 from tiue_export._version import __version__
 from tiue_export.bundle import Bundle, disk_errors, open_bundle
+from tiue_export.contact_sheet import contact_sheet
 from tiue_export.errors import UsageError
 from tiue_export.noise import check_seeds, noise_from_file
 from tiue_export.picture import save_png
 from tiue_export.pipeline import Picture, Pipeline
 from tiue_export.specs import RuntimeOptions
 
-from .contact_sheet import contact_sheet
 from .tables import console, print_json
 
 _SLUG_LENGTH = 40
@@ -42,6 +42,7 @@ class GenerateRequest:
     runtime: str = "ort"
     device: str = "auto"
     threads: int | None = None
+    precision: str = "auto"
     low_memory: bool = False
     ckpt: str | None = None
     base: str | None = None
@@ -69,7 +70,12 @@ def run(request: GenerateRequest) -> None:
     else:
         check_seeds(request.seed or 0, max(1, request.count))
     options = RuntimeOptions(
-        request.device, request.threads, request.low_memory, request.ckpt, request.base
+        device=request.device,
+        threads=request.threads,
+        low_memory=request.low_memory,
+        precision=request.precision,
+        checkpoint=request.ckpt,
+        base=request.base,
     )
     written: list[Path] = []
     with Pipeline.open(bundle, request.runtime, options) as pipeline:
@@ -214,7 +220,7 @@ def _parameters(
         "size": f"{manifest.width_px}x{manifest.height_px}",
         "model": manifest.source.name,
         "model_hash": manifest.source.sha256[:10],
-        "precision": manifest.precision,
+        "precision": pipeline.runtime.precision,
         "runtime": f"{pipeline.runtime.name} {pipeline.runtime.device}",
         "version": f"tiue-export {__version__}",
     }

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -30,9 +30,10 @@ from rich.table import Table
 
 from tiue_export.bundle import Bundle, disk_errors, open_bundle
 from tiue_export.compare import IDENTICAL_DB, psnr_db
+from tiue_export.contact_sheet import contact_sheet
 from tiue_export.errors import TiueError, UsageError
 from tiue_export.noise import noise_from_seed
-from tiue_export.picture import pixels_from_sample
+from tiue_export.picture import image_from_pixels, pixels_from_sample, save_png
 from tiue_export.pipeline import Pipeline
 from tiue_export.quality_data import PICTURE_SIZE_PX, Prompt, QualityData, load_quality_data
 from tiue_export.registry import require
@@ -50,11 +51,15 @@ from .quality_metrics import (
     row_shares,
 )
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 REAL = "real pictures"
 NEEDS = ("torch", "torchmetrics", "prdc")
 # A prompt's pictures keep their seeds whatever else is asked for.
 _SEEDS_PER_PROMPT = 1000
 _DYNAMIC_BATCH = 8
+_SHEET_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -212,17 +217,19 @@ def compare(
     *,
     keep: Path | None = None,
     console: Console | None = None,
+    on_draws: Callable[[str, Draws], None] = lambda name, draws: None,
 ) -> list[Scores]:
     """Draw with each contender and score it; real pictures come first in the result.
 
     Latents are held against the first contender's. `keep` is a folder for finished draws: a broken
-    comparison goes on with the contender it broke at.
+    comparison goes on with the contender it broke at. `on_draws` gets each contender's draws.
     """
     require("measuring quality", NEEDS, "bench")
     scores = [score_real(request, data)]
     reference: Array | None = None
     for contender in contenders:
         draws = draw_all(contender, request, keep, console or Console(stderr=True))
+        on_draws(contender.name, draws)
         scores.append(score(contender.name, draws, request, data, reference))
         reference = draws.latents if reference is None else reference
     return scores
@@ -356,6 +363,31 @@ def report(
             write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
 
 
+class ComparisonSheet:
+    """A contact sheet in the making: one row per prompt, one column per contender, equal noise."""
+
+    def __init__(self, file: Path | None, request: Request) -> None:
+        self._file = file
+        self._prompts = [prompt.text for _, prompt in request.prompts[:_SHEET_ROWS]]
+        self._seeds = request.seeds
+        self._columns: dict[str, list[Image]] = {}
+
+    def add(self, name: str, draws: Draws) -> None:
+        """One contender's first picture of each shown prompt."""
+        shown = draws.pictures[:: self._seeds][: len(self._prompts)]
+        self._columns[name] = [image_from_pixels(picture) for picture in shown]
+
+    def write(self) -> None:
+        """Write the sheet where a file was asked for."""
+        if self._file is None:
+            return
+        rows = list(zip(self._prompts, zip(*self._columns.values(), strict=True), strict=True))
+        with disk_errors(self._file):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            sheet = contact_sheet(rows, list(self._columns))
+            save_png(sheet, self._file, {"prompt": " | ".join(self._prompts)})
+
+
 def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that every comparison has."""
     parser.add_argument("--data", type=Path, help="quality data folder; default: the package's")
@@ -363,6 +395,7 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=1, help="pictures per prompt")
     parser.add_argument("--keep", type=Path, help="folder for draws, to resume or to score again")
     parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--sheet", type=Path, help=".png to write: prompts by contenders")
 
 
 def main() -> None:
@@ -393,7 +426,9 @@ def _compare_bundles(arguments: Any) -> None:
     paths = [*([first] if first else []), *(path for path in arguments.bundle if path != first)]
     options = RuntimeOptions(threads=arguments.threads)
     contenders = [bundle_contender(path, data, arguments.runtime, options) for path in paths]
-    scores = compare(contenders, request, data, keep=arguments.keep)
+    sheet = ComparisonSheet(arguments.sheet, request)
+    scores = compare(contenders, request, data, keep=arguments.keep, on_draws=sheet.add)
+    sheet.write()
     report(scores, request, data, arguments.json)
 
 

@@ -34,6 +34,7 @@ from tiue_export.student import Student
 from tiue_export.tokenizer import Tokenizer
 
 from .quality import (
+    ComparisonSheet,
     Contender,
     Draws,
     add_request_arguments,
@@ -231,7 +232,9 @@ def _compare_checkpoints(arguments: Any) -> None:
         contenders += student_contenders(checkpoint)
     if not contenders:
         raise UsageError("nothing to compare", "Give --teacher, --one-step or --student.")
-    scores = compare(contenders, request, data, keep=arguments.keep)
+    sheet = ComparisonSheet(arguments.sheet, request)
+    scores = compare(contenders, request, data, keep=arguments.keep, on_draws=sheet.add)
+    sheet.write()
     report(scores, request, data, arguments.json)
 
 

@@ -88,7 +88,7 @@ def kernel_distance(real: Array, drawn: Array, seed: int = 0) -> tuple[float, fl
 
 def manifold_scores(real: Array, drawn: Array, nearest: int = NEAREST) -> ManifoldScores:
     """How much of what was drawn looks real, and how much of the real is drawn, from features."""
-    from prdc import compute_prdc  # type: ignore[import-untyped]
+    from prdc import compute_prdc
 
     _require_pictures(min(len(real), len(drawn)), nearest + 2, "precision and recall")
     with contextlib.redirect_stdout(io.StringIO()):  # prdc prints its counts

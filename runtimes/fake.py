@@ -17,6 +17,7 @@ class FakeRuntime:
     device = "none"
 
     def __init__(self, bundle: Bundle) -> None:
+        self.precision = bundle.manifest.precision
         self._bundle = bundle
 
     def run(self, graph: str, feeds: Feeds) -> dict[str, Array]:

@@ -21,6 +21,8 @@ class TorchRuntime:
 
     def __init__(self, bundle: Bundle, graphs: list[Graph], device: str) -> None:
         self.device = device
+        # Float32 inside, but its inputs and outputs are rounded as the bundle's are.
+        self.precision = bundle.manifest.precision
         self._bundle = bundle
         self._modules = {g.spec.name: g.module.to(device) for g in graphs}
 

@@ -36,6 +36,17 @@ def tiny_bundle(tiny_student, tmp_path_factory: pytest.TempPathFactory):
     return export_onnx(tiny_student, tmp_path_factory.mktemp("bundles") / "tiny-fp32")
 
 
+@pytest.fixture(scope="session")
+def compiled_bundle(tiny_bundle, tmp_path_factory: pytest.TempPathFactory):
+    """A copy of the tiny bundle with every compiled form that runs here. Shared."""
+    from tiue_export.bundle import open_bundle
+    from tiue_export.export.openvino_ir import compile_openvino
+
+    root = tmp_path_factory.mktemp("compiled") / "tiny-fp32"
+    shutil.copytree(tiny_bundle.root, root)
+    return compile_openvino(open_bundle(root))
+
+
 @pytest.fixture
 def bundle_copy(tiny_bundle, tmp_path: Path) -> Path:
     """A bundle folder of one's own."""

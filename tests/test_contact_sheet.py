@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiue_export.apps.contact_sheet import contact_sheet
 from tiue_export.apps.generate import GenerateRequest, run
+from tiue_export.contact_sheet import contact_sheet
 from tiue_export.errors import UsageError
 
 
@@ -41,7 +41,7 @@ def test_labels_are_drawn_above_their_row_and_never_over_a_picture():
     bare = contact_sheet([("", [plain("red")])], [""])
     labelled = contact_sheet([("a red apple", [plain("red")])], ["seed 0"])
     changed = np.nonzero((np.asarray(bare) != np.asarray(labelled)).any(-1))[0]
-    assert 0 < changed.size
+    assert changed.size > 0
     assert changed.max() < places(labelled, (255, 0, 0))[1]
 
 

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 from rich.console import Console
 
 from tiue_export.errors import CheckpointError, UsageError
@@ -548,3 +549,29 @@ def test_nothing_to_compare_is_refused(data_folder, monkeypatch, capsys):
         run_main(checkpoints, monkeypatch, "--data", data_folder, "--prompts", 6)
     assert stopped.value.code == 2
     assert "Give --teacher, --one-step or --student." in capsys.readouterr().err
+
+
+def test_a_comparison_sheet_has_a_row_per_prompt_and_a_column_per_contender(data, tmp_path):
+    def painter(value: int) -> quality.Contender:
+        def draw(prompts, seeds):
+            pictures = np.zeros((len(prompts), 128, 128, 3), np.uint8)
+            pictures[..., 0] = value
+            return quality.Draws(pictures, np.zeros((len(prompts), 4, 16, 16), np.float32))
+
+        return quality.Contender(f"all {value}", draw, str(value))
+
+    request = quality.choose_prompts(data, 9, seeds=2)
+    sheet = quality.ComparisonSheet(tmp_path / "new" / "sheet.png", request)
+    quality.compare([painter(40), painter(200)], request, data, on_draws=sheet.add)
+    sheet.write()
+    with Image.open(tmp_path / "new" / "sheet.png") as image:
+        pixels = np.asarray(image)
+    first, second = ((pixels == (red, 0, 0)).all(-1) for red in (40, 200))
+    assert first.sum() == second.sum() == 9 * 128 * 128
+    assert np.nonzero(first)[1].max() < np.nonzero(second)[1].min()
+
+
+def test_no_sheet_is_written_unless_asked_for(data, tmp_path):
+    sheet = quality.ComparisonSheet(None, quality.choose_prompts(data, 2))
+    sheet.write()
+    assert list(tmp_path.iterdir()) == []

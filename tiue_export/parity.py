@@ -111,7 +111,7 @@ def measure_graph(
 
 def measure_runtime(bundle: Bundle, runtime: Runtime, reference: Reference) -> list[ParityRecord]:
     """Hold a runtime against the bundle's reference: each stage on the reference's own inputs."""
-    kind, hop = bundle.manifest.precision, f"{runtime.name} {runtime.device}"
+    kind, hop = runtime.precision, f"{runtime.name} {runtime.device}"
     known, graphs, records = reference.arrays, bundle.manifest.graphs, []
 
     def measure(graph: str, feeds: Feeds, output: str, expected: str) -> None:

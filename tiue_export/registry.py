@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from tiue_export.errors import MissingExtraError, unknown_name
+from tiue_export.errors import MissingExtraError, UsageError, unknown_name
 from tiue_export.specs import Runtime, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class RuntimeEntry:
     needs: tuple[str, ...]
     extra: str
     summary: str
+    chooses_precision: bool = False
 
 
 EXPORT_NEEDS = (
@@ -45,6 +46,13 @@ RUNTIMES: Mapping[str, RuntimeEntry] = {
         "ort",
         "ONNX Runtime on CPU or CUDA",
     ),
+    "openvino": RuntimeEntry(
+        "tiue_export.runtimes.openvino:open_runtime",
+        ("openvino",),
+        "openvino",
+        "OpenVINO on Intel CPUs, GPUs and NPUs; fastest on CPUs",
+        chooses_precision=True,
+    ),
     "torch": RuntimeEntry(
         "tiue_export.runtimes.torch_reference:open_runtime",
         ("torch", "diffusers", "transformers"),
@@ -66,6 +74,11 @@ def open_runtime(name: str, bundle: Bundle, options: RuntimeOptions) -> Runtime:
     if entry is None:
         raise unknown_name("runtime", name, RUNTIMES)
     require(f"the {name} runtime", entry.needs, entry.extra)
+    if options.precision != "auto" and not entry.chooses_precision:
+        raise UsageError(
+            f"the {name} runtime computes in its bundle's precision, {bundle.manifest.precision}",
+            f"Leave --precision {options.precision} out, or export a bundle in that precision.",
+        )
     module, _, function = entry.opener.partition(":")
     return cast(Runtime, getattr(importlib.import_module(module), function)(bundle, options))
 

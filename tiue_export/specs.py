@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -83,21 +83,31 @@ class RuntimeOptions:
     """How to open a runtime. `device` "auto" takes the best the runtime finds and says which.
 
     `low_memory` gives memory back between operations where the runtime can; slower.
+    `precision` is the arithmetic, for runtimes that can choose: fp32, bf16, fp16.
     `checkpoint` and `base` are for the torch reference, which runs the student itself.
+    `provider` is ONNX Runtime's: cpu, cuda, rtx (None: by `device`). `cuda_graph` None records a
+    run as a CUDA graph where the runtime does so by itself; True insists, False forbids it.
     """
 
     device: str = "auto"
     threads: int | None = None
     low_memory: bool = False
+    precision: str = "auto"
     checkpoint: str | None = None
     base: str | None = None
+    provider: str | None = None
+    cuda_graph: bool | None = None
 
 
 class Runtime(Protocol):
-    """What runs a bundle's graphs. `run` neither changes feeds nor reuses its outputs' memory."""
+    """What runs a bundle's graphs. `run` neither changes feeds nor reuses its outputs' memory.
+
+    `precision` is the coarsest that a picture passes through (fp32, fp16, bf16): its gate applies.
+    """
 
     name: str
     device: str
+    precision: str
 
     def run(self, graph: str, feeds: Feeds) -> dict[str, Array]:
         """Run one graph on inputs that fit its spec and return its outputs by name."""
@@ -105,6 +115,44 @@ class Runtime(Protocol):
 
     def close(self) -> None:
         """Free everything; the runtime cannot be used afterwards."""
+        ...
+
+
+@dataclass(frozen=True)
+class ChainResult:
+    """One run of all graphs: `latents` (B, 4, H, W) and `picture` (B, 3, 8H, 8W), float32.
+
+    Both are the caller's and finite. `stage_latency_ms` has one entry for each part that was timed
+    alone: a graph, or all of them where they are a single CUDA graph.
+    """
+
+    latents: Array
+    picture: Array
+    stage_latency_ms: Mapping[str, float]
+
+
+@runtime_checkable
+class ChainRuntime(Protocol):
+    """A runtime that can also run all four graphs without handing tensors back in between.
+
+    The result is that of `run` graph by graph, the latents divided by the VAE's scaling factor on
+    the way. Such a runtime may still say None: then `run` is to be used.
+    """
+
+    def run_chain(self, input_ids: Array, noise: Array) -> ChainResult | None:
+        """Tokens (B, L) int64 and noise (B, 4, H, W) float32 -> latents and picture, checked.
+
+        Raises `RuntimeFailure` naming the first graph with a non-finite output.
+        """
+        ...
+
+
+@runtime_checkable
+class BatchLimited(Protocol):
+    """A runtime whose compiled graphs may take fewer batches than a bundle with a dynamic batch."""
+
+    def batch_range(self) -> tuple[int, int]:
+        """The smallest and largest batch it takes."""
         ...
 
 

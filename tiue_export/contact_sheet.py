@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _MARGIN_PX = 8
 _TEXT_PX = 14
 _MAX_WIDTH_PX = 4096
 
 
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[Image.Image]]], titles: Sequence[str]
-) -> Image.Image:
+def contact_sheet(rows: Sequence[tuple[str, Sequence[Image]]], titles: Sequence[str]) -> Image:
     """One row of equally sized pictures per (label, pictures); `titles` stand above the columns.
 
     The sheet is at most 4096 px wide: larger pictures are shrunk alike.
     """
+    from PIL import Image, ImageDraw, ImageFont
+
     width, height = rows[0][1][0].size
     columns = max(len(pictures) for _, pictures in rows)
     room = (_MAX_WIDTH_PX - _MARGIN_PX) // columns - _MARGIN_PX

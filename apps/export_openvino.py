@@ -1,0 +1,116 @@
+"""`tiue-export openvino`: OpenVINO graphs for a bundle, proven in the precision that will run."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from tiue_export.bundle import Bundle, check_target, open_bundle
+from tiue_export.errors import UsageError
+from tiue_export.registry import require
+
+from .export_onnx import ExportRequest, export, output_path
+from .export_onnx import run as export_onnx
+from .stages import stage_bar
+from .tables import console, megabytes, parity_table, print_json
+
+
+@dataclass(frozen=True)
+class OpenvinoRequest:
+    """The options of `tiue-export openvino`: a checkpoint, or a bundle that is there."""
+
+    ckpt: str | None = None
+    bundle: Path | None = None
+    out: Path | None = None
+    base: str | None = None
+    weights: str = "fp32"
+    precisions: tuple[str, ...] = ()
+    force: bool = False
+    allow_parity_loss: bool = False
+    as_json: bool = False
+
+
+def run(request: OpenvinoRequest) -> None:
+    """Export first where a checkpoint is given, then convert, prove, and print."""
+    if (request.ckpt is None) == (request.bundle is None):
+        raise UsageError(
+            "give a checkpoint or a bundle, one of them",
+            "tiue-export openvino --ckpt student.safetensors, or --bundle BUNDLE.",
+        )
+    require("OpenVINO", ("openvino",), "openvino")
+    from tiue_export.export.openvino_ir import FOLDER, OpenvinoOptions, compile_openvino
+
+    start = time.perf_counter()
+    path = _bundle_path(request)
+    with stage_bar(quiet=request.as_json) as bar:
+        from tiue_export.export.onnx_bundle import Observer, StageReport
+
+        def on_done(report: StageReport) -> None:
+            bar.done(report.stage, report.seconds, report.peak_memory_bytes, report.size_bytes)
+
+        options = OpenvinoOptions(request.weights, request.precisions or native_precisions())
+        bundle = compile_openvino(
+            open_bundle(path),
+            options,
+            force=request.force,
+            allow_parity_loss=request.allow_parity_loss,
+            observer=Observer(bar.begin, on_done),
+        )
+    compiled = bundle.manifest.compiled[FOLDER]
+    if request.as_json:
+        seconds = round(time.perf_counter() - start, 1)
+        record = {"bundle": str(path), **dataclasses.asdict(compiled), "seconds": seconds}
+        print_json(record)
+        return
+    console.print(_table(bundle, FOLDER))
+    console.print(parity_table(compiled.parity, f"OpenVINO {compiled.version} against the student"))
+    console.print(
+        f"[bold green]Done.[/] tiue-export generate {escape(str(path))} "
+        '"a red fox" --runtime openvino',
+        highlight=False,
+    )
+
+
+def native_precisions() -> tuple[str, ...]:
+    """fp32, and bf16 where this CPU computes it natively: both will be offered, so both proven."""
+    import openvino
+
+    native = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ("fp32", "bf16") if "BF16" in native else ("fp32",)
+
+
+def _bundle_path(request: OpenvinoRequest) -> Path:
+    if request.bundle is not None:
+        return request.bundle
+    assert request.ckpt is not None
+    asked = ExportRequest(
+        request.ckpt, request.out, base=request.base, force=request.force, as_json=request.as_json
+    )
+    out = output_path(asked)
+    if request.as_json:
+        check_target(out, force=request.force)
+        export(asked, out)
+    else:
+        export_onnx(asked)
+    return out
+
+
+def _table(bundle: Bundle, folder: str) -> Table:
+    table = Table(title=escape(f"{bundle.root}/{folder}"), title_justify="left")
+    table.add_column("graph")
+    for column in ("size", "convert s", "peak memory"):
+        table.add_column(column, justify="right")
+    for graph, form in bundle.manifest.compiled[folder].graphs.items():
+        size_bytes = sum(record.size_bytes for record in form.files.values())
+        table.add_row(
+            graph,
+            megabytes(size_bytes),
+            f"{form.report['convert_s']:.1f}",
+            megabytes(float(form.report["peak_memory_bytes"])),
+        )
+    return table

@@ -1,0 +1,76 @@
+"""The stages of a long command as they pass: a moving line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from .tables import megabytes
+
+
+class StageBar:
+    """Tells on standard error which stage runs, what each took and the memory it needed."""
+
+    def __init__(self, progress: Progress | None, stderr: Console | None) -> None:
+        self._progress, self._stderr = progress, stderr
+        self._task = None if progress is None else progress.add_task("starting", total=None)
+        self._finished = 0
+
+    def expect(self, stages: int) -> None:
+        """The number of stages in all, once it is known."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, total=stages)
+
+    def begin(self, stage: str) -> None:
+        """A stage starts."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=stage)
+
+    def within(self, fraction: float, detail: str) -> None:
+        """How far the running stage is, from 0 to 1, and what it is at."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(
+                self._task, completed=self._finished + fraction, description=detail
+            )
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if self._stderr is not None:
+            self._stderr.print(f"  {text}", markup=False, highlight=False)
+
+    def done(self, stage: str, seconds: float, peak_bytes: int, size_bytes: int) -> None:
+        """A stage ended."""
+        if self._stderr is None:
+            return
+        size = megabytes(size_bytes) if size_bytes else ""
+        self._stderr.print(
+            f"  {stage:<24}{seconds:7.1f} s   {size:>8}   peak memory {megabytes(peak_bytes)}",
+            highlight=False,
+        )
+        self._finished += 1
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=self._finished)
+
+
+@contextmanager
+def stage_bar(*, quiet: bool) -> Iterator[StageBar]:
+    """A bar for the length of a command; `quiet` shows nothing."""
+    if quiet:
+        yield StageBar(None, None)
+        return
+    stderr = Console(stderr=True)
+    if not sys.stderr.isatty():
+        yield StageBar(None, stderr)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        yield StageBar(progress, stderr)

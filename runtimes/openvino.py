@@ -1,0 +1,139 @@
+"""OpenVINO: Intel CPUs, GPUs and NPUs, in a precision that is always named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from tiue_export.bundle import Bundle
+from tiue_export.errors import BundleError, RuntimeFailure, UsageError, first_line, unknown_name
+from tiue_export.specs import Array, Feeds, RuntimeOptions
+
+_FOLDER = "openvino"
+_TYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+# From exact to coarse: what a picture has passed through is the coarsest of all.
+_COARSENESS = ("fp32", "fp16", "bf16")
+
+
+class OpenvinoRuntime:
+    """One compiled model per graph, opened on first use and kept."""
+
+    name = "openvino"
+
+    def __init__(
+        self, bundle: Bundle, core: Any, device: str, arithmetic: str, options: RuntimeOptions
+    ) -> None:
+        compiled = bundle.manifest.compiled[_FOLDER]
+        used = (bundle.manifest.precision, str(compiled.flags["weights"]), arithmetic)
+        self.precision = max(used, key=_COARSENESS.index)
+        self.device = f"{device.lower()} {arithmetic}"
+        self._bundle, self._core, self._target = bundle, core, device
+        self._config = _config(core, device, arithmetic, options)
+        self._keep = not options.low_memory
+        self._requests: dict[str, Any] = {}
+        self._closed = False
+
+    def run(self, graph: str, feeds: Feeds) -> dict[str, Array]:
+        """Run one graph; outputs are fresh arrays."""
+        request = self._request(graph)
+        spec = self._bundle.spec(graph)
+        try:
+            request.infer({name: np.ascontiguousarray(array) for name, array in feeds.items()})
+            # The request's own memory is written again by the next run.
+            outputs = {t.name: np.array(request.get_tensor(t.name).data) for t in spec.outputs}
+        except Exception as error:  # OpenVINO raises RuntimeError and its own kinds
+            raise RuntimeFailure(f"OpenVINO failed in {graph}: {first_line(error)}") from error
+        if not self._keep:
+            self._requests.clear()
+        return outputs
+
+    def close(self) -> None:
+        """Drop all models and their memory."""
+        self._requests.clear()
+        self._closed = True
+
+    def _request(self, graph: str) -> Any:
+        if self._closed:
+            raise RuntimeFailure("the openvino runtime is closed", "Open it again.")
+        if graph not in self._requests:
+            path = self._bundle.root / self._bundle.manifest.compiled[_FOLDER].graphs[graph].path
+            try:
+                model = self._core.compile_model(path, self._target, self._config)
+            except Exception as error:
+                raise RuntimeFailure(
+                    f"OpenVINO {ov.__version__} cannot compile {graph} for {self._target}: "
+                    f"{first_line(error)}",
+                    "Check `tiue-export doctor`, or use --device cpu.",
+                ) from error
+            self._requests[graph] = model.create_infer_request()
+        return self._requests[graph]
+
+
+def open_runtime(bundle: Bundle, options: RuntimeOptions) -> OpenvinoRuntime:
+    """Open on `options.device` (auto and cpu: the CPU; gpu, npu) in `options.precision`.
+
+    Precision auto is bf16 where the device computes it natively, else fp32 (fp16 on a GPU or NPU).
+    """
+    if _FOLDER not in bundle.manifest.compiled:
+        raise BundleError(
+            f"{bundle.root} has no OpenVINO graphs",
+            f"Make them: tiue-export openvino --bundle {bundle.root}",
+        )
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"--threads is {options.threads}; expected 1 or more")
+    core = ov.Core()
+    device = _device(core, options.device)
+    return OpenvinoRuntime(bundle, core, device, _arithmetic(core, device, options), options)
+
+
+def _device(core: Any, wanted: str) -> str:
+    """OpenVINO's name of the device; GPU.1 and the like are passed on."""
+    device = "CPU" if wanted == "auto" else wanted.upper()
+    available = [str(name) for name in core.available_devices]
+    families = {name.partition(".")[0] for name in available}
+    if device.partition(".")[0] not in {"CPU", "GPU", "NPU"}:
+        raise unknown_name("device", wanted, ("auto", "cpu", "gpu", "npu"))
+    if device not in available and device not in families:
+        raise RuntimeFailure(
+            f"OpenVINO finds no {device} here; it finds {', '.join(available)}",
+            "Install Intel's driver for it, or use --device cpu.",
+        )
+    return device
+
+
+def _arithmetic(core: Any, device: str, options: RuntimeOptions) -> str:
+    native = {str(name) for name in core.get_property(device, "OPTIMIZATION_CAPABILITIES")}
+    known = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
+    if options.precision == "auto":
+        order = ("bf16", "fp32") if device == "CPU" else ("fp16", "fp32")
+        return next((name for name in order if known[name] in native), "fp32")
+    if options.precision not in known:
+        raise unknown_name("precision", options.precision, ("auto", *known))
+    if known[options.precision] not in native:
+        offered = [name for name, own in known.items() if own in native]
+        raise UsageError(
+            f"this {device} does not compute in {options.precision}; it has {', '.join(offered)}",
+            f"Use --precision {offered[0]}.",
+        )
+    return options.precision
+
+
+def _config(core: Any, device: str, arithmetic: str, options: RuntimeOptions) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": _TYPES[arithmetic],
+        "PERFORMANCE_HINT": "LATENCY",
+        "CACHE_DIR": str(_cache_folder()),
+    }
+    if device == "CPU" and options.threads is not None:
+        config["INFERENCE_NUM_THREADS"] = options.threads
+    return config
+
+
+def _cache_folder() -> Path:
+    """Where OpenVINO keeps compiled models; it keys them by content itself."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "tiue-export" / "openvino"
