@@ -44,6 +44,10 @@ Base = Annotated[
     str | None,
     typer.Option("--base", help="Pipeline folder or hub id for what the checkpoint lacks."),
 ]
+Vae = Annotated[
+    str | None,
+    typer.Option("--vae", help="Folder of another VAE, such as TAESD; tiny:FOLDER insists on one."),
+]
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 LowMemory = Annotated[
@@ -61,7 +65,7 @@ RuntimePrecision = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", help="CPU threads [default: the runtime's choice].")
+    int | None, typer.Option("--threads", help="CPU threads \\[default: the runtime's choice].")
 ]
 
 
@@ -88,9 +92,10 @@ def root(
 def onnx(
     ckpt: Checkpoint,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Bundle to write [default: NAME-PRECISION].")
+        Path | None, typer.Option("--out", help="Bundle to write \\[default: NAME-PRECISION].")
     ] = None,
     base: Base = None,
+    vae: Vae = None,
     precision: Annotated[
         str, typer.Option("--precision", help="fp32 (exact, fastest on CPUs) or fp16 (for GPUs).")
     ] = "fp32",
@@ -102,14 +107,14 @@ def onnx(
     ] = False,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", help="K [default: what the checkpoint records, else 4]."),
+        typer.Option("--steps", help="K \\[default: what the checkpoint records, else 4]."),
     ] = None,
     allow_other_steps: Annotated[
         bool, typer.Option("--allow-other-steps", help="Export a K it was not trained for.")
     ] = False,
     family: Annotated[
         str | None,
-        typer.Option("--family", help="sd15, sd21-base, sd21-v, tiny [default: recognised]."),
+        typer.Option("--family", help="sd15, sd21-base, sd21-v, tiny \\[default: recognised]."),
     ] = None,
     no_hoist: Annotated[
         bool, typer.Option("--no-hoist", help="Naive batched decoder, for comparison.")
@@ -141,6 +146,7 @@ def onnx(
             ckpt=ckpt,
             out=out,
             base=base,
+            vae=vae,
             precision=precision,
             height=height,
             width=width,
@@ -170,15 +176,16 @@ def openvino(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="With --ckpt: bundle to write [default: NAME-fp32]."),
+        typer.Option("--out", help="With --ckpt: bundle to write \\[default: NAME-fp32]."),
     ] = None,
     base: Base = None,
+    vae: Vae = None,
     weights: Annotated[
         str, typer.Option("--weights", help="fp32, or fp16 for files half the size.")
     ] = "fp32",
     precision: Annotated[
         list[str] | None,
-        typer.Option("--precision", help="Arithmetic to prove [default: all this CPU has]."),
+        typer.Option("--precision", help="Arithmetic to prove \\[default: all this CPU has]."),
     ] = None,
     allow_parity_loss: Annotated[
         bool, typer.Option("--allow-parity-loss", help="Keep graphs that fail a gate.")
@@ -200,6 +207,7 @@ def openvino(
             bundle=bundle,
             out=out,
             base=base,
+            vae=vae,
             weights=weights,
             precisions=tuple(precision or ()),
             allow_parity_loss=allow_parity_loss,
@@ -219,9 +227,10 @@ def trt(
         Path | None, typer.Option("--bundle", help="Bundle to add engines to; needs no torch.")
     ] = None,
     base: Base = None,
+    vae: Vae = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="With --ckpt: bundle to write [default: NAME-fp16]."),
+        typer.Option("--out", help="With --ckpt: bundle to write \\[default: NAME-fp16]."),
     ] = None,
     flavor: Annotated[
         str,
@@ -232,12 +241,12 @@ def trt(
     sm: Annotated[
         str | None,
         typer.Option(
-            "--sm", help="rtx: GPUs to build for [default: this one, else Ampere and up]."
+            "--sm", help="rtx: GPUs to build for \\[default: this one, else Ampere and up]."
         ),
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help="fp16 or fp32 [default: the bundle's, or fp16]."),
+        typer.Option("--precision", help="fp16 or fp32 \\[default: the bundle's, or fp16]."),
     ] = None,
     batch: Annotated[
         str | None, typer.Option("--batch", help="Images per run: 1, or min:opt:max such as 1:2:4.")
@@ -290,6 +299,7 @@ def trt(
             ckpt=ckpt,
             bundle=bundle,
             base=base,
+            vae=vae,
             out=out,
             flavor=flavor,
             sm=sm,
@@ -323,7 +333,7 @@ def generate(
         Path | None, typer.Option("--prompts", help="Text file, one prompt a line.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="Picture i uses seed + i [default: 0].")
+        int | None, typer.Option("--seed", help="Picture i uses seed + i \\[default: 0].")
     ] = None,
     count: Annotated[int, typer.Option("--count", help="Pictures per prompt.")] = 1,
     out: Annotated[
@@ -346,6 +356,7 @@ def generate(
     low_memory: LowMemory = False,
     ckpt: Annotated[str | None, typer.Option("--ckpt", help="Student for --runtime torch.")] = None,
     base: Base = None,
+    vae: Vae = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -373,6 +384,7 @@ def generate(
             low_memory=low_memory,
             ckpt=ckpt,
             base=base,
+            vae=vae,
             force=force,
             as_json=as_json,
         )
@@ -390,6 +402,7 @@ def parity(
     low_memory: LowMemory = False,
     ckpt: Annotated[str | None, typer.Option("--ckpt", help="Student for --runtime torch.")] = None,
     base: Base = None,
+    vae: Vae = None,
     as_json: Json = False,
 ) -> None:
     """Hold a runtime on this machine against the reference stored in the bundle.
@@ -407,6 +420,7 @@ def parity(
         precision=precision,
         checkpoint=ckpt,
         base=base,
+        vae=vae,
     )
     run(bundle, runtime, options, as_json)
 
@@ -442,10 +456,11 @@ def distill(
         Path | None, typer.Argument(help="TOML file; see docs/training.md.", show_default=False)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Run folder [default: the file's `out`].")
+        Path | None, typer.Option("--out", help="Run folder \\[default: the file's `out`].")
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option("--iterations", help="Stop after this many [default: the file's].")
+        int | None,
+        typer.Option("--iterations", help="Stop after this many \\[default: the file's]."),
     ] = None,
     presets: Annotated[
         bool, typer.Option("--presets", help="List the presets a configuration can name.")
@@ -487,12 +502,12 @@ def demo(
 def pack(
     bundle: BundleArgument,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Archive to write [default: NAME.tar].")
+        Path | None, typer.Option("--out", help="Archive to write \\[default: NAME.tar].")
     ] = None,
     runtime: Annotated[
         str | None,
         typer.Option(
-            "--runtime", help="Only what it needs: ort, trt, rtx, openvino [default: all]."
+            "--runtime", help="Only what it needs: ort, trt, rtx, openvino \\[default: all]."
         ),
     ] = None,
     force: Force = False,
@@ -514,7 +529,7 @@ def pack(
 def unpack(
     archive: Annotated[Path, typer.Argument(help="Archive of bundle pack.", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write [default: the archive's name].")
+        Path | None, typer.Option("--out", help="Folder to write \\[default: the archive's name].")
     ] = None,
     force: Force = False,
     as_json: Json = False,

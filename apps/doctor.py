@@ -14,13 +14,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export._version import __version__
+from tiue_export.errors import MissingExtraError
 from tiue_export.registry import EXPORT_NEEDS, RUNTIMES, missing_modules
+from tiue_export.tensorrt_flavor import TITLES, install_line, load_flavor, this_device
 
 from .tables import console, megabytes, print_json
 
 _PACKAGES = (
     "numpy", "tokenizers", "safetensors", "pillow", "onnxruntime", "onnxruntime-gpu", "torch",
     "diffusers", "transformers", "onnx", "onnxscript", "accelerate", "optimum",
+    "tensorrt-cu12", "tensorrt-cu13", "tensorrt", "tensorrt-rtx-cu13", "polygraphy",
+    "cuda-bindings",
 )  # fmt: skip
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd")
 
@@ -97,6 +101,8 @@ def check_backends() -> list[Backend]:
         _by_modules("export to ONNX", EXPORT_NEEDS, "export"),
         _ort("CPUExecutionProvider", "run: ort on cpu", "ort"),
         _ort("CUDAExecutionProvider", "run: ort on cuda", "gpu"),
+        _tensorrt("tensorrt"),
+        _tensorrt("rtx"),
         _by_modules("run: torch reference", RUNTIMES["torch"].needs, "export"),
         _by_modules(
             "optimum-cli export tiue", ("optimum.exporters", "torch", "diffusers"), "optimum"
@@ -122,6 +128,30 @@ def _by_modules(name: str, modules: tuple[str, ...], extra: str) -> Backend:
             name, False, f"missing: {', '.join(missing)}", f"pip install 'tiue-export[{extra}]'"
         )
     return Backend(name, True, "installed")
+
+
+def _tensorrt(flavor: str) -> Backend:
+    """What a TensorRT flavour can do here: build engines, and run them where a GPU is."""
+    name = f"build and run: {TITLES[flavor]}"
+    try:
+        title = load_flavor(flavor).title
+        device = this_device()
+    except MissingExtraError as error:
+        return Backend(name, False, error.message, error.next_step or install_line(flavor))
+    if missing_modules(("polygraphy",)):
+        extra = "trt-rtx" if flavor == "rtx" else "trt"
+        return Backend(
+            name,
+            False,
+            f"{title}, but no polygraphy to build",
+            f"pip install 'tiue-export[{extra}]'",
+        )
+    if device is not None:
+        where = f"{device.name}, compute capability {device.compute_capability}"
+        return Backend(name, True, f"{title} on {where}, driver {device.driver}")
+    if flavor == "rtx":
+        return Backend(name, True, f"{title} builds for RTX cards; no NVIDIA GPU to run on")
+    return Backend(name, False, f"{title}, but no NVIDIA GPU found", "check the driver: nvidia-smi")
 
 
 def _ort(provider: str, name: str, extra: str) -> Backend:

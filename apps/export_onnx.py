@@ -29,6 +29,7 @@ class ExportRequest:
     ckpt: str
     out: Path | None = None
     base: str | None = None
+    vae: str | None = None
     precision: str = "fp32"
     height: int | None = None
     width: int | None = None
@@ -133,6 +134,7 @@ def export(
                 family=request.family,
                 steps=request.steps,
                 allow_other_steps=request.allow_other_steps,
+                vae=request.vae,
                 on_stage=lambda part: bar.begin(f"load {part}"),
             )
         on_done(StageReport("load student", time.perf_counter() - loading, memory.peak_bytes))

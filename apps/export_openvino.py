@@ -28,6 +28,7 @@ class OpenvinoRequest:
     bundle: Path | None = None
     out: Path | None = None
     base: str | None = None
+    vae: str | None = None
     weights: str = "fp32"
     precisions: tuple[str, ...] = ()
     force: bool = False
@@ -89,7 +90,12 @@ def _bundle_path(request: OpenvinoRequest) -> Path:
         return request.bundle
     assert request.ckpt is not None
     asked = ExportRequest(
-        request.ckpt, request.out, base=request.base, force=request.force, as_json=request.as_json
+        request.ckpt,
+        request.out,
+        base=request.base,
+        vae=request.vae,
+        force=request.force,
+        as_json=request.as_json,
     )
     out = output_path(asked)
     if request.as_json:

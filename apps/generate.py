@@ -46,6 +46,7 @@ class GenerateRequest:
     low_memory: bool = False
     ckpt: str | None = None
     base: str | None = None
+    vae: str | None = None
     force: bool = False
     as_json: bool = False
 
@@ -76,6 +77,7 @@ def run(request: GenerateRequest) -> None:
         precision=request.precision,
         checkpoint=request.ckpt,
         base=request.base,
+        vae=request.vae,
     )
     written: list[Path] = []
     with Pipeline.open(bundle, request.runtime, options) as pipeline:

@@ -85,6 +85,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> TorchRuntime:
         family=None if manifest.source.family == "custom" else manifest.source.family,
         steps=manifest.schedule.steps,
         allow_other_steps=True,
+        vae=options.vae,
     )
     ours = {"unet": student.source.sha256, **student.source.part_sha256}
     theirs = {"unet": manifest.source.sha256, **manifest.source.part_sha256}

@@ -168,15 +168,52 @@ def test_old_text_encoder_checkpoints_with_a_prefix_and_position_ids_load(pipeli
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_tiny_autoencoder_is_accepted(pipeline):
-    shutil.rmtree(pipeline / "vae")
+@pytest.fixture
+def tiny_vae(tmp_path) -> Path:
+    torch.manual_seed(0)
     AutoencoderTiny(
         encoder_block_out_channels=(8, 8, 8, 8),
         decoder_block_out_channels=(8, 8, 8, 8),
         num_encoder_blocks=(1, 1, 1, 1),
         num_decoder_blocks=(1, 1, 1, 1),
-    ).save_pretrained(pipeline / "vae")
+    ).save_pretrained(tmp_path / "taesd")
+    return Path(tmp_path / "taesd")
+
+
+def test_a_tiny_autoencoder_is_accepted(pipeline, tiny_vae):
+    shutil.rmtree(pipeline / "vae")
+    shutil.copytree(tiny_vae, pipeline / "vae")
     assert type(load_student(pipeline).vae).__name__ == "AutoencoderTiny"
+
+
+@pytest.mark.parametrize("prefix", ["", "tiny:"])
+def test_another_vae_replaces_the_checkpoints_own_and_the_source_says_so(
+    tiny_pipeline, tiny_vae, prefix
+):
+    own, other = (load_student(tiny_pipeline, vae=v) for v in (None, f"{prefix}{tiny_vae}"))
+    assert type(own.vae).__name__ == "AutoencoderKL"
+    assert type(other.vae).__name__ == "AutoencoderTiny"
+    assert other.source.parts["vae"] == "--vae taesd"
+    assert other.source.part_sha256["vae"] != own.source.part_sha256["vae"]
+    assert other.source.sha256 == own.source.sha256
+
+
+def test_the_vae_of_a_pipeline_folder_can_be_taken_by_that_folders_name(pipeline, tiny_pipeline):
+    student = load_student(tiny_pipeline, vae=pipeline)
+    assert student.source.parts["vae"] == "--vae vae"
+
+
+def test_a_folder_without_a_vae_is_refused_with_what_to_give(tiny_pipeline, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"is no VAE folder, it has no config\.json"
+    ) as caught:
+        load_student(tiny_pipeline, vae=f"tiny:{tmp_path}")
+    assert "madebyollin/taesd" in str(caught.value.next_step)
+
+
+def test_tiny_insists_on_a_tiny_autoencoder(tiny_pipeline):
+    with pytest.raises(UnsupportedModelError, match="holds a AutoencoderKL; tiny: expects"):
+        load_student(tiny_pipeline, vae=f"tiny:{tiny_pipeline / 'vae'}")
 
 
 # --- K

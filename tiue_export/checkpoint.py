@@ -65,6 +65,7 @@ def load_student(
     steps: int | None = None,
     allow_other_steps: bool = False,
     without: Collection[str] = (),
+    vae: str | Path | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:
     """Load a student in its checkpoint's own dtype, memory-mapped, in eval mode.
@@ -72,6 +73,7 @@ def load_student(
     `steps` is K; a checkpoint that records its K (`tiue_steps` in scheduler_config.json or in the
     safetensors metadata) refuses another unless `allow_other_steps`. `family` overrides what the
     weights suggest. `without` names parts to leave out even where they are there, such as "vae".
+    `vae` is a folder whose VAE replaces the checkpoint's; "tiny:FOLDER" insists on AutoencoderTiny.
     `on_stage` hears what is being read.
 
     Raises `CheckpointError`, `UnsupportedModelError`, `ScheduleError` or `UsageError`.
@@ -87,6 +89,10 @@ def load_student(
         part: None if part in without else _part_folder(part, checkpoint.pipeline, base_folder)
         for part in _PARTS
     }
+    origins = {part: _origin(folder, checkpoint) for part, folder in folders.items()}
+    if vae is not None:
+        replacement = _vae_folder(str(vae))
+        folders["vae"], origins["vae"] = replacement, f"--vae {replacement.name}"
     scheduler_config = _scheduler_config(folders["scheduler"], family_name)
     own_scheduler = folders["scheduler"] is not None and checkpoint.owns(folders["scheduler"])
     recorded = weights.metadata.get(
@@ -95,12 +101,12 @@ def load_student(
     chosen = _steps(recorded, steps, allow_other_steps)
     schedule = schedule_from_config(scheduler_config, chosen)
 
-    text_encoder = vae = None
+    text_encoder = decoder = None
     part_sha256: dict[str, str] = {}
     notes = weights.notes
     if folders["text_encoder"] is not None and folders["tokenizer"] is None:
         notes += ("the text encoder was left out, because no tokenizer came with it",)
-        folders["text_encoder"] = None
+        folders["text_encoder"], origins["text_encoder"] = None, _origin(None, checkpoint)
     if folders["text_encoder"] is not None:
         on_stage("text encoder")
         text_encoder = load_text_encoder(folders["text_encoder"])
@@ -108,7 +114,7 @@ def load_student(
         part_sha256["text_encoder"] = _folder_sha256(folders["text_encoder"], "model")
     if folders["vae"] is not None:
         on_stage("VAE")
-        vae = load_vae(folders["vae"])
+        decoder = load_vae(folders["vae"])
         part_sha256["vae"] = _folder_sha256(folders["vae"], WEIGHTS_STEM)
 
     source = Source(
@@ -119,7 +125,7 @@ def load_student(
         dtype=str(dtype).removeprefix("torch."),
         part_sha256=part_sha256,
         ema=weights.ema,
-        parts={part: _origin(folder, checkpoint) for part, folder in folders.items()},
+        parts=origins,
         licence=weights.metadata.get("license") or weights.metadata.get("modelspec.license"),
         notes=notes,
     )
@@ -129,7 +135,7 @@ def load_student(
         source=source,
         scheduler_config={**scheduler_config, STEPS_KEY: chosen},
         text_encoder=text_encoder,
-        vae=vae,
+        vae=decoder,
         tokenizer_folder=folders["tokenizer"] if text_encoder is not None else None,
     )
     return student.eval()
@@ -291,6 +297,29 @@ def _build_unet(config: Config, weights: UnetWeights) -> tuple[Any, torch.dtype]
     dtype = common_dtype(tensors.values())
     unet.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, strict=True, assign=True)
     return unet, dtype
+
+
+_TINY = "tiny:"
+
+
+def _vae_folder(given: str) -> Path:
+    """The folder of a VAE given by itself: it, or the vae/ of a pipeline folder."""
+    folder = Path(given.removeprefix(_TINY)).expanduser()
+    if (folder / "vae").is_dir():
+        folder = folder / "vae"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"--vae {given}: {folder} is no VAE folder, it has no config.json",
+            "Give a folder with config.json and diffusion_pytorch_model.safetensors, such as a "
+            "download of madebyollin/taesd.",
+        )
+    kind = read_json(folder / "config.json").get("_class_name")
+    if given.startswith(_TINY) and kind != "AutoencoderTiny":
+        raise UnsupportedModelError(
+            f"--vae {given}: {folder} holds a {kind}; tiny: expects an AutoencoderTiny",
+            f"Leave tiny: out to use it all the same: --vae {folder}",
+        )
+    return folder
 
 
 def _part_folder(part: str, pipeline: Path | None, base: Path | None) -> Path | None:
