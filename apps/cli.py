@@ -51,13 +51,31 @@ Vae = Annotated[
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 LowMemory = Annotated[
-    bool, typer.Option("--low-memory", help="Give memory back between operations; slower.")
+    bool,
+    typer.Option(
+        "--low-memory",
+        "--low-vram",
+        help="Give memory back between operations (trt: one graph at a time); slower.",
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 RuntimeName = Annotated[
-    str, typer.Option("--runtime", help="ort, openvino, torch (needs --ckpt) or fake.")
+    str, typer.Option("--runtime", help="ort, openvino, trt, torch (needs --ckpt) or fake.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda; with openvino gpu, npu.")]
+Provider = Annotated[
+    str | None,
+    typer.Option(
+        "--provider", help="With ort: cpu, cuda or rtx (plug-in) \\[default: by --device]."
+    ),
+]
+CudaGraph = Annotated[
+    bool | None,
+    typer.Option(
+        "--cuda-graph/--no-cuda-graph",
+        help="All in one launch on a GPU \\[default: trt yes, if it can be; ort no].",
+    ),
+]
 RuntimePrecision = Annotated[
     str,
     typer.Option(
@@ -126,6 +144,19 @@ def onnx(
     merge_below: Annotated[
         float, typer.Option("--merge-below", help="Merge decoder rows weighing less (try 0.02).")
     ] = 0.0,
+    vae_precision: Annotated[
+        str,
+        typer.Option(
+            "--vae-precision", help="auto (as --precision, by the audit), fp16, fp32 or bf16."
+        ),
+    ] = "auto",
+    no_audit: Annotated[
+        bool, typer.Option("--no-audit", help="fp16 without looking for overflow first.")
+    ] = False,
+    audit_prompts: Annotated[
+        Path | None,
+        typer.Option("--audit-prompts", help="More prompts to audit on: text file, one a line."),
+    ] = None,
     allow_parity_loss: Annotated[
         bool, typer.Option("--allow-parity-loss", help="Keep a bundle that fails a gate.")
     ] = False,
@@ -157,9 +188,67 @@ def onnx(
             family=family,
             hoist="none" if no_hoist else hoist_into,
             merge_below=merge_below,
+            vae_precision=vae_precision,
+            audit=not no_audit,
+            audit_prompts=audit_prompts,
             allow_parity_loss=allow_parity_loss,
             dry_run=dry_run,
             force=force,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@explained
+def audit(
+    ckpt: Checkpoint,
+    base: Base = None,
+    vae: Vae = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="Text file, one prompt a line \\[default: two of ours]."),
+    ] = None,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="K \\[default: what the checkpoint records, else 4]."),
+    ] = None,
+    allow_other_steps: Annotated[
+        bool, typer.Option("--allow-other-steps", help="Audit a K it was not trained for.")
+    ] = False,
+    family: Annotated[
+        str | None,
+        typer.Option("--family", help="sd15, sd21-base, sd21-v, tiny \\[default: recognised]."),
+    ] = None,
+    no_hoist: Annotated[bool, typer.Option("--no-hoist", help="Naive batched decoder.")] = False,
+    hoist_into: Annotated[
+        str,
+        typer.Option("--hoist-into", help="Graph for the time-independent part: decoder, encoder."),
+    ] = "decoder",
+    top: Annotated[int, typer.Option("--top", help="Operations to list for each graph.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Show how near a student's values come to half precision's limit, and what must stay float32.
+
+    Example:  tiue-export audit --ckpt student.safetensors --base sd21-base/ --prompts prompts.txt
+    """
+    from .overflow_audit import AuditRequest, run
+
+    run(
+        AuditRequest(
+            ckpt=ckpt,
+            base=base,
+            vae=vae,
+            prompts=prompts,
+            height=height,
+            width=width,
+            steps=steps,
+            allow_other_steps=allow_other_steps,
+            family=family,
+            hoist="none" if no_hoist else hoist_into,
+            top=top,
             as_json=as_json,
         )
     )
@@ -354,6 +443,8 @@ def generate(
     precision: RuntimePrecision = "auto",
     threads: Threads = None,
     low_memory: LowMemory = False,
+    provider: Provider = None,
+    cuda_graph: CudaGraph = None,
     ckpt: Annotated[str | None, typer.Option("--ckpt", help="Student for --runtime torch.")] = None,
     base: Base = None,
     vae: Vae = None,
@@ -382,6 +473,8 @@ def generate(
             precision=precision,
             threads=threads,
             low_memory=low_memory,
+            provider=provider,
+            cuda_graph=cuda_graph,
             ckpt=ckpt,
             base=base,
             vae=vae,
@@ -400,6 +493,8 @@ def parity(
     precision: RuntimePrecision = "auto",
     threads: Threads = None,
     low_memory: LowMemory = False,
+    provider: Provider = None,
+    cuda_graph: CudaGraph = None,
     ckpt: Annotated[str | None, typer.Option("--ckpt", help="Student for --runtime torch.")] = None,
     base: Base = None,
     vae: Vae = None,
@@ -421,8 +516,125 @@ def parity(
         checkpoint=ckpt,
         base=base,
         vae=vae,
+        provider=provider,
+        cuda_graph=cuda_graph,
     )
     run(bundle, runtime, options, as_json)
+
+
+@app.command()
+@explained
+def bench(
+    bundles: Annotated[
+        list[Path] | None, typer.Argument(help="Bundle folders.", show_default=False)
+    ] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option("--runtime", help="ort, openvino, trt, torch \\[default: all that can run]."),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option("--precision", help="For openvino: fp32, bf16 \\[default: all this CPU has]."),
+    ] = None,
+    contenders: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contenders",
+            help="bundles, official, torch-bf16, torch-compile, one-step, four-step, fifty-step, "
+            "rows-8, sd-cpp, METHOD/RUNTIME/PRECISION or all; all but bundles need --ckpt.",
+        ),
+    ] = None,
+    ratio_to: Annotated[
+        list[str] | None,
+        typer.Option("--ratio-to", help="Contender to divide by \\[default: the first]."),
+    ] = None,
+    ckpt: Annotated[
+        str | None, typer.Option("--ckpt", help="The same weights, for contenders in PyTorch.")
+    ] = None,
+    base: Base = None,
+    vae: Vae = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Turns of each contender.")] = 5,
+    runs: Annotated[int, typer.Option("--runs", help="Timed runs a turn.")] = 3,
+    warmup: Annotated[int, typer.Option("--warmup", help="Untimed runs before them.")] = 1,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, auto.")] = "cpu",
+    threads: Threads = None,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels, without bundles.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels, without bundles.")] = None,
+    unet_only: Annotated[
+        bool, typer.Option("--unet-only/--vae-too", help="Leave out text encoder and VAE.")
+    ] = False,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="One process at a time: least memory, slower.")
+    ] = False,
+    peak: Annotated[
+        list[str] | None,
+        typer.Option("--peak", help="bf16=1.1: TFLOP/s of this machine \\[default: measured]."),
+    ] = None,
+    no_peak: Annotated[bool, typer.Option("--no-peak", help="Do not measure the peak.")] = False,
+    work: Annotated[
+        Path | None,
+        typer.Option("--work", help="Folder that keeps graphs made for measuring."),
+    ] = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one turn.")] = 3600.0,
+    out: Annotated[Path | None, typer.Option("--out", help="Record to write (.json).")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Table to write.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Picture to write (.png).")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", help="Two records, before and now, instead of measuring."),
+    ] = None,
+    fail_if_slower: Annotated[
+        str | None,
+        typer.Option("--fail-if-slower", help="5%: exit code 11 if anything got slower by more."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure latency and memory side by side: each contender in its own process, in turn.
+
+    Lists may be given between commas.
+
+    Example:  tiue-export bench fox --ckpt student.safetensors --base sd21-base/ --out now.json
+
+    Example:  tiue-export bench old new --unet-only --fail-if-slower 5%
+
+    Example:  tiue-export bench --compare before.json now.json --fail-if-slower 5%
+    """
+    from .bench import BenchRequest, run
+
+    def listed(values: list[str] | None) -> tuple[str, ...]:
+        return tuple(part for value in values or () for part in value.split(",") if part)
+
+    run(
+        BenchRequest(
+            bundles=tuple(bundles or ()),
+            runtimes=listed(runtime),
+            precisions=listed(precision),
+            contenders=listed(contenders),
+            ratios_to=listed(ratio_to),
+            device=device,
+            ckpt=ckpt,
+            base=base,
+            vae=vae,
+            rounds=rounds,
+            runs=runs,
+            warmup=warmup,
+            threads=threads,
+            height=height,
+            width=width,
+            unet_only=unet_only,
+            reload=reload,
+            peaks=listed(peak),
+            measure_peak=not no_peak,
+            work=work,
+            timeout_s=timeout,
+            out=out,
+            markdown=markdown,
+            plot=plot,
+            compare=compare,
+            fail_if_slower=fail_if_slower,
+            as_json=as_json,
+        )
+    )
 
 
 @app.command()

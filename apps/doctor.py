@@ -101,8 +101,10 @@ def check_backends() -> list[Backend]:
         _by_modules("export to ONNX", EXPORT_NEEDS, "export"),
         _ort("CPUExecutionProvider", "run: ort on cpu", "ort"),
         _ort("CUDAExecutionProvider", "run: ort on cuda", "gpu"),
+        _ort_rtx(),
         _tensorrt("tensorrt"),
         _tensorrt("rtx"),
+        _by_modules("run: openvino", RUNTIMES["openvino"].needs, "openvino"),
         _by_modules("run: torch reference", RUNTIMES["torch"].needs, "export"),
         _by_modules(
             "optimum-cli export tiue", ("optimum.exporters", "torch", "diffusers"), "optimum"
@@ -172,6 +174,16 @@ def _ort(provider: str, name: str, extra: str) -> Backend:
     if provider == "CUDAExecutionProvider" and _gpu() is None:
         return Backend(name, False, "no NVIDIA GPU found", "check the driver with nvidia-smi")
     return Backend(name, True, f"onnxruntime {onnxruntime.__version__}")
+
+
+def _ort_rtx() -> Backend:
+    """The plug-in is only looked for: loading it takes its libraries, 150 MB, into memory."""
+    name, package = "run: ort with --provider rtx", "onnxruntime-ep-nv-tensorrt-rtx"
+    if missing_modules((package.replace("-", "_"),)):
+        return Backend(name, False, f"{package} is not installed", f"pip install {package}")
+    if _gpu() is None:
+        return Backend(name, False, "no NVIDIA GPU found", "check the driver with nvidia-smi")
+    return Backend(name, True, "installed")
 
 
 def _cpu() -> str:

@@ -12,14 +12,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.bundle import Bundle, check_target
+from tiue_export.overflow import load_audit
 from tiue_export.registry import EXPORT_NEEDS, require
 from tiue_export.specs import GRAPH_NAMES
 from tiue_export.weight_container import check_checkpoint_path
 
+from .prompt_file import prompts_in
 from .stages import stage_bar
-from .tables import console, graph_table, megabytes, parity_table, print_json
+from .tables import (
+    console,
+    graph_table,
+    island_lines,
+    megabytes,
+    overflow_table,
+    parity_table,
+    print_json,
+)
 
 _VISIBLE_LOSS_DB = 40.0
+_LARGEST = 3
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,9 @@ class ExportRequest:
     family: str | None = None
     hoist: str = "decoder"
     merge_below: float = 0.0
+    vae_precision: str = "auto"
+    audit: bool = True
+    audit_prompts: Path | None = None
     allow_parity_loss: bool = False
     dry_run: bool = False
     force: bool = False
@@ -69,6 +83,11 @@ def run(request: ExportRequest) -> None:
     for note in bundle.manifest.source.notes:
         console.print(f"note: {note}", markup=False)
     console.print(graph_table(bundle.manifest))
+    audit = load_audit(bundle)
+    if audit is not None:
+        console.print(overflow_table(audit.graphs, _LARGEST))
+        for line in island_lines(audit.graphs):
+            console.print(line, markup=False, soft_wrap=True)
     console.print(parity_table(bundle.manifest.parity))
     for record in bundle.manifest.parity:
         if record.gate is None and record.value < _VISIBLE_LOSS_DB:
@@ -116,7 +135,9 @@ def export(
         dynamic_batch=request.dynamic_batch,
         hoist=request.hoist,
         merge_below=request.merge_below,
+        vae_precision=request.vae_precision,
     )
+    prompts = prompts_in(request.audit_prompts, "--audit-prompts")
     start = time.perf_counter()
     stages: list[dict[str, object]] = []
     with stage_bar(quiet=request.as_json) as bar:
@@ -142,13 +163,16 @@ def export(
             _print_plan(plan_export(student, options), out, as_json=request.as_json)
             return None, [], 0.0
         graphs = 2 + (student.text_encoder is not None) + (student.vae is not None)
-        bar.expect(1 + graphs + 1 + graphs)  # load, export each, reference, verify each
+        more = bool(prompts) and request.audit and request.precision == "fp16"
+        bar.expect(2 + more + 2 * graphs)  # load, reference, audit, export each, verify each
         bundle = export_onnx(
             student,
             out,
             options,
             force=request.force,
             allow_parity_loss=request.allow_parity_loss,
+            audit=request.audit,
+            audit_prompts=prompts,
             observer=Observer(bar.begin, on_done),
         )
     return bundle, stages, time.perf_counter() - start

@@ -21,6 +21,7 @@ from tiue_export.picture import save_png
 from tiue_export.pipeline import Picture, Pipeline
 from tiue_export.specs import RuntimeOptions
 
+from .prompt_file import prompts_in
 from .tables import console, print_json
 
 _SLUG_LENGTH = 40
@@ -44,6 +45,8 @@ class GenerateRequest:
     threads: int | None = None
     precision: str = "auto"
     low_memory: bool = False
+    provider: str | None = None
+    cuda_graph: bool | None = None
     ckpt: str | None = None
     base: str | None = None
     vae: str | None = None
@@ -53,7 +56,7 @@ class GenerateRequest:
 
 def run(request: GenerateRequest) -> None:
     """Draw and write every picture; existing files are refused before anything is drawn."""
-    prompts = [*request.prompts, *_prompts_from(request.prompts_file)]
+    prompts = [*request.prompts, *prompts_in(request.prompts_file)]
     if not prompts:
         raise UsageError(
             "no prompt was given", 'Type one in quotes: tiue-export generate BUNDLE "a red fox"'
@@ -78,6 +81,8 @@ def run(request: GenerateRequest) -> None:
         checkpoint=request.ckpt,
         base=request.base,
         vae=request.vae,
+        provider=request.provider,
+        cuda_graph=request.cuda_graph,
     )
     written: list[Path] = []
     with Pipeline.open(bundle, request.runtime, options) as pipeline:
@@ -120,21 +125,6 @@ def run(request: GenerateRequest) -> None:
             f"opened in {opened - start:.2f} s (hashes verified), "
             f"{len(written)} picture(s) in {drawn - opened:.2f} s"
         )
-
-
-def _prompts_from(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"--prompts {path} cannot be read as UTF-8 text: {error}", "Write one prompt a line."
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UsageError(f"--prompts {path} holds no prompt", "Write one prompt a line.")
-    return prompts
 
 
 def _paths(request: GenerateRequest, prompts: list[str]) -> list[Path]:

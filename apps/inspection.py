@@ -22,6 +22,8 @@ def run(path: Path, as_json: bool) -> None:
     console.print(_facts(bundle))
     console.print(_constants(bundle))
     console.print(graph_table(bundle.manifest))
+    if bundle.manifest.compiled:
+        console.print(_compiled(bundle))
     console.print(parity_table(bundle.manifest.parity))
 
 
@@ -56,6 +58,27 @@ def _facts(bundle: Bundle) -> Table:
     for name, value in rows:
         if value:
             table.add_row(name, escape(value))
+    return table
+
+
+def _compiled(bundle: Bundle) -> Table:
+    table = Table(title="Compiled forms", title_justify="left", title_style="bold")
+    table.add_column("form", no_wrap=True)
+    table.add_column("built by", no_wrap=True)
+    for column in ("for", "with", "graphs"):
+        table.add_column(column, overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    for name, compiled in bundle.manifest.compiled.items():
+        files = [file for graph in compiled.graphs.values() for file in graph.files.values()]
+        flags = ", ".join(f"{key} {value}" for key, value in compiled.flags.items() if value)
+        table.add_row(
+            escape(name),
+            escape(f"{compiled.backend} {compiled.version}"),
+            escape(", ".join(f"{key} {value}" for key, value in compiled.target.items())),
+            escape(flags),
+            escape("\n".join(compiled.graphs)),
+            megabytes(sum(file.size_bytes for file in files)),
+        )
     return table
 
 

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.compare import IDENTICAL_DB
-from tiue_export.manifest import Manifest, ParityRecord
+from tiue_export.manifest import GraphRecord, Manifest, ParityRecord
+from tiue_export.overflow import HALF_MAX, GraphAudit, lies_in
 from tiue_export.specs import TensorSpec
 
 
@@ -66,6 +67,48 @@ def parity_table(records: Iterable[ParityRecord], title: str = "Parity") -> Tabl
     return table
 
 
+def overflow_table(graphs: Iterable[GraphAudit], rows: int) -> Table:
+    """The largest values of each graph that half precision would hold, and where they stay."""
+    title = f"Largest activations (half precision ends at {HALF_MAX:.0f})"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("graph", no_wrap=True)
+    table.add_column("module", overflow="fold")
+    table.add_column("operation", overflow="fold")
+    for column in ("max |x|", "of limit"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("stays in", overflow="fold")
+    for graph in graphs:
+        islands = [island.module for island in graph.islands]
+        for index, found in enumerate(graph.largest[:rows]):
+            home = next((root for root in islands if lies_in(found.module, [root])), None)
+            stays = "half" if home is None else f"[yellow]float32[/]: {escape(home) or 'all of it'}"
+            table.add_row(
+                graph.graph if index == 0 else "",
+                escape(found.module),
+                escape(found.op),
+                f"{found.max_abs:.4g}",
+                f"{found.share:.2%}",
+                stays,
+            )
+    return table
+
+
+def island_lines(graphs: Iterable[GraphAudit]) -> list[str]:
+    """One line for each graph: what stays in float32, and why."""
+    lines = []
+    for graph in graphs:
+        for island in graph.islands:
+            cause = island.cause
+            place = f"{graph.graph}/{island.module}".rstrip("/")
+            lines.append(
+                f"{place} stays in float32: {cause.op} in {cause.module or 'the graph'} reaches "
+                f"{cause.max_abs:.4g}, {cause.share:.0%} of half precision's limit"
+            )
+        if not graph.islands:
+            lines.append(f"{graph.graph}: half precision holds all {graph.in_half} values")
+    return lines
+
+
 def graph_table(manifest: Manifest) -> Table:
     """Each graph with its size, precision, inputs and outputs."""
     table = Table(title="Graphs", title_justify="left", title_style="bold")
@@ -78,12 +121,17 @@ def graph_table(manifest: Manifest) -> Table:
         size_bytes = sum(record.size_bytes for record in graph.files.values())
         table.add_row(
             name,
-            megabytes(size_bytes),
-            graph.precision,
+            "left out" if graph.omitted else megabytes(size_bytes),
+            _precision(graph),
             _tensors(graph.inputs),
             _tensors(graph.outputs),
         )
     return table
+
+
+def _precision(graph: GraphRecord) -> str:
+    count = len(graph.float32_modules)
+    return graph.precision + (f", {count} module(s) in fp32" if count else "")
 
 
 def _tensors(specs: tuple[TensorSpec, ...]) -> str:

@@ -31,7 +31,7 @@ from rich.table import Table
 from tiue_export.bundle import Bundle, disk_errors, open_bundle
 from tiue_export.compare import IDENTICAL_DB, psnr_db
 from tiue_export.contact_sheet import contact_sheet
-from tiue_export.errors import TiueError, UsageError
+from tiue_export.errors import UsageError
 from tiue_export.noise import noise_from_seed
 from tiue_export.picture import image_from_pixels, pixels_from_sample, save_png
 from tiue_export.pipeline import Pipeline
@@ -40,6 +40,7 @@ from tiue_export.registry import require
 from tiue_export.specs import Array, RuntimeOptions
 from tiue_export.train.run_folder import write_atomically
 
+from .explained import run_explained
 from .quality_metrics import (
     diversity,
     frechet_distance,
@@ -408,15 +409,6 @@ def main() -> None:
     add_request_arguments(parser)
     arguments = parser.parse_args()
     run_explained(lambda: _compare_bundles(arguments))
-
-
-def run_explained(command: Callable[[], None]) -> None:
-    """Run a benchmark's command; print what went wrong and what to type next, and exit."""
-    try:
-        command()
-    except TiueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 def _compare_bundles(arguments: Any) -> None:

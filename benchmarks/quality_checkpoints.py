@@ -33,6 +33,7 @@ from tiue_export.specs import Array, check_finite
 from tiue_export.student import Student
 from tiue_export.tokenizer import Tokenizer
 
+from .explained import run_explained
 from .quality import (
     ComparisonSheet,
     Contender,
@@ -41,7 +42,6 @@ from .quality import (
     choose_prompts,
     compare,
     report,
-    run_explained,
 )
 
 MERGE_BELOW = 0.02

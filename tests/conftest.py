@@ -51,3 +51,31 @@ def compiled_bundle(tiny_bundle, tmp_path_factory: pytest.TempPathFactory):
 def bundle_copy(tiny_bundle, tmp_path: Path) -> Path:
     """A bundle folder of one's own."""
     return Path(shutil.copytree(tiny_bundle.root, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def tiny_distillation(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Distils `tiny_pipeline` in four steps of four samples. Give it a folder of its own."""
+    from tiue_export.train.config import DistillConfig
+
+    folder = tmp_path_factory.mktemp("distill")
+    prompts = ("a red fox", "an owl", "a cat", "a dog", "a blue house", "two boats")
+    (folder / "prompts.txt").write_text("\n".join(prompts), "utf-8")
+    return DistillConfig(
+        teacher=str(tiny_pipeline),
+        prompts=str(folder / "prompts.txt"),
+        out=str(folder / "unbroken"),
+        iterations=4,
+        batch=4,
+        micro_batch=4,
+        height=64,
+        width=64,
+        precision="fp32",
+        student_learning_rate=1e-3,
+        lora_rank=4,
+        log_every=1,
+        save_every=2,
+        sample_every=2,
+        sample_prompts=("a red fox", "an owl"),
+        samples_per_prompt=2,
+    )

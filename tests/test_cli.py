@@ -47,11 +47,13 @@ def weights(tiny_pipeline: Path) -> dict[str, torch.Tensor]:
 def test_without_arguments_and_with_help_it_lists_the_commands(run):
     for arguments in ([], ["--help"], ["-h"]):
         _, out, err = run(*arguments)
-        for command in ("onnx", "generate", "parity", "inspect", "doctor", "demo"):
+        for command in ("onnx", "generate", "parity", "inspect", "doctor", "distill", "demo"):
             assert command in out + err
 
 
-@pytest.mark.parametrize("command", ["onnx", "generate", "parity", "inspect", "doctor", "demo"])
+@pytest.mark.parametrize(
+    "command", ["onnx", "generate", "parity", "inspect", "doctor", "distill", "demo"]
+)
 def test_every_command_has_help_with_an_example(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0

@@ -112,7 +112,12 @@ def mistakes(arguments: list[str]) -> list[str]:
     name, *rest = arguments
     if name not in commands:
         return [f"tiue-export has no {name!r}"]
-    known = {"--help", "-h", *_flags(commands[name])}
+    command = commands[name]
+    if hasattr(command, "commands") and rest and not rest[0].startswith("-"):  # bundle pack
+        if rest[0] not in command.commands:
+            return [f"tiue-export {name} has no {rest[0]!r}"]
+        command, name, rest = command.commands[rest[0]], f"{name} {rest[0]}", rest[1:]
+    known = {"--help", "-h", *_flags(command)}
     used = [word.strip("[]").partition("=")[0] for word in rest]
     flags = [word for word in used if re.fullmatch(r"--[a-z][a-z-]*|-[a-zA-Z]", word)]
     return [f"tiue-export {name} has no {flag}" for flag in flags if flag not in known]
@@ -144,11 +149,12 @@ def test_the_documents_show_every_command() -> None:
 
 
 @pytest.mark.parametrize("name", PROGRAM.commands)
-def test_the_example_in_the_help_of_a_command_is_one_it_accepts(name: str) -> None:
-    example = PROGRAM.commands[name].help.partition("Example:")[2]
-    (arguments,) = invocations(f"```\n{example.strip()}\n```")
-    assert arguments[0] == name
-    assert mistakes(arguments) == []
+def test_the_examples_in_the_help_of_a_command_are_ones_it_accepts(name: str) -> None:
+    text = PROGRAM.commands[name].help
+    examples = list(invocations(f"```\n{text.partition('Example:')[2].strip()}\n```"))
+    assert len(examples) == text.count("Example:") > 0
+    assert {arguments[0] for arguments in examples} == {name}
+    assert [mistake for arguments in examples for mistake in mistakes(arguments)] == []
 
 
 def test_the_error_page_has_a_row_for_every_exit_code() -> None:
@@ -156,7 +162,7 @@ def test_the_error_page_has_a_row_for_every_exit_code() -> None:
     cells = {cell.strip(" `*") for row in rows for cell in row.split("|")}
     kinds = [value for value in vars(errors).values() if isinstance(value, type)]
     codes = {kind.exit_code for kind in kinds if issubclass(kind, errors.TiueError)}
-    assert codes == set(range(1, 11))
+    assert codes == set(range(1, 12))
     assert {str(code) for code in {*codes, INTERRUPTED}} - cells == set()
 
 
@@ -199,6 +205,8 @@ def test_good_links_and_code_are_left_alone(text: str) -> None:
         "```sh\ncd x && .venv/bin/tiue-export doctor --loud | head\n```",
         "```sh\npython -m tiue_export demo --quick\n```",
         "Say `tiue-export inspect fox --deep`.",
+        "```sh\ntiue-export bundle send fox\n```",
+        "```sh\ntiue-export bundle pack fox --gzip\n```",
     ],
 )
 def test_a_planted_wrong_command_is_caught(text: str) -> None:
@@ -213,6 +221,7 @@ def test_a_planted_wrong_command_is_caught(text: str) -> None:
         '```sh\ntiue-export generate fox "--not a flag" --seed 7 --count=4\n```',
         "```\nUsage: tiue-export [OPTIONS] COMMAND [ARGS]...\n```",
         "```sh\ntiue-export --version && tiue-export doctor\n```",
+        "```sh\ntiue-export bundle pack fox --runtime trt\n```",
         "```sh\ngit clone https://example.org/tiue-export folder\n```",
     ],
 )

@@ -15,32 +15,49 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB = "tiue_export"
+SUB_PACKAGES = ("export", "train")
 SPOKES = ("runtimes", "calibration", "benchmarks", "apps")
 
 # The hub, lowest first: a module imports only from lines above its own.
 LIGHT_LAYERS = (  # numpy only: what runs a bundle on a device, without torch
     ("_version", "errors"),
     ("specs", "schedule", "family", "weight_container"),
-    ("compare", "manifest", "noise", "picture", "tokenizer"),
+    ("compare", "contact_sheet", "manifest", "noise", "picture", "tokenizer"),
     ("bundle",),
-    ("registry",),
+    ("bundle_archive", "tensorrt_flavor"),
+    ("engine_identity",),
+    ("overflow", "registry"),
     ("parity", "pipeline"),
 )
 EXPORT_LAYERS = (  # torch, diffusers, transformers, onnx: imported on use
-    ("ldm_keys", "memory"),
+    ("ldm_keys", "memory", "vocabulary"),
     ("student", "weights"),
     ("components", "lowering"),
     ("checkpoint",),
-    ("split", "synthetic"),
-    ("hoisting",),
+    ("pipeline_folder", "split"),
+    ("hoisting", "synthetic"),
     ("graphs",),
+    ("overflow_audit",),
     ("reference",),
     ("export",),  # only a docstring, as it runs before its modules
+    ("export.trt_precision",),
+    ("export.trt_engine",),
+    ("export.trt_plan",),
+    ("export.trt_bundle",),
     ("export.to_onnx", "export.tokenizer_files", "export.plan"),
     ("export.onnx_bundle",),
+    ("export.openvino_ir",),
+)
+TRAIN_LAYERS = (  # torch too, with accelerate and peft
+    ("train",),  # only a docstring, as it runs before its modules
+    ("train.config", "train.losses", "train.prompts", "train.run_folder"),
+    ("quality_data", "train.clip_term", "train.loop", "train.score_networks"),
+    ("train.networks",),
+    ("train.distillation", "train.sample_grid"),
+    ("train.distill",),
 )
 DOORS = ("__init__", "__main__")  # public names, found on use, and `python -m tiue_export`
-LAYERS = (*LIGHT_LAYERS, *EXPORT_LAYERS, DOORS)
+LAYERS = (*LIGHT_LAYERS, *EXPORT_LAYERS, *TRAIN_LAYERS, DOORS)
 LIGHT = (*(name for layer in LIGHT_LAYERS for name in layer), *DOORS)
 # Never in the light half or in a device runtime, not even inside a function.
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "coremltools"}
@@ -141,7 +158,8 @@ def order_breaches(name: str, source: str) -> list[str]:
     rank = {module: number for number, layer in enumerate(LAYERS) for module in layer}
     if name not in rank:
         return [f"{name} has no place in LAYERS: add it to tests/test_layering.py"]
-    package = f"{HUB}.export" if name.startswith("export") else HUB
+    top = name.partition(".")[0]
+    package = f"{HUB}.{top}" if top in SUB_PACKAGES else HUB
     found = []
     for item in imports_in(source, package):
         if item.top == HUB:
@@ -310,6 +328,8 @@ def test_a_planted_torch_in_a_device_runtime_is_caught() -> None:
         ("graphs", "from .export import to_onnx"),
         ("export.to_onnx", "from .onnx_bundle import export_onnx"),
         ("checkpoint", "from tiue_export import Pipeline"),
+        ("train.losses", "from .networks import Networks"),
+        ("synthetic", "from tiue_export.train.loop import train"),
         ("newcomer", ""),
     ],
 )

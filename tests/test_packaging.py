@@ -33,7 +33,9 @@ INSTALLED_AS = {
     "apps/optimum_plugin": "optimum/commands/register",
 }
 # Kept in the repository only: measured numbers and notes are no part of the program.
-NOT_SHIPPED = re.compile(r"benchmarks/results/|\.md$")
+NOT_SHIPPED = re.compile(r"benchmarks/results/|^(?!tiue_export/demo/).*\.md$")
+# Package data of `tiue_export`, as deep as it goes: no packages.
+DATA = "tiue_export/demo/"
 DIST_INFO = f"tiue_export-{tiue_export.__version__}.dist-info"
 NAME = "tiue-export"
 
@@ -65,6 +67,7 @@ def in_wheel(wheel: Path, name: str) -> str:
 def test_the_wheel_holds_exactly_what_the_folders_hold(names, source_copy: Path) -> None:
     expected = list(shipped(source_copy))
     assert {"tiue_export/py.typed", "tiue_export/families/tiny.json"} <= set(expected)
+    assert "tiue_export/train/presets/sd21-base.toml" in expected
     assert sorted(name for name in names if not name.startswith(DIST_INFO)) == sorted(expected)
 
 
@@ -108,7 +111,8 @@ def test_the_installed_wheel_runs_from_anywhere(installation: Installation, tmp_
 
 
 def test_pyproject_lists_every_sub_package(source_copy: Path) -> None:
-    folders = {name.rpartition("/")[0].replace("/", ".") for name in shipped(source_copy)}
+    code = (name for name in shipped(source_copy) if not name.startswith(DATA))
+    folders = {name.rpartition("/")[0].replace("/", ".") for name in code}
     assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(folders)
 
 

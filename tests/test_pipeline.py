@@ -299,7 +299,7 @@ def test_a_bundle_of_a_bare_unet_is_refused_before_a_runtime_opens(tiny_bundle, 
 
 def test_an_unknown_runtime_is_refused_with_a_suggestion(tiny_bundle):
     with pytest.raises(UsageError) as caught:
-        Pipeline.open(tiny_bundle, "otr")
+        Pipeline.open(tiny_bundle, "orrt")
     assert caught.value.next_step == "Did you mean 'ort'?"
 
 

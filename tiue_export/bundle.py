@@ -46,7 +46,13 @@ class Bundle:
     def graph_path(self, graph: str) -> Path:
         """The ONNX file of one graph."""
         self.spec(graph)
-        return self.root / self.manifest.graphs[graph].path
+        record = self.manifest.graphs[graph]
+        if record.omitted:
+            raise BundleError(
+                f"{self.root} was packed for one runtime, without its ONNX files",
+                "Use the bundle it was packed from, or pack that one with --runtime ort.",
+            )
+        return self.root / record.path
 
     def file(self, name: str) -> Path:
         """A file of the bundle that the manifest answers for; others are not trusted."""
@@ -90,10 +96,11 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def all_files(manifest: Manifest) -> list[tuple[str, FileRecord]]:
-    """Every file the manifest answers for, with its record."""
+    """Every file the manifest answers for, with its record; those left out when packing are not."""
     files = list(manifest.files.items())
     for graph in manifest.graphs.values():
-        files.extend(graph.files.items())
+        if not graph.omitted:
+            files.extend(graph.files.items())
     for compiled in manifest.compiled.values():
         for form in compiled.graphs.values():
             files.extend(form.files.items())
@@ -116,8 +123,11 @@ def _record(path: Path) -> FileRecord:
     return FileRecord(size_bytes, digest.hexdigest())
 
 
-def _verify(root: Path, manifest: Manifest) -> None:
-    files = dict(all_files(manifest))
+def check_listed(root: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that answers for paths outside `root`, for itself, or not for its graphs.
+
+    Needs no file; `root` names the bundle in errors.
+    """
     entries: list[tuple[str, GraphRecord | CompiledGraph]] = [*manifest.graphs.items()]
     for folder, compiled in manifest.compiled.items():
         entries += [(f"{folder}/{graph}", form) for graph, form in compiled.graphs.items()]
@@ -128,10 +138,18 @@ def _verify(root: Path, manifest: Manifest) -> None:
                 "hashed files",
                 _COPY_AGAIN,
             )
-    for name, record in files.items():
+    for name, _ in all_files(manifest):
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts:
             raise BundleError(f"{root}: the manifest points outside the bundle: {name!r}")
+        if pure == PurePosixPath(MANIFEST_FILE):
+            raise BundleError(f"{root}: the manifest lists itself", _COPY_AGAIN)
+
+
+def _verify(root: Path, manifest: Manifest) -> None:
+    check_listed(root, manifest)
+    files = dict(all_files(manifest))
+    for name, record in files.items():
         path = root / name
         if not path.is_file():
             raise BundleError(f"{root}: {name} is missing", _COPY_AGAIN)

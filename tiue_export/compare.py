@@ -23,6 +23,11 @@ GATES_PSNR_DB = {
 IDENTICAL_DB = 300.0
 
 
+def weakest(*kinds: str) -> str:
+    """Of several keys of `GATES_PSNR_DB`, the one with the lowest gate."""
+    return min(kinds, key=GATES_PSNR_DB.__getitem__)
+
+
 def psnr_db(reference: Array, value: Array) -> float:
     """20 log10(max|reference| / rms error), in dB; `IDENTICAL_DB` caps an error of zero.
 

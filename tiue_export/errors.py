@@ -10,6 +10,7 @@
      +- MissingExtraError          8   an optional package is not installed
      +- RuntimeFailure             9   a runtime was fed wrongly, or produced non-finite numbers
      +- ResourceError             10   disk or memory ran out
+     +- RegressionError           11   a benchmark is slower than it may be
 
 A message says what was got and what was expected; `next_step` says what to type.
 Exit codes are stable: scripts may rely on them. Ctrl-C ends with 130.
@@ -69,6 +70,10 @@ class RuntimeFailure(TiueError):
 
 class ResourceError(TiueError):
     exit_code = 10
+
+
+class RegressionError(TiueError):
+    exit_code = 11
 
 
 def first_line(error: BaseException) -> str:

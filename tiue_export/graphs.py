@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.hoisting import RowDecoder, SharedDecoder, hoist
+from tiue_export.lowering import NO_PATHS, InFloat32, ModulePaths, below, compute_in_float32
+from tiue_export.overflow import WHOLE_GRAPH, Float32Parts
 from tiue_export.schedule import Schedule
 from tiue_export.specs import (
     BATCH,
@@ -22,6 +25,8 @@ from tiue_export.specs import (
     UNET_ENCODER,
     UNET_GRAPHS,
     VAE_DECODER,
+    Array,
+    Feeds,
     GraphSpec,
     TensorSpec,
 )
@@ -29,6 +34,8 @@ from tiue_export.split import NaiveDecoder, TextEncoder, UNetEncoder, VaeDecoder
 from tiue_export.student import Student
 
 PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+VAE_PRECISIONS = ("auto", "fp16", "fp32", "bf16")
+_DTYPES = {**PRECISIONS, "bf16": torch.bfloat16}
 HOISTS = ("decoder", "encoder", "none")
 _DEFAULT_VAE_SCALE = 8
 
@@ -39,6 +46,8 @@ class ExportOptions:
 
     `hoist` says which graph computes the decoder's time-independent part, or "none" for the naive
     decoder. `batch` is the static batch, or the example batch when `dynamic_batch`.
+    `vae_precision` "auto" is `precision`; `float32` names what a half-precision graph computes in
+    float32, as an overflow audit finds it.
     """
 
     precision: str = "fp32"
@@ -48,12 +57,16 @@ class ExportOptions:
     dynamic_batch: bool = False
     hoist: str = "decoder"
     merge_below: float = 0.0
+    vae_precision: str = "auto"
+    float32: Float32Parts = field(default_factory=Float32Parts)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if self.hoist not in HOISTS:
             raise unknown_name("hoisting", self.hoist, HOISTS)
+        if self.vae_precision not in VAE_PRECISIONS:
+            raise unknown_name("VAE precision", self.vae_precision, VAE_PRECISIONS)
         if self.batch < 1:
             raise UsageError(f"--batch is {self.batch}; expected 1 or more")
         if not 0 <= self.merge_below < math.inf:
@@ -66,14 +79,31 @@ class ExportOptions:
         """Images in the example inputs: torch.export takes a 1 for a constant."""
         return max(2, self.batch) if self.dynamic_batch else self.batch
 
+    def precision_of(self, graph: str) -> str:
+        """The precision that one graph computes in: fp32, fp16 (with islands) or bf16."""
+        if graph == VAE_DECODER and self.vae_precision != "auto":
+            return self.vae_precision
+        if WHOLE_GRAPH in self.float32.of(graph):
+            return "fp32"
+        return self.precision
+
+    def carried_in(self, tensor: str) -> torch.dtype:
+        """The dtype in which a text embedding or an encoder feature travels between graphs."""
+        return torch.float32 if tensor in self.float32.tensors else PRECISIONS[self.precision]
+
 
 @dataclass(frozen=True)
 class Graph:
-    """One graph to export. `module(*example)` returns a tuple in the order of `spec.outputs`."""
+    """One graph to export. `module(*example)` returns a tuple in the order of `spec.outputs`.
+
+    `float32` are the module paths that compute in float32 in a half-precision graph, beside norms.
+    """
 
     spec: GraphSpec
     module: nn.Module
     example: tuple[Tensor, ...]
+    precision: str
+    float32: ModulePaths
 
     @property
     def weight_bytes(self) -> int:
@@ -127,24 +157,47 @@ def text_shape(student: Student, options: ExportOptions) -> tuple[int, int, int]
     return options.example_batch, length, int(student.unet.config.cross_attention_dim)
 
 
+def gaussian_text(shape: tuple[int, int, int], seed: int = 0) -> Array:
+    """Stands for a text embedding (B, L, D) where there is no text encoder.
+
+    A text encoder ends in a LayerNorm: its output has about unit variance per token.
+    """
+    random = np.random.RandomState(seed).standard_normal(shape)
+    return random.astype(np.float32)
+
+
+def run_graph(graph: Graph, pool: Feeds) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Run a graph in torch on its inputs out of `pool`; (feeds, outputs), outputs in float32."""
+    feeds = graph.spec.select(pool)
+    with torch.no_grad():
+        outputs = graph.module(*(torch.from_numpy(array) for array in feeds.values()))
+    names = [spec.name for spec in graph.spec.outputs]
+    arrays = (output.detach().float().numpy() for output in outputs)
+    return feeds, dict(zip(names, arrays, strict=True))
+
+
 def build_graphs(
     student: Student, options: ExportOptions, only: tuple[str, ...] = GRAPH_NAMES
 ) -> list[Graph]:
     """The graphs this student has the parts for, in running order; `only` leaves others unbuilt."""
-    dtype = PRECISIONS[options.precision]
     latents, text = latent_shape(student, options), text_shape(student, options)
     graphs = []
     if student.text_encoder is not None and TEXT_ENCODER in only:
-        module = TextEncoder(student.text_encoder, dtype)
+        module = TextEncoder(student.text_encoder, *_precision(TEXT_ENCODER, options))
         inputs = {"input_ids": torch.zeros(text[:2], dtype=torch.int64)}
         graphs.append(_graph(TEXT_ENCODER, module, inputs, ["last_hidden_state"], options))
     if set(UNET_GRAPHS) & set(only):
         graphs += _unet_graphs(student, options, latents, text)
     if student.vae is not None and VAE_DECODER in only:
         inputs = {"latent_sample": torch.zeros(latents)}
-        module_vae = VaeDecoder(student.vae, dtype)
+        module_vae = VaeDecoder(student.vae, *_precision(VAE_DECODER, options))
         graphs.append(_graph(VAE_DECODER, module_vae, inputs, ["sample"], options))
     return graphs
+
+
+def _precision(graph: str, options: ExportOptions) -> tuple[torch.dtype, ModulePaths]:
+    """The dtype to build a graph in, and what stays in float32 if that is half."""
+    return _DTYPES[options.precision_of(graph)], options.float32.of(graph)
 
 
 def _unet_graphs(
@@ -153,29 +206,38 @@ def _unet_graphs(
     latents: tuple[int, int, int, int],
     text: tuple[int, int, int],
 ) -> list[Graph]:
-    dtype = PRECISIONS[options.precision]
     schedule = exported_schedule(student, options)
-    encoder: nn.Module = UNetEncoder(student.unet, schedule, dtype)
+    (dtype, islands), (rows_dtype, rows_islands) = (
+        _precision(name, options) for name in UNET_GRAPHS
+    )
     request = {
         "sample": torch.zeros(latents),
-        "encoder_hidden_states": torch.zeros(text, dtype=dtype),
+        "encoder_hidden_states": torch.zeros(
+            text, dtype=options.carried_in("encoder_hidden_states")
+        ),
     }
     skips = 1 + sum(len(b.resnets) + len(b.downsamplers or ()) for b in student.unet.down_blocks)
     names = ["mid_sample", *(f"down_res_{i}" for i in range(skips))]
+    encoder: nn.Module
     decoder: nn.Module
-    if options.hoist == "none":
-        decoder = NaiveDecoder(student.unet, schedule, dtype)
+    if options.hoist == "encoder":
+        # The shared part lies in the encoder's graph: its precision and paths are that graph's.
+        shared, rows = hoist(student.unet, schedule, dtype, islands | rows_islands, rows_dtype)
+        own = UNetEncoder(student.unet, schedule, dtype, below(islands, "encoder"))
+        encoder = SharingEncoder(own, shared)
+        names = encoder.output_names(request["sample"], request["encoder_hidden_states"].to(dtype))
+        decoder = SharedRows(rows, names)
     else:
-        shared, rows = hoist(student.unet, schedule, dtype)
-        if options.hoist == "decoder":
-            decoder = HoistedDecoder(shared, rows)
+        encoder = UNetEncoder(student.unet, schedule, dtype, islands)
+        if options.hoist == "none":
+            decoder = NaiveDecoder(student.unet, schedule, rows_dtype, rows_islands)
         else:
-            encoder = SharingEncoder(encoder, shared)
-            names = encoder.output_names(*request.values())
-            decoder = SharedRows(rows, names)
+            decoder = HoistedDecoder(*hoist(student.unet, schedule, rows_dtype, rows_islands))
     encoder_graph = _graph(UNET_ENCODER, encoder, request, names, options)
     features = {
-        spec.name: torch.zeros([_size(side, options) for side in spec.shape], dtype=dtype)
+        spec.name: torch.zeros(
+            [_size(side, options) for side in spec.shape], dtype=getattr(torch, spec.dtype)
+        )
         for spec in encoder_graph.spec.outputs
     }
     if options.hoist == "encoder":
@@ -206,7 +268,7 @@ class SharingEncoder(nn.Module):
 
     def output_names(self, sample: Tensor, encoder_hidden_states: Tensor) -> list[str]:
         """Names of the outputs, in order, found without computing anything."""
-        twin = _meta_twin(self)
+        twin = meta_twin(self)
         features = twin.encoder(sample.to("meta"), encoder_hidden_states.to("meta"))
         return list(twin.shared(encoder_hidden_states.to("meta"), *features))
 
@@ -245,8 +307,12 @@ def _graph(
     options: ExportOptions,
 ) -> Graph:
     module = module.eval()
+    islands = options.float32.of(name) if options.precision_of(name) == "fp16" else NO_PATHS
+    if options.precision == "fp16" and options.precision_of(name) == "fp32":
+        compute_in_float32(module, [_carried(key, name, options) for key in output_names])
+    _check_islands(name, module, islands)
     with torch.no_grad():
-        outputs = _meta_twin(module)(*(tensor.to("meta") for tensor in inputs.values()))
+        outputs = meta_twin(module)(*(tensor.to("meta") for tensor in inputs.values()))
     spec = GraphSpec(
         name,
         tuple(_spec(key, tensor, name, options) for key, tensor in inputs.items()),
@@ -255,7 +321,23 @@ def _graph(
             for key, tensor in zip(output_names, outputs, strict=True)
         ),
     )
-    return Graph(spec, module, tuple(inputs.values()))
+    return Graph(spec, module, tuple(inputs.values()), options.precision_of(name), islands)
+
+
+def _carried(tensor: str, graph: str, options: ExportOptions) -> torch.dtype:
+    """The dtype of a graph's output: latents and pictures are float32 at every precision."""
+    final = graph in (UNET_DECODER, VAE_DECODER)
+    return torch.float32 if final else options.carried_in(tensor)
+
+
+def _check_islands(graph: str, module: nn.Module, islands: ModulePaths) -> None:
+    """Refuse module paths that the graph does not have or that nothing calls by that name."""
+    built = {path for path, child in module.named_modules() if isinstance(child, InFloat32)}
+    if unknown := sorted(islands - built):
+        raise UsageError(
+            f"{graph} cannot keep {', '.join(unknown)} in float32: it has no such module",
+            "Take the paths from an audit of this student with the same hoisting.",
+        )
 
 
 def _spec(name: str, tensor: Tensor, graph: str, options: ExportOptions) -> TensorSpec:
@@ -271,7 +353,7 @@ def _size(side: int | str, options: ExportOptions) -> int:
     return options.example_batch if isinstance(side, str) else side
 
 
-def _meta_twin(module: Any) -> Any:
+def meta_twin(module: Any) -> Any:
     """A copy without memory, to learn output shapes by running it on nothing."""
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -23,14 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from tiue_export.lowering import (
+    NO_PATHS,
     Attention,
+    ModulePaths,
     attend,
+    below,
     copied,
+    in_precision,
     project_out,
     split_heads,
     time_bias,
     time_embedding_float64,
-    with_float32_norms,
     with_plain_attention,
 )
 from tiue_export.schedule import Schedule
@@ -39,23 +42,28 @@ from tiue_export.split import Combine, OutputHead, is_single
 Shared = dict[str, Tensor]
 
 
-def hoist(unet: Any, schedule: Schedule, dtype: torch.dtype) -> tuple[SharedDecoder, RowDecoder]:
-    """Cut the decoder in two: what all rows share, and the rows. Weights are the student's own."""
-    up_blocks = copied(unet.up_blocks, dtype)
+def hoist(
+    unet: Any,
+    schedule: Schedule,
+    dtype: torch.dtype,
+    float32: ModulePaths = NO_PATHS,
+    rows_dtype: torch.dtype | None = None,
+) -> tuple[SharedDecoder, RowDecoder]:
+    """Cut the decoder in two: what all rows share, and the rows. Weights are the student's own.
+
+    `float32` names the submodules that stay in float32 in half precision: "shared...", "rows...";
+    `rows_dtype` is for rows that lie in another graph of another precision.
+    """
+    up_blocks = copied(unet.up_blocks)
     embedding = time_embedding_float64(unet, schedule.timesteps)
-    # From the student's weights, not from the copy's, which may be rounded to half already.
-    biases = [
-        [time_bias(resnet, embedding).to(dtype) for resnet in block.resnets]
-        for block in unet.up_blocks
-    ]
+    biases = [[time_bias(resnet, embedding) for resnet in b.resnets] for b in unet.up_blocks]
     channels = int(unet.config.block_out_channels[-1])
-    shared = SharedDecoder(up_blocks, channels)
+    shared = in_precision(SharedDecoder(up_blocks, channels), dtype, below(float32, "shared"))
     upcast = bool(unet.config.upcast_attention)
-    rows = RowDecoder(up_blocks, channels, biases, upcast, schedule)
-    rows.head = copied(OutputHead(unet), dtype)
-    if dtype != torch.float32:
-        with_float32_norms(shared)
-        with_float32_norms(rows)
+    rows = RowDecoder(up_blocks, channels, biases, upcast, schedule.rows)
+    rows.head = copied(OutputHead(unet))
+    in_precision(rows, rows_dtype or dtype, below(float32, "rows"), border=torch.float32)
+    rows.combine = Combine(schedule)
     return shared.eval(), rows.eval()
 
 
@@ -90,6 +98,7 @@ class RowDecoder(nn.Module):
     """sample (B, 4, H, W) and the shared tensors -> latents: what differs between the K rows."""
 
     head: nn.Module
+    combine: nn.Module
 
     def __init__(
         self,
@@ -97,7 +106,7 @@ class RowDecoder(nn.Module):
         mid_channels: int,
         biases: list[list[Tensor]],
         upcast: bool,
-        schedule: Schedule,
+        steps: int,
     ) -> None:
         super().__init__()
         with_plain_attention(up_blocks, upcast)
@@ -114,10 +123,9 @@ class RowDecoder(nn.Module):
                 )
                 channels = resnet.out_channels
             for name, attention in _text_attentions(block, i):
-                attention.set_processor(SharedTextAttention(name, schedule.rows, upcast))
+                attention.set_processor(SharedTextAttention(name, steps, upcast))
                 attention.to_k = attention.to_v = None
             self.up_blocks.append(RowBlock(block, resnets))
-        self.combine = Combine(schedule)
 
     def forward(self, sample: Tensor, shared: Shared) -> Tensor:
         hidden: Tensor | None = None

@@ -1,75 +1,145 @@
 """Private copies of diffusers' modules, prepared for export: precision, attention, folded time.
 
 A copy shares the student's weights where the dtype allows (no memory is spent), so the student
-itself is never changed. What is replaced in the copy: norms by ones that work in float32, time
-projections by their constant values, attention processors by plain ones.
+itself is never changed. What is replaced in the copy: time projections by their constant values,
+attention processors by plain ones; norms, and modules that a caller names, compute in float32.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar, cast
+import functools
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from tiue_export.overflow import lies_in, outermost
 from tiue_export.student import time_embedding
 
 M = TypeVar("M", bound=nn.Module)
+ModulePaths = frozenset[str]
+NO_PATHS: ModulePaths = frozenset()
 _NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 
-def lowered(module: M, dtype: torch.dtype) -> M:
-    """A frozen eval-mode copy in `dtype`; normalisation stays in float32, statistics included."""
-    twin = copied(module, dtype)
-    return cast(M, with_float32_norms(twin)) if dtype == torch.float16 else twin
+def lowered(module: M, dtype: torch.dtype, float32: ModulePaths = NO_PATHS) -> M:
+    """A frozen eval-mode copy in `dtype`; see `in_precision` for what stays in float32."""
+    return in_precision(copied(module), dtype, float32)
 
 
-def copied(module: M, dtype: torch.dtype, *, plain: bool = True) -> M:
-    """A frozen eval-mode copy: weights in `dtype`, those of norms in float32.
+def copied(module: M, dtype: torch.dtype | None = None, *, plain: bool = True) -> M:
+    """A frozen eval-mode copy in `dtype`, or with the very weights of `module` as they are stored.
 
     With `plain`, upsampling is replaced by its branch-free form.
     """
-    in_norms = {
-        id(parameter)
-        for norm in module.modules()
-        if isinstance(norm, _NORMS)
-        for parameter in norm.parameters()
-    }
     shared: dict[int, Any] = {}
     for parameter in module.parameters():
-        kind = torch.float32 if id(parameter) in in_norms else dtype
-        shared[id(parameter)] = nn.Parameter(parameter.detach().to(kind), requires_grad=False)
+        weights = parameter.detach() if dtype is None else parameter.detach().to(dtype)
+        shared[id(parameter)] = nn.Parameter(weights, requires_grad=False)
     for buffer in module.buffers():
-        shared[id(buffer)] = buffer.to(dtype) if buffer.is_floating_point() else buffer
+        keep = dtype is None or not buffer.is_floating_point()
+        shared[id(buffer)] = buffer if keep else buffer.to(dtype)
     # deepcopy takes whatever the memo holds instead of copying it: the weights stay shared.
     twin = copy.deepcopy(module, shared).eval()
     return with_plain_upsampling(twin) if plain else twin
 
 
-def with_float32_norms(module: nn.Module) -> nn.Module:
-    """Wrap every norm below `module` so that it computes in float32 and returns its input dtype."""
-    if isinstance(module, _NORMS):
-        return Float32Norm(module)
-    for name, child in module.named_children():
-        if not isinstance(child, Float32Norm):
-            setattr(module, name, with_float32_norms(child))
+def in_precision(
+    module: M,
+    dtype: torch.dtype,
+    float32: ModulePaths = NO_PATHS,
+    *,
+    border: torch.dtype | None = None,
+) -> M:
+    """Give `module` (changed in place) weights in `dtype`; returns it.
+
+    In half precision every norm and every submodule whose path is in `float32` ("" is `module`)
+    computes in float32, weights included, and returns `dtype`; `border` replaces that for `module`
+    itself.
+    """
+    half = dtype.itemsize < torch.float32.itemsize
+    islands = outermost(float32) if half else NO_PATHS
+    cast_once: dict[tuple[int, torch.dtype], Tensor] = {}
+    for path, child in list(module.named_modules()):
+        inside = lies_in(path, islands)
+        norm = half and not inside and isinstance(child, _NORMS)
+        _set_weights(child, torch.float32 if inside or norm else dtype, cast_once)
+        if path in islands or norm:
+            compute_in_float32(child, dtype if path or border is None else border)
     return module
 
 
-class Float32Norm(nn.Module):
-    """A norm whose statistics cannot overflow half precision (65504)."""
+def _set_weights(
+    module: nn.Module, dtype: torch.dtype, cast_once: dict[tuple[int, torch.dtype], Tensor]
+) -> None:
+    """Cast the module's own parameters and buffers; a tensor in two places stays one tensor."""
+    for name, old in module.named_parameters(recurse=False):
+        key = id(old), dtype
+        if key not in cast_once:
+            cast_once[key] = nn.Parameter(old.detach().to(dtype), requires_grad=False)
+        setattr(module, name, cast_once[key])
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_floating_point():
+            setattr(module, name, buffer.to(dtype))
 
-    def __init__(self, norm: nn.GroupNorm | nn.LayerNorm) -> None:
-        super().__init__()
-        self.norm = norm.float()
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm(x.float()).to(x.dtype)
-        return y
+def below(paths: ModulePaths, prefix: str) -> ModulePaths:
+    """The paths that lie in the submodule `prefix`, as that submodule sees them."""
+    inside = {path for path in paths if lies_in(path, [prefix])}
+    return frozenset(path[len(prefix) :].removeprefix(".") for path in inside)
+
+
+class InFloat32(nn.Module):
+    """Mixed into a module's class: it computes in float32 and returns `float32_border`'s dtypes.
+
+    One dtype for all outputs, or one per output of a tuple.
+    """
+
+    float32_border: torch.dtype | Sequence[torch.dtype]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(_widened, (args, kwargs))
+        outputs = super().forward(*args, **kwargs)
+        border = self.float32_border
+        if isinstance(border, torch.dtype):
+            return tree_map(functools.partial(_rounded, dtype=border), outputs)
+        return tuple(_rounded(x, dtype=kind) for x, kind in zip(outputs, border, strict=True))
+
+
+def compute_in_float32(module: M, border: torch.dtype | Sequence[torch.dtype]) -> M:
+    """Make a module whose weights are float32 cast at its borders; returns it.
+
+    The module's class is extended, as torch.nn.utils.parametrize does: a wrapper module would hide
+    attributes that diffusers reads, and its name would stand in every path of the exported graph.
+    """
+    extended: Any = module
+    kind: Any = type(module)
+    extended.__class__ = _in_float32(kind)
+    extended.float32_border = border
+    return module
+
+
+@functools.cache
+def _in_float32(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"InFloat32{kind.__name__}", (InFloat32, kind), {})
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if _is_float(value) else value
+
+
+def _rounded(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if _is_float(value) else value
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 class Attention:
@@ -147,10 +217,15 @@ def time_bias(resnet: Any, embedding: Tensor) -> Tensor:
         return F.linear(active, projection.weight.double(), projection.bias.double()).float()
 
 
-def fold_time(module: M, embedding: Tensor, dtype: torch.dtype) -> M:
-    """Replace each resnet's time projection below `module` by its values at the fixed timesteps."""
+def fold_time(module: M, embedding: Tensor) -> M:
+    """Replace each resnet's time projection below `module` by its values at the fixed timesteps.
+
+    They take the dtype of the projection that they stand for.
+    """
+    resnet: Any
     for resnet in module.modules():
         if getattr(resnet, "time_emb_proj", None) is not None:
+            dtype = resnet.time_emb_proj.weight.dtype
             resnet.time_emb_proj = FoldedTime(time_bias(resnet, embedding).to(dtype))
     return module
 

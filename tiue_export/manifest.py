@@ -48,7 +48,13 @@ class Source:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One exported graph: `path` is the ONNX file; `files` are all it needs, relative paths."""
+    """One exported graph: `path` is the ONNX file; `files` are all it needs, relative paths.
+
+    `float32_modules` are the module paths that compute in float32 in a half-precision graph beside
+    the norms; `max_abs_in_half` is the largest |value| left in half that an overflow audit saw.
+    `omitted`: the bundle was packed for a runtime with its own form of the graph, without these
+    files; their records stay, as the identity of compiled forms rests on them.
+    """
 
     path: str
     inputs: tuple[TensorSpec, ...]
@@ -56,6 +62,9 @@ class GraphRecord:
     precision: str
     opset: int
     files: Mapping[str, FileRecord]
+    omitted: bool = False
+    float32_modules: tuple[str, ...] = ()
+    max_abs_in_half: float | None = None
 
     def spec(self, name: str) -> GraphSpec:
         """The graph's contract under its name."""
@@ -163,7 +172,7 @@ class Manifest:
                     else "."
                 ),
             )
-        manifest: Manifest = _structure(Manifest, data, where)
+        manifest: Manifest = structured(Manifest, data, where)
         for name, length in (("latent_shape", 4), ("text_shape", 3)):
             shape = getattr(manifest, name)
             if len(shape) != length or any(isinstance(side, str) for side in shape[1:]):
@@ -181,7 +190,7 @@ class Manifest:
 _REEXPORT = "The file was changed after the export; export the bundle again."
 
 
-def _structure(kind: Any, data: Any, where: str) -> Any:
+def structured(kind: Any, data: Any, where: str) -> Any:
     """Build a value of the annotated type `kind` from JSON data, or say which field is wrong."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -190,18 +199,18 @@ def _structure(kind: Any, data: Any, where: str) -> Any:
                 return None
         for option in args:
             if option is not type(None) and _matches(option, data):
-                return _structure(option, data, where)
+                return structured(option, data, where)
         raise _wrong(where, data, kind)
     if dataclasses.is_dataclass(kind):
-        return _structure_dataclass(kind, data, where)
+        return _structured_dataclass(kind, data, where)
     if origin is tuple:
         if not isinstance(data, list):
             raise _wrong(where, data, "a list")
-        return tuple(_structure(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+        return tuple(structured(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(data, dict):
             raise _wrong(where, data, "an object")
-        return {key: _structure(args[1], item, f"{where}.{key}") for key, item in data.items()}
+        return {key: structured(args[1], item, f"{where}.{key}") for key, item in data.items()}
     if not _matches(kind, data):
         raise _wrong(where, data, kind.__name__)
     if kind is not float:
@@ -211,7 +220,7 @@ def _structure(kind: Any, data: Any, where: str) -> Any:
     return float(data)
 
 
-def _structure_dataclass(kind: Any, data: Any, where: str) -> Any:
+def _structured_dataclass(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise _wrong(where, data, "an object")
     hints = typing.get_type_hints(kind)
@@ -222,7 +231,7 @@ def _structure_dataclass(kind: Any, data: Any, where: str) -> Any:
     values = {}
     for name, definition in fields.items():
         if name in data:
-            values[name] = _structure(hints[name], data[name], f"{where}: {name}")
+            values[name] = structured(hints[name], data[name], f"{where}: {name}")
         elif (
             definition.default is dataclasses.MISSING
             and definition.default_factory is dataclasses.MISSING
@@ -236,6 +245,8 @@ def _matches(kind: Any, data: Any) -> bool:
         return isinstance(data, (int, float)) and not isinstance(data, bool)
     if kind is int:
         return isinstance(data, int) and not isinstance(data, bool)
+    if dataclasses.is_dataclass(kind):
+        return isinstance(data, dict)
     return isinstance(data, kind)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from tiue_export.bundle import REFERENCE_FILE, Bundle
-from tiue_export.compare import GATES_PSNR_DB, max_abs_error, psnr_db
+from tiue_export.compare import GATES_PSNR_DB, max_abs_error, psnr_db, weakest
 from tiue_export.errors import BundleError, ParityError
 from tiue_export.manifest import ParityRecord
 from tiue_export.specs import (
@@ -118,7 +118,8 @@ def measure_runtime(bundle: Bundle, runtime: Runtime, reference: Reference) -> l
         spec = bundle.spec(graph)
         pairs = {output: known[expected]}
         typed = with_dtypes(spec, feeds)
-        record = measure_graph(runtime, spec, typed, pairs, hop, kind, reference.inputs)
+        gate = weakest(kind, graphs[graph].precision)
+        record = measure_graph(runtime, spec, typed, pairs, hop, gate, reference.inputs)
         records.append(replace(record, subject=expected))
 
     if TEXT_ENCODER in graphs:

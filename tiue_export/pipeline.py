@@ -25,6 +25,8 @@ from tiue_export.specs import (
     UNET_ENCODER,
     VAE_DECODER,
     Array,
+    BatchLimited,
+    ChainRuntime,
     Runtime,
     RuntimeOptions,
     check_finite,
@@ -115,16 +117,25 @@ class Pipeline:
             raise UsageError(f"latents have shape {latents.shape}; expected {(1, *shape)}")
         check_seeds(seed, count)
         jobs = [(text, seed + i) for text in prompts for i in range(count)]
-        batch = self.bundle.manifest.batch
-        size = batch or _DYNAMIC_BATCH
+        smallest, largest = self._batch_range()
         pictures: list[Picture] = []
         stages: dict[str, list[float]] = {}
-        for start in range(0, len(jobs), size):
-            chunk = jobs[start : start + size]
-            for picture in self._draw(chunk, batch or len(chunk), latents, stages):
+        for start in range(0, len(jobs), largest):
+            chunk = jobs[start : start + largest]
+            for picture in self._draw(chunk, max(smallest, len(chunk)), latents, stages):
                 on_picture(picture)
                 pictures.append(picture)
         return Result(pictures, stages)
+
+    def _batch_range(self) -> tuple[int, int]:
+        """The smallest and largest batch to run: the bundle's, or a dynamic one within limits."""
+        batch = self.bundle.manifest.batch
+        if batch is not None:
+            return batch, batch
+        if not isinstance(self.runtime, BatchLimited):
+            return 1, _DYNAMIC_BATCH
+        smallest, largest = self.runtime.batch_range()
+        return smallest, max(smallest, min(largest, _DYNAMIC_BATCH))
 
     def _draw(
         self,
@@ -140,10 +151,9 @@ class Pipeline:
             rows = [noise_from_seed(seed, (1, *shape)) for _, seed in filled]
         else:
             rows = [latents.astype(np.float32).reshape(1, *shape)] * len(filled)
-        noise = np.concatenate(rows)
-        text = self.embed([prompt for prompt, _ in filled], stages)
-        result = self.latents_from_noise(noise, text, stages)
-        sample = self.decode(result, stages)
+        result, sample = self._run_all(
+            [prompt for prompt, _ in filled], np.concatenate(rows), stages
+        )
         pixels = pixels_from_sample(sample)
         return [
             Picture(
@@ -154,6 +164,19 @@ class Pipeline:
             )
             for row, (prompt, seed) in enumerate(jobs)
         ]
+
+    def _run_all(
+        self, prompts: list[str], noise: Array, stages: dict[str, list[float]]
+    ) -> tuple[Array, Array]:
+        """Latents (B, 4, H, W) and picture (B, 3, 8H, 8W), in one go where the runtime can."""
+        if isinstance(self.runtime, ChainRuntime):
+            chained = self.runtime.run_chain(self.tokenizer(prompts), noise)
+            if chained is not None:
+                for stage, latency_ms in chained.stage_latency_ms.items():
+                    stages.setdefault(stage, []).append(latency_ms)
+                return chained.latents, chained.picture
+        latents = self.latents_from_noise(noise, self.embed(prompts, stages), stages)
+        return latents, self.decode(latents, stages)
 
     def embed(self, prompts: Sequence[str], stages: dict[str, list[float]] | None = None) -> Array:
         """Prompts -> text embedding (B, L, D)."""

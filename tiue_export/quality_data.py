@@ -1,8 +1,9 @@
 """What picture quality is measured with: a feature network and its landmarks, as a folder.
 
 The usual yardstick, Inception, is not to be had offline and knows no emoji. This network is small,
-was trained on drawn pictures alone (examples/emoji/feature_network.py) and never saw a generator.
-Its `features` tell name, layout, colours and sharpness apart; its `embedding` tells the name alone.
+was trained on drawn pictures alone (examples/emoji_family/feature_network.py) and never saw a
+generator. Its `features` tell name, layout, colours and sharpness apart; its `embedding` tells the
+name alone.
 """
 
 from __future__ import annotations

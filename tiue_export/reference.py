@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,13 +23,16 @@ from tiue_export.graphs import (
     Graph,
     build_graphs,
     exported_schedule,
+    gaussian_text,
     latent_shape,
+    run_graph,
     text_shape,
     vae_scaling_factor,
 )
 from tiue_export.lowering import copied
 from tiue_export.manifest import ParityRecord
 from tiue_export.noise import noise_from_seed
+from tiue_export.overflow_audit import RangeRecorder, float32_options, score_blocks
 from tiue_export.parity import PROMPTS, Reference, parity_record, with_dtypes
 from tiue_export.schedule import ddim_settings
 from tiue_export.specs import (
@@ -42,6 +45,7 @@ from tiue_export.specs import (
 from tiue_export.student import Student, combine
 from tiue_export.tokenizer import Tokenizer
 
+_HALVES = (torch.float16, torch.bfloat16)
 GraphIO = tuple[dict[str, Array], dict[str, Array]]
 
 
@@ -54,16 +58,25 @@ class Capture:
     hops: list[ParityRecord]
 
 
-def capture(student: Student, options: ExportOptions, tokenizer: Tokenizer | None) -> Capture:
-    """Run the student in float32 on PROMPTS and seeds 0, 1, ...; measure every torch-side hop."""
-    options = replace(options, precision="fp32")
+def capture(
+    student: Student,
+    options: ExportOptions,
+    tokenizer: Tokenizer | None,
+    recorder: RangeRecorder | None = None,
+) -> Capture:
+    """Run the student in float32 on PROMPTS and seeds 0, 1, ...; measure every torch-side hop.
+
+    `recorder` watches the graphs run: an overflow audit that costs no run of its own.
+    """
+    options = float32_options(options)
+    recorder = recorder or RangeRecorder(student, options, only=())
     shape = latent_shape(student, options)
     known: dict[str, Array] = {"sample": noise_from_seed(0, shape)}
     graph_io: dict[str, GraphIO] = {}
     hops: list[ParityRecord] = []
-    inputs = _capture_text(student, options, tokenizer, known, graph_io, hops)
-    _capture_unet(student, options, known, graph_io, hops, inputs)
-    _capture_vae(student, options, known, graph_io, hops, inputs)
+    inputs = _capture_text(student, options, tokenizer, known, graph_io, hops, recorder)
+    _capture_unet(student, options, known, graph_io, hops, inputs, recorder)
+    _capture_vae(student, options, known, graph_io, hops, inputs, recorder)
     return Capture(Reference(known, inputs), graph_io, hops)
 
 
@@ -74,18 +87,18 @@ def _capture_text(
     known: dict[str, Array],
     graph_io: dict[str, GraphIO],
     hops: list[ParityRecord],
+    recorder: RangeRecorder,
 ) -> str:
-    batch, length, width = text_shape(student, options)
+    batch = text_shape(student, options)[0]
     if student.text_encoder is None or tokenizer is None:
-        # A text encoder ends in a LayerNorm: its output has about unit variance per token.
-        random = np.random.RandomState(0).standard_normal((batch, length, width))
-        known["encoder_hidden_states"] = random.astype(np.float32)
+        known["encoder_hidden_states"] = gaussian_text(text_shape(student, options))
         return "Gaussian text embedding (the checkpoint has no text encoder), seeded noise"
     prompts = [PROMPTS[row % len(PROMPTS)] for row in range(batch)]
     known["input_ids"] = tokenizer(prompts)
     part = _part_of(student, text_encoder=student.text_encoder)
     (graph,) = build_graphs(part, options, only=(TEXT_ENCODER,))
-    feeds, outputs = _run(graph, known)
+    with recorder.watching(graph):
+        feeds, outputs = run_graph(graph, known)
     graph_io[TEXT_ENCODER] = feeds, outputs
     known["encoder_hidden_states"] = outputs["last_hidden_state"]
     inputs = f"{min(batch, len(PROMPTS))} real prompt(s), seeded noise"
@@ -103,6 +116,7 @@ def _capture_unet(
     graph_io: dict[str, GraphIO],
     hops: list[ParityRecord],
     inputs: str,
+    recorder: RangeRecorder,
 ) -> None:
     wide = _part_of(student, unet=copied_unet(student.unet))
     noise = torch.from_numpy(known["sample"])
@@ -124,7 +138,8 @@ def _capture_unet(
     schedule = exported_schedule(student, options)
     pool = dict(known)
     for graph in build_graphs(wide, options, only=UNET_GRAPHS):
-        graph_io[graph.spec.name] = _run(graph, pool)
+        with recorder.watching(graph):
+            graph_io[graph.spec.name] = run_graph(graph, pool)
         pool.update(graph_io[graph.spec.name][1])
     # The exported rows of the naive student: with merging, the same rows under the same weights.
     kept = [k for k, t in enumerate(student.schedule.timesteps) if t in schedule.timesteps]
@@ -149,12 +164,14 @@ def _capture_vae(
     graph_io: dict[str, GraphIO],
     hops: list[ParityRecord],
     inputs: str,
+    recorder: RangeRecorder,
 ) -> None:
     if student.vae is None:
         return
     part = _part_of(student, vae=student.vae)
     (graph,) = build_graphs(part, options, only=(VAE_DECODER,))
-    feeds, outputs = _run(graph, known)
+    with recorder.watching(graph):
+        feeds, outputs = run_graph(graph, known)
     graph_io[VAE_DECODER] = feeds, outputs
     known["picture"] = outputs["sample"]
     own = copied(student.vae, torch.float32, plain=False)
@@ -171,7 +188,10 @@ def _lowered(graph: str, plain: Tensor, value: Array, inputs: str) -> ParityReco
 def measure_half_arithmetic(
     graph: Graph, feeds: Mapping[str, Array], expected: Mapping[str, Array], inputs: str
 ) -> ParityRecord:
-    """Run a half-precision graph in torch under `HalfArithmetic`; its worst output's record."""
+    """Run an fp16 or bf16 graph in torch under `HalfArithmetic`; its worst output's record.
+
+    Raises `ParityError` when a value leaves half precision's range.
+    """
     typed = with_dtypes(graph.spec, feeds)
     with torch.no_grad(), HalfArithmetic():
         outputs = graph.module(*(torch.from_numpy(array) for array in typed.values()))
@@ -182,26 +202,29 @@ def measure_half_arithmetic(
             raise ParityError(
                 f'{graph.spec.name} overflows half precision (65504): output "{spec.name}" holds '
                 f"{int(value.size - np.isfinite(value).sum())} non-finite values",
-                "Export with --precision fp32.",
+                "An audit (on unless --no-audit) keeps such values in float32; --audit-prompts "
+                "widens it, and --precision fp32 needs none.",
             )
-        hop = "fp16 arithmetic"
+        hop, kind = f"{graph.precision} arithmetic", graph.precision
         reference = expected[spec.name]
-        records.append(parity_record(hop, graph.spec.name, reference, value, "fp16", inputs))
+        records.append(parity_record(hop, graph.spec.name, reference, value, kind, inputs))
     return min(records, key=lambda record: record.value)
 
 
 class HalfArithmetic(TorchFunctionMode):
     """Half precision as tensor cores do it: products summed in float32, every result rounded.
 
+    For fp16 and bf16; modules that compute in float32 are left alone.
+
     The heavy operations are computed in float32 on half-precision operands and their results
-    rounded to half; all others run in half as they are. torch's own half convolutions on a CPU
+    rounded to half, attention as the products and the softmax that an ONNX graph spells out: its
+    scores can overflow. All others run in half as they are. torch's own half convolutions on a CPU
     round alike but take 80 times as long (184 s for an SD 2.1 encoder).
     """
 
     _HEAVY: ClassVar = (
         torch.conv2d,
         F.linear,
-        F.scaled_dot_product_attention,
         F.interpolate,
         F.silu,
         F.gelu,
@@ -211,10 +234,47 @@ class HalfArithmetic(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function not in self._HEAVY or args[0].dtype != torch.float16:
+        attention = function is F.scaled_dot_product_attention
+        if not (attention or function in self._HEAVY) or args[0].dtype not in _HALVES:
             return function(*args, **kwargs)
+        if attention:
+            return half_attention(*args, **kwargs)
         wide = [_wide(argument) for argument in args]
-        return function(*wide, **{k: _wide(v) for k, v in kwargs.items()}).half()
+        result = function(*wide, **{k: _wide(v) for k, v in kwargs.items()})
+        return result.to(args[0].dtype)
+
+
+def half_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention over (..., T, d) and (..., S, d) with scores and probabilities rounded to half.
+
+    Query and key are scaled before their product, each by the root, as torch exports it to ONNX.
+    Computed in blocks of rows: at full size the scores of one layer take gigabytes.
+    """
+    dtype, root = query.dtype, (scale or query.shape[-1] ** -0.5) ** 0.5
+    length, keys = query.shape[-2], key.shape[-2]
+    if is_causal:
+        attn_mask = torch.ones(length, keys, dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=dtype).masked_fill(~attn_mask, -torch.inf)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:-1], keys).flatten(0, -3)  # (N, T, S)
+    wide_query, wide_key = ((x * root).float().flatten(0, -3) for x in (query, key))
+    wide_value, mixed = value.float().flatten(0, -3), torch.empty_like(query).flatten(0, -3)
+    for n, t in score_blocks(len(wide_query), length, keys):
+        scores = (wide_query[n, t] @ wide_key[n].transpose(1, 2)).to(dtype)
+        if attn_mask is not None:
+            scores = scores + attn_mask[n, t].to(dtype)
+        weights = scores.float().softmax(-1).to(dtype)
+        mixed[n, t] = (weights.float() @ wide_value[n]).to(dtype)
+    return mixed.view(query.shape)
 
 
 def _wide(argument: Any) -> Any:
@@ -252,14 +312,6 @@ def _part_of(student: Student, **parts: Any) -> Student:
         text_encoder=parts.get("text_encoder"),
         vae=parts.get("vae"),
     ).eval()
-
-
-def _run(graph: Graph, pool: Mapping[str, Array]) -> GraphIO:
-    feeds = graph.spec.select(pool)
-    with torch.no_grad():
-        outputs = graph.module(*(torch.from_numpy(array) for array in feeds.values()))
-    names = [spec.name for spec in graph.spec.outputs]
-    return feeds, {n: _np(o) for n, o in zip(names, outputs, strict=True)}
 
 
 def _np(tensor: Tensor) -> Array:

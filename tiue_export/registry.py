@@ -53,6 +53,13 @@ RUNTIMES: Mapping[str, RuntimeEntry] = {
         "OpenVINO on Intel CPUs, GPUs and NPUs; fastest on CPUs",
         chooses_precision=True,
     ),
+    # Which TensorRT it needs depends on the bundle's engines; the runtime says what is missing.
+    "trt": RuntimeEntry(
+        "tiue_export.runtimes.trt:open_runtime",
+        (),
+        "trt",
+        "TensorRT or TensorRT-RTX engines on an NVIDIA GPU; fastest there",
+    ),
     "torch": RuntimeEntry(
         "tiue_export.runtimes.torch_reference:open_runtime",
         ("torch", "diffusers", "transformers"),
@@ -67,6 +74,11 @@ RUNTIMES: Mapping[str, RuntimeEntry] = {
     ),
 }
 
+_OPTIONS_OF_SOME: Mapping[str, tuple[str, ...]] = {
+    "provider": ("ort",),
+    "cuda_graph": ("ort", "trt"),
+}
+
 
 def open_runtime(name: str, bundle: Bundle, options: RuntimeOptions) -> Runtime:
     """Open a runtime by name; unknown names and missing packages are explained."""
@@ -79,6 +91,12 @@ def open_runtime(name: str, bundle: Bundle, options: RuntimeOptions) -> Runtime:
             f"the {name} runtime computes in its bundle's precision, {bundle.manifest.precision}",
             f"Leave --precision {options.precision} out, or export a bundle in that precision.",
         )
+    for option, takers in _OPTIONS_OF_SOME.items():
+        if getattr(options, option) is not None and name not in takers:
+            raise UsageError(
+                f"the {name} runtime takes no --{option.replace('_', '-')}",
+                f"It is for --runtime {' and '.join(takers)}.",
+            )
     module, _, function = entry.opener.partition(":")
     return cast(Runtime, getattr(importlib.import_module(module), function)(bundle, options))
 

@@ -2,6 +2,7 @@
 
 Every module takes and returns plain tensors in the order of its graph's spec. Noise, latents and
 pictures are float32 at every precision; what travels between graphs has the graph's precision.
+`float32` names the submodules that stay in float32 in a half-precision graph, by their paths.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tiue_export.lowering import (
+    NO_PATHS,
+    ModulePaths,
+    below,
+    copied,
     fold_time,
+    in_precision,
     lowered,
     time_embedding_float64,
     with_plain_attention,
@@ -24,9 +30,11 @@ from tiue_export.student import output_head
 class TextEncoder(nn.Module):
     """input_ids (B, 77) -> last_hidden_state (B, 77, D)."""
 
-    def __init__(self, text_encoder: Any, dtype: torch.dtype) -> None:
+    def __init__(
+        self, text_encoder: Any, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
+    ) -> None:
         super().__init__()
-        self.text_encoder = lowered(text_encoder, dtype)
+        self.text_encoder = lowered(text_encoder, dtype, below(float32, "text_encoder"))
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         return (self.text_encoder(input_ids).last_hidden_state,)
@@ -35,14 +43,15 @@ class TextEncoder(nn.Module):
 class VaeDecoder(nn.Module):
     """latent_sample (B, 4, H, W), divided by the scaling factor -> sample (B, 3, 8H, 8W)."""
 
-    def __init__(self, vae: Any, dtype: torch.dtype) -> None:
+    def __init__(self, vae: Any, dtype: torch.dtype, float32: ModulePaths = NO_PATHS) -> None:
         super().__init__()
-        self.vae = lowered(vae, dtype)
+        self.vae: Any = copied(vae)
         self.dtype = dtype
         # Decoding needs no encoder: its weights would only sit in memory.
         self.vae.encoder = None
         if hasattr(self.vae, "quant_conv"):
             self.vae.quant_conv = None
+        in_precision(self.vae, dtype, below(float32, "vae"))
 
     def forward(self, latent_sample: Tensor) -> tuple[Tensor, ...]:
         image = self.vae.decode(latent_sample.to(self.dtype), return_dict=False)[0]
@@ -55,13 +64,15 @@ class UNetEncoder(nn.Module):
     conv_in, down blocks and mid block at the first timestep, whose embedding is folded in.
     """
 
-    def __init__(self, unet: Any, schedule: Schedule, dtype: torch.dtype) -> None:
+    def __init__(
+        self, unet: Any, schedule: Schedule, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
+    ) -> None:
         super().__init__()
         body = nn.ModuleDict(
             {"conv_in": unet.conv_in, "down_blocks": unet.down_blocks, "mid_block": unet.mid_block}
         )
         embedding = time_embedding_float64(unet, schedule.timesteps[:1])
-        self.unet: Any = fold_time(lowered(body, dtype), embedding, dtype)
+        self.unet: Any = fold_time(lowered(body, dtype, below(float32, "unet")), embedding)
         with_plain_attention(self.unet, bool(unet.config.upcast_attention))
         self.dtype = dtype
 
@@ -86,11 +97,13 @@ class NaiveDecoder(nn.Module):
     is measured against (`--no-hoist`).
     """
 
-    def __init__(self, unet: Any, schedule: Schedule, dtype: torch.dtype) -> None:
+    def __init__(
+        self, unet: Any, schedule: Schedule, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
+    ) -> None:
         super().__init__()
         body = nn.ModuleDict({"up_blocks": unet.up_blocks, "head": OutputHead(unet)})
         embedding = time_embedding_float64(unet, schedule.timesteps)
-        self.unet: Any = fold_time(lowered(body, dtype), embedding, dtype)
+        self.unet: Any = fold_time(lowered(body, dtype, below(float32, "unet")), embedding)
         with_plain_attention(self.unet, bool(unet.config.upcast_attention))
         self.combine = Combine(schedule)
         self.steps = schedule.rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from tiue_export.bundle import (
     open_bundle,
     records_below,
 )
+from tiue_export.compare import weakest
 from tiue_export.export.to_onnx import MODEL_FILE, OPSET, onnx_from_graph
 from tiue_export.export.tokenizer_files import write_tokenizer
 from tiue_export.graphs import (
@@ -36,6 +37,14 @@ from tiue_export.graphs import (
 )
 from tiue_export.manifest import FORMAT_VERSION, GraphRecord, Manifest, ParityRecord
 from tiue_export.memory import PeakMemory, return_freed_memory
+from tiue_export.overflow import (
+    AUDIT_FILE,
+    Float32Parts,
+    OverflowAudit,
+    float32_parts,
+    node_path,
+)
+from tiue_export.overflow_audit import RangeRecorder, audit_student
 from tiue_export.parity import (
     CHAIN_OUTPUTS,
     measure_graph,
@@ -47,6 +56,7 @@ from tiue_export.reference import Capture, capture, measure_half_arithmetic
 from tiue_export.registry import open_runtime, require
 from tiue_export.specs import (
     BATCH,
+    GRAPH_NAMES,
     TEXT_ENCODER,
     UNET_DECODER,
     UNET_GRAPHS,
@@ -88,28 +98,34 @@ def export_onnx(
     *,
     force: bool = False,
     allow_parity_loss: bool = False,
+    audit: bool = True,
+    audit_prompts: Sequence[str] = (),
     observer: Observer | None = None,
 ) -> Bundle:
     """Export `student` to a bundle at `out` and return it, verified.
 
-    Every graph is run by ONNX Runtime on captured inputs and held against the fp32 student; a
-    gate that fails raises `ParityError` and leaves nothing, unless `allow_parity_loss`.
+    An fp16 export first audits for overflow, in the float32 run that captures the reference and on
+    `audit_prompts`, and keeps in float32 what half precision might not carry. Every graph is run by
+    ONNX Runtime on captured inputs and held against the fp32 student; a gate that fails raises
+    `ParityError` and leaves nothing, unless `allow_parity_loss`.
     """
     options, observer = options or ExportOptions(), observer or Observer()
     require("checking an export", ("onnxruntime",), "export")
     check_target(out, force=force)
     with new_bundle(out, force=force) as folder:
         tokenizer = _write_parts(student, options, folder)
-        graphs, modules = {}, {}
-        for group in ((TEXT_ENCODER,), UNET_GRAPHS, (VAE_DECODER,)):
-            for graph in build_graphs(student, options, only=group):
-                name = graph.spec.name
-                graphs[name] = _export_graph(graph, folder, options, observer)
-                if options.precision == "fp16":
-                    modules[name] = graph
-        captured = _capture(student, options, tokenizer, folder, observer)
+        recorder = RangeRecorder(student, options, _audited(options) if audit else ())
+        captured = _capture(student, options, tokenizer, folder, recorder, observer)
+        found = None
+        if recorder.watched:
+            if audit_prompts:
+                with _stage(observer, f"audit on {len(audit_prompts)} prompts"):
+                    list(audit_student(student, options, tokenizer, audit_prompts, recorder))
+            found = _audit(recorder, captured.reference.inputs, audit_prompts, folder)
+            options = replace(options, float32=_joined(options.float32, recorder))
+        graphs, modules = _export_graphs(student, options, folder, found, observer)
         bundle = Bundle(folder, _manifest(student, options, graphs, folder))
-        records = [*captured.hops, *_measure(bundle, captured, modules, options, observer)]
+        records = [*captured.hops, *_measure(bundle, captured, modules, observer)]
         if not allow_parity_loss:
             require_passed(records, _IF_LOST)
         lost = any(not record.passed for record in records)
@@ -118,9 +134,56 @@ def export_onnx(
     return open_bundle(out)
 
 
-def _export_graph(
-    graph: Graph, folder: Path, options: ExportOptions, observer: Observer
-) -> GraphRecord:
+def _audited(options: ExportOptions) -> tuple[str, ...]:
+    """The graphs whose precision an audit decides; a VAE precision that was chosen stands."""
+    if options.precision != "fp16":
+        return ()
+    chosen = options.vae_precision != "auto"
+    return tuple(name for name in GRAPH_NAMES if not (chosen and name == VAE_DECODER))
+
+
+def _audit(
+    recorder: RangeRecorder, inputs: str, prompts: Sequence[str], folder: Path
+) -> OverflowAudit:
+    """Write and return the audit's summary."""
+    more = f"; {len(prompts)} more prompt(s)" if prompts else ""
+    graphs = tuple(recorder.ranges(name).audit() for name in recorder.watched)
+    audit = OverflowAudit(inputs + more, graphs)
+    (folder / AUDIT_FILE).parent.mkdir(parents=True, exist_ok=True)
+    (folder / AUDIT_FILE).write_text(audit.to_json(), "utf-8")
+    return audit
+
+
+def _joined(chosen: Float32Parts, recorder: RangeRecorder) -> Float32Parts:
+    """What the caller keeps in float32, and what the audit found."""
+    found = float32_parts(recorder.ranges(name) for name in recorder.watched)
+    names = {*chosen.modules, *found.modules}
+    return Float32Parts(
+        {name: chosen.of(name) | found.of(name) for name in names}, chosen.tensors | found.tensors
+    )
+
+
+def _export_graphs(
+    student: Student,
+    options: ExportOptions,
+    folder: Path,
+    audit: OverflowAudit | None,
+    observer: Observer,
+) -> tuple[dict[str, GraphRecord], dict[str, Graph]]:
+    """Write every graph; returns their records, and the modules of those in half precision."""
+    largest = {} if audit is None else {g.graph: g.max_abs_in_half for g in audit.graphs}
+    records, modules = {}, {}
+    for group in ((TEXT_ENCODER,), UNET_GRAPHS, (VAE_DECODER,)):
+        for graph in build_graphs(student, options, only=group):
+            name = graph.spec.name
+            record = _export_graph(graph, folder, observer)
+            records[name] = replace(record, max_abs_in_half=largest.get(name))
+            if graph.precision != "fp32":
+                modules[name] = graph
+    return records, modules
+
+
+def _export_graph(graph: Graph, folder: Path, observer: Observer) -> GraphRecord:
     name = graph.spec.name
     with _stage(observer, f"export {name}") as done:
         onnx_from_graph(graph, folder / name)
@@ -130,9 +193,10 @@ def _export_graph(
         path=f"{name}/{MODEL_FILE}",
         inputs=graph.spec.inputs,
         outputs=graph.spec.outputs,
-        precision=options.precision,
+        precision=graph.precision,
         opset=OPSET,
         files=files,
+        float32_modules=tuple(sorted(map(node_path, graph.float32))),
     )
 
 
@@ -141,51 +205,50 @@ def _capture(
     options: ExportOptions,
     tokenizer: Tokenizer | None,
     folder: Path,
+    recorder: RangeRecorder,
     observer: Observer,
 ) -> Capture:
-    with _stage(observer, "verify student in fp32"):
-        captured = capture(student, options, tokenizer)
+    with _stage(observer, "run student in fp32"):
+        captured = capture(student, options, tokenizer, recorder)
         captured.reference.save(folder / REFERENCE_FILE)
     return captured
 
 
 def _measure(
-    bundle: Bundle,
-    captured: Capture,
-    modules: dict[str, Graph],
-    options: ExportOptions,
-    observer: Observer,
+    bundle: Bundle, captured: Capture, modules: dict[str, Graph], observer: Observer
 ) -> list[ParityRecord]:
     """Each graph on the student's own inputs, and all graphs as one chain from the token ids on.
 
     One graph is open at a time, and serves both: at full size two would not fit beside torch.
     `modules` are run by torch in their own half precision: ONNX Runtime's CPU provider has few
     half-precision kernels and computes most of an fp16 graph in float32, so it alone would prove
-    the weights but neither the arithmetic nor the range.
+    the weights but neither the arithmetic nor the range. It has no bf16 kernels at all.
     """
     known, inputs = captured.reference.arrays, captured.reference.inputs
-    hop, kind = f"ONNX {options.precision}", options.precision
+    overall = bundle.manifest.precision
     graphs: list[ParityRecord] = []
     chain: list[ParityRecord] = []
     pool = dict(known)
     for name, (feeds, expected) in captured.graph_io.items():
-        with _stage(observer, f"verify {name}"), _ort(bundle) as runtime:
-            spec = bundle.spec(name)
+        precision = bundle.manifest.graphs[name].precision
+        kind, spec = weakest(overall, precision), bundle.spec(name)
+        with _stage(observer, f"verify {name}"):
             if name in modules:
-                graph = modules.pop(name)
-                graphs.append(measure_half_arithmetic(graph, feeds, expected, inputs))
-                del graph
+                graphs.append(measure_half_arithmetic(modules.pop(name), feeds, expected, inputs))
                 return_freed_memory()
-            graphs.append(
-                measure_graph(runtime, spec, with_dtypes(spec, feeds), expected, hop, kind, inputs)
-            )
-            outputs = runtime.run(name, with_dtypes(spec, pool))
+            if precision == "bf16":
+                continue
+            with _ort(bundle) as runtime:
+                typed, hop = with_dtypes(spec, feeds), f"ONNX {precision}"
+                graphs.append(measure_graph(runtime, spec, typed, expected, hop, kind, inputs))
+                outputs = runtime.run(name, with_dtypes(spec, pool))
         pool.update(outputs)
         if name == TEXT_ENCODER:
             pool["encoder_hidden_states"] = outputs["last_hidden_state"]
         for tensor, stage in CHAIN_OUTPUTS.get(name, {}).items():
             reference, value = known[stage], outputs[tensor].astype("float32")
-            chain.append(parity_record(f"{hop} chain", stage, reference, value, kind, inputs))
+            hop = f"ONNX {overall} chain"
+            chain.append(parity_record(hop, stage, reference, value, kind, inputs))
         if name == UNET_DECODER:
             scaled = outputs["latents"] / bundle.manifest.vae_scaling_factor
             pool["latent_sample"] = scaled.astype("float32")

@@ -19,6 +19,7 @@ import torch
 
 from tiue_export.errors import TiueError
 from tiue_export.graphs import Graph
+from tiue_export.overflow import node_path
 from tiue_export.specs import BATCH, TensorSpec
 
 # 19 is the newest opset TensorRT 10.3 (JetPack 6) reads in full and the first with half-precision
@@ -26,9 +27,6 @@ from tiue_export.specs import BATCH, TensorSpec
 OPSET = 19
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-# Wrappers of ours that say nothing to a reader; without them names are equal at every precision.
-_OUTER_WRAPPER = re.compile(r"^(unet|vae|text_encoder|rows|encoder)\.")
-_NORM_WRAPPER = re.compile(r"(\w*norm\w*)\.norm\b")
 
 
 def onnx_from_graph(graph: Graph, folder: Path) -> None:
@@ -132,11 +130,7 @@ def _module_path(node: ir.Node) -> str:
     """The innermost module a node was traced in, without wrappers; "" for the graph itself."""
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     # The last entry is the operation itself, the entries before it are modules, outermost first.
-    return _plain(next((scope for scope in reversed(scopes[:-1]) if scope), ""))
-
-
-def _plain(path: str) -> str:
-    return _NORM_WRAPPER.sub(r"\1", _OUTER_WRAPPER.sub("", path))
+    return node_path(next((scope for scope in reversed(scopes[:-1]) if scope), ""))
 
 
 def _initializer_name(value: ir.Value) -> str:
@@ -146,7 +140,7 @@ def _initializer_name(value: ir.Value) -> str:
     """
     name = value.name or ""
     if "." in name:
-        return _plain(name)
+        return node_path(name)
     uses = [(use.node.name or "", use.idx) for use in value.uses()]
     if len(uses) != 1:
         return ""

@@ -79,9 +79,9 @@ def clip_sha256(config: DistillConfig) -> dict[str, str]:
     """SHA-256 of the weights that the term computes with; empty where there is none."""
     if config.clip_model is None or config.clip_decoder is None:
         return {}
-    named = (("clip_model", config.clip_model, "model"),)
-    named += (("clip_decoder", config.clip_decoder, WEIGHTS_STEM),)
+    folders = {"clip_model": (Path(config.clip_model), "model")}
+    folders["clip_decoder"] = (Path(config.clip_decoder), WEIGHTS_STEM)
     return {
-        name: sha256_of_files(weight_files(Path(folder), stem), Path(folder))
-        for name, folder, stem in named
+        name: sha256_of_files(weight_files(folder, stem), folder)
+        for name, (folder, stem) in folders.items()
     }

@@ -99,16 +99,14 @@ class DistillConfig:
             )
 
     def _check_numbers(self) -> None:
-        for names, legal, expected in (
-            (_POSITIVE, lambda value: value > 0, "more than 0"),
-            (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-            (_SHARES, lambda value: 0 <= value <= 1, "0 to 1"),
-            (_BELOW_ONE, lambda value: 0 <= value < 1, "0 or more, less than 1"),
+        for name, legal, expected in (
+            *((name, getattr(self, name) > 0, "more than 0") for name in _POSITIVE),
+            *((name, getattr(self, name) >= 0, "0 or more") for name in _NOT_NEGATIVE),
+            *((name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in _SHARES),
+            *((name, 0 <= getattr(self, name) < 1, "0 or more, below 1") for name in _BELOW_ONE),
         ):
-            for name in names:
-                value = getattr(self, name)
-                if not (legal(value) and math.isfinite(value)):
-                    raise UsageError(f"{name} is {value}; expected {expected}")
+            if not legal or not math.isfinite(getattr(self, name)):
+                raise UsageError(f"{name} is {getattr(self, name)}; expected {expected}")
 
     def _check_one_step(self) -> None:
         for name, wanted in (("steps", 1), ("kl_weight", 0)):
@@ -176,8 +174,9 @@ def preset_names() -> tuple[str, ...]:
 def read_config(file: Path, overrides: dict[str, Any] | None = None) -> DistillConfig:
     """The configuration in `file`; `preset = "..."` in it fills what the file leaves open.
 
-    Relative paths are relative to the file; a hub id of teacher or student stays one. `overrides` win over the file. Unknown keys and values
-    of another type raise `UsageError` naming the nearest key.
+    Relative paths are relative to the file; a hub id of teacher or student stays one. `overrides`
+    win over the file. Unknown keys and values of another type raise `UsageError` naming the
+    nearest key.
     """
     try:
         given = tomllib.loads(file.read_text("utf-8"))

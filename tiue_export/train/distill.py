@@ -78,7 +78,9 @@ def _accelerator(config: DistillConfig) -> Iterator[Accelerator]:
             "precision is fp16, which trains on GPUs only, and there is none here",
             'Set precision = "bf16" or "fp32".',
         )
-    accelerator = Accelerator(mixed_precision=_MIXED[config.precision])
+    # Without being told, Accelerate lets each of several processes on CPUs train alone.
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=_MIXED[config.precision], cpu=cpu)
     try:
         yield accelerator
         accelerator.wait_for_everyone()
@@ -95,9 +97,10 @@ def _open_run(
     settings = {
         **config.outcome,
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "weights_sha256": {**networks.sha256, **clip_sha256(config)},
         "scheduler": networks.student.scheduler_config,
     }
+    for name, digest in (networks.sha256 | clip_sha256(config)).items():
+        settings[f"{name}_sha256"] = digest
     if (out / "student").exists() and not (out / CONFIG_FILE).exists():
         raise UsageError(
             f"{out} has a student/ that no training made, and this one would replace it",

@@ -6,6 +6,7 @@ two processes compute what one does, and a resumed run what an unbroken one does
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -168,7 +169,10 @@ class Distillation:
         texts = [self.networks.embed(part.prompts) for part in parts]
         figures, latents = self._update_student(parts, texts, step)
         figures |= self._update_fake_score(parts, texts, latents)
-        return self._mean_over_processes(figures)
+        means = self._mean_over_processes(figures)
+        # Squares can be averaged over parts and processes, their roots cannot.
+        means["vsd_gradient_rms"] = math.sqrt(means.pop("vsd_gradient_square"))
+        return means
 
     def _update_student(
         self, parts: list[Draw], texts: list[Tensor], step: int
@@ -213,7 +217,7 @@ class Distillation:
         )
         gradient = vsd_gradient(teacher, fake, alphas)
         loss = vsd_loss(predicted.latents, gradient)
-        figures = {"vsd_gradient_rms": gradient.square().mean().sqrt()}
+        figures = {"vsd_gradient_square": gradient.square().mean()}
         if config.kl_weight:
             divergence = noise_kl(predicted.outputs, networks.student.schedule.rows)
             loss = loss + config.kl_weight * divergence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from tiue_export.checkpoint import load_student
+from tiue_export.components import quiet_libraries
 from tiue_export.errors import UnsupportedModelError, UsageError
 from tiue_export.export.tokenizer_files import tokenizer_of
 from tiue_export.graphs import ExportOptions, latent_shape
@@ -49,7 +50,7 @@ class Networks:
     tokenizer_folder: Path
     alphas: Tensor
     latent_shape: tuple[int, int, int]
-    sha256: Mapping[str, str]
+    sha256: dict[str, str]
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
@@ -77,9 +78,13 @@ def load_networks(config: DistillConfig, device: torch.device) -> Networks:
     shape = _latent_shape(config, teacher)
     student, started_from = _new_student(config, teacher)
     # Half a text encoder or VAE is for GPUs: on a CPU it is slow, and some of its operations fail.
-    frozen = {"dtype": torch.float32} if device.type == "cpu" else {}
+    frozen: dict[str, Any] = {"dtype": torch.float32} if device.type == "cpu" else {}
+    with quiet_libraries():
+        text_encoder = teacher.text_encoder.to(device, **frozen).requires_grad_(False)
+        vae = teacher.vae.to(device, **frozen).requires_grad_(False)
+        base = teacher.unet.to(dtype=_TORCH_DTYPES[config.precision])
     scores = add_adapters(
-        teacher.unet.to(dtype=_TORCH_DTYPES[config.precision]),
+        base,
         rank=config.lora_rank,
         alpha=config.lora_alpha,
         targets=config.lora_targets,
@@ -90,10 +95,10 @@ def load_networks(config: DistillConfig, device: torch.device) -> Networks:
     return Networks(
         student=student.to(device).train(),
         scores=scores.to(device).train(),
-        text_encoder=teacher.text_encoder.to(device, **frozen).requires_grad_(False),
-        vae=teacher.vae.to(device, **frozen).requires_grad_(False),
+        text_encoder=text_encoder,
+        vae=vae,
         tokenizer=tokenizer_of(
-            teacher.tokenizer_folder, teacher.text_encoder.config.max_position_embeddings
+            teacher.tokenizer_folder, text_encoder.config.max_position_embeddings
         ),
         tokenizer_folder=teacher.tokenizer_folder,
         alphas=torch.from_numpy(alphas_cumprod(settings)).float().to(device),

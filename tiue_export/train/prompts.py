@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tiue_export.errors import MissingExtraError, UsageError, first_line
@@ -105,7 +105,7 @@ def _parquet(file: Path, column: str | None) -> Iterator[str]:
         raise UsageError(f"{file} is not parquet: {first_line(error)}") from error
 
 
-def _choose(file: Path, names: list[str] | tuple[str, ...], wanted: str | None) -> str:
+def _choose(file: Path, names: Sequence[str], wanted: str | None) -> str:
     listed = ", ".join(names) or "none"
     if wanted is not None:
         if wanted not in names:

@@ -26,10 +26,11 @@ def draw_grid(networks: Networks, prompts: Sequence[str], seeds: int, batch: int
     rows = []
     for prompt in prompts:
         text = networks.embed([prompt])  # (1, L, D)
-        parts = [
-            _draw(networks, part, text.expand(len(part), -1, -1)) for part in noise.split(batch)
-        ]
-        rows.append(torch.cat(parts))
+        pictures = []
+        for first in range(0, seeds, batch):
+            part = noise[first : first + batch]
+            pictures.append(_draw(networks, part, text.expand(len(part), -1, -1)))
+        rows.append(torch.cat(pictures))
     return torch.stack(rows)
 
 
@@ -46,6 +47,8 @@ def save_grid(grid: Tensor, prompts: Sequence[str], file: Path) -> None:
     rows, columns, height, width, _ = grid.shape
     joined = grid.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
     file.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in file.parent.glob(f".{file.name}.*"):  # of a killed process
+        leftover.unlink()
     save_png(
         image_from_pixels(np.ascontiguousarray(joined.numpy())),
         file,

@@ -1,0 +1,207 @@
+"""One run of the benchmark, from the request to the record: what `tiue-export bench` calls."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tiue_export.bundle import MANIFEST_FILE, Bundle, open_bundle
+from tiue_export.errors import RuntimeFailure, UsageError
+from tiue_export.manifest import Manifest
+from tiue_export.registry import missing_modules, require
+from tiue_export.specs import TEXT_ENCODER, UNET_GRAPHS, VAE_DECODER
+
+from ..ceiling import ceilings_in_child, parse_ceilings
+from ..flops import bundle_flops
+from ..made_bundle import made
+from .contenders import Contender, Request, bundle_titles, expand
+from .environment import describe_environment
+from .record import UNET, Ceiling, Measurement, Record, Settings, to_json, write_text
+from .report import first_measured, full_names, markdown, number, standing_warnings
+from .summary import RATIO_STAGES, summarized
+from .turns import measure
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Files to write, None for none."""
+
+    record: Path | None = None
+    markdown: Path | None = None
+    plot: Path | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole run. `peaks` are "PRECISION=TFLOPS"; without any, they are measured if
+    `measure_peak`. `work` keeps bundles that are made for measuring; None: they are removed."""
+
+    bundles: tuple[Path, ...]
+    request: Request
+    settings: Settings
+    ratios_to: tuple[str, ...] = ()
+    peaks: tuple[str, ...] = ()
+    measure_peak: bool = True
+    work: Path | None = None
+    timeout_s: float = 3600.0
+    outputs: Outputs = field(default_factory=Outputs)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The record, the contenders its ratios are taken to, and the JSON text of both.
+
+    `bundle_titles` are the bundles' names in the record, in the order they were given.
+    """
+
+    record: Record
+    ratios_to: tuple[str, ...]
+    bundle_titles: tuple[str, ...]
+    text: str
+
+
+def run(plan: Plan, tell: Tell = lambda line: None) -> Outcome:
+    """Measure and write the files; `tell` hears a line for each step.
+
+    Raises `UsageError` for a request that cannot be honoured, before anything is started. What
+    fails later is a row of the record with its reason.
+    """
+    check_settings(plan)
+    request = replace(plan.request, bundles=tuple(open_bundle(path) for path in plan.bundles))
+    contenders = expand(request)
+    asked = full_names([contender.name for contender in contenders], plan.ratios_to)
+    given = parse_ceilings(plan.peaks)
+    environment = describe_environment()
+    if environment.is_busy:
+        tell(f"warning: the machine is busy: load {environment.load_average[0]:.1f}")
+    with _work_folder(plan.work) as work:
+        contenders = [_ready(contender, Path(work), tell) for contender in contenders]
+        ceilings = given or _ceilings(plan, request, tell)
+        told = _Teller(plan.settings, tell)
+        rows = measure(contenders, plan.settings, timeout_s=plan.timeout_s, on_turn=told.turn_taken)
+        # Graphs are counted from their files, which may go with the folder.
+        rows = [_counted(row) for row in rows]
+    record = Record(environment, plan.settings, tuple(rows), ceilings)
+    record = replace(record, warnings=tuple(standing_warnings(record)))
+    ratios_to = asked or first_measured(record)
+    titles = tuple(bundle_titles(request.bundles))
+    text = to_json(record, summarized(record, ratios_to))
+    outcome = Outcome(record, ratios_to, titles, text)
+    write_outputs(outcome, plan.outputs)
+    return outcome
+
+
+def check_settings(plan: Plan) -> None:
+    """Refuse numbers that measure nothing, and outputs that cannot be made."""
+    settings = plan.settings
+    for name, value, least in (
+        ("--rounds", settings.rounds, 1),
+        ("--runs", settings.runs, 1),
+        ("--warmup", settings.warmup, 0),
+    ):
+        if value < least:
+            raise UsageError(f"{name} is {value}; expected {least} or more")
+    if plan.timeout_s <= 0:
+        raise UsageError(f"--timeout is {plan.timeout_s}; expected seconds above 0")
+    threads = plan.request.threads
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads is {threads}; expected 1 or more")
+    if plan.outputs.plot is not None:
+        require("the plot", ("matplotlib",), "bench")
+
+
+def write_outputs(outcome: Outcome, outputs: Outputs) -> None:
+    """Record, markdown and plot, as far as they were asked for."""
+    record, ratios_to = outcome.record, outcome.ratios_to
+    if outputs.record is not None:
+        write_text(outputs.record, outcome.text)
+    if outputs.markdown is not None:
+        write_text(outputs.markdown, markdown(record, ratios_to))
+    if outputs.plot is not None:
+        from .plot import plot_record
+
+        plot_record(record, ratios_to[0] if ratios_to else None, outputs.plot)
+
+
+def _ready(contender: Contender, work: Path, tell: Tell) -> Contender:
+    """The contender with the bundles made that it needs; what fails becomes its reason."""
+    if contender.missing is not None or not contender.made:
+        return contender
+    paths = {}
+    for setting, asked in contender.made.items():
+        tell(f"{contender.name}: making its graphs")
+        try:
+            paths[setting] = str(made(asked, work))
+        except RuntimeFailure as failure:
+            return replace(contender, missing=failure.message)
+    return replace(contender, settings={**contender.settings, **paths})
+
+
+def _work_folder(work: Path | None) -> AbstractContextManager[str | Path]:
+    if work is not None:
+        return nullcontext(work)
+    return tempfile.TemporaryDirectory(prefix="tiue-export-bench-")
+
+
+def _ceilings(plan: Plan, request: Request, tell: Tell) -> Mapping[str, Ceiling]:
+    if not plan.measure_peak:
+        return {}
+    tell("measuring the machine's ceiling")
+    try:
+        return ceilings_in_child(request.threads)
+    except RuntimeFailure as failure:
+        tell(f"warning: {failure.message}")
+        return {}
+
+
+def _counted(row: Measurement) -> Measurement:
+    """The row with its operations per stage, where its graphs' files tell them."""
+    if row.session != "graphs" or row.facts is None or missing_modules(("onnx",)):
+        return row
+    passes, guided = int(row.settings.get("passes") or 1), bool(row.settings.get("guided"))
+    whole = str(row.settings["bundle"])
+    outer = _graph_flops(whole, row.facts.batch)
+    unet = _graph_flops(str(row.settings.get("unet_bundle") or whole), row.facts.batch)
+    flops = {name: unet[name] * passes for name in UNET_GRAPHS if name in unet}
+    if flops:
+        flops[UNET] = sum(flops.values())
+    for name, times in ((TEXT_ENCODER, 2 if guided else 1), (VAE_DECODER, 1)):
+        if name in outer:
+            flops[name] = outer[name] * times
+    return replace(row, flops=flops)
+
+
+def _graph_flops(folder: str, batch: int) -> dict[str, float]:
+    """Operations of each graph; the files were verified when the contender was loaded."""
+    file = Path(folder) / MANIFEST_FILE
+    bundle = Bundle(Path(folder), Manifest.from_json(file.read_text("utf-8"), str(file)))
+    try:
+        return {name: float(f.total) for name, f in bundle_flops(bundle, batch).items()}
+    except UsageError:  # a graph that cannot be counted costs a column, not the run
+        return {}
+
+
+class _Teller:
+    """Says what each turn took."""
+
+    def __init__(self, settings: Settings, tell: Tell) -> None:
+        self._settings, self._tell = settings, tell
+
+    def turn_taken(self, number_of_round: int, row: Measurement) -> None:
+        """One line for a turn."""
+        head = f"round {number_of_round} of {self._settings.rounds}  {row.name}"
+        if row.reason is not None:
+            self._tell(f"{head}: {row.reason}")
+            return
+        last = row.turns[-1].latency_ms
+        parts = [
+            f"{stage.replace('_', ' ')} {number(sorted(last[stage])[len(last[stage]) // 2])} ms"
+            for stage in RATIO_STAGES
+            if stage in last
+        ]
+        self._tell(f"{head}: {', '.join(parts)}")

@@ -1,0 +1,178 @@
+"""Two records side by side, and the check that fails when something became slower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from tiue_export.errors import RegressionError, UsageError
+
+from .record import END_TO_END, UNET, Measurement, Record
+from .report import number, ratio_text
+from .summary import Ratio, ratio_to, spread, unpaired_ratio
+
+
+@dataclass(frozen=True)
+class Change:
+    """A contender's time now over its time before, at `stage`; or why there is none.
+
+    `gone`: it was measured before and is not now.
+    """
+
+    name: str
+    stage: str
+    before_ms: float | None = None
+    now_ms: float | None = None
+    ratio: Ratio | None = None
+    reason: str | None = None
+    gone: bool = False
+
+    def is_slower(self, limit: float) -> bool:
+        """By more than the share `limit`, and by more than the noise between rounds."""
+        if self.ratio is None:
+            return self.gone
+        certain = self.ratio.low is None or self.ratio.low > 1
+        return self.ratio.value > 1 + limit and certain
+
+
+def compare_records(before: Record, now: Record) -> list[Change]:
+    """Every contender of either record, by name."""
+    old, new = before.by_name(), now.by_name()
+    return [_change(name, old.get(name), new.get(name)) for name in dict.fromkeys([*old, *new])]
+
+
+def compare_with_first_bundle(record: Record, titles: Sequence[str]) -> list[Change]:
+    """Each further bundle of one run against the first bundle in the same runtime and precision.
+
+    Taken in turn, their ratio is paired by round: the strictest check there is.
+    """
+    rows = record.by_name()
+    changes = []
+    for entry in record.contenders:
+        title, _, lane = entry.name.partition("/")
+        if title not in titles or title == titles[0] or f"{titles[0]}/{lane}" not in rows:
+            continue
+        first = rows[f"{titles[0]}/{lane}"]
+        stage = _common_stage(first, entry)
+        if stage is None:
+            changes.append(_incomparable(entry.name, first, entry))
+            continue
+        before, now = (spread(e.runs(stage)).median_ms for e in (first, entry))
+        changes.append(Change(entry.name, stage, before, now, ratio_to(entry, first, stage)))
+    return changes
+
+
+def environment_changes(before: Record, now: Record) -> list[str]:
+    """What differs between the two machines or set-ups: ratios then mean more than the program."""
+    found = []
+    for name in ("system", "python", "cpu", "cores", "governor", "packages", "variables"):
+        old, new = getattr(before.environment, name), getattr(now.environment, name)
+        if old != new:
+            found.append(f"{name}: {_shown(old)} -> {_shown(new)}")
+    if before.settings != now.settings:
+        found.append(f"settings: {_shown(before.settings)} -> {_shown(now.settings)}")
+    return found
+
+
+def change_table(changes: Sequence[Change]) -> Table:
+    """One row per contender."""
+    table = Table(title="Now against before", title_justify="left", title_style="bold")
+    table.add_column("contender", overflow="fold")
+    for title in ("stage", "before ms", "now ms", "now / before [95 %]"):
+        table.add_column(title, justify="right", overflow="fold")
+    for row in _cells(changes):
+        table.add_row(*map(escape, row))
+    return table
+
+
+def change_markdown(changes: Sequence[Change], notes: Sequence[str]) -> str:
+    """The same as markdown, with what else differs."""
+    lines = ["| contender | stage | before ms | now ms | now / before [95 %] |"]
+    lines += ["|---|---|---:|---:|---:|"]
+    lines += ["| " + " | ".join(row) + " |" for row in _cells(changes)]
+    if notes:
+        lines += ["", *(f"- {note}" for note in notes)]
+    return "\n".join(lines) + "\n"
+
+
+def changes_json(changes: Sequence[Change]) -> list[dict[str, Any]]:
+    """Plain values."""
+    return [asdict(change) for change in changes]
+
+
+def parse_limit(text: str) -> float:
+    """ "5%" -> 0.05."""
+    try:
+        percent = float(text.strip().removesuffix("%"))
+    except ValueError:
+        percent = -1.0
+    if not 0 <= percent < 1000:
+        raise UsageError(f"--fail-if-slower is {text!r}; expected a percentage such as 5%")
+    return percent / 100
+
+
+def require_not_slower(changes: Sequence[Change], limit: float) -> None:
+    """Raise `RegressionError` naming every contender that became slower, or is gone."""
+    if not changes:
+        raise UsageError(
+            "there is nothing to compare", "Give two bundles, or --compare with two records."
+        )
+    slower = [change for change in changes if change.is_slower(limit)]
+    if not slower:
+        return
+    told = "; ".join(
+        f"{change.name}: {change.reason}"
+        if change.ratio is None
+        else f"{change.name}, {change.stage}: {ratio_text(change.ratio)} times as long"
+        for change in slower
+    )
+    raise RegressionError(
+        f"{len(slower)} of {len(changes)} are slower by more than {100 * limit:g} %: {told}",
+        "Run it again on an idle machine with more --rounds, or find the cause.",
+    )
+
+
+def _change(name: str, old: Measurement | None, new: Measurement | None) -> Change:
+    if old is None:
+        return Change(name, "-", reason="not in the record before")
+    if new is None:
+        return Change(name, "-", reason="not in the record now", gone=old.measured)
+    stage = _common_stage(old, new)
+    if stage is None:
+        return _incomparable(name, old, new)
+    before, now = old.rounds(stage), new.rounds(stage)
+    return Change(
+        name,
+        stage,
+        spread(old.runs(stage)).median_ms,
+        spread(new.runs(stage)).median_ms,
+        unpaired_ratio(now, before),
+    )
+
+
+def _incomparable(name: str, old: Measurement, new: Measurement) -> Change:
+    if old.measured and new.measured:
+        return Change(name, "-", reason="they have no stage in common")
+    side, entry = ("now", new) if not new.measured else ("before", old)
+    return Change(name, "-", reason=f"not measured {side}: {entry.reason}", gone=old.measured)
+
+
+def _common_stage(old: Measurement, new: Measurement) -> str | None:
+    return next((s for s in (END_TO_END, UNET) if old.rounds(s) and new.rounds(s)), None)
+
+
+def _cells(changes: Sequence[Change]) -> list[tuple[str, ...]]:
+    return [
+        (c.name, c.reason or "-", "-", "-", "-")
+        if c.ratio is None or c.before_ms is None or c.now_ms is None
+        else (c.name, c.stage, number(c.before_ms), number(c.now_ms), ratio_text(c.ratio))
+        for c in changes
+    ]
+
+
+def _shown(value: object) -> str:
+    return str(value)[:160]

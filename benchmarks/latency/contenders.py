@@ -1,0 +1,433 @@
+"""Who takes part: from the names on the command line to what each worker process is to open.
+
+A name is METHOD/RUNTIME/PRECISION; for a bundle its folder stands for the method. Two measurements
+that carry the same name mean the same thing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from tiue_export.errors import UsageError, unknown_name
+from tiue_export.registry import RUNTIMES, missing_modules
+
+from ..made_bundle import MadeBundle
+
+if TYPE_CHECKING:
+    from tiue_export.bundle import Bundle
+
+Setting = str | int | float | bool | None
+
+BUNDLES = "bundles"
+TORCH = "torch"
+COMPILED_TORCH = "torch-compile"
+SD_CPP = "sd-cpp"
+NAIVE = "naive"
+_ROWS = re.compile(r"rows-(\d+)")
+_TORCH_PRECISIONS = ("fp32", "bf16")
+_SD_CPP_PRECISIONS = ("f16", "q8_0", "f32")
+_GUIDED_TIMED_PASSES = 3
+_MADE_FOR = ("ort", "openvino")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A sampler that takes `total` ordinary UNet passes, of which `timed` are really run.
+
+    `guided`: every pass runs on two rows, with and without the prompt.
+    """
+
+    total: int
+    timed: int
+    guided: bool
+    what: str
+
+
+SAMPLERS: Mapping[str, Passes] = {
+    "one-step": Passes(1, 1, False, "1-step model (SD-Turbo, SwiftBrush): 1 UNet pass"),
+    "four-step": Passes(4, 4, False, "4-step model (SD-Turbo, LCM): 4 UNet passes"),
+    "fifty-step": Passes(
+        50,
+        _GUIDED_TIMED_PASSES,
+        True,
+        f"50 steps with guidance: {_GUIDED_TIMED_PASSES} passes timed at batch 2, scaled to 50",
+    ),
+}
+# What people say for METHOD/RUNTIME/PRECISION.
+ALIASES: Mapping[str, tuple[str, ...]] = {
+    "official": ("naive/torch/fp32",),
+    "torch-bf16": ("naive/torch/bf16",),
+    "torch-compile": ("naive/torch-compile/bf16",),
+    "sd-cpp": ("one-step/sd-cpp/f16", "one-step/sd-cpp/q8_0"),
+}
+WITHOUT_CHECKPOINT = (BUNDLES,)
+USUAL = ("official", "torch-bf16", BUNDLES, "one-step", "four-step", "sd-cpp")
+EVERY = (
+    "official",
+    "torch-bf16",
+    "torch-compile",
+    BUNDLES,
+    "rows-2",
+    "rows-8",
+    "rows-16",
+    "one-step",
+    "four-step",
+    "fifty-step/torch/fp32",
+    "sd-cpp",
+)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table, not yet started.
+
+    `session` names what the worker opens with `settings`. `made` are bundles to be made first, by
+    the setting that gets their path. `missing` says why it cannot take part.
+    """
+
+    name: str
+    what: str
+    session: str
+    settings: Mapping[str, Setting]
+    made: Mapping[str, MadeBundle] = field(default_factory=dict)
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A runtime and the arithmetic it computes in."""
+
+    runtime: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides who takes part.
+
+    `runtimes` and `precisions` empty: what the bundles can run on here. `contenders` empty: the
+    usual ones. Sizes in pixels, None: the first bundle's, or the checkpoint's own.
+    """
+
+    bundles: tuple[Bundle, ...] = ()
+    contenders: tuple[str, ...] = ()
+    runtimes: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
+    device: str = "cpu"
+    checkpoint: str | None = None
+    base: str | None = None
+    vae: str | None = None
+    threads: int | None = None
+    height: int | None = None
+    width: int | None = None
+    unet_only: bool = False
+
+
+def expand(asked: Request) -> list[Contender]:
+    """All contenders, in the order they were asked for; the first is what ratios are taken to."""
+    chosen = asked.contenders
+    if not chosen:
+        chosen = USUAL if asked.checkpoint is not None else WITHOUT_CHECKPOINT
+    if "all" in chosen:
+        chosen = EVERY
+    found: dict[str, Contender] = {}
+    for name in chosen:
+        for contender in _named(name, asked):
+            found.setdefault(contender.name, contender)
+    if not found:
+        raise UsageError(
+            "there is nothing to measure", "Give a bundle, or --ckpt with --contenders."
+        )
+    return list(found.values())
+
+
+def bundle_lanes(asked: Request, bundle: Bundle) -> list[Lane]:
+    """The runtimes and precisions that a bundle is to be measured in."""
+    runtimes = asked.runtimes or _usable_runtimes(bundle)
+    return [
+        Lane(runtime, precision)
+        for runtime in runtimes
+        for precision in _precisions(runtime, bundle, asked)
+    ]
+
+
+def _named(name: str, asked: Request) -> list[Contender]:
+    if name == BUNDLES:
+        return _bundle_contenders(asked)
+    if name in ALIASES:
+        return [contender for full in ALIASES[name] for contender in _named(full, asked)]
+    method, *lane = name.split("/")
+    if method not in SAMPLERS and method != NAIVE and not _ROWS.fullmatch(method):
+        known = {BUNDLES, "all", NAIVE, "rows-K", *ALIASES, *SAMPLERS}
+        raise unknown_name("contender", name, known)
+    if len(lane) > 2:
+        raise UsageError(f"contender {name!r} has too many parts; expected {_FULL_NAME}")
+    return [_one(method, chosen, asked) for chosen in _lanes(method, lane, asked)]
+
+
+_FULL_NAME = "METHOD/RUNTIME/PRECISION, such as one-step/torch/fp32"
+
+
+def _lanes(method: str, parts: Sequence[str], asked: Request) -> list[Lane]:
+    """The lanes that METHOD, METHOD/RUNTIME or METHOD/RUNTIME/PRECISION stands for."""
+    if len(parts) == 2:
+        return [Lane(*parts)]
+    if parts:
+        (runtime,) = parts
+        if runtime in (TORCH, COMPILED_TORCH):
+            return [Lane(runtime, "fp32")]
+        if runtime == SD_CPP:
+            return [Lane(runtime, "f16")]
+        precisions = [_precisions(runtime, bundle, asked) for bundle in asked.bundles[:1]]
+        return [Lane(runtime, p) for p in (precisions[0] if precisions else ("fp32",))]
+    lanes = [Lane(TORCH, "fp32")]
+    if method in SAMPLERS:
+        lanes += [lane for bundle in asked.bundles for lane in bundle_lanes(asked, bundle)]
+    return list(dict.fromkeys(lanes))
+
+
+def _one(method: str, lane: Lane, asked: Request) -> Contender:
+    """The contender of one method in one lane."""
+    name = f"{method}/{lane.runtime}/{lane.precision}"
+    if lane.runtime in (TORCH, COMPILED_TORCH):
+        return _torch(name, method, lane, asked)
+    if lane.runtime == SD_CPP:
+        return _sd_cpp(name, method, lane, asked)
+    if lane.runtime not in RUNTIMES:
+        raise unknown_name("runtime", lane.runtime, {*RUNTIMES, COMPILED_TORCH, SD_CPP})
+    return _sampler_on_graphs(name, method, lane, asked)
+
+
+def _bundle_contenders(asked: Request) -> list[Contender]:
+    titles = bundle_titles(asked.bundles)
+    return [
+        Contender(
+            name=f"{title}/{lane.runtime}/{lane.precision}",
+            what=_bundle_what(bundle),
+            session="graphs",
+            settings={
+                "bundle": str(bundle.root),
+                "runtime": lane.runtime,
+                "precision": _asked_precision(lane),
+                "checkpoint": asked.checkpoint if lane.runtime == TORCH else None,
+                "base": asked.base if lane.runtime == TORCH else None,
+                "vae": asked.vae if lane.runtime == TORCH else None,
+                **_common(asked),
+            },
+        )
+        for title, bundle in zip(titles, asked.bundles, strict=True)
+        for lane in bundle_lanes(asked, bundle)
+    ]
+
+
+def bundle_titles(bundles: Sequence[Bundle]) -> list[str]:
+    """Each bundle's folder name, with its parent's where two are alike."""
+    names = [bundle.root.name for bundle in bundles]
+    titles = [
+        name if names.count(name) == 1 else f"{bundle.root.parent.name}-{name}"
+        for name, bundle in zip(names, bundles, strict=True)
+    ]
+    if len(set(titles)) < len(titles) or set(titles) & {NAIVE, *SAMPLERS}:
+        raise UsageError(
+            f"the bundles would be called {', '.join(titles)}; expected names that tell them "
+            "apart from each other and from the other contenders",
+            "Give each bundle once, or rename its folder.",
+        )
+    return titles
+
+
+def _bundle_what(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    hoisted = "naive decoder" if manifest.hoisted == "none" else f"hoisted ({manifest.hoisted})"
+    merged = len(manifest.schedule.merged_timesteps)
+    rows = f"{manifest.schedule.rows} rows" + (f" ({merged} merged)" if merged else "")
+    return f"TiUE K={manifest.schedule.steps}, {rows}, {hoisted}"
+
+
+def _torch(name: str, method: str, lane: Lane, asked: Request) -> Contender:
+    rows = _ROWS.fullmatch(method)
+    passes = SAMPLERS.get(method)
+    if lane.precision not in _TORCH_PRECISIONS:
+        raise unknown_name("precision of PyTorch", lane.precision, _TORCH_PRECISIONS)
+    how = "PyTorch " + ("compiled" if lane.runtime == COMPILED_TORCH else "eager")
+    what = f"TiUE K={rows[1]}, naive" if rows else "TiUE as the official code runs it"
+    height, width = _size(asked)
+    return Contender(
+        name=name,
+        what=f"{what if passes is None else passes.what}, {how}",
+        session="torch",
+        settings={
+            "checkpoint": asked.checkpoint,
+            "base": asked.base,
+            "vae": asked.vae,
+            "precision": lane.precision,
+            "compiled": lane.runtime == COMPILED_TORCH,
+            "steps": int(rows[1]) if rows else None,
+            **_passes(passes),
+            "height": height,
+            "width": width,
+            "batch": _batch(asked),
+            **_common(asked),
+        },
+        missing=_no_checkpoint(asked),
+    )
+
+
+def _sd_cpp(name: str, method: str, lane: Lane, asked: Request) -> Contender:
+    if method not in SAMPLERS:
+        raise UsageError(
+            f"stable-diffusion.cpp cannot run {method!r}: it knows ordinary UNet passes only",
+            f"Use one of {', '.join(SAMPLERS)}.",
+        )
+    if lane.precision not in _SD_CPP_PRECISIONS:
+        raise unknown_name("weights of stable-diffusion.cpp", lane.precision, _SD_CPP_PRECISIONS)
+    missing = _no_checkpoint(asked)
+    if missing_modules(("stable_diffusion_cpp",)):
+        missing = (
+            "stable-diffusion.cpp is not installed (pip install stable-diffusion-cpp-python "
+            "builds it from source)"
+        )
+    height, width = _size(asked)
+    return Contender(
+        name=name,
+        what=f"{SAMPLERS[method].what}, stable-diffusion.cpp",
+        session="sd-cpp",
+        settings={
+            "checkpoint": asked.checkpoint,
+            "vae": asked.vae,
+            "weights": lane.precision,
+            **_passes(SAMPLERS[method]),
+            "height": height,
+            "width": width,
+            "threads": asked.threads,
+            "unet_only": asked.unet_only,
+        },
+        missing=missing,
+    )
+
+
+def _sampler_on_graphs(name: str, method: str, lane: Lane, asked: Request) -> Contender:
+    """Ordinary UNet passes as graphs: a bundle whose decoder has a single row, run several times.
+
+    A student's encoder with one decoder row is the UNet itself, so a one-step bundle is an
+    ordinary bundle, made by the ordinary export (`MadeBundle`).
+    """
+    if method not in SAMPLERS:
+        raise UsageError(
+            f"{name}: {method} is measured in PyTorch only",
+            f"Use {method}/torch/fp32, or export a bundle and give it.",
+        )
+    passes = SAMPLERS[method]
+    return Contender(
+        name=name,
+        what=f"{passes.what}, as graphs",
+        session="graphs",
+        settings={
+            "bundle": None,
+            "runtime": lane.runtime,
+            "precision": _asked_precision(lane),
+            **_passes(passes),
+            **_common(asked),
+        },
+        made=_one_step_bundles(passes, lane, asked),
+        missing=_no_checkpoint(asked) or _no_graphs(lane),
+    )
+
+
+def _one_step_bundles(passes: Passes, lane: Lane, asked: Request) -> dict[str, MadeBundle]:
+    if asked.checkpoint is None:
+        return {}
+    height, width = _size(asked)
+    chooses = RUNTIMES[lane.runtime].chooses_precision
+    whole = MadeBundle(
+        checkpoint=asked.checkpoint,
+        base=asked.base,
+        vae=asked.vae,
+        one_step=True,
+        precision="fp32" if chooses else lane.precision,
+        height=height,
+        width=width,
+        batch=_batch(asked),
+        unet_only=asked.unet_only,
+        openvino=("fp32",) if lane.runtime == "openvino" else (),
+    )
+    if not passes.guided:
+        return {"bundle": whole}
+    pairs = replace(whole, batch=2 * whole.batch, unet_only=True)
+    return {"bundle": whole, "unet_bundle": pairs}
+
+
+def _no_checkpoint(asked: Request) -> str | None:
+    return None if asked.checkpoint is not None else "it needs the weights: give --ckpt"
+
+
+def _no_graphs(lane: Lane) -> str | None:
+    if lane.runtime in _MADE_FOR:
+        return None
+    return f"ordinary UNet passes are made for {' and '.join(_MADE_FOR)}, not for {lane.runtime}"
+
+
+def _common(asked: Request) -> dict[str, Setting]:
+    return {"device": asked.device, "threads": asked.threads, "unet_only": asked.unet_only}
+
+
+def _passes(passes: Passes | None) -> dict[str, Setting]:
+    if passes is None:
+        return {}
+    return {"passes": passes.total, "timed_passes": passes.timed, "guided": passes.guided}
+
+
+def _size(asked: Request) -> tuple[int | None, int | None]:
+    """Height and width in pixels: as asked, or the first bundle's."""
+    if not asked.bundles:
+        return asked.height, asked.width
+    manifest = asked.bundles[0].manifest
+    return asked.height or manifest.height_px, asked.width or manifest.width_px
+
+
+def _batch(asked: Request) -> int:
+    return (asked.bundles[0].manifest.batch or 1) if asked.bundles else 1
+
+
+def _usable_runtimes(bundle: Bundle) -> tuple[str, ...]:
+    """What a bundle can run on here; ONNX Runtime where nothing can, for the reason's sake."""
+    compiled = bundle.manifest.compiled
+    usable = {
+        "ort": not any(graph.omitted for graph in bundle.manifest.graphs.values()),
+        "openvino": "openvino" in compiled,
+        "trt": any(folder.startswith("trt") for folder in compiled),
+    }
+    found = [
+        name
+        for name, has_form in usable.items()
+        if has_form and not missing_modules(RUNTIMES[name].needs)
+    ]
+    return tuple(found) or ("ort",)
+
+
+def _precisions(runtime: str, bundle: Bundle, asked: Request) -> tuple[str, ...]:
+    if runtime == TORCH:
+        return ("fp32",)
+    if runtime not in RUNTIMES:
+        raise unknown_name("runtime", runtime, RUNTIMES)
+    if not RUNTIMES[runtime].chooses_precision:
+        return (bundle.manifest.precision,)
+    return asked.precisions or _native_precisions(asked.device)
+
+
+def _native_precisions(device: str) -> tuple[str, ...]:
+    """OpenVINO's on the CPU: fp32, and bf16 where it is computed natively."""
+    if device not in ("auto", "cpu") or missing_modules(("openvino",)):
+        return ("auto",)
+    core = importlib.import_module("openvino").Core()
+    native = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ("fp32", "bf16") if "BF16" in native else ("fp32",)
+
+
+def _asked_precision(lane: Lane) -> str:
+    """What `RuntimeOptions.precision` must be: only some runtimes can be told."""
+    return lane.precision if RUNTIMES[lane.runtime].chooses_precision else "auto"

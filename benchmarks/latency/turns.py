@@ -1,0 +1,201 @@
+"""Whose turn it is: contenders measured A B C A B C ..., each in its own process.
+
+Drift of the machine (heat, other work) then meets all contenders alike, and ratios are taken within
+a round. Processes stay alive between their turns as far as memory allows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tiue_export.manifest import structured
+
+from .contenders import Contender
+from .environment import available_memory_bytes, busy_core_seconds
+from .process import ContenderFailure, WorkerProcess
+from .record import Facts, Measurement, Settings, Turn
+
+# Memory left to the rest of the machine when deciding what may stay loaded.
+_RESERVE_BYTES = 500_000_000
+_SHORT_TURN_S = 0.5
+
+
+def schedule(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
+    """(round, name) of every turn: all names in order, round after round."""
+    return [(number, name) for number in range(1, rounds + 1) for name in names]
+
+
+def to_unload(
+    loaded: Sequence[tuple[str, int]], needed_bytes: int, available_bytes: int | None
+) -> list[str]:
+    """Which processes to end so that `needed_bytes` fit; `loaded` is (name, resident bytes).
+
+    `loaded` is in the order of use, the latest last, and the latest goes first: in a cycle of turns
+    it is the one that is needed again last.
+    """
+    if available_bytes is None:
+        return []
+    chosen = []
+    for name, resident_bytes in reversed(loaded):
+        if available_bytes >= needed_bytes + _RESERVE_BYTES:
+            break
+        chosen.append(name)
+        available_bytes += resident_bytes
+    return chosen
+
+
+class WorkerPool:
+    """The processes that are loaded. Use it as a context manager: it ends them all."""
+
+    def __init__(self, timeout_s: float, *, reload: bool) -> None:
+        self._timeout_s = timeout_s
+        self._reload = reload
+        self._workers: dict[str, WorkerProcess] = {}  # in the order of use
+        self._peak_bytes: dict[str, int] = {}
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.unload(list(self._workers))
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names of the processes that are there, the latest used last."""
+        return list(self._workers)
+
+    def load(self, contender: Contender) -> dict[str, Any] | None:
+        """See that the contender's process is there; what it said if it was loaded just now."""
+        name = contender.name
+        if name in self._workers:
+            self._workers[name] = self._workers.pop(name)
+            return None
+        if self._reload:
+            self.unload(list(self._workers))
+        # One that was never seen is taken to need as much as the largest so far.
+        needed = self._peak_bytes.get(name, max(self._peak_bytes.values(), default=0))
+        resident = [(key, worker.resident_bytes) for key, worker in self._workers.items()]
+        self.unload(to_unload(resident, needed, available_memory_bytes()))
+        self._workers[name] = WorkerProcess()
+        settings = {"session": contender.session, "settings": dict(contender.settings)}
+        return self.ask(name, {"command": "load", **settings})
+
+    def ask(self, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Ask a loaded process."""
+        answer = self._workers[name].ask(request, self._timeout_s)
+        peak = int(answer.get("peak_memory_bytes") or 0)
+        self._peak_bytes[name] = max(peak, self._peak_bytes.get(name, 0))
+        return answer
+
+    def unload(self, names: Sequence[str]) -> None:
+        """End some processes."""
+        for name in names:
+            self._workers.pop(name).close()
+
+
+@dataclass
+class _Row:
+    """A measurement in the making."""
+
+    contender: Contender
+    measurement: Measurement
+
+
+def measure(
+    contenders: Sequence[Contender],
+    settings: Settings,
+    *,
+    timeout_s: float,
+    on_turn: Callable[[int, Measurement], None] = lambda number, measurement: None,
+) -> list[Measurement]:
+    """Take all turns; a contender that fails keeps its row, with the reason.
+
+    `on_turn` hears of the round and of the contender's measurement so far, after each turn.
+    """
+    rows = {contender.name: _Row(contender, _unmeasured(contender)) for contender in contenders}
+    with WorkerPool(timeout_s, reload=settings.reload) as pool:
+        for number, name in schedule(list(rows), settings.rounds):
+            row = rows[name]
+            if row.measurement.reason is not None:
+                continue
+            try:
+                row.measurement = _take_turn(pool, row, number, settings)
+            except ContenderFailure as failure:
+                if name in pool.loaded:
+                    pool.unload([name])
+                row.measurement = replace(row.measurement, reason=_reason(failure, number))
+            on_turn(number, row.measurement)
+    return [row.measurement for row in rows.values()]
+
+
+def _unmeasured(contender: Contender) -> Measurement:
+    return Measurement(
+        name=contender.name,
+        what=contender.what,
+        session=contender.session,
+        settings=contender.settings,
+        reason=contender.missing,
+    )
+
+
+def _reason(failure: ContenderFailure, number: int) -> str:
+    when = "" if number == 1 else f" (in round {number})"
+    return failure.message + when
+
+
+def _take_turn(pool: WorkerPool, row: _Row, number: int, settings: Settings) -> Measurement:
+    """One turn; a process that died beside others gets a second try alone."""
+    try:
+        return _turn(pool, row, number, settings)
+    except ContenderFailure as failure:
+        others = [name for name in pool.loaded if name != row.contender.name]
+        if not failure.died or not others:
+            raise
+        pool.unload(pool.loaded)
+        return _turn(pool, row, number, settings)
+
+
+def _turn(pool: WorkerPool, row: _Row, number: int, settings: Settings) -> Measurement:
+    contender, so_far = row.contender, row.measurement
+    loaded = pool.load(contender)
+    if loaded is not None:
+        facts = structured(Facts, loaded["facts"], contender.name)
+        so_far = replace(so_far, facts=facts, load_s=so_far.load_s or loaded["load_s"])
+    busy = busy_core_seconds()
+    request = {"command": "run", "warmup": settings.warmup, "runs": settings.runs}
+    answer = pool.ask(contender.name, request)
+    turn = Turn(
+        round=number,
+        latency_ms={stage: tuple(runs) for stage, runs in answer["latency_ms"].items()},
+        others_cpu=_others_share(busy, answer),
+    )
+    if number == 1:
+        flops = pool.ask(contender.name, {"command": "count"})["flops"]
+        so_far = replace(so_far, flops=flops)
+    return replace(
+        so_far,
+        turns=(*so_far.turns, turn),
+        peak_memory_bytes=_larger(so_far.peak_memory_bytes, answer["peak_memory_bytes"]),
+        run_peak_memory_bytes=_larger(
+            so_far.run_peak_memory_bytes, answer["run_peak_memory_bytes"]
+        ),
+    )
+
+
+def _others_share(busy_before: float | None, answer: Mapping[str, Any]) -> float | None:
+    """The share of the machine's CPU time during a turn that was not the contender's."""
+    busy_after = busy_core_seconds()
+    # The system counts in ticks of 10 ms: a short turn tells nothing.
+    if busy_before is None or busy_after is None or answer["wall_s"] < _SHORT_TURN_S:
+        return None
+    others_s = busy_after - busy_before - float(answer["cpu_s"])
+    whole_s = float(answer["wall_s"]) * (os.cpu_count() or 1)
+    return round(min(1.0, max(0.0, others_s / whole_s)), 4)
+
+
+def _larger(first: int | None, second: int | None) -> int | None:
+    known = [size for size in (first, second) if size is not None]
+    return max(known, default=None)
