@@ -9,8 +9,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.bundle import Bundle, open_bundle
+from tiue_export.overflow import load_audit
 
-from .tables import console, graph_table, megabytes, parity_table, print_json
+from .tables import (
+    console,
+    graph_table,
+    megabytes,
+    overflow_table,
+    parity_table,
+    print_json,
+)
 
 
 def run(path: Path, as_json: bool) -> None:
@@ -22,6 +30,9 @@ def run(path: Path, as_json: bool) -> None:
     console.print(_facts(bundle))
     console.print(_constants(bundle))
     console.print(graph_table(bundle.manifest))
+    audit = load_audit(bundle)
+    if audit is not None:
+        console.print(overflow_table(audit.graphs, rows=3))
     if bundle.manifest.compiled:
         console.print(_compiled(bundle))
     console.print(parity_table(bundle.manifest.parity))

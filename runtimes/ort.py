@@ -100,6 +100,11 @@ class OrtRuntime:
         self._closed = True
 
     def _open(self, graph: str) -> Any:
+        if self._bundle.manifest.graphs[graph].precision == "bf16":
+            raise RuntimeFailure(
+                f"{graph} is in bf16, which ONNX Runtime does not compute in",
+                "Run the bundle with TensorRT, or export with --vae-precision fp16 or fp32.",
+            )
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         if self._options.threads is not None:

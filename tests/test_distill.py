@@ -187,10 +187,9 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_with_the_same_bits(
     while process.poll() is None and not (
         lines.is_file() and len(lines.read_bytes().splitlines()) >= 3
     ):
-        time.sleep(0.002)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it had ended before the kill"
-    assert state(tmp_path / "run")["step"] == 2
 
     distill(config)
     assert student_sha256(tmp_path / "run") == student_sha256(unbroken)
@@ -307,11 +306,9 @@ def test_two_processes_train_as_one_with_the_same_batch(tiny_distillation, start
     )
     assert done.returncode == 0, done.stderr
     # Each was first given a folder of its own, as on two machines that share no disk.
-    different = [f"the processes see different states in {tmp_path}/run-of-{n}" for n in (0, 1)]
-    lines = done.stdout.splitlines()
-    assert sorted(lines[:2]) == different
-    assert lines[2] == f"Trained. {tmp_path}/run/student"
-    assert sum("Trained" in line for line in lines) == 1
+    for rank in (0, 1):
+        assert f"different states in {tmp_path}/run-of-{rank}" in done.stdout
+    assert done.stdout.count(f"Trained. {tmp_path}/run/student") == 1
     assert done.stderr.count("loading the teacher") == 1
 
     reference = replace(tiny_distillation, out=str(tmp_path / "reference"), iterations=2)
@@ -461,7 +458,7 @@ def test_ctrl_c_says_how_to_go_on_and_ends_with_130(run, tiny_distillation, tmp_
     code, _, err = run("distill", as_toml(tmp_path / "c.toml", config))
     assert code == 130
     assert "error: interrupted after step " in err
-    assert f"is saved in {tmp_path}/run: run the same command again to go on" in err
+    assert f"the last save is in {tmp_path}/run: run the same command again to go on" in err
 
 
 def test_without_the_extra_the_command_names_the_pip_line(run, monkeypatch):

@@ -21,7 +21,7 @@ from torch.nn.modules import module as torch_module
 
 from tiue_export import ExportOptions, export_onnx, load_student
 from tiue_export import overflow_audit as audit_module
-from tiue_export.errors import BundleError, ParityError, UsageError
+from tiue_export.errors import BundleError, ParityError, RuntimeFailure, UsageError
 from tiue_export.export.to_onnx import onnx_from_graph
 from tiue_export.export.tokenizer_files import tokenizer_of
 from tiue_export.graphs import Graph, build_graphs, run_graph
@@ -48,6 +48,8 @@ from tiue_export.overflow_audit import (
 )
 from tiue_export.parity import PROMPTS
 from tiue_export.reference import Capture, capture, half_attention, measure_half_arithmetic
+from tiue_export.registry import open_runtime
+from tiue_export.specs import RuntimeOptions
 from tiue_export.student import Student
 
 UNET = ("unet_encoder", "unet_decoder")
@@ -296,6 +298,9 @@ def test_the_vae_precision_is_the_audits_or_the_users(tiny_student, tmp_path):
     assert [graph.graph for graph in load_audit(bundle).graphs] == list(UNET)
     (record,) = (r for r in bundle.manifest.parity if r.subject == "vae_decoder")
     assert (record.hop, record.gate, record.passed) == ("bf16 arithmetic", 40, True)
+    runtime = open_runtime("ort", bundle, RuntimeOptions())
+    with pytest.raises(RuntimeFailure, match="vae_decoder is in bf16, which ONNX Runtime does not"):
+        runtime.run("vae_decoder", {"latent_sample": np.zeros((1, 4, 8, 8), np.float32)})
     assert not any(record.subject == "picture" for record in bundle.manifest.parity)
     for precision, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
         chosen = replace(options, vae_precision=precision)
@@ -594,6 +599,11 @@ def test_audit_prints_the_largest_activations_and_what_stays_in_float32(
     assert "Largest activations (half precision ends at 65504)" in out
     assert f"unet_encoder/{DOWN}.ff stays in float32: mul in {DOWN}.ff.net.0 reaches" in out
     assert "vae_decoder: half precision holds all" in out
+
+
+def test_audit_has_help_with_an_example(run):
+    code, out, _ = run("audit", "--help")
+    assert (code, "Example:" in out) == (0, True)
 
 
 def test_audit_reads_prompts_and_prints_json(run, tiny_pipeline, tmp_path):

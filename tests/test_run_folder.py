@@ -352,7 +352,7 @@ def test_a_figure_that_is_not_finite_ends_the_run_and_is_not_saved(run, value):
 
 
 @pytest.mark.parametrize(
-    ("at", "kept"), [(5, "step 4 is saved in {path}"), (1, "no step was saved yet")]
+    ("at", "kept"), [(5, "the last save is in {path}"), (1, "nothing was saved yet")]
 )
 def test_ctrl_c_says_what_is_kept_and_how_to_go_on(run, unbroken, at, kept):
     regression = Regression(run)

@@ -16,7 +16,7 @@ import diffusers
 import torch
 import transformers
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tiue_export.checkpoint import load_student
 from tiue_export.errors import CheckpointError, RuntimeFailure
@@ -130,7 +130,8 @@ class TorchSession:
         def counted(stage: str, scaled: bool) -> Iterator[None]:
             # torch counts no attention on CPUs by itself (2.13): its kernel has no formula.
             kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            with FlopCounterMode(display=False, custom_mapping={kernel: sdpa_flop}) as counter:
+            formulas = {kernel: _attention_flops}
+            with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
                 yield
             total = counter.get_total_flops() * (scale if scaled else 1.0)
             flops[stage] = flops.get(stage, 0.0) + total
@@ -238,6 +239,11 @@ def _text_inputs(student: Student, shape: tuple[int, int, int]) -> tuple[Tensor,
     generator = torch.Generator().manual_seed(0)
     text = torch.randn(batch, length, width, generator=generator)
     return ids, text.to(device, dtype)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **more: Any) -> int:
+    """By the shapes (B, heads, T, d): two matrix products."""
+    return sdpa_flop_count(query, key, value)
 
 
 def _wait_for(device: torch.device) -> None:

@@ -173,8 +173,7 @@ def _turn(pool: WorkerPool, row: _Row, number: int, settings: Settings) -> Measu
         others_cpu=_others_share(busy, answer),
     )
     if number == 1:
-        flops = pool.ask(contender.name, {"command": "count"})["flops"]
-        so_far = replace(so_far, flops=flops)
+        so_far = replace(so_far, flops=_flops(pool, contender.name))
     return replace(
         so_far,
         turns=(*so_far.turns, turn),
@@ -183,6 +182,17 @@ def _turn(pool: WorkerPool, row: _Row, number: int, settings: Settings) -> Measu
             so_far.run_peak_memory_bytes, answer["run_peak_memory_bytes"]
         ),
     )
+
+
+def _flops(pool: WorkerPool, name: str) -> dict[str, float]:
+    """Operations by stage; a contender that cannot tell them is measured all the same."""
+    try:
+        flops: dict[str, float] = pool.ask(name, {"command": "count"})["flops"]
+    except ContenderFailure as failure:
+        if failure.died:
+            raise
+        return {}
+    return flops
 
 
 def _others_share(busy_before: float | None, answer: Mapping[str, Any]) -> float | None:

@@ -24,7 +24,7 @@ from rich.progress import (
 
 from tiue_export.errors import CheckpointError, RuntimeFailure, first_line
 
-from .run_folder import RunFolder
+from .run_folder import STATE_FILE, RunFolder
 
 
 class Stateful(Protocol):
@@ -66,7 +66,7 @@ def train(
     if save_every % log_every:
         raise ValueError(f"save_every {save_every} is not a multiple of log_every {log_every}")
     with run.lock() if writes else nullcontext():
-        done = saved = _restore(run, parts, truncate=writes)
+        done = _restore(run, parts, truncate=writes)
         if writes:
             on_start(done)
             if done:
@@ -87,10 +87,9 @@ def train(
                         report(done, means)
                     if (done % save_every == 0 or done == steps) and writes:
                         run.save(done, **{name: part.state_dict() for name, part in parts.items()})
-                        saved = done
                         after_save(done)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_how_to_go_on(run, saved, done, steps)) from None
+            raise KeyboardInterrupt(_how_to_go_on(run, done, steps)) from None
 
 
 def _restore(run: RunFolder, parts: Mapping[str, Stateful], *, truncate: bool) -> int:
@@ -109,8 +108,9 @@ def _restore(run: RunFolder, parts: Mapping[str, Stateful], *, truncate: bool) -
     return int(state["step"])
 
 
-def _how_to_go_on(run: RunFolder, saved: int, done: int, steps: int) -> str:
-    kept = f"step {saved} is saved in {run.path}" if saved else "no step was saved yet"
+def _how_to_go_on(run: RunFolder, done: int, steps: int) -> str:
+    saved = (run.path / STATE_FILE).is_file()
+    kept = f"the last save is in {run.path}" if saved else "nothing was saved yet"
     return f"interrupted after step {done} of {steps}; {kept}: run the same command again to go on"
 
 
