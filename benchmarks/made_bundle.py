@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tiue_export.bundle import MANIFEST_FILE
 from tiue_export.errors import RuntimeFailure
 
 from .explained import run_explained
@@ -55,8 +56,8 @@ def made(asked: MadeBundle, work: Path) -> Path:
 
     Raises `RuntimeFailure` with what that process said.
     """
-    folder = work / f"made-{_identity(asked)}"
-    if (folder / "tiue.json").is_file():
+    folder = _folder(asked, work)
+    if is_made(asked, work):
         return folder
     work.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tiue_export.benchmarks.made_bundle", str(folder)]
@@ -69,6 +70,11 @@ def made(asked: MadeBundle, work: Path) -> Path:
         said = (explained or lines)[-1].removeprefix("error: ")
         raise RuntimeFailure(f"its graphs could not be made: {said}")
     return folder
+
+
+def is_made(asked: MadeBundle, work: Path) -> bool:
+    """Whether `made` has nothing left to do."""
+    return (_folder(asked, work) / MANIFEST_FILE).is_file()
 
 
 def make(asked: MadeBundle, folder: Path) -> None:
@@ -110,6 +116,10 @@ def _student(asked: MadeBundle) -> Student:
         config = {**student.scheduler_config, "timestep_spacing": "trailing"}
         student.scheduler_config, student.schedule = config, schedule_from_config(config, 1)
     return student
+
+
+def _folder(asked: MadeBundle, work: Path) -> Path:
+    return work / f"made-{_identity(asked)}"
 
 
 def _identity(asked: MadeBundle) -> str:

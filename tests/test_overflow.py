@@ -228,6 +228,20 @@ def test_a_skip_that_half_cannot_carry_travels_in_float32(tiny_student, tmp_path
             onnx_from_graph(graph, tmp_path)  # checks the file against the spec
 
 
+@pytest.mark.parametrize("hoist", ["decoder", "encoder", "none"])
+def test_a_whole_graph_in_float32_keeps_its_neighbours_contracts(hoist, tiny_student):
+    options = ExportOptions(precision="fp16", hoist=hoist)
+    captured, _, _ = audited(tiny_student, options)
+    plain = {graph.spec.name: graph.spec for graph in build_graphs(tiny_student, options, UNET)}
+    for whole in UNET:
+        parts = Float32Parts({whole: frozenset({""})})
+        for graph in build_graphs(tiny_student, replace(options, float32=parts), UNET):
+            assert graph.precision == ("fp32" if graph.spec.name == whole else "fp16")
+            assert graph.spec == plain[graph.spec.name]
+            feeds, expected = captured.graph_io[graph.spec.name]
+            assert measure_half_arithmetic(graph, feeds, expected, "").value > 60
+
+
 def test_scores_that_the_model_upcasts_are_no_risk(tiny_student):
     student = with_hot_scores(tiny_student, DOWN)
     student.unet.register_to_config(upcast_attention=True)

@@ -16,8 +16,9 @@ from transformers import CLIPTokenizer
 
 from tiue_export.errors import BundleError, CheckpointError, TiueError
 from tiue_export.export.tokenizer_files import write_tokenizer
-from tiue_export.synthetic import _write_tokenizer
+from tiue_export.synthetic import PROMPT_WORDS
 from tiue_export.tokenizer import Tokenizer, open_tokenizer
+from tiue_export.vocabulary import write_tokenizer as train_tokenizer
 
 LENGTH = 77
 BOS, EOS, BANG = 1022, 1023, 0
@@ -76,7 +77,7 @@ def pair(request, tmp_path_factory) -> Pair:
         "max_position_embeddings": LENGTH,
         "hidden_size": WIDTHS[request.param],
     }
-    _write_tokenizer(folder / "source", config)
+    train_tokenizer(folder / "source", [PROMPT_WORDS], {**config, "vocab_size": 1024})
     write_tokenizer(folder / "source", folder / "written", LENGTH)
     return Pair(
         folder / "source",

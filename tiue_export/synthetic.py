@@ -27,7 +27,7 @@ from tiue_export.vocabulary import write_tokenizer
 # Last layers of residual branches: kept small, so that depth does not amplify.
 _RESIDUAL = ("conv2", "to_out.0", "ff.net.2", "proj_out", "out_proj", "fc2")
 _RESIDUAL_GAIN = 0.4
-_WORDS = """a an the of in on at with and over under beside near photo photograph picture painting
+PROMPT_WORDS = """a an the of in on at with and over under beside near photo photograph picture painting
 drawing watercolor sketch portrait landscape red green blue yellow orange purple pink black white
 brown grey golden silver light dark bright soft morning evening night sunset snow rain clouds sky
 fox cat dog horse bird fish owl bear lion tiger rabbit elephant monkey astronaut robot castle house
@@ -56,7 +56,7 @@ def write_synthetic_pipeline(
         with quiet_libraries():
             built.save_pretrained(folder / part, safe_serialization=True)
         del built
-    write_tokenizer(folder / "tokenizer", [_WORDS], config.text_encoder)
+    write_tokenizer(folder / "tokenizer", [PROMPT_WORDS], config.text_encoder)
     write_scheduler(folder, config.scheduler, DEFAULT_STEPS)
     write_model_index(folder, config.scheduler, config.vae["_class_name"])
     return folder

@@ -16,7 +16,7 @@ from tiue_export.specs import TEXT_ENCODER, UNET_GRAPHS, VAE_DECODER
 
 from ..ceiling import ceilings_in_child, parse_ceilings
 from ..flops import bundle_flops
-from ..made_bundle import made
+from ..made_bundle import is_made, made
 from .contenders import Contender, Request, bundle_titles, expand
 from .environment import describe_environment
 from .record import UNET, Ceiling, Measurement, Record, Settings, to_json, write_text
@@ -79,13 +79,13 @@ def run(plan: Plan, tell: Tell = lambda line: None) -> Outcome:
     environment = describe_environment()
     if environment.is_busy:
         tell(f"warning: the machine is busy: load {environment.load_average[0]:.1f}")
-    with _work_folder(plan.work) as work:
-        contenders = [_ready(contender, Path(work), tell) for contender in contenders]
+    with work_folder(plan.work) as work:
+        contenders = [ready(contender, Path(work), tell) for contender in contenders]
         ceilings = given or _ceilings(plan, request, tell)
         told = _Teller(plan.settings, tell)
         rows = measure(contenders, plan.settings, timeout_s=plan.timeout_s, on_turn=told.turn_taken)
         # Graphs are counted from their files, which may go with the folder.
-        rows = [_counted(row) for row in rows]
+        rows = [counted(row) for row in rows]
     record = Record(environment, plan.settings, tuple(rows), ceilings)
     record = replace(record, warnings=tuple(standing_warnings(record)))
     ratios_to = asked or first_measured(record)
@@ -128,13 +128,14 @@ def write_outputs(outcome: Outcome, outputs: Outputs) -> None:
         plot_record(record, ratios_to[0] if ratios_to else None, outputs.plot)
 
 
-def _ready(contender: Contender, work: Path, tell: Tell) -> Contender:
+def ready(contender: Contender, work: Path, tell: Tell) -> Contender:
     """The contender with the bundles made that it needs; what fails becomes its reason."""
     if contender.missing is not None or not contender.made:
         return contender
     paths = {}
     for setting, asked in contender.made.items():
-        tell(f"{contender.name}: making its graphs")
+        if not is_made(asked, work):
+            tell(f"{contender.name}: making its graphs")
         try:
             paths[setting] = str(made(asked, work))
         except RuntimeFailure as failure:
@@ -142,7 +143,7 @@ def _ready(contender: Contender, work: Path, tell: Tell) -> Contender:
     return replace(contender, settings={**contender.settings, **paths})
 
 
-def _work_folder(work: Path | None) -> AbstractContextManager[str | Path]:
+def work_folder(work: Path | None) -> AbstractContextManager[str | Path]:
     if work is not None:
         return nullcontext(work)
     return tempfile.TemporaryDirectory(prefix="tiue-export-bench-")
@@ -159,7 +160,7 @@ def _ceilings(plan: Plan, request: Request, tell: Tell) -> Mapping[str, Ceiling]
         return {}
 
 
-def _counted(row: Measurement) -> Measurement:
+def counted(row: Measurement) -> Measurement:
     """The row with its operations per stage, where its graphs' files tell them."""
     if row.session != "graphs" or row.facts is None or missing_modules(("onnx",)):
         return row

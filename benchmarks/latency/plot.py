@@ -21,6 +21,9 @@ _STAGES: tuple[tuple[str, str, str], ...] = (
     ("vae_decoder", "VAE decoder", "#009E73"),
 )
 _REST = "#BBBBBB"
+_TITLES = (*(title for _, title, _ in _STAGES), "rest")
+# Bars more than so many times as long as the median one are cut.
+_CUT_AT = 5
 _ROW_IN = 0.42
 
 
@@ -36,8 +39,16 @@ def plot_record(record: Record, ratio_name: str | None, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(10, height), layout="constrained")
     try:
         _draw(axes, shown, record, ratio_name)
-        if shown:
-            figure.legend(loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+        handles, labels = axes.get_legend_handles_labels()
+        order = [labels.index(title) for title in _TITLES if title in labels]
+        figure.legend(
+            [handles[i] for i in order],
+            [labels[i] for i in order],
+            loc="outside lower center",
+            ncols=len(_TITLES),
+            fontsize=8,
+            frameon=False,
+        )
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=150)
@@ -47,35 +58,46 @@ def plot_record(record: Record, ratio_name: str | None, path: Path) -> None:
 
 def _draw(axes: Any, shown: list[Measurement], record: Record, ratio_name: str | None) -> None:
     first = record.by_name().get(ratio_name or "")
+    limit_s = _limit_ms([_whole(spreads(entry)) for entry in shown]) / 1e3
     labelled: set[str] = set()
-    longest = max((_whole(spreads(entry)).p90_ms for entry in shown), default=1.0)
     for row, entry in enumerate(shown):
         known = spreads(entry)
-        left = _draw_stages(axes, row, known, labelled)
+        end_s = _draw_stages(axes, row, known, labelled) / 1e3
         whole = _whole(known)
-        error = [[whole.median_ms - whole.p10_ms], [whole.p90_ms - whole.median_ms]]
-        axes.errorbar(
-            whole.median_ms / 1e3,
-            row,
-            xerr=[[value[0] / 1e3] for value in error],
-            color="black",
-            capsize=3,
-            linewidth=1,
-        )
+        low, middle, high = (value / 1e3 for value in (whole.p10_ms, whole.median_ms, whole.p90_ms))
         ratio = None
         if first is not None and entry is not first:
             ratio = ratio_to(entry, first, _whole_stage(known))
         text = _seconds(whole.median_ms) + ("" if ratio is None else f"   x {ratio_text(ratio)}")
-        place = max(whole.p90_ms, left) / 1e3 + longest / 1e3 * 0.015
-        axes.text(place, row, text, va="center", fontsize=8, color="#222222")
+        if middle > limit_s:
+            text, white = f"{text}   (bar cut)", {"color": "white", "pad": 1.5, "linewidth": 0}
+            axes.text(limit_s * 0.97, row, text, va="center", ha="right", fontsize=8, bbox=white)
+            continue
+        axes.errorbar(
+            middle,
+            row,
+            xerr=[[middle - low], [high - middle]],
+            color="black",
+            capsize=3,
+            linewidth=1,
+        )
+        axes.text(max(high, end_s) + limit_s * 0.015, row, text, va="center", fontsize=8)
     axes.set_yticks(range(len(shown)), [entry.name for entry in shown], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, longest / 1e3 * 1.3)
+    axes.set_xlim(0, limit_s)
     missing = [entry.name for entry in record.contenders if not entry.measured]
     note = f"\nnot measured: {', '.join(missing)}" if missing else ""
     axes.set_xlabel(f"seconds per drawing (median; whiskers p10 to p90){note}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(_title(record, ratio_name), fontsize=10, loc="left")
+
+
+def _limit_ms(wholes: list[Spread]) -> float:
+    """Where the axis ends: bars many times as long as the usual ones are cut, not the others."""
+    if not wholes:
+        return 1e3
+    usual = sorted(whole.median_ms for whole in wholes)[len(wholes) // 2]
+    return 1.35 * max(w.p90_ms for w in wholes if w.median_ms <= _CUT_AT * usual)
 
 
 def _draw_stages(axes: Any, row: int, known: Mapping[str, Spread], labelled: set[str]) -> float:

@@ -65,7 +65,8 @@ def columns(record: Record, ratios_to: Sequence[str], *, detailed: bool) -> list
         for stage in (UNET, END_TO_END):
             if stage in stages:
                 title = f"{_PART_TITLES[stage]} / {letter}"
-                chosen.append(Column(title, _ratio_cell(stage, rows[name])))
+                interval = detailed or len(ratios_to) == 1
+                chosen.append(Column(title, _ratio_cell(stage, rows[name], interval=interval)))
     if any(entry.flops for entry in record.contenders):
         if detailed:
             chosen.append(Column("UNet TFLOP", _work_cell))
@@ -81,8 +82,10 @@ def _letters(ratios_to: Sequence[str]) -> dict[str, str]:
 
 
 def _legend(ratios_to: Sequence[str]) -> str:
+    if not ratios_to:
+        return "Memory: peak of the process"
     named = ", ".join(f"{letter} = {name}" for letter, name in _letters(ratios_to).items())
-    return f"{named}; ratios of times with their 95 % intervals; memory: peak of the process"
+    return f"{named}. Ratios of times [95 % interval]; memory: peak of the process"
 
 
 def rich_table(record: Record, ratios_to: Sequence[str]) -> Table:
@@ -197,10 +200,14 @@ def _spread_cell(stage: str, *, detailed: bool) -> Callable[[Measurement], str]:
     return cell
 
 
-def _ratio_cell(stage: str, first: Measurement) -> Callable[[Measurement], str]:
+def _ratio_cell(stage: str, first: Measurement, *, interval: bool) -> Callable[[Measurement], str]:
     def cell(entry: Measurement) -> str:
         ratio = ratio_to(entry, first, stage)
-        return "-" if ratio is None else ("1" if entry is first else ratio_text(ratio))
+        if ratio is None:
+            return "-"
+        if entry is first:
+            return "1"
+        return ratio_text(ratio) if interval else f"{ratio.value:.3g}"
 
     return cell
 
