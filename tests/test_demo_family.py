@@ -65,7 +65,7 @@ def test_every_emoji_has_a_name_of_its_own_and_a_coloured_picture(whole_corpus):
 
 
 def test_missing_sources_name_the_packages_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr("emoji.corpus.FONT", tmp_path / "no.ttf")
+    monkeypatch.setattr("emoji_family.corpus.FONT", tmp_path / "no.ttf")
     with pytest.raises(MissingExtraError, match=r"no\.ttf, which is not there") as caught:
         load_corpus()
     assert caught.value.next_step == f"Run: apt-get install {' '.join(PACKAGES)}"

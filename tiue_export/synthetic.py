@@ -27,8 +27,9 @@ from tiue_export.vocabulary import write_tokenizer
 # Last layers of residual branches: kept small, so that depth does not amplify.
 _RESIDUAL = ("conv2", "to_out.0", "ff.net.2", "proj_out", "out_proj", "fc2")
 _RESIDUAL_GAIN = 0.4
-PROMPT_WORDS = """a an the of in on at with and over under beside near photo photograph picture painting
-drawing watercolor sketch portrait landscape red green blue yellow orange purple pink black white
+PROMPT_WORDS = """
+a an the of in on at with and over under beside near photo photograph picture painting drawing
+watercolor sketch portrait landscape red green blue yellow orange purple pink black white
 brown grey golden silver light dark bright soft morning evening night sunset snow rain clouds sky
 fox cat dog horse bird fish owl bear lion tiger rabbit elephant monkey astronaut robot castle house
 mountain river lake forest tree flower garden city street bridge boat train car apple cup table
