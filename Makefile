@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/tiue-export demo --out demo --force
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -98,7 +98,7 @@ def _contender(sweep: Sweep, axis: str, value: int, variant: str) -> Contender:
     what = f"{variant} UNet at {_TITLES[axis]} = {value}"
     name = f"{axis}={value}/{variant}/{sweep.runtime}/{sweep.precision}"
     common = {"threads": threads, "unet_only": True}
-    shape = {key: number for key, number in changed.items() if key != "threads"}
+    shape: dict[str, Any] = {key: side for key, side in changed.items() if key != "threads"}
     if sweep.runtime == "torch":
         settings = {"checkpoint": sweep.checkpoint, "base": sweep.base, **shape, **common}
         return Contender(name, what, "torch", {**settings, "precision": sweep.precision})
@@ -137,7 +137,7 @@ def plot_scaling(record: Record, path: Path) -> None:
                 draw(grid[row][column], own)
                 _dress(grid[row][column], own, axis if row == 2 else None)
         for row, title in enumerate(
-            ("UNet, seconds", "peak memory, GB", "time / naive (dotted: operations / naive)")
+            ("UNet, seconds", "peak memory, GB", "time / naive (dotted: operations)")
         ):
             grid[row][0].set_ylabel(title, fontsize=9)
         handles, labels = grid[0][0].get_legend_handles_labels()
@@ -226,7 +226,7 @@ def _dress(axes: Any, points: Sequence[_Point], axis: str | None) -> None:
         axes.set_xscale("log", base=2)
     axes.set_xticks(values, [str(value) for value in values])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     if axis is not None:
@@ -281,7 +281,7 @@ def run_sweep(
         print(line, file=sys.stderr)
 
     def turn_taken(number: int, row: Measurement) -> None:
-        told = row.reason or f"{row.turns[-1].latency_ms[UNET]} ms"
+        told = row.reason or f"{row.turns[-1].latency_ms[UNET][0]:.4g} ms"
         tell(f"round {number} of {settings.rounds}  {row.name}: {told}")
 
     with work_folder(work) as folder:

@@ -42,7 +42,8 @@ class WorkerProcess:
             encoding="utf-8",
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self.resident_bytes = 0
 
     @property
@@ -88,6 +89,9 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        self._listener.join()
+        assert process.stdout is not None
+        process.stdout.close()
         self._said.close()
 
     def _listen(self) -> None:

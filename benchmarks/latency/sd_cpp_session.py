@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import stable_diffusion_cpp
-
 from tiue_export.errors import CheckpointError, RuntimeFailure
 from tiue_export.parity import PROMPTS
 from tiue_export.specs import TEXT_ENCODER, VAE_DECODER
@@ -51,7 +49,11 @@ class SdCppSession:
     """A loaded model; every drawing goes through `generate_image`."""
 
     def __init__(self, settings: SdCppSettings) -> None:
+        # Deferred, so that the log's reader below can be used without the package.
+        import stable_diffusion_cpp
+
         self._settings = settings
+        self._version = str(getattr(stable_diffusion_cpp, "__version__", "unknown"))
         # By default it takes half of the cores.
         self._threads = settings.threads or usable_cores()
         self._size_px = (settings.width or 512, settings.height or 512)
@@ -73,11 +75,7 @@ class SdCppSession:
         return Facts(
             device="cpu",
             precision=self._settings.weights,
-            versions={
-                "stable-diffusion-cpp-python": str(
-                    getattr(stable_diffusion_cpp, "__version__", "unknown")
-                )
-            },
+            versions={"stable-diffusion-cpp-python": self._version},
             size_px=self._size_px,
             batch=1,
             threads=self._threads,
