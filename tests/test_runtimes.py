@@ -277,9 +277,7 @@ def test_an_unknown_device_is_refused_by_name(compiled_bundle, options, name):
 def test_a_precision_is_refused_where_the_runtime_cannot_choose(compiled_bundle, options, name):
     with pytest.raises(UsageError) as caught:
         open_runtime(name, compiled_bundle, replace(options, precision="bf16"))
-    assert caught.value.message == (
-        f"the {name} runtime computes in its bundle's precision, fp32"
-    )
+    assert caught.value.message == (f"the {name} runtime computes in its bundle's precision, fp32")
 
 
 @pytest.mark.skipif(
