@@ -61,11 +61,13 @@ def columns(record: Record, ratios_to: Sequence[str], *, detailed: bool) -> list
         if stage in stages
     ]
     rows = record.by_name()
+    decisive = END_TO_END if END_TO_END in stages else UNET
     for letter, name in _letters(ratios_to).items():
         for stage in (UNET, END_TO_END):
             if stage in stages:
                 title = f"{_PART_TITLES[stage]} / {letter}"
-                interval = detailed or len(ratios_to) == 1
+                # A terminal has room for one interval: that of the whole.
+                interval = detailed or (len(ratios_to) == 1 and stage == decisive)
                 chosen.append(Column(title, _ratio_cell(stage, rows[name], interval=interval)))
     if any(entry.flops for entry in record.contenders):
         if detailed:
@@ -100,7 +102,10 @@ def rich_table(record: Record, ratios_to: Sequence[str]) -> Table:
     table.add_column("contender", no_wrap=True)
     chosen = columns(record, ratios_to, detailed=False)
     for column in chosen:
-        table.add_column(column.title, justify="right", overflow="fold")
+        # Broken numbers cannot be read, broken titles can.
+        longest = max(len(column.cell(entry)) for entry in record.contenders)
+        wide = longest > len(column.title)
+        table.add_column(column.title, justify="right", overflow="fold", no_wrap=wide)
     for entry in record.contenders:
         if entry.measured:
             table.add_row(escape(entry.name), *(column.cell(entry) for column in chosen))
