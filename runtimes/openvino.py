@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 
 from tiue_export.bundle import Bundle
+from tiue_export.cache_folder import user_cache_folder
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.specs import Array, Feeds, RuntimeOptions
 
@@ -126,14 +125,9 @@ def _config(core: Any, device: str, arithmetic: str, options: RuntimeOptions) ->
     config: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": _TYPES[arithmetic],
         "PERFORMANCE_HINT": "LATENCY",
-        "CACHE_DIR": str(_cache_folder()),
+        # OpenVINO keys compiled models by their content.
+        "CACHE_DIR": str(user_cache_folder() / "openvino"),
     }
     if device == "CPU" and options.threads is not None:
         config["INFERENCE_NUM_THREADS"] = options.threads
     return config
-
-
-def _cache_folder() -> Path:
-    """Where OpenVINO keeps compiled models; it keys them by content itself."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "tiue-export" / "openvino"

@@ -14,10 +14,10 @@ import numpy as np
 import onnxruntime as ort
 
 from tiue_export.bundle import Bundle
+from tiue_export.cache_folder import user_cache_folder
 from tiue_export.errors import RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.specs import GRAPH_NAMES, Array, ChainResult, Feeds, RuntimeOptions
 
-from .cache_folder import user_cache_folder
 from .chain_memory import NOISE, TOKENS, checked_chain_feeds, checked_feeds
 from .ort_chain import OrtChain
 from .ort_rtx import PROVIDER, rtx_devices

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiue_export.cache_folder import user_cache_folder
 from tiue_export.errors import ResourceError, RuntimeFailure, TiueError, first_line
 from tiue_export.tensorrt_flavor import Flavor
 
-from .cache_folder import user_cache_folder
 from .chain_memory import EngineDescription, EngineTensor
 from .cuda_device import FREE_MEMORY
 

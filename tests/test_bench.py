@@ -57,22 +57,6 @@ def cache(tmp_path_factory):
         yield
 
 
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Call the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_COLOR", "1")
-    cli = importlib.import_module("tiue_export.apps.cli")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 def facts(**changed):
     known = {"device": "cpu", "precision": "fp32", "versions": {}, "size_px": (64, 64), "batch": 1}
     return record.Facts(**{**known, **changed})

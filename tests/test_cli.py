@@ -23,22 +23,6 @@ from tiue_export.errors import BundleError
 from tiue_export.picture import parameters_from_png
 
 
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Call the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_COLOR", "1")
-    cli = importlib.import_module("tiue_export.apps.cli")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def weights(tiny_pipeline: Path) -> dict[str, torch.Tensor]:
     return load_file(tiny_pipeline / "unet" / "diffusion_pytorch_model.safetensors")

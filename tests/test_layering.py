@@ -21,7 +21,7 @@ SPOKES = ("runtimes", "calibration", "benchmarks", "apps")
 # The hub, lowest first: a module imports only from lines above its own.
 LIGHT_LAYERS = (  # numpy only: what runs a bundle on a device, without torch
     ("_version", "errors"),
-    ("specs", "schedule", "family", "weight_container"),
+    ("cache_folder", "specs", "schedule", "family", "weight_container"),
     ("compare", "contact_sheet", "manifest", "noise", "picture", "tokenizer"),
     ("bundle",),
     ("bundle_archive", "tensorrt_flavor"),

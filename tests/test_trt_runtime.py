@@ -23,6 +23,7 @@ from test_layering import ROOT
 
 from tiue_export import Pipeline
 from tiue_export.bundle import Bundle, add_compiled, compiled_folder, file_records, open_bundle
+from tiue_export.cache_folder import user_cache_folder
 from tiue_export.compare import GATES_PSNR_DB, psnr_db
 from tiue_export.engine_identity import graph_identity, rtx_target, tensorrt_target
 from tiue_export.errors import (
@@ -35,7 +36,6 @@ from tiue_export.errors import (
 )
 from tiue_export.manifest import Compiled, CompiledGraph
 from tiue_export.registry import open_runtime
-from tiue_export.runtimes.cache_folder import user_cache_folder
 from tiue_export.runtimes.chain_memory import (
     LATENTS,
     NOISE,
@@ -555,7 +555,7 @@ def test_a_cache_folder_that_cannot_be_written_stops_nothing(tmp_path):
 
 CORE = [
     f"tiue_export.runtimes.{name}"
-    for name in ("trt", "trt_engine", "chain_memory", "cuda_device", "cuda_divide", "cache_folder")
+    for name in ("trt", "trt_engine", "chain_memory", "cuda_device", "cuda_divide")
 ]
 
 

@@ -5,13 +5,12 @@ Everything that cannot be honoured is refused here, by name. Loads without torch
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tiue_export.bundle import Bundle
+from tiue_export.cache_folder import user_cache_folder
 from tiue_export.engine_identity import Flags, graph_identity, rtx_target, tensorrt_target
 from tiue_export.errors import RuntimeFailure, UsageError, unknown_name
 from tiue_export.export.trt_engine import EngineRequest
@@ -253,13 +252,6 @@ def _timing_cache(flavor: Flavor, device: Device | None) -> Path | None:
         return None
     words = [flavor.version, device.name, device.compute_capability, f"cuda{device.cuda}"]
     name = "-".join(words).replace(" ", "_").replace("/", "_")
-    folder = _cache_folder()
+    folder = user_cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}.timing"
-
-
-def _cache_folder() -> Path:
-    if platform.system() == "Windows" and os.environ.get("LOCALAPPDATA"):
-        return Path(os.environ["LOCALAPPDATA"]) / "tiue-export"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tiue-export"

@@ -1,4 +1,4 @@
-"""Where a runtime may keep what it can make again, such as kernels compiled for this GPU."""
+"""Where what can be made again may be kept: timing caches, models compiled for this machine."""
 
 from __future__ import annotations
 
