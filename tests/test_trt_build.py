@@ -43,9 +43,10 @@ from tiue_export.export.trt_engine import (
     EngineRequest,
     PhaseTree,
     is_memory_error,
+    parse,
 )
 from tiue_export.export.trt_plan import TrtOptions, TrtPlan, plan_trt
-from tiue_export.export.trt_precision import Census, engine_census
+from tiue_export.export.trt_precision import Census, engine_census, network_census
 from tiue_export.manifest import Compiled, CompiledGraph, FileRecord
 from tiue_export.tensorrt_flavor import (
     BEYOND_CORE,
@@ -212,6 +213,22 @@ def test_half_asked_and_float_got_fails_before_anything_is_built(tiny_bundle, tm
     assert error.next_step == "Export again: tiue-export onnx --precision fp16."
     assert open_bundle(bundle.root).manifest.compiled == {}
     assert not [path for path in bundle.root.iterdir() if "partial" in path.name]
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("modules", "left"),
+    [((), 16), (("encoder.layers.0.mlp",), 14), (("encoder.layers.0", "encoder.layers.1"), 0)],
+)
+def test_products_that_an_audit_put_in_float_are_not_held_against_an_engine(
+    tiny_bundle, modules, left
+):
+    flavor = load_flavor("rtx")
+    logger = flavor.trt.Logger(flavor.trt.Logger.ERROR)
+    _builder, network, _parser = parse(str(tiny_bundle.graph_path(TEXT)), flavor, logger)
+    census = network_census(network, modules)
+    assert census.products["float"] - census.audited == left
+    assert census.mostly_float == (left > 0)
 
 
 @needs_rtx

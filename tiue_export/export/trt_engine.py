@@ -73,6 +73,7 @@ class EngineRequest:
     refit: bool = False
     tf32: bool = False
     must_be_half: bool = False
+    float32_modules: tuple[str, ...] = ()
     compute_capabilities: tuple[str, ...] = ()
     timing_cache: str | None = None
     refit_plan: str | None = None
@@ -83,7 +84,8 @@ class EngineRequest:
     @staticmethod
     def from_json(text: str) -> EngineRequest:
         data = json.loads(text)
-        data["compute_capabilities"] = tuple(data["compute_capabilities"])
+        for name in ("compute_capabilities", "float32_modules"):
+            data[name] = tuple(data[name])
         return EngineRequest(**data)
 
 
@@ -221,12 +223,13 @@ def _build(
     request: EngineRequest, flavor: Flavor, device: Device | None, logger: Any, channel: Channel
 ) -> dict[str, Any]:
     builder, network, parser = parse(request.onnx, flavor, logger)
-    census = network_census(network)
+    census = network_census(network, request.float32_modules)
     if request.must_be_half and census.mostly_float:
         raise EngineFailure(
             NOT_HALF,
-            f"{census.products.get('float', 0)} of {sum(census.products.values())} convolutions "
-            "and matrix products came out in float",
+            f"{census.products.get('float', 0) - census.audited} of "
+            f"{sum(census.products.values()) - census.audited} convolutions and matrix products "
+            "came out in float",
         )
     workspace_bytes = request.workspace_mb * _MEGABYTE or free_workspace_bytes(device)
     channel.send("workspace", megabytes=workspace_bytes // _MEGABYTE)

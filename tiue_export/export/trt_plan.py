@@ -91,6 +91,7 @@ class TrtPlan:
             refit=bool(flags["refit"]),
             tf32=bool(flags["tf32"]),
             must_be_half=bundle.manifest.graphs[graph].precision != "fp32",
+            float32_modules=bundle.manifest.graphs[graph].float32_modules,
             compute_capabilities=_listed(self.target) if self.flavor.name == "rtx" else (),
             timing_cache=None if cache is None else str(cache),
         )

@@ -38,19 +38,24 @@ class Census:
     """Layers that compute, by precision; `products` counts convolutions and matrix products alone.
 
     `reasons` says what the float layers belong to, with their number; casts are counted apart, as
-    they are the borders of the islands.
+    they are the borders of the islands. `audited` are the float products of modules that the
+    bundle's overflow audit put in float32.
     """
 
     layers: Mapping[str, int]
     products: Mapping[str, int]
     reasons: Mapping[str, int] = field(default_factory=dict)
     casts: int = 0
+    audited: int = 0
 
     @property
     def mostly_float(self) -> bool:
-        """Whether float carries most of the work: then this is no half-precision engine."""
+        """Whether float carries most of the work: then this is no half-precision engine.
+
+        Products that an audit put in float32 are there on purpose and do not count.
+        """
         counts = self.products if sum(self.products.values()) else self.layers
-        return 2 * counts.get("float", 0) > sum(counts.values())
+        return 2 * (counts.get("float", 0) - self.audited) > sum(counts.values()) - self.audited
 
     def report(self) -> dict[str, str | int]:
         """The census as entries of `CompiledGraph.report`."""
@@ -66,8 +71,13 @@ class Census:
         return entries
 
 
-def network_census(network: Any) -> Census:
-    """Count a parsed `INetworkDefinition`, whose dtypes are final under strong typing."""
+def network_census(network: Any, float32_modules: Iterable[str] = ()) -> Census:
+    """Count a parsed `INetworkDefinition`, whose dtypes are final under strong typing.
+
+    `float32_modules` are those of the manifest's graph record: layers carry their nodes' names,
+    which begin with the path of their module.
+    """
+    audited, kept = 0, tuple(float32_modules)
     layers: Counter[str] = Counter()
     products: Counter[str] = Counter()
     islands, casts = _Islands(), 0
@@ -84,7 +94,12 @@ def network_census(network: Any) -> Census:
         layers[precision] += 1
         if kind in _PRODUCTS:
             products[precision] += 1
-    return Census(dict(layers), dict(products), islands.reasons(), casts)
+            audited += precision == "float" and _is_under(layer.name, kept)
+    return Census(dict(layers), dict(products), islands.reasons(), casts, audited)
+
+
+def _is_under(node: str, modules: tuple[str, ...]) -> bool:
+    return any(node.startswith((f"{module}/", f"{module}.")) for module in modules)
 
 
 def _precision(layer: Any) -> str | None:
