@@ -38,12 +38,12 @@ from rich.progress import (
 from torch import Tensor
 
 from tiue_export._version import __version__
+from tiue_export.atomic_file import write_atomically
 from tiue_export.bundle import disk_errors
 from tiue_export.errors import RuntimeFailure, UsageError, first_line
 from tiue_export.noise import check_seeds, noise_from_seed
 from tiue_export.registry import require
 from tiue_export.schedule import schedule_from_config
-from tiue_export.train.run_folder import write_atomically
 
 from .ddim_features import LoadedPipeline, block_outputs, load_pipeline
 from .feature_similarity_report import (

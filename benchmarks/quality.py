@@ -28,6 +28,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tiue_export.atomic_file import write_atomically
 from tiue_export.bundle import Bundle, disk_errors, open_bundle
 from tiue_export.compare import IDENTICAL_DB, psnr_db
 from tiue_export.contact_sheet import contact_sheet
@@ -38,7 +39,6 @@ from tiue_export.pipeline import Pipeline
 from tiue_export.quality_data import PICTURE_SIZE_PX, Prompt, QualityData, load_quality_data
 from tiue_export.registry import require
 from tiue_export.specs import Array, RuntimeOptions
-from tiue_export.train.run_folder import write_atomically
 
 from .explained import run_explained
 from .quality_metrics import (

@@ -21,7 +21,7 @@ SPOKES = ("runtimes", "calibration", "benchmarks", "apps")
 # The hub, lowest first: a module imports only from lines above its own.
 LIGHT_LAYERS = (  # numpy only: what runs a bundle on a device, without torch
     ("_version", "errors"),
-    ("cache_folder", "specs", "schedule", "family", "weight_container"),
+    ("atomic_file", "cache_folder", "specs", "schedule", "family", "weight_container"),
     ("compare", "contact_sheet", "manifest", "noise", "picture", "tokenizer"),
     ("bundle",),
     ("bundle_archive", "tensorrt_flavor"),
@@ -39,6 +39,9 @@ EXPORT_LAYERS = (  # torch, diffusers, transformers, onnx: imported on use
     ("graphs",),
     ("overflow_audit",),
     ("reference",),
+    ("mil_ops", "mil_package"),
+    ("mil_weights",),
+    ("mil_evaluator",),
     ("export",),  # only a docstring, as it runs before its modules
     ("export.trt_precision",),
     ("export.trt_engine",),

@@ -17,9 +17,10 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from tiue_export.atomic_file import write_atomically
 from tiue_export.errors import CheckpointError, ResourceError, RuntimeFailure, UsageError
 from tiue_export.train.loop import train
-from tiue_export.train.run_folder import RunFolder, write_atomically
+from tiue_export.train.run_folder import RunFolder
 
 CONFIG = {"seed": 0, "rate": 1e-3, "targets": ("to_q", "to_v")}
 STEPS = 7
@@ -216,7 +217,7 @@ def test_a_run_cannot_be_made_on_a_full_disk(tmp_path):
 def test_a_file_over_the_size_limit_keeps_the_old_content(tmp_path):
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from tiue_export.train.run_folder import write_atomically\n"
+        "from tiue_export.atomic_file import write_atomically\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "write_atomically(Path(sys.argv[1]), bytes(5000))"
     )

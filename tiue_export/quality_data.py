@@ -25,10 +25,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tiue_export.atomic_file import write_atomically
 from tiue_export.bundle import disk_errors
 from tiue_export.errors import CheckpointError, UsageError, first_line
 from tiue_export.specs import Array
-from tiue_export.train.run_folder import write_atomically
 
 FORMAT_VERSION = 1
 FAMILY = "demo"

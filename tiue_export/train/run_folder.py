@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from tiue_export.atomic_file import write_atomically
 from tiue_export.bundle import disk_errors
 from tiue_export.errors import CheckpointError, UsageError, first_line
 
@@ -127,20 +128,6 @@ class RunFolder:
     def _truncate_journal(self, step: int) -> None:
         kept = [json.dumps(entry) for entry in self.journal() if entry["step"] <= step]
         write_atomically(self.path / JOURNAL_FILE, "".join(f"{k}\n" for k in kept).encode())
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write beside `file` and rename, so that a reader sees the old content or the new."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _read_state(file: Path) -> dict[str, Any]:
