@@ -44,7 +44,7 @@ class AutoencoderSettings:
 # Many small steps: this network learns by their number, hardly by the batch. The draft is good
 # enough to pretrain a teacher on, while the final one still learns from where the draft ended.
 DRAFT = AutoencoderSettings(steps=2500, batch=8, learning_rate=1e-3, decoder_only=False)
-FINAL = AutoencoderSettings(steps=6000, batch=8, learning_rate=8e-4, decoder_only=False, seed=2)
+FINAL = AutoencoderSettings(steps=4500, batch=8, learning_rate=8e-4, decoder_only=False, seed=2)
 DECODER = AutoencoderSettings(
     steps=6000, batch=16, learning_rate=5e-4, decoder_only=True, latent_noise=0.1, seed=1
 )
