@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from tiue_export.errors import BundleError, ResourceError
+from tiue_export.errors import BundleError, ResourceError, UsageError
 from tiue_export.manifest import Compiled, CompiledGraph, FileRecord, GraphRecord, Manifest
-from tiue_export.specs import GraphSpec
+from tiue_export.specs import VAE_DECODER, GraphSpec
 
 MANIFEST_FILE = "tiue.json"
 REFERENCE_FILE = "parity/reference.safetensors"
@@ -84,7 +84,7 @@ def open_bundle(path: str | Path) -> Bundle:
             else f"{root} does not exist"
             if not root.exists()
             else f"{root} is a file; a bundle is a folder with a {MANIFEST_FILE}",
-            "Make one with: tiue-export onnx --ckpt student.safetensors --out BUNDLE",
+            _bundle_meant(root),
         )
     try:
         text = manifest_path.read_text("utf-8")
@@ -93,6 +93,46 @@ def open_bundle(path: str | Path) -> Bundle:
     manifest = Manifest.from_json(text, str(manifest_path))
     _verify(root, manifest)
     return Bundle(root, manifest)
+
+
+def _bundle_meant(root: Path) -> str:
+    """What to type for a bundle that is not there: its neighbour of a similar name, or how to."""
+    import difflib
+
+    try:
+        near = [path.parent for path in root.parent.glob(f"[!.]*/{MANIFEST_FILE}")]
+        near += [path.parent for path in root.glob(f"[!.]*/{MANIFEST_FILE}")]
+    except OSError:  # a folder that cannot be listed suggests nothing
+        near = []
+    names = {path.name: path for path in near}
+    close = difflib.get_close_matches(root.name, names, n=1)
+    if close or len(near) == 1:
+        return f"Did you mean {str(names[close[0]] if close else near[0])!r}?"
+    if near:
+        listed = ", ".join(sorted(str(path) for path in near)[:5])
+        return f"Bundles there: {listed}."
+    return "Make one with: tiue-export onnx --ckpt student.safetensors --out BUNDLE"
+
+
+def require_one_pass(bundle: Bundle, what: str) -> None:
+    """Refuse a bundle of Faster Diffusion where only a distilled student will do."""
+    if bundle.manifest.faster is not None:
+        raise UsageError(
+            f"{what} is for distilled students, which draw in one pass; {bundle.root} draws in a "
+            "loop (Faster Diffusion)",
+            "ONNX Runtime (CPU, CUDA) and OpenVINO run it: see docs/faster-diffusion.md.",
+        )
+
+
+def require_whole_vae(bundle: Bundle, what: str) -> None:
+    """Refuse a bundle whose VAE decodes tiles where nobody would put them together."""
+    manifest = bundle.manifest
+    record = manifest.graphs.get(VAE_DECODER)
+    if record is not None and record.inputs[0].shape[2:] != tuple(manifest.latent_shape[2:]):
+        raise UsageError(
+            f"{what} decodes a picture as a whole; the VAE of {bundle.root} takes tiles",
+            "Export again without --vae-tile.",
+        )
 
 
 def all_files(manifest: Manifest) -> list[tuple[str, FileRecord]]:
@@ -184,8 +224,8 @@ def new_bundle(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     check_target(target, force=force)
     partial = _beside(target, "partial")
     with disk_errors(target):
-        partial.mkdir(parents=True)
-        try:
+        try:  # before mkdir: a SIGTERM that arrives while it runs raises as it returns
+            partial.mkdir(parents=True)
             yield partial
             _sync(partial)
             # Again: hours may have passed, and another export may have finished here.
@@ -206,8 +246,8 @@ def compiled_folder(bundle: Bundle, name: str) -> Iterator[Path]:
     _remove_leftovers(bundle.root / name)
     partial = _beside(bundle.root / name, "partial")
     with disk_errors(bundle.root / name):
-        partial.mkdir()
         try:
+            partial.mkdir()
             yield partial
         finally:
             shutil.rmtree(partial, ignore_errors=True)
