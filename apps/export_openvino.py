@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.markup import escape
@@ -12,10 +12,12 @@ from rich.table import Table
 
 from tiue_export.bundle import Bundle, check_target, open_bundle
 from tiue_export.errors import UsageError
+from tiue_export.openvino_import import import_openvino
 from tiue_export.registry import require
 
 from .export_onnx import ExportRequest, export, output_path
 from .export_onnx import run as export_onnx
+from .method_options import MethodRequest
 from .stages import stage_bar
 from .tables import console, megabytes, parity_table, print_json
 
@@ -29,6 +31,10 @@ class OpenvinoRequest:
     out: Path | None = None
     base: str | None = None
     vae: str | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    method: MethodRequest = field(default_factory=MethodRequest)
     weights: str = "fp32"
     precisions: tuple[str, ...] = ()
     force: bool = False
@@ -43,6 +49,9 @@ def run(request: OpenvinoRequest) -> None:
             "give a checkpoint or a bundle, one of them",
             "tiue-export openvino --ckpt student.safetensors, or --bundle BUNDLE.",
         )
+    request.method.check()
+    if request.bundle is not None:
+        _refuse_export_options(request)
     require("OpenVINO", ("openvino",), "openvino")
     from tiue_export.export.openvino_ir import FOLDER, OpenvinoOptions, compile_openvino
 
@@ -77,9 +86,27 @@ def run(request: OpenvinoRequest) -> None:
     )
 
 
+def _refuse_export_options(request: OpenvinoRequest) -> None:
+    """What decides the graphs was decided when the bundle was made."""
+    method = request.method
+    given = {
+        "--height": request.height is not None,
+        "--width": request.width is not None,
+        "--steps": request.steps is not None,
+        "--method": method != MethodRequest(),
+    }
+    named = [flag for flag, was_given in given.items() if was_given]
+    if named:
+        raise UsageError(
+            f"{', '.join(named)} and what belongs to it are for --ckpt; {request.bundle} has its "
+            "graphs already",
+            "Leave it out, or export from the checkpoint.",
+        )
+
+
 def native_precisions() -> tuple[str, ...]:
     """fp32, and bf16 where this CPU computes it natively: both will be offered, so both proven."""
-    import openvino
+    openvino = import_openvino()
 
     native = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return ("fp32", "bf16") if "BF16" in native else ("fp32",)
@@ -94,6 +121,10 @@ def _bundle_path(request: OpenvinoRequest) -> Path:
         request.out,
         base=request.base,
         vae=request.vae,
+        height=request.height,
+        width=request.width,
+        steps=request.steps,
+        method=request.method,
         force=request.force,
         as_json=request.as_json,
     )

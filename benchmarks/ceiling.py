@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from tiue_export.errors import RuntimeFailure, UsageError, first_line
+from tiue_export.openvino_import import import_openvino
 
 from .explained import run_explained
 from .latency.record import Ceiling
@@ -118,8 +119,8 @@ def _torch_trials(threads: int | None) -> Iterator[Trial]:
 
 
 def _openvino_trials(threads: int | None) -> Iterator[Trial]:
-    import openvino
-    from openvino import opset13 as operations
+    openvino = import_openvino()
+    operations = openvino.opset13
 
     core = openvino.Core()
     native = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import openvino as ov
 
 from tiue_export.bundle import Bundle
 from tiue_export.cache_folder import user_cache_folder
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, first_line, unknown_name
+from tiue_export.openvino_import import import_openvino
 from tiue_export.specs import Array, Feeds, RuntimeOptions
+
+ov = import_openvino()
 
 _FOLDER = "openvino"
 _TYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}

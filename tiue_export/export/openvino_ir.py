@@ -19,6 +19,7 @@ from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_
 from tiue_export.export.onnx_bundle import Observer, StageReport
 from tiue_export.manifest import Compiled, CompiledGraph, ParityRecord
 from tiue_export.memory import PeakMemory
+from tiue_export.openvino_import import import_openvino
 from tiue_export.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry import open_runtime, require
 from tiue_export.specs import RuntimeOptions
@@ -56,7 +57,7 @@ def compile_openvino(
         raise BundleError(
             f"{bundle.root} has OpenVINO graphs already", "Pass --force to make them again."
         )
-    import openvino
+    openvino = import_openvino()
 
     version = str(openvino.__version__)
     with compiled_folder(bundle, FOLDER) as folder:
@@ -85,7 +86,7 @@ def _convert(
     version: str,
     observer: Observer,
 ) -> CompiledGraph:
-    import openvino
+    openvino = import_openvino()
 
     observer.on_start(f"convert {graph}")
     start = time.perf_counter()
