@@ -11,23 +11,26 @@ contenders of `tiue-export bench` are, and the record is one of its records: two
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tiue_export.bundle import disk_errors
 from tiue_export.errors import UsageError, unknown_name
+from tiue_export.specs import UNET_DECODER, UNET_ENCODER
 
+from .ceiling import ceilings_in_child, parse_ceilings
 from .explained import run_explained
 from .latency.bench import counted, ready, work_folder
 from .latency.contenders import Contender
 from .latency.environment import describe_environment
 from .latency.record import UNET, Measurement, Record, Settings, read_record, to_json, write_text
 from .latency.report import rich_table, standing_warnings
-from .latency.summary import spreads, summarized
+from .latency.summary import peak_share, spreads, summarized
 from .latency.turns import measure
 from .made_bundle import MadeBundle
 
@@ -60,7 +63,9 @@ VARIANTS: Mapping[str, Variant] = {
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is varied, and on what."""
+    """What is varied, and on what. `peaks` are "PRECISION=TFLOPS"; without any, the machine's are
+    measured if `measure_peak`.
+    """
 
     checkpoint: str
     base: str | None
@@ -69,6 +74,8 @@ class Sweep:
     axes: tuple[tuple[str, tuple[int, ...]], ...]
     variants: tuple[str, ...]
     threads: int | None = None
+    peaks: tuple[str, ...] = ()
+    measure_peak: bool = True
 
 
 def contenders(sweep: Sweep) -> list[Contender]:
@@ -118,7 +125,8 @@ def _contender(sweep: Sweep, axis: str, value: int, variant: str) -> Contender:
 
 
 def plot_scaling(record: Record, path: Path) -> None:
-    """Draw `path`: a column for each axis; time, memory, and what hoisting and merging bring."""
+    """Draw `path`: a column for each axis; time, memory, what hoisting and merging bring, and
+    how near each graph comes to the machine's measured peak where the record has that."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -126,19 +134,19 @@ def plot_scaling(record: Record, path: Path) -> None:
 
     points = [point for entry in record.contenders if (point := _point(entry)) is not None]
     axes_found = [axis for axis in AXES if any(point.axis == axis for point in points)]
-    columns = max(1, len(axes_found))
-    figure, grid = pyplot.subplots(
-        3, columns, figsize=(1 + 3.4 * columns, 8), layout="constrained", squeeze=False
-    )
+    drawings = dict(_DRAWINGS)
+    if record.ceilings:
+        drawings[_SHARE_TITLE] = functools.partial(_draw_share, record=record)
+    columns, rows = max(1, len(axes_found)), len(drawings)
+    size = (1 + 3.4 * columns, 0.5 + 2.5 * rows)
+    figure, grid = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     try:
         for column, axis in enumerate(axes_found):
             own = [point for point in points if point.axis == axis]
-            for row, draw in enumerate((_draw_time, _draw_memory, _draw_gain)):
+            for row, draw in enumerate(drawings.values()):
                 draw(grid[row][column], own)
-                _dress(grid[row][column], own, axis if row == 2 else None)
-        for row, title in enumerate(
-            ("UNet, seconds", "peak memory, GB", "time / naive (dotted: operations)")
-        ):
+                _dress(grid[row][column], own, axis if row == rows - 1 else None)
+        for row, title in enumerate(drawings):
             grid[row][0].set_ylabel(title, fontsize=9)
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
@@ -220,6 +228,28 @@ def _draw_gain(axes: Any, points: Sequence[_Point]) -> None:
     axes.axhline(1, color="#999999", linewidth=0.8)
 
 
+def _draw_share(axes: Any, points: Sequence[_Point], record: Record) -> None:
+    """Operations over time over the machine's peak: the decoder of each form, and the encoder,
+    which all forms share, once."""
+    lines = _lines(points)
+    drawn = [(form.colour, "-", UNET_DECODER, line) for _, form, line in lines]
+    if lines:
+        drawn.append(("#009E73", "--", UNET_ENCODER, lines[-1][2]))
+    for colour, style, graph, line in drawn:
+        known = [(point.value, peak_share(point.entry, record, graph)) for point in line]
+        pairs = [(value, share) for value, share in known if share is not None]
+        if pairs:
+            axes.plot(*zip(*pairs, strict=True), color=colour, linestyle=style, marker=".")
+
+
+_DRAWINGS: Mapping[str, Callable[[Any, Sequence[_Point]], None]] = {
+    "UNet, seconds": _draw_time,
+    "peak memory, GB": _draw_memory,
+    "time / naive (dotted: operations)": _draw_gain,
+}
+_SHARE_TITLE = "share of the peak (dashed: encoder)"
+
+
 def _dress(axes: Any, points: Sequence[_Point], axis: str | None) -> None:
     values = sorted({point.value for point in points})
     if values[-1] > 3 * values[0]:
@@ -247,6 +277,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for one turn")
+    parser.add_argument("--peak", action="append", default=[], help="bf16=1.1: TFLOP/s, repeatable")
+    parser.add_argument("--no-peak", action="store_true", help="do not measure the machine's peak")
     parser.add_argument("--work", type=Path, help="folder that keeps the graphs")
     parser.add_argument("--record", type=Path, help="draw this record instead of measuring")
     parser.add_argument("--out", type=Path, help="record to write (.json)")
@@ -284,12 +316,16 @@ def run_sweep(
         told = row.reason or f"{row.turns[-1].latency_ms[UNET][0]:.4g} ms"
         tell(f"round {number} of {settings.rounds}  {row.name}: {told}")
 
+    ceilings = parse_ceilings(sweep.peaks)
+    if sweep.measure_peak and not ceilings:
+        tell("measuring the machine's ceiling")
+        ceilings = ceilings_in_child(None)
     with work_folder(work) as folder:
         points = [ready(point, Path(folder), tell) for point in contenders(sweep)]
         rows = measure(points, settings, timeout_s=timeout_s, on_turn=turn_taken)
         rows = [counted(row) for row in rows]
-    record = Record(environment, settings, tuple(rows))
-    return Record(environment, settings, tuple(rows), warnings=tuple(standing_warnings(record)))
+    record = Record(environment, settings, tuple(rows), ceilings)
+    return replace(record, warnings=tuple(standing_warnings(record)))
 
 
 def _sweep(arguments: argparse.Namespace) -> Sweep:
@@ -309,6 +345,8 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         axes=tuple(parse_axis(text) for text in arguments.axis),
         variants=variants,
         threads=arguments.threads,
+        peaks=tuple(arguments.peak),
+        measure_peak=not arguments.no_peak,
     )
 
 

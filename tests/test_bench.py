@@ -813,11 +813,14 @@ def test_a_sweep_in_torch_is_measured_written_and_drawn(tiny_pipeline, tmp_path)
     command = [sys.executable, "-m", f"{PACKAGE}.scaling"]
     command += ["--ckpt", str(tiny_pipeline), "--runtime", "torch"]
     command += ["--axis", "steps=2,3", "--axis", "threads=1", "--rounds", "1", "--runs", "1"]
+    command += ["--peak", "fp32=0.5"]
     command += ["--out", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "steps=3/naive/torch/fp32" in done.stdout
     written = record.read_record(tmp_path / "s.json").by_name()
     assert list(written) == [f"{a}/naive/torch/fp32" for a in ("steps=2", "steps=3", "threads=1")]
+    ceilings = record.read_record(tmp_path / "s.json").ceilings
+    assert ceilings["fp32"].tflops == 0.5
     more, fewer = (written[f"steps={k}/naive/torch/fp32"].flops["unet_decoder"] for k in (3, 2))
     assert more / fewer == pytest.approx(1.5)
     with Image.open(tmp_path / "s.png") as image:
@@ -837,6 +840,25 @@ def test_a_sweep_of_all_variants_is_drawn_from_its_record(tmp_path):
     scaling.plot_scaling(made_record(*rows), tmp_path / "s.png")
     with Image.open(tmp_path / "s.png") as image:
         assert min(image.size) > 300
+
+
+def test_the_share_of_the_peak_is_drawn_for_each_graph_where_the_peak_is_known(tmp_path):
+    row = measured(
+        "steps=4/hoisted/ort/fp32", [10.0, 11.0], [10.0],
+        stage=UNET, flops={UNET: 1e9}, peak_memory_bytes=10**9,
+    )  # fmt: skip
+    parts = (UNET, "unet_encoder", "unet_decoder")
+    taken = [replace(t, latency_ms=dict.fromkeys(parts, t.latency_ms[UNET])) for t in row.turns]
+    row = replace(row, turns=tuple(taken), flops=dict.fromkeys(parts, 1e9))
+    plain = made_record(row)
+    peaked = replace(plain, ceilings={row.facts.precision: record.Ceiling(1.0, "hand")})
+    assert summary.peak_share(row, peaked, "unet_decoder") == pytest.approx(0.1, rel=0.1)
+    heights = []
+    for number, one in enumerate((plain, peaked)):
+        scaling.plot_scaling(one, tmp_path / f"{number}.png")
+        with Image.open(tmp_path / f"{number}.png") as image:
+            heights.append(image.size[1])
+    assert heights[1] > 1.2 * heights[0]
 
 
 def test_bars_far_longer_than_the_others_are_cut(tmp_path):

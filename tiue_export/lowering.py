@@ -2,18 +2,20 @@
 
 A copy shares the student's weights where the dtype allows (no memory is spent), so the student
 itself is never changed. What is replaced in the copy: time projections by their constant values,
-attention processors by plain ones; norms, and modules that a caller names, compute in float32.
+attention processors by plain ones, gated units by two products; norms, and modules that a caller
+names, compute in float32.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from tiue_export.student import time_embedding
 
 M = TypeVar("M", bound=nn.Module)
 ModulePaths = frozenset[str]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 NO_PATHS: ModulePaths = frozenset()
 _NORMS = (nn.GroupNorm, nn.LayerNorm)
 
@@ -36,7 +39,7 @@ def lowered(module: M, dtype: torch.dtype, float32: ModulePaths = NO_PATHS) -> M
 def copied(module: M, dtype: torch.dtype | None = None, *, plain: bool = True) -> M:
     """A frozen eval-mode copy in `dtype`, or with the very weights of `module` as they are stored.
 
-    With `plain`, upsampling is replaced by its branch-free form.
+    With `plain`, upsampling is replaced by its branch-free form and gated units by two products.
     """
     shared: dict[int, Any] = {}
     for parameter in module.parameters():
@@ -47,7 +50,7 @@ def copied(module: M, dtype: torch.dtype | None = None, *, plain: bool = True) -
         shared[id(buffer)] = buffer if keep else buffer.to(dtype)
     # deepcopy takes whatever the memo holds instead of copying it: the weights stay shared.
     twin = copy.deepcopy(module, shared).eval()
-    return with_plain_upsampling(twin) if plain else twin
+    return with_split_gates(with_plain_upsampling(twin)) if plain else twin
 
 
 def in_precision(
@@ -150,7 +153,8 @@ class Attention:
     """
 
     def __init__(self, upcast: bool) -> None:
-        self.upcast = upcast
+        # An attribute, so that a backend can put another form of the same mathematics in place.
+        self.attend: Attend = functools.partial(attend, upcast=upcast)
 
     def __call__(
         self,
@@ -163,7 +167,7 @@ class Attention:
         query = split_heads(attn.to_q(hidden_states), attn.heads)
         key = split_heads(attn.to_k(context), attn.heads)
         value = split_heads(attn.to_v(context), attn.heads)
-        mixed = attend(query, key, value, self.upcast)  # (N, heads, T, d)
+        mixed = self.attend(query, key, value)  # (N, heads, T, d)
         return project_out(attn, mixed.transpose(1, 2).flatten(2))
 
 
@@ -250,6 +254,45 @@ def with_plain_upsampling(module: M) -> M:
         for name, child in parent.named_children():
             if isinstance(child, Upsample2D):
                 setattr(parent, name, Upsample(child.conv))
+    return module
+
+
+class SplitGate(nn.Module):
+    """x (N, T, C) -> value(x) * gelu(gate(x)) (N, T, 4C): diffusers' GEGLU with its product cut in
+    two. The same sums in the same order; both layers are views of the one weight.
+
+    No runtime then has to cut a tensor of 8C channels, which OpenVINO does in a reference kernel.
+    """
+
+    def __init__(self, geglu: GEGLU) -> None:
+        super().__init__()
+        self.value, self.gate = _output_halves(geglu.proj)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gated: Tensor = self.value(hidden_states) * F.gelu(self.gate(hidden_states))
+        return gated
+
+
+def _output_halves(linear: nn.Linear) -> list[nn.Linear]:
+    """The layers that give the first and the second half of a linear layer's outputs."""
+    half = linear.out_features // 2
+    layers = []
+    for part in (slice(None, half), slice(half, None)):
+        with torch.device("meta"):
+            layer = nn.Linear(linear.in_features, half, bias=False)
+        layer.weight = nn.Parameter(linear.weight.detach()[part], requires_grad=False)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach()[part], requires_grad=False)
+        layers.append(layer)
+    return layers
+
+
+def with_split_gates(module: M) -> M:
+    """Replace every diffusers GEGLU below `module`."""
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, GEGLU):
+                setattr(parent, name, SplitGate(child))
     return module
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tiue_export.bundle import MANIFEST_FILE, Bundle, open_bundle
+from tiue_export.bundle import MANIFEST_FILE, Bundle, open_bundle, require_one_pass
 from tiue_export.errors import RuntimeFailure, UsageError
 from tiue_export.manifest import Manifest
 from tiue_export.registry import missing_modules, require
@@ -73,6 +73,8 @@ def run(plan: Plan, tell: Tell = lambda line: None) -> Outcome:
     """
     check_settings(plan)
     request = replace(plan.request, bundles=tuple(open_bundle(path) for path in plan.bundles))
+    for bundle in request.bundles:
+        require_one_pass(bundle, "bench")
     contenders = expand(request)
     asked = full_names([contender.name for contender in contenders], plan.ratios_to)
     given = parse_ceilings(plan.peaks)

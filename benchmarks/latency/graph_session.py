@@ -27,6 +27,7 @@ from tiue_export.specs import (
     RuntimeOptions,
     check_finite,
 )
+from tiue_export.vae_tiles import decode_in_tiles, is_tiled, tile_size
 
 from .record import END_TO_END, Facts
 from .session import StageClock
@@ -120,6 +121,8 @@ class GraphSession:
         plain = settings.passes == 1 and not settings.unet_only
         if not plain or not isinstance(runtime, ChainRuntime):
             return None
+        if is_tiled(self._bundle.spec(VAE_DECODER), self._known["sample"]):
+            return None
         start = time.perf_counter()
         result = runtime.run_chain(self._known["input_ids"], self._known["sample"])
         if result is None:
@@ -146,8 +149,8 @@ class GraphSession:
             latents = outputs["latents"][: self._batch]
             scaled = (latents / self._bundle.manifest.vae_scaling_factor).astype(np.float32)
             with clock.stage(VAE_DECODER):
-                feeds = {"latent_sample": scaled}
-                outputs = self._run(self._runtime, self._bundle, VAE_DECODER, feeds)
+                size = tile_size(self._bundle.spec(VAE_DECODER))
+                outputs = {"sample": decode_in_tiles(self._decode, scaled, size)}
         clock.whole_s = time.perf_counter() - start
         return outputs
 
@@ -159,6 +162,11 @@ class GraphSession:
                 outputs = self._run(self._runtime, self._bundle, TEXT_ENCODER, self._known)
             embeddings.append(outputs["last_hidden_state"])
         return embeddings[0] if len(embeddings) == 1 else np.concatenate(embeddings)
+
+    def _decode(self, latents: Array) -> Array:
+        """The VAE decoder on what its graph takes: the whole picture, or a tile of it."""
+        feeds = {"latent_sample": latents}
+        return self._run(self._runtime, self._bundle, VAE_DECODER, feeds)["sample"]
 
     @staticmethod
     def _run(
