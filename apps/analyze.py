@@ -1,0 +1,185 @@
+"""`tiue-export analyze`: which steps of a model need its encoder, by measurement, with pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tiue_export.bundle import disk_errors
+from tiue_export.errors import UsageError
+from tiue_export.registry import EXPORT_NEEDS, require
+from tiue_export.weight_container import check_checkpoint_path
+
+from .method_options import LoadRequest, MethodRequest, load
+from .prompt_file import prompts_in
+from .stages import stage_bar
+from .tables import console, print_json
+
+_ANALYSIS = "tiue_export.benchmarks.faster_analysis"
+_PLOT = "tiue_export.benchmarks.faster_analysis_plot"
+_SIMILARITY = "tiue_export.benchmarks.feature_similarity"
+
+
+@dataclass(frozen=True)
+class AnalyzeRequest:
+    """The options of `tiue-export analyze`; `count` prompts are measured, `check` held out."""
+
+    ckpt: str
+    out: Path
+    base: str | None = None
+    prompts: Path | None = None
+    count: int = 4
+    check: int = 2
+    steps: int | None = None
+    scheduler: str | None = None
+    guidance: float | None = None
+    reach: int | None = None
+    budget: float | None = None
+    lora: tuple[str, ...] = ()
+    height: int | None = None
+    width: int | None = None
+    force: bool = False
+    as_json: bool = False
+
+
+def run(request: AnalyzeRequest) -> None:
+    """Measure what is missing, choose, draw what was chosen, and print."""
+    require("analysing", EXPORT_NEEDS, "export")
+    require("plots", ("matplotlib",), "bench")
+    check_checkpoint_path(request.ckpt)
+    prompts = _prompts(request)
+    analysis = importlib.import_module(_ANALYSIS)
+    from tiue_export.faster_errors import torch_model
+    from tiue_export.faster_scheduler import FasterOptions
+
+    with stage_bar(quiet=request.as_json) as bar:
+        bar.begin("load model")
+        method = MethodRequest(
+            "faster", request.scheduler, guidance=request.guidance, lora=request.lora
+        )
+        asked = LoadRequest(request.ckpt, base=request.base, steps=request.steps)
+        teacher = load(asked, method, lambda part: bar.begin(f"load {part}"))
+        assert teacher.plan is not None
+        model = torch_model(teacher, request.height, request.width)
+        described = analysis.AnalysisRequest(
+            sha256=teacher.source.sha256,
+            scheduler=teacher.plan.scheduler,
+            steps=teacher.schedule.steps,
+            guidance=teacher.plan.guidance,
+            reach=request.reach or len(teacher.schedule.timesteps),
+        )
+        _check_budget(request, model.encoder_share, len(teacher.schedule.timesteps))
+        file = request.out / analysis.RESULT_FILE
+        results = [] if request.force else analysis.read_results(file, described)
+        bar.expect(request.count + 1)
+        for number in range(request.count):
+            prompt = prompts[number % len(prompts)]
+            bar.begin(f"prompt {number + 1}")
+            if any((r.prompt, r.seed) == (prompt, number) for r in results):
+                continue
+            told = _within(bar.within, f"prompt {number + 1}")
+            results.append(analysis.measure_prompt(model, described, prompt, number, told))
+            analysis.write_results(file, described, results, (), model.encoder_share)
+        held_out = [
+            (prompts[n % len(prompts)], n)
+            for n in range(request.count, request.count + request.check)
+        ]
+        measured = results[: request.count]
+        told = _within(bar.within, "draw by key steps")
+        found = analysis.candidates(model, described, measured, request.budget, held_out, told)
+        analysis.write_results(file, described, results, found, model.encoder_share)
+        plots = _save_plots(request, measured, found, teacher.source.name)
+    best = found[-1]
+    line = ",".join(map(str, best.key_steps))
+    if request.as_json:
+        print_json(
+            {
+                "result": str(file),
+                "plots": [str(plot) for plot in plots],
+                "encoder_share": model.encoder_share,
+                "candidates": [dataclasses.asdict(candidate) for candidate in found],
+                "key_steps": line,
+            }
+        )
+        return
+    console.print(_table(found))
+    console.print(_verdict(found), highlight=False)
+    for path in (file, *plots):
+        console.print(str(path), markup=False, highlight=False)
+    command = f"tiue-export onnx --ckpt {request.ckpt} --method faster --key-steps {line}"
+    console.print(f"next:  {command}", markup=False, soft_wrap=True)
+    usual = FasterOptions().scheduler
+    if described.scheduler != usual:
+        console.print(f"       with --scheduler {described.scheduler}", markup=False)
+
+
+def _prompts(request: AnalyzeRequest) -> Sequence[str]:
+    for name, value, least in (("--count", request.count, 1), ("--check", request.check, 1)):
+        if value < least:
+            raise UsageError(f"{name} is {value}; expected {least} or more")
+    if request.reach is not None and request.reach < 1:
+        raise UsageError(f"--reach is {request.reach}; expected 1 or more")
+    given = prompts_in(request.prompts)
+    if given:
+        return given
+    ours: Sequence[str] = importlib.import_module(_SIMILARITY).DEFAULT_PROMPTS
+    return ours
+
+
+def _check_budget(request: AnalyzeRequest, encoder_share: float, steps: int) -> None:
+    """Before an hour is spent on measuring."""
+    if request.budget is not None:
+        from tiue_export.key_steps import encoder_runs_within
+
+        encoder_runs_within(request.budget, steps, encoder_share)
+
+
+def _within(show: Callable[[float, str], None], what: str) -> Callable[[int, int], None]:
+    return lambda done, total: show(done / total, f"{what}: {done} of {total}")
+
+
+def _save_plots(
+    request: AnalyzeRequest, measured: Sequence[Any], found: Sequence[Any], name: str
+) -> list[Path]:
+    plot = importlib.import_module(_PLOT)
+    paths = [request.out / "blocks.png", request.out / "key_steps.png"]
+    with disk_errors(request.out):
+        plot.save_blocks_plot(measured, paths[0], name)
+        plot.save_key_steps_plot(measured, found, paths[1], name)
+    return paths
+
+
+def _table(found: Sequence[Any]) -> Table:
+    table = Table(title="Key steps", title_justify="left", title_style="bold")
+    table.add_column("list", no_wrap=True)
+    table.add_column("key steps", overflow="fold")
+    for column in ("operations", "predicted", "deviation"):
+        table.add_column(column, justify="right")
+    for candidate in found:
+        mean = sum(candidate.deviation) / len(candidate.deviation)
+        table.add_row(
+            candidate.name,
+            ",".join(map(str, candidate.key_steps)),
+            f"{candidate.flops_share:.1%}",
+            f"{candidate.predicted:.4f}",
+            f"{mean:.4f}",
+        )
+    table.caption = "deviation: RMS of the latents against plain sampling, on prompts held out"
+    return table
+
+
+def _verdict(found: Sequence[Any]) -> str:
+    """Whether choosing beat the published list at the same cost, on prompts held out."""
+    published, chosen = found[0], found[2]
+    means = [sum(c.deviation) / len(c.deviation) for c in (published, chosen)]
+    if means[1] < means[0]:
+        return f"Chosen key steps deviate {means[0] / means[1]:.2f} times less than the published."
+    if means[1] == means[0]:
+        return "The chosen key steps are as good as the published ones."
+    return f"The published key steps deviate {means[1] / means[0]:.2f} times less than the chosen."
