@@ -1,0 +1,363 @@
+"""What a Core ML export is made for: profiles of devices, compressions, targets, and the plan.
+
+Data and its checks only, nothing heavy is imported: a wrong word is refused before any work.
+`docs/apple.md` tells the same table in prose.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from tiue_export.errors import UsageError, unknown_name
+from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
+
+# Oldest first. coremltools calls a deployment target by its iOS release; macOS ships the same.
+TARGETS = ("iOS16", "iOS17", "iOS18")
+_MACOS = {"macos13": "iOS16", "macos14": "iOS17", "macos15": "iOS18"}
+ATTENTIONS = ("sdpa", "split", "split-chunked")
+LINEARS = ("linear", "conv")
+DECODER_BATCHES = (1, 2, 4)
+PRECISIONS = ("fp16", "fp32")
+COMPUTE_UNITS = ("ALL", "CPU_AND_GPU", "CPU_AND_NE", "CPU_ONLY")
+RECIPE = "recipe"
+# The words of Apple's own converter (apple/ml-stable-diffusion) that mean one of ours.
+_APPLES_WORDS = {
+    "original": "sdpa",
+    "split_einsum": "split",
+    "split_einsum_v2": "split-chunked",
+    "float16": "fp16",
+    "float32": "fp32",
+}
+# coremltools' guide, "Bisect Model": on iPhone's Neural Engine a model cannot exceed 1 GB.
+NEURAL_ENGINE_LIMIT_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Compression:
+    """One way of storing weights. `gate` is a key of `compare.GATES_PSNR_DB`.
+
+    `group` is the number of output channels that share a palette, or of input weights that share a
+    scale; 0 for a palette per tensor or a scale per channel. `weight_bits` estimates sizes.
+    """
+
+    name: str
+    kind: str  # none, palettize, linear, w8a8 or recipe
+    bits: int
+    gate: str
+    least_target: str = "iOS16"
+    group: int = 0
+
+    @property
+    def weight_bits(self) -> int:
+        return 16 if self.kind == "none" else self.bits
+
+
+COMPRESSIONS: Mapping[str, Compression] = {
+    each.name: each
+    for each in (
+        Compression("none", "none", 16, "fp16"),
+        Compression("palettize-8", "palettize", 8, "int8-weights"),
+        Compression("palettize-6", "palettize", 6, "lut6"),
+        Compression("palettize-4", "palettize", 4, "4-bit"),
+        Compression("palettize-8-grouped", "palettize", 8, "int8-weights", "iOS18", group=16),
+        Compression("palettize-6-grouped", "palettize", 6, "lut6", "iOS18", group=16),
+        Compression("palettize-4-grouped", "palettize", 4, "4-bit", "iOS18", group=16),
+        Compression("int8", "linear", 8, "int8-weights"),
+        Compression("int4", "linear", 4, "4-bit", "iOS18", group=32),
+        Compression("w8a8", "w8a8", 8, "w8a8", "iOS17"),
+        # Bits per layer, from a file or searched for; a chosen target replaces the gate.
+        Compression(RECIPE, "recipe", 6, "4-bit"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Settings that belong together on one kind of device, each with its reason.
+
+    `limit_bytes` is the most that one graph's weights may take there.
+    """
+
+    name: str
+    devices: str
+    target: str
+    attention: str
+    linear: str
+    decoder_batch: int
+    compress: str
+    compute_unit: str
+    reasons: Mapping[str, str]
+    limit_bytes: int | None = None
+
+
+PROFILES: Mapping[str, Profile] = {
+    "mac-gpu": Profile(
+        "mac-gpu",
+        "Macs with a Pro, Max or Ultra chip",
+        target="iOS18",
+        attention="sdpa",
+        linear="linear",
+        decoder_batch=4,
+        compress="none",
+        compute_unit="CPU_AND_GPU",
+        reasons={
+            "target": "fused attention exists from macOS 15 on",
+            "attention": "fused: the scores of 4 rows (0.7 to 1.1 GB a layer) are never stored",
+            "linear": "the GPU multiplies matrices as they are",
+            "decoder_batch": "all rows at once fill a large GPU",
+            "compress": "a GPU gains no speed from palettes, and a Mac has the memory",
+            "compute_unit": "measured by others faster than the Neural Engine on large GPUs",
+        },
+    ),
+    "mac-ane": Profile(
+        "mac-ane",
+        "Macs with a base chip: Air, mini",
+        target="iOS17",
+        attention="split",
+        linear="conv",
+        decoder_batch=2,
+        compress="palettize-8",
+        compute_unit="CPU_AND_NE",
+        reasons={
+            "target": "the newest without reported faults on the Neural Engine",
+            "attention": "one head at a time, as the Neural Engine has no fused attention",
+            "linear": "channels-first 1x1 convolutions are what the Neural Engine computes",
+            "decoder_batch": "Apple ships batch 2 on the Neural Engine; larger ones are unproven",
+            "compress": "half the memory traffic for no visible loss",
+            "compute_unit": "the Neural Engine needs a fraction of the GPU's energy",
+        },
+    ),
+    "ipad": Profile(
+        "ipad",
+        "iPads with an M chip",
+        target="iOS17",
+        attention="split",
+        linear="conv",
+        decoder_batch=2,
+        compress="palettize-6",
+        compute_unit="CPU_AND_NE",
+        limit_bytes=NEURAL_ENGINE_LIMIT_BYTES,
+        reasons={
+            "target": "palettes are decompressed while running, not at load, from iOS 17 on",
+            "attention": "one head at a time, as the Neural Engine has no fused attention",
+            "linear": "channels-first 1x1 convolutions are what the Neural Engine computes",
+            "decoder_batch": "Apple ships batch 2 on the Neural Engine",
+            "compress": "6 bits is the least that Apple recommends for Stable Diffusion",
+            "compute_unit": "the GPU is the screen's, and the Neural Engine spares the battery",
+        },
+    ),
+    "iphone": Profile(
+        "iphone",
+        "iPhone 12 and newer",
+        target="iOS17",
+        attention="split-chunked",
+        linear="conv",
+        decoder_batch=2,
+        compress="palettize-6",
+        compute_unit="CPU_AND_NE",
+        limit_bytes=NEURAL_ENGINE_LIMIT_BYTES,
+        reasons={
+            "target": "palettes are decompressed while running, not at load, from iOS 17 on",
+            "attention": "512 queries at a time: 10 to 30 % faster on phones by Apple's measure",
+            "linear": "channels-first 1x1 convolutions are what the Neural Engine computes",
+            "decoder_batch": "what guidance runs in Apple's own app; 1 if memory is short",
+            "compress": "a half-precision decoder is larger than the Neural Engine's 1 GB",
+            "compute_unit": "the GPU is the screen's, and the Neural Engine spares the battery",
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class CoremlOptions:
+    """What the user asked for; None is the profile's own setting.
+
+    `sizes` are (height, width) in pixels, the bundle's own size when empty. `target_psnr_db` or
+    `target_mb` (of both UNet graphs) asks for a recipe to be searched for; `recipe` is one, as
+    `MixedRecipe` writes it: bits by graph and weight. `prompts` calibrate activations (w8a8).
+    """
+
+    profile: str = "mac-gpu"
+    target: str | None = None
+    attention: str | None = None
+    linear: str | None = None
+    decoder_batch: int | None = None
+    precision: str = "fp16"
+    compress: str | None = None
+    compute_unit: str | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
+    target_psnr_db: float | None = None
+    target_mb: float | None = None
+    recipe: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+    swift_bundle: bool = False
+
+
+@dataclass(frozen=True)
+class CoremlPlan:
+    """What will be made: every choice named and checked. `target` is coremltools' iOS name."""
+
+    profile: str
+    target: str
+    attention: str
+    linear: str
+    decoder_batch: int
+    precision: str
+    compress: str
+    compute_unit: str
+    limit_bytes: int | None = None
+
+    def compression_of(self, graph: str) -> Compression:
+        """The VAE is never compressed, and only the UNet's activations are ever quantized.
+
+        The VAE is small and its errors are seen directly; Apple's converter leaves it too.
+        """
+        whole = COMPRESSIONS[self.compress]
+        if graph not in (TEXT_ENCODER, *UNET_GRAPHS):
+            return COMPRESSIONS["none"]
+        if graph == TEXT_ENCODER and whole.kind in ("w8a8", "recipe"):
+            return COMPRESSIONS["palettize-8"]
+        return whole
+
+    def gate_of(self, graph: str) -> str:
+        """The parity gate (a key of `compare.GATES_PSNR_DB`) of one graph."""
+        compression = self.compression_of(graph)
+        return self.precision if compression.kind == "none" else compression.gate
+
+
+def plan_coreml(options: CoremlOptions) -> CoremlPlan:
+    """Fill in the profile's settings and check that all of them go together."""
+    profile = PROFILES.get(options.profile)
+    if profile is None:
+        raise unknown_name("profile", options.profile, PROFILES)
+    searched = options.target_psnr_db is not None or options.target_mb is not None
+    compress = options.compress or (RECIPE if searched or options.recipe else profile.compress)
+    if options.precision == "fp32" and options.compress is None and not searched:
+        compress = "none"
+    batch = options.decoder_batch or profile.decoder_batch
+    plan = CoremlPlan(
+        profile=profile.name,
+        target=target_named(options.target or profile.target),
+        attention=_named("attention", options.attention or profile.attention, ATTENTIONS),
+        linear=_named("linear form", options.linear or profile.linear, LINEARS),
+        decoder_batch=batch,
+        precision=_named("precision", options.precision, PRECISIONS),
+        compress=_named("compression", compress, COMPRESSIONS),
+        compute_unit=_compute_unit(options.compute_unit or profile.compute_unit),
+        limit_bytes=profile.limit_bytes,
+    )
+    if batch not in DECODER_BATCHES:
+        raise UsageError(f"--decoder-batch is {batch}; expected 1, 2 or 4")
+    _check_together(plan, options)
+    return plan
+
+
+def _check_together(plan: CoremlPlan, options: CoremlOptions) -> None:
+    compression = COMPRESSIONS[plan.compress]
+    if TARGETS.index(plan.target) < TARGETS.index(compression.least_target):
+        raise UsageError(
+            f"{plan.compress} needs {compression.least_target} "
+            f"({_macos_of(compression.least_target)}); the target is {plan.target}",
+            f"Add --min-deployment-target {compression.least_target}, or choose another "
+            "--compress.",
+        )
+    if len(options.sizes) > 1 and plan.target != "iOS18":
+        raise UsageError(
+            f"several sizes in one package need iOS18 (macOS 15); the target is {plan.target}",
+            "Add --min-deployment-target iOS18, or export one size at a time.",
+        )
+    if plan.precision == "fp32" and compression.kind != "none":
+        raise UsageError(
+            f"{plan.compress} is for half precision; --compute-precision is fp32",
+            "Leave one of them out.",
+        )
+    if compression.kind == "w8a8" and not options.prompts:
+        raise UsageError(
+            "w8a8 quantizes activations and must see some: it got no calibration prompts",
+            "Add --calibration-prompts FILE, a text file with one prompt a line (4 or more).",
+        )
+    if options.target_psnr_db is not None and options.target_mb is not None:
+        raise UsageError(
+            "--target-psnr and --target-mb were both given; a recipe is searched for one of them"
+        )
+    has_goal = bool(options.target_psnr_db or options.target_mb or options.recipe)
+    if compression.kind == "recipe" and not has_goal:
+        raise UsageError(
+            "--compress recipe says nothing of what the recipe should be",
+            "Add --target-psnr DB, --target-mb MB or --recipe FILE.",
+        )
+    if compression.kind != "recipe" and has_goal:
+        raise UsageError(
+            f"a recipe sets the bits of each layer, and --compress is {plan.compress}",
+            "Leave --compress (--quantize-nbits) out.",
+        )
+
+
+def check_limit(plan: CoremlPlan, graph: str, weights: int) -> None:
+    """Refuse a graph of `weights` numbers that the profile's device cannot hold."""
+    bits = 32 if plan.precision == "fp32" else plan.compression_of(graph).weight_bits
+    size_bytes = weights * bits // 8
+    if plan.limit_bytes is None or size_bytes <= plan.limit_bytes:
+        return
+    other = UNET_ENCODER if graph == UNET_DECODER else graph
+    raise UsageError(
+        f"{graph} would take {size_bytes / 1e6:.0f} MB in {bits} bits; a model on the Neural "
+        f"Engine of an iPhone or iPad is limited to {plan.limit_bytes / 1e6:.0f} MB",
+        "Use --quantize-nbits 8 or 6"
+        + (
+            f", or export the bundle with --hoist-into encoder, which moves weights to {other}."
+            if graph == UNET_DECODER
+            else "."
+        ),
+    )
+
+
+def target_named(name: str) -> str:
+    """coremltools' name of a deployment target: iOS17, ios17, macOS14 -> iOS17."""
+    low = name.lower().replace(" ", "")
+    found = _MACOS.get(low) or next((each for each in TARGETS if each.lower() == low), None)
+    if found is None:
+        macos = tuple(f"macOS{key.removeprefix('macos')}" for key in _MACOS)
+        raise unknown_name("deployment target", name, (*TARGETS, *macos))
+    return found
+
+
+def size_named(text: str) -> tuple[int, int]:
+    """ "512x768" -> (height, width) in pixels, height first as everywhere here."""
+    found = re.fullmatch(r"(\d{1,5})[xX](\d{1,5})", text)
+    if not found:
+        raise UsageError(
+            f"--size is {text!r}; expected HEIGHTxWIDTH in pixels", "For example: --size 512x768"
+        )
+    return int(found[1]), int(found[2])
+
+
+def function_named(height: int, width: int) -> str:
+    """The function of a package with several sizes that draws this size, in pixels."""
+    return f"size_{height}x{width}"
+
+
+def in_our_words(text: str) -> str:
+    """Apple's spelling of an attention or a precision in ours; anything else as it is."""
+    return _APPLES_WORDS.get(text.lower(), text)
+
+
+def _named(kind: str, name: str, legal: Iterable[str]) -> str:
+    word, names = in_our_words(name), tuple(legal)
+    if word not in names:
+        raise unknown_name(kind, name, names)
+    return word
+
+
+def _compute_unit(name: str) -> str:
+    unit = name.upper().replace("-", "_")
+    if unit not in COMPUTE_UNITS:
+        raise unknown_name("compute unit", name, COMPUTE_UNITS)
+    return unit
+
+
+def _macos_of(target: str) -> str:
+    number = next(key for key, value in _MACOS.items() if value == target).removeprefix("macos")
+    return f"macOS {number}"
