@@ -1,0 +1,265 @@
+"""`tiue-export quantize`: int8 where it is proven to be close enough and faster."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from tiue_export.atomic_file import write_atomically
+from tiue_export.bundle import check_target, open_bundle, require_one_pass
+from tiue_export.errors import UsageError
+
+from .stages import StageBar, stage_bar
+from .tables import console, megabytes, print_json
+
+_PACKAGE = "tiue_export.calibration"
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """The options of `tiue-export quantize`; None means the default of what it is passed to."""
+
+    bundle: Path
+    calibration: Path
+    out: Path | None = None
+    kind: str = "w8a8"
+    backend: str = "onnx"
+    target_psnr: float | None = None
+    ranges: str = "percentile"
+    percentile: float | None = None
+    smooth: float | None = None
+    no_smooth: bool = False
+    sensitivity: str = "layer"
+    plan: Path | None = None
+    scales: str = "auto"
+    held_out: int | None = None
+    runtime: str | None = None
+    precision: str = "auto"
+    device: str = "cpu"
+    threads: int | None = None
+    low_memory: bool = False
+    rounds: int | None = None
+    any_speed: bool = False
+    allow_parity_loss: bool = False
+    allow_slower: bool = False
+    plots: Path | None = None
+    save_plan: Path | None = None
+    plan_only: bool = False
+    force: bool = False
+    as_json: bool = False
+
+
+def run(request: QuantizeRequest) -> None:
+    """Plan, write, judge; print what was gained and what was lost."""
+    quantizer = importlib.import_module(f"{_PACKAGE}.quantize")
+    dataset = importlib.import_module(f"{_PACKAGE}.dataset")
+    options = _options(request, quantizer)
+    bundle = open_bundle(request.bundle)
+    require_one_pass(bundle, "quantize")
+    out = request.out or Path(f"{request.bundle.resolve().name}-{request.kind}")
+    if not request.plan_only:
+        check_target(out, force=request.force)
+    data = dataset.open_calibration(request.calibration, bundle)
+    start = time.perf_counter()
+    stages: list[dict[str, object]] = []
+    with stage_bar(quiet=request.as_json) as bar:
+        progress = _progress(bar)
+        if request.plan_only:
+            analysis = quantizer.make_plan(bundle, data, options, progress)
+            plan = analysis.plan
+            curve = analysis.selection.points if analysis.selection else []
+            made = None
+        else:
+            made = quantizer.quantize(
+                bundle,
+                data,
+                out,
+                options,
+                force=request.force,
+                observer=_observer(bar, stages),
+                progress=progress,
+            )
+            plan, curve = made.plan, made.curve
+    pictures = _pictures(request, plan, curve)
+    if request.save_plan is not None:
+        write_atomically(request.save_plan, plan.to_json().encode())
+    seconds = round(time.perf_counter() - start, 2)
+    if request.as_json:
+        print_json(_facts(request, out, plan, curve, made, stages, pictures, seconds))
+        return
+    _print(request, out, plan, made, pictures, seconds)
+
+
+def _options(request: QuantizeRequest, quantizer: Any) -> Any:
+    histogram = importlib.import_module(f"{_PACKAGE}.histogram")
+    analysis = importlib.import_module(f"{_PACKAGE}.analysis")
+    verdict = importlib.import_module(f"{_PACKAGE}.verdict")
+    if request.percentile is not None and request.ranges != "percentile":
+        raise UsageError(f"--percentile belongs to --ranges percentile, not {request.ranges}")
+    if request.smooth is not None and request.no_smooth:
+        raise UsageError("--smooth and --no-smooth contradict each other", "Leave one out.")
+    given: dict[str, float | int | None] = {
+        "target_psnr_db": request.target_psnr,
+        "held_out": request.held_out,
+        "smoothing_alpha": request.smooth,
+    }
+    chosen: dict[str, float | int | None] = {
+        name: value for name, value in given.items() if value is not None
+    }
+    if request.no_smooth:
+        chosen["smoothing_alpha"] = None
+    if request.held_out is not None:
+        chosen["probed"] = min(request.held_out, analysis.AnalysisOptions().probed)
+    method: dict[str, str | float] = {"name": request.ranges}
+    if request.percentile is not None:
+        method["percentile"] = request.percentile
+    runtime = request.runtime or ("openvino" if request.backend == "openvino" else "ort")
+    judged = {"rounds": request.rounds} if request.rounds is not None else {}
+    return quantizer.QuantizeOptions(
+        kind=request.kind,
+        backend=request.backend,
+        analysis=analysis.AnalysisOptions(
+            ranges=histogram.RangeMethod(**method),
+            sensitivity=request.sensitivity,
+            threads=request.threads,
+            **chosen,
+        ),
+        judged=verdict.VerdictOptions(
+            runtime=runtime,
+            precision=request.precision,
+            device=request.device,
+            threads=request.threads,
+            low_memory=request.low_memory,
+            **judged,
+        ),
+        plan=request.plan,
+        scales=request.scales,
+        any_speed=request.any_speed,
+        allow_loss=request.allow_parity_loss,
+        allow_slower=request.allow_slower,
+    )
+
+
+def _progress(bar: StageBar) -> Any:
+    analysis = importlib.import_module(f"{_PACKAGE}.analysis")
+    return analysis.Progress(
+        on_stage=bar.begin,
+        on_step=lambda fraction, detail: bar.within(fraction, detail[:60]),
+        on_note=bar.note,
+    )
+
+
+def _observer(bar: StageBar, stages: list[dict[str, object]]) -> Any:
+    from tiue_export.export.onnx_bundle import Observer, StageReport
+
+    def on_done(report: StageReport) -> None:
+        stages.append(dataclasses.asdict(report))
+        bar.done(report.stage, report.seconds, report.peak_memory_bytes, report.size_bytes)
+
+    return Observer(bar.begin, on_done)
+
+
+def _pictures(request: QuantizeRequest, plan: Any, curve: Any) -> list[str]:
+    if request.plots is None:
+        return []
+    plots = importlib.import_module(f"{_PACKAGE}.plots")
+    if not any(layer.psnr_db is not None for layer in plan.layers):
+        raise UsageError(
+            "--plots needs a sensitivity, which this plan does not have",
+            "Leave out --sensitivity none.",
+        )
+    made = [plots.plot_sensitivity(plan, request.plots / "sensitivity.png")]
+    if curve:
+        made.append(plots.plot_curve(plan, curve, request.plots / "int8-share.png"))
+    return [str(path) for path in made]
+
+
+def _facts(
+    request: QuantizeRequest,
+    out: Path,
+    plan: Any,
+    curve: Any,
+    made: Any,
+    stages: list[dict[str, object]],
+    pictures: list[str],
+    seconds: float,
+) -> dict[str, object]:
+    modes = [layer.mode for layer in plan.layers]
+    facts: dict[str, object] = {
+        "bundle": None if made is None else str(out),
+        "layers": {mode: modes.count(mode) for mode in dict.fromkeys(modes)},
+        "int8_share": round(plan.int8_share, 4),
+        "curve": [dataclasses.asdict(point) for point in curve],
+        "plots": pictures,
+        "stages": stages,
+        "seconds": seconds,
+    }
+    if made is None:
+        facts["plan"] = dataclasses.asdict(plan)
+    else:
+        facts["verdict"] = made.verdict.to_data()
+    return facts
+
+
+def _print(
+    request: QuantizeRequest, out: Path, plan: Any, made: Any, pictures: list[str], seconds: float
+) -> None:
+    console.print(_plan_table(plan))
+    for picture in pictures:
+        console.print(f"picture: {picture}", markup=False)
+    if made is None:
+        console.print(f"A plan of {len(plan.layers)} layers in {seconds:.0f} s; no bundle written.")
+        return
+    console.print(_verdict_table(made.verdict))
+    verdict = made.verdict
+    if not verdict.accurate:
+        console.print("[bold yellow]Below its gate, and allowed; the manifest says so.[/]")
+    if not verdict.worth_it:
+        console.print(f"[bold yellow]Not {verdict.must_be} here, and allowed.[/]")
+    console.print(
+        f"[bold green]{escape(str(out))}[/]: {verdict.speed_ratio:.2f}x the speed on "
+        f"{escape(verdict.runtime)}, {verdict.latents_psnr_db:.1f} dB, in {seconds:.0f} s",
+        highlight=False,
+    )
+    quoted = shlex.quote(str(out))
+    runtime = verdict.runtime.partition(" ")[0]
+    console.print(
+        f'next:  tiue-export generate {quoted} "a red fox" --runtime {runtime}', markup=False
+    )
+
+
+def _plan_table(plan: Any) -> Table:
+    title = f"{plan.int8_share:.0%} of the UNet's operations in int8, ranges by {plan.ranges}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column, justify in (("what", "left"), ("layers", "right"), ("of operations", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    groups: dict[tuple[str, str], list[int]] = {}
+    for layer in plan.layers:
+        groups.setdefault((layer.mode, layer.why), []).append(layer.flops)
+    for (mode, why), flops in groups.items():
+        share = f"{sum(flops) / plan.total_flops:.1%}"
+        table.add_row(escape(f"{mode}: {why}"), str(len(flops)), share)
+    return table
+
+
+def _verdict_table(verdict: Any) -> Table:
+    title = f"Side by side on {verdict.runtime}, {verdict.inputs}"
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    table.add_column("")
+    for column in ("UNet ms", "size", "PSNR dB", "gate"):
+        table.add_column(column, justify="right")
+    for name, times in verdict.latency_ms.items():
+        own = name == "quantized"
+        size = verdict.size_bytes["quantized" if own else "float"]
+        psnr = f"{verdict.latents_psnr_db:.1f}" if own else "-"
+        gate = f"{verdict.gate_psnr_db:.0f}" if own else "-"
+        table.add_row(escape(name), f"{times['unet']:.1f}", megabytes(size), psnr, gate)
+    return table

@@ -1,0 +1,263 @@
+"""Prompts -> calibration data: real text embeddings, noise and encoder features of a bundle.
+
+The text encoder and the UNet's encoder run on any runtime, one run at a time; the decoder is not
+needed. Memory is those two graphs and one shard.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from tiue_export.bundle import Bundle
+from tiue_export.errors import BundleError, ResourceError, UsageError
+from tiue_export.export.quantized_bundle import check_quantizable
+from tiue_export.noise import check_seeds, noise_from_seed
+from tiue_export.registry import open_runtime
+from tiue_export.specs import (
+    TEXT_ENCODER,
+    UNET_ENCODER,
+    Array,
+    Runtime,
+    RuntimeOptions,
+    TensorSpec,
+    check_finite,
+)
+from tiue_export.tokenizer import Tokenizer, open_tokenizer
+
+from .dataset import (
+    INDEX_FILE,
+    CalibrationData,
+    CalibrationIndex,
+    new_index,
+    open_calibration,
+    prompts_sha256,
+    read_index,
+    verify_shards,
+    write_index,
+    write_shard,
+)
+
+SHARD_BYTES = 256 << 20
+# NVIDIA's own recipes calibrate image models on 32 or 64 prompts.
+DEFAULT_COUNT = 64
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """`count` prompts are taken from the front of `prompts`; picture i uses seed + i."""
+
+    prompts: tuple[str, ...]
+    count: int = DEFAULT_COUNT
+    seed: int = 0
+    runtime: str = "ort"
+    runtime_options: RuntimeOptions = field(default_factory=RuntimeOptions)
+    shard_bytes: int = SHARD_BYTES
+
+
+def shipped_prompts() -> list[str]:
+    """The list that comes with the program: varied scenes, one a line, in a mixed order."""
+    text = resources.files(__package__).joinpath("prompts.txt").read_text("utf-8")
+    return text.splitlines()
+
+
+def run_bytes(bundle: Bundle) -> int:
+    """The size of one captured run."""
+    batch = bundle.manifest.batch or 1
+    tensors = {t.name: t for t in bundle.spec(UNET_ENCODER).inputs}
+    tensors |= {t.name: t for t in bundle.spec(UNET_ENCODER).outputs}
+    return sum(_elements(tensor, batch) * 4 for tensor in tensors.values())
+
+
+def capture(
+    bundle: Bundle,
+    root: Path,
+    options: CaptureOptions,
+    *,
+    force: bool = False,
+    on_run: Callable[[int, int], None] = lambda done, wanted: None,
+) -> CalibrationData:
+    """Capture into `root`, or go on where an earlier capture of the same stopped.
+
+    `on_run` gets the runs that are done and wanted. Raises `UsageError` for prompts that are not
+    there, `BundleError` for a folder in the way, `ResourceError` when the disk is full.
+    """
+    check_request(bundle, options)
+    index = _begin(bundle, root, options, force=force)
+    wanted, size_bytes = index.wanted_runs, run_bytes(bundle)
+    _check_space(root, (wanted - index.captured_runs) * size_bytes)
+    on_run(index.captured_runs, wanted)
+    if index.captured_runs < wanted:
+        per_shard = max(1, options.shard_bytes // size_bytes)
+        runtime = open_runtime(options.runtime, bundle, options.runtime_options)
+        try:
+            while index.captured_runs < wanted:
+                index = _next_shard(bundle, runtime, root, index, per_shard, on_run)
+        finally:
+            runtime.close()
+    return open_calibration(root, bundle)
+
+
+def check_request(bundle: Bundle, options: CaptureOptions) -> None:
+    """Refuse what cannot be captured, before any work."""
+    check_quantizable(bundle)
+    bundle.spec(TEXT_ENCODER)
+    if not 1 <= options.count <= len(options.prompts):
+        raise UsageError(
+            f"--count is {options.count}; expected 1 to {len(options.prompts)}, the number of "
+            "prompts",
+            "Give a longer list with --prompts FILE.",
+        )
+    check_seeds(options.seed, options.count + (bundle.manifest.batch or 1))
+    for prompt in options.prompts[: options.count]:
+        if not prompt.isprintable():
+            raise UsageError(
+                f"the prompt {prompt[:40]!r} holds control characters: the file is no text",
+                "Write one prompt a line, in UTF-8.",
+            )
+
+
+def _begin(bundle: Bundle, root: Path, options: CaptureOptions, *, force: bool) -> CalibrationIndex:
+    fresh = new_index(bundle, options.prompts[: options.count], options.seed, options.runtime)
+    if (root / INDEX_FILE).is_file():
+        old = read_index(root)
+        kept = _continued(old, fresh)
+        if kept is not None:
+            verify_shards(root, kept)
+            return kept
+        if not force:
+            raise BundleError(
+                f"{root} holds calibration data of {_difference(old, fresh)}",
+                "Choose another --out, or pass --force to replace it.",
+            )
+        _clear(root, old)
+    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise BundleError(
+            f"{root} exists and is no calibration folder; it is never replaced",
+            "Choose another --out.",
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    _with_disk_errors(root, 0, fresh.wanted_runs, lambda: write_index(root, fresh))
+    return fresh
+
+
+def _continued(old: CalibrationIndex, fresh: CalibrationIndex) -> CalibrationIndex | None:
+    """`old` with the prompts of `fresh`, if the one is the beginning of the other."""
+    grown = replace(
+        old, prompts=fresh.prompts, prompts_sha256=prompts_sha256(fresh.prompts), shards=()
+    )
+    same = replace(grown, tensors={}, created_by="", runtime="") == replace(
+        fresh, created_by="", runtime=""
+    )
+    if not same or fresh.prompts[: len(old.prompts)] != old.prompts:
+        return None
+    # A last run that was filled up with a repeated prompt is captured anew.
+    ragged = len(old.prompts) % old.batch and len(fresh.prompts) > len(old.prompts)
+    shards = old.shards
+    while ragged and shards and shards[-1].first + shards[-1].runs >= old.wanted_runs:
+        shards = shards[:-1]
+    return replace(grown, shards=shards)
+
+
+def _difference(old: CalibrationIndex, fresh: CalibrationIndex) -> str:
+    if old.student != fresh.student:
+        return "another student, schedule, hoisting or size"
+    if old.graphs_sha256 != fresh.graphs_sha256:
+        return f"another bundle of this student ({old.precision})"
+    if old.seed != fresh.seed:
+        return f"seed {old.seed}, not {fresh.seed}"
+    return "other prompts"
+
+
+def _clear(root: Path, index: CalibrationIndex) -> None:
+    """Remove our own files: the index first, so that nothing half-deleted opens."""
+    (root / INDEX_FILE).unlink()
+    for shard in index.shards:
+        (root / shard.file).unlink(missing_ok=True)
+    shutil.rmtree(root / "analysis", ignore_errors=True)
+
+
+def _check_space(root: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(root).free
+    if needed_bytes > free_bytes:
+        raise ResourceError(
+            f"the capture needs {needed_bytes / 1e6:,.0f} MB more; the disk of {root} has "
+            f"{free_bytes / 1e6:,.0f} MB",
+            "Free some space, choose another --out, or a smaller --count.",
+        )
+
+
+def _next_shard(
+    bundle: Bundle,
+    runtime: Runtime,
+    root: Path,
+    index: CalibrationIndex,
+    per_shard: int,
+    on_run: Callable[[int, int], None],
+) -> CalibrationIndex:
+    length = int(bundle.manifest.text_shape[1])
+    tokenizer = open_tokenizer(bundle.file("tokenizer/tokenizer.json"), length)
+    first = index.captured_runs
+    runs = []
+    for number in range(first, min(first + per_shard, index.wanted_runs)):
+        runs.append(_run(bundle, runtime, tokenizer, index, number))
+        on_run(number + 1, index.wanted_runs)
+    return _with_disk_errors(root, first, index.wanted_runs, lambda: write_shard(root, index, runs))
+
+
+def _run(
+    bundle: Bundle, runtime: Runtime, tokenizer: Tokenizer, index: CalibrationIndex, number: int
+) -> dict[str, Array]:
+    """Text encoder and UNet encoder on one batch: all that the decoder is fed, in float32."""
+    start = number * index.batch
+    chosen = list(index.prompts[start : start + index.batch])
+    chosen += chosen[-1:] * (index.batch - len(chosen))
+    shape = tuple(int(side) for side in bundle.manifest.latent_shape[1:])
+    feeds = {"input_ids": tokenizer(chosen)}
+    outputs = runtime.run(TEXT_ENCODER, bundle.spec(TEXT_ENCODER).select(feeds))
+    check_finite(TEXT_ENCODER, outputs)
+    noise = noise_from_seed(index.seed + start, (index.batch, *shape))
+    pool = {"sample": noise, "encoder_hidden_states": outputs["last_hidden_state"]}
+    spec = bundle.spec(UNET_ENCODER)
+    features = runtime.run(UNET_ENCODER, spec.select(pool))
+    check_finite(UNET_ENCODER, features)
+    return {name: array.astype(np.float32) for name, array in {**pool, **features}.items()}
+
+
+def _with_disk_errors(
+    root: Path, done: int, wanted: int, write: Callable[[], CalibrationIndex | None]
+) -> CalibrationIndex:
+    """Turn a full disk into an error that says what was kept."""
+    try:
+        result = write()
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise ResourceError(
+            f"the disk of {root} is full after {done} of {wanted} runs; those are kept",
+            "Free some space; the same command goes on from there.",
+        ) from error
+    return result or read_index(root)
+
+
+def _elements(tensor: TensorSpec, batch: int) -> int:
+    return int(np.prod([batch if isinstance(side, str) else side for side in tensor.shape]))
+
+
+def choose_runs(data: CalibrationData, held_out: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Runs for the ranges, and the last `held_out` ones to judge by, which no range has seen."""
+    count = data.index.captured_runs
+    if count <= held_out:
+        raise UsageError(
+            f"{data.root} has {count} run(s); expected more than the {held_out} held out to judge "
+            "by",
+            f"Capture more: tiue-export calibrate ... --count {4 * held_out * data.index.batch}",
+        )
+    return range(count - held_out), range(count - held_out, count)

@@ -1,0 +1,221 @@
+"""Captured calibration data on disk: what the encoder and the decoder were fed, run by run.
+
+    calibration.json            what was captured from which bundle, and every shard with its hash
+    shard-00000.safetensors     tensors "RUN.NAME": noise, text embedding, encoder features
+
+A shard is written beside its place and renamed, then listed: a kill leaves what was finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from tiue_export._version import __version__
+from tiue_export.atomic_file import write_atomically
+from tiue_export.bundle import Bundle, file_records
+from tiue_export.errors import BundleError, UsageError
+from tiue_export.manifest import FileRecord, structured
+from tiue_export.quantization_plan import student_identity
+from tiue_export.specs import UNET_GRAPHS, Array
+
+FORMAT_VERSION = 1
+INDEX_FILE = "calibration.json"
+_AGAIN = "Capture again: tiue-export calibrate BUNDLE --out FOLDER --force"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: runs `first` to `first + runs - 1`."""
+
+    file: str
+    first: int
+    runs: int
+    record: FileRecord
+
+
+@dataclass(frozen=True)
+class CalibrationIndex:
+    """The content of calibration.json.
+
+    A run draws `batch` pictures: run i has prompts[i * batch : (i + 1) * batch] and the noise of
+    seeds seed + i * batch and up. `student` says which bundles the data fit; `graphs_sha256` is of
+    the graphs that made them.
+    """
+
+    format_version: int
+    created_by: str
+    student: str
+    graphs_sha256: str
+    precision: str
+    runtime: str
+    seed: int
+    batch: int
+    prompts_sha256: str
+    prompts: tuple[str, ...]
+    shards: tuple[Shard, ...] = ()
+    tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def wanted_runs(self) -> int:
+        return -(-len(self.prompts) // self.batch)
+
+    @property
+    def captured_runs(self) -> int:
+        return sum(shard.runs for shard in self.shards)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(shard.record.size_bytes for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Captured runs in a folder, every shard verified."""
+
+    root: Path
+    index: CalibrationIndex
+
+    @property
+    def sha256(self) -> str:
+        """Of the index, which has the hash of every shard."""
+        return hashlib.sha256(index_text(self.index).encode()).hexdigest()
+
+    def runs(self, numbers: Sequence[int] | None = None) -> Iterator[dict[str, Array]]:
+        """The tensors of each run by name, (B, ...) float32; one run in memory at a time."""
+        from safetensors import safe_open
+
+        wanted = range(self.index.captured_runs) if numbers is None else numbers
+        for number in wanted:
+            shard = next(s for s in self.index.shards if s.first <= number < s.first + s.runs)
+            with safe_open(self.root / shard.file, framework="np") as file:
+                yield {
+                    name: np.array(file.get_tensor(f"{number:05d}.{name}"))
+                    for name in self.index.tensors
+                }
+
+
+def new_index(bundle: Bundle, prompts: Sequence[str], seed: int, runtime: str) -> CalibrationIndex:
+    """The index of a capture that has not begun."""
+    manifest = bundle.manifest
+    return CalibrationIndex(
+        format_version=FORMAT_VERSION,
+        created_by=f"tiue-export {__version__}",
+        student=student_identity(manifest),
+        graphs_sha256=graphs_sha256(bundle),
+        precision=manifest.precision,
+        runtime=runtime,
+        seed=seed,
+        batch=manifest.batch or 1,
+        prompts_sha256=prompts_sha256(prompts),
+        prompts=tuple(prompts),
+    )
+
+
+def prompts_sha256(prompts: Sequence[str]) -> str:
+    """Of the prompts, one a line."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def graphs_sha256(bundle: Bundle) -> str:
+    """Of the files of the text encoder and the UNet's graphs."""
+    graphs = bundle.manifest.graphs
+    files = {
+        name: record.sha256
+        for graph in ("text_encoder", *UNET_GRAPHS)
+        if graph in graphs
+        for name, record in graphs[graph].files.items()
+    }
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def index_text(index: CalibrationIndex) -> str:
+    """The text of calibration.json."""
+    return json.dumps(dataclasses.asdict(index), indent=1) + "\n"
+
+
+def write_index(root: Path, index: CalibrationIndex) -> None:
+    """Replace calibration.json in one step."""
+    write_atomically(root / INDEX_FILE, index_text(index).encode())
+
+
+def write_shard(
+    root: Path, index: CalibrationIndex, runs: Sequence[Mapping[str, Array]]
+) -> CalibrationIndex:
+    """Write the next shard and list it; the index with it."""
+    from safetensors.numpy import save
+
+    first = index.captured_runs
+    name = f"shard-{len(index.shards):05d}.safetensors"
+    tensors = {
+        f"{first + offset:05d}.{key}": np.ascontiguousarray(array)
+        for offset, run in enumerate(runs)
+        for key, array in run.items()
+    }
+    write_atomically(root / name, save(tensors))
+    (record,) = file_records(root, [name]).values()
+    shapes = {key: array.shape for key, array in runs[0].items()}
+    shards = (*index.shards, Shard(name, first, len(runs), record))
+    grown = replace(index, shards=shards, tensors=shapes)
+    write_index(root, grown)
+    return grown
+
+
+def read_index(root: Path) -> CalibrationIndex:
+    """The index of a folder, checked field by field."""
+    path = root / INDEX_FILE
+    if not path.is_file():
+        raise UsageError(
+            f"{root} holds no calibration data: it has no {INDEX_FILE}",
+            "Capture some: tiue-export calibrate BUNDLE --out FOLDER",
+        )
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        version = data.get("format_version") if isinstance(data, dict) else None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read: {error}", _AGAIN) from error
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format version {version!r}; this program reads {FORMAT_VERSION}", _AGAIN
+        )
+    index: CalibrationIndex = structured(CalibrationIndex, data, str(path))
+    return index
+
+
+def open_calibration(root: Path, bundle: Bundle | None = None) -> CalibrationData:
+    """Open captured data, every hash checked; with `bundle` only if they fit it.
+
+    Raises `UsageError` for data of another student, schedule, hoisting or size, `BundleError` for
+    an unfinished capture or an altered shard.
+    """
+    index = read_index(root)
+    if bundle is not None and index.student != student_identity(bundle.manifest):
+        raise UsageError(
+            f"{root} was captured from another student, schedule, hoisting or size than "
+            f"{bundle.root}",
+            f"Capture from this one: tiue-export calibrate {bundle.root} --out FOLDER",
+        )
+    verify_shards(root, index)
+    if index.captured_runs < index.wanted_runs:
+        raise BundleError(
+            f"{root} is an unfinished capture: {index.captured_runs} of {index.wanted_runs} runs",
+            "Run the same `tiue-export calibrate` line again: it goes on from there.",
+        )
+    return CalibrationData(root, index)
+
+
+def verify_shards(root: Path, index: CalibrationIndex) -> None:
+    """Refuse shards that are missing or were altered."""
+    for shard in index.shards:
+        if not (root / shard.file).is_file():
+            raise BundleError(f"{root}: {shard.file} is missing", _AGAIN)
+    found = file_records(root, [shard.file for shard in index.shards])
+    for shard in index.shards:
+        if found[shard.file] != shard.record:
+            raise BundleError(f"{root}: {shard.file} was altered after the capture", _AGAIN)

@@ -1,0 +1,211 @@
+"""Float bundle + captured data -> quantized bundle: plan, graphs, verdict; or a reason why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from tiue_export.bundle import Bundle, new_bundle, open_bundle
+from tiue_export.errors import UsageError, unknown_name
+from tiue_export.export.onnx_bundle import Observer, StageReport
+from tiue_export.export.openvino_int8 import (
+    INT4,
+    NncfOptions,
+    require_nncf,
+    write_nncf_graphs,
+)
+from tiue_export.export.openvino_ir import OpenvinoOptions, compile_openvino
+from tiue_export.export.quantized_bundle import (
+    add_verdict,
+    check_quantizable,
+    write_quantized_graphs,
+)
+from tiue_export.memory import PeakMemory, return_freed_memory
+from tiue_export.parity import with_dtypes
+from tiue_export.quantization_plan import (
+    W8A8,
+    WEIGHTS,
+    QuantizationPlan,
+    read_plan,
+    require_same_student,
+)
+from tiue_export.registry import require
+from tiue_export.specs import Feeds
+
+from .analysis import KINDS, Analyser, Analysis, AnalysisOptions, Progress
+from .capture import choose_runs
+from .dataset import CalibrationData
+from .placement import Point
+from .verdict import (
+    FASTER,
+    SMALLER,
+    Verdict,
+    VerdictOptions,
+    judge,
+    require_worth,
+    with_parity,
+)
+
+ONNX, OPENVINO = "onnx", "openvino"
+BACKENDS = (ONNX, OPENVINO)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What to make and what it must reach.
+
+    `kind` is one of the analysis' kinds, or 4-bit with the openvino backend. `plan` replays a file
+    in place of an analysis. `any_speed` leaves speed and size unjudged.
+    """
+
+    kind: str = W8A8
+    backend: str = ONNX
+    analysis: AnalysisOptions = field(default_factory=AnalysisOptions)
+    judged: VerdictOptions = field(default_factory=VerdictOptions)
+    plan: Path | None = None
+    scales: str = "auto"
+    any_speed: bool = False
+    allow_loss: bool = False
+    allow_slower: bool = False
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The new bundle, what it was judged by, and the sets that were tried on the way."""
+
+    bundle: Bundle
+    plan: QuantizationPlan
+    verdict: Verdict
+    curve: tuple[Point, ...]
+
+
+def quantize(
+    bundle: Bundle,
+    data: CalibrationData,
+    out: Path,
+    options: QuantizeOptions,
+    *,
+    force: bool = False,
+    observer: Observer | None = None,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Make `out` from `bundle`, or raise and leave nothing.
+
+    Raises `ParityError` below the gate (unless `allow_loss`), `RegressionError` when it is not
+    faster, or for weights alone not smaller (unless `allow_slower`).
+    """
+    observer, progress = observer or Observer(), progress or Progress()
+    _check(bundle, options)
+    with new_bundle(out, force=force) as folder:
+        analysis = _timed("plan", observer, lambda: _plan(bundle, data, options, progress))
+        plan = analysis.plan
+        draft = _timed(
+            "write graphs", observer, lambda: _write(bundle, plan, data, options, folder, observer)
+        )
+        return_freed_memory()
+        verdict = _timed("judge", observer, lambda: _judge(bundle, draft, plan, data, options))
+        require_worth(verdict, allow_loss=options.allow_loss, allow_slower=options.allow_slower)
+        curve = tuple(analysis.selection.points) if analysis.selection else ()
+        facts = {**verdict.to_data(), "curve": [dataclasses.asdict(point) for point in curve]}
+        add_verdict(draft, facts, with_parity(draft.manifest, verdict))
+    return Quantized(open_bundle(out), plan, verdict, curve)
+
+
+def make_plan(
+    bundle: Bundle, data: CalibrationData, options: QuantizeOptions, progress: Progress
+) -> Analysis:
+    """The plan alone, without writing a bundle."""
+    _check(bundle, options)
+    return _plan(bundle, data, options, progress)
+
+
+def _check(bundle: Bundle, options: QuantizeOptions) -> None:
+    if options.backend not in BACKENDS:
+        raise unknown_name("backend", options.backend, BACKENDS)
+    if options.kind not in (*KINDS, INT4):
+        raise unknown_name("kind", options.kind, (*KINDS, INT4))
+    check_quantizable(bundle)
+    if options.kind == INT4 and options.backend == ONNX:
+        raise UsageError(
+            "4-bit weights need a newer opset than TensorRT 10.3 reads; they are made for OpenVINO",
+            "Add --backend openvino.",
+        )
+    if options.backend == OPENVINO or options.judged.runtime == OPENVINO:
+        if options.backend == OPENVINO:
+            require_nncf(bundle)
+        elif "openvino" not in bundle.manifest.compiled:
+            raise UsageError(
+                f"{bundle.root} has no OpenVINO graphs to compare with",
+                f"Make them first: tiue-export openvino --bundle {bundle.root}",
+            )
+    if options.backend == OPENVINO and options.judged.runtime != OPENVINO:
+        raise UsageError(
+            f"a bundle of the openvino backend does not run on {options.judged.runtime}",
+            "Leave --runtime out, or make ONNX graphs: --backend onnx.",
+        )
+    require("quantizing", ("onnx", "onnxruntime", "psutil"), "export")
+
+
+def _plan(
+    bundle: Bundle, data: CalibrationData, options: QuantizeOptions, progress: Progress
+) -> Analysis:
+    if options.plan is not None:
+        plan = read_plan(options.plan)
+        require_same_student(plan, bundle.manifest, str(bundle.root))
+        return Analysis(plan, None)
+    kind = WEIGHTS if options.kind == INT4 else options.kind
+    return Analyser(bundle, data, replace(options.analysis, kind=kind), progress).run()
+
+
+def _write(
+    bundle: Bundle,
+    plan: QuantizationPlan,
+    data: CalibrationData,
+    options: QuantizeOptions,
+    folder: Path,
+    observer: Observer,
+) -> Bundle:
+    if options.backend == OPENVINO:
+        ranged, _ = choose_runs(data, options.analysis.held_out)
+
+        def feeds(graph: str) -> Iterator[Feeds]:
+            spec = bundle.spec(graph)
+            return (with_dtypes(spec, run) for run in data.runs(ranged))
+
+        wanted = NncfOptions(options.kind, feeds, len(ranged))
+        return write_nncf_graphs(bundle, plan, wanted, folder, observer)
+    draft = write_quantized_graphs(bundle, plan, folder, options.scales)
+    if options.judged.runtime != OPENVINO:
+        return draft
+    weights = str(bundle.manifest.compiled["openvino"].flags["weights"])
+    # Its own gates would be those of the reference; the verdict decides on more data.
+    return compile_openvino(
+        draft, OpenvinoOptions(weights, ("fp32",)), allow_parity_loss=True, observer=observer
+    )
+
+
+def _judge(
+    bundle: Bundle,
+    draft: Bundle,
+    plan: QuantizationPlan,
+    data: CalibrationData,
+    options: QuantizeOptions,
+) -> Verdict:
+    _, held_out = choose_runs(data, options.analysis.held_out)
+    must_be = SMALLER if options.kind in (WEIGHTS, INT4) else FASTER
+    judged = replace(options.judged, must_be=None if options.any_speed else must_be)
+    return judge(bundle, draft, plan, data, held_out, judged)
+
+
+def _timed(stage: str, observer: Observer, work: Callable[[], T]) -> T:
+    observer.on_start(stage)
+    start = time.perf_counter()
+    with PeakMemory() as memory:
+        result = work()
+    observer.on_done(StageReport(stage, time.perf_counter() - start, memory.peak_bytes))
+    return result

@@ -1,0 +1,260 @@
+"""Is the quantized bundle worth having? Both are run side by side, in one process, on this machine.
+
+The latents of runs that no range has seen are held against the float bundle's, and the graphs are
+timed in turn, so that other work on the machine meets both alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tiue_export.bundle import Bundle
+from tiue_export.compare import max_abs_error, psnr_db
+from tiue_export.errors import ParityError, RegressionError
+from tiue_export.manifest import Manifest, ParityRecord
+from tiue_export.parity import with_dtypes
+from tiue_export.quantization_plan import (
+    QuantizationPlan,
+    gate_of,
+    largest_losses,
+)
+from tiue_export.registry import RUNTIMES, open_runtime
+from tiue_export.specs import (
+    UNET_DECODER,
+    UNET_GRAPHS,
+    Array,
+    Runtime,
+    RuntimeOptions,
+    check_finite,
+)
+
+from .dataset import CalibrationData
+
+QUANTIZED = "quantized"
+FASTER, SMALLER = "faster", "smaller"
+DEFAULT_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class VerdictOptions:
+    """Where to judge, on which captured runs, and what it takes to pass.
+
+    `must_be` faster or smaller; None: for a device that this machine is not, where speed is only
+    reported. `gate_psnr_db` None takes the gate of what the graphs became.
+    """
+
+    runtime: str = "ort"
+    precision: str = "auto"
+    device: str = "cpu"
+    threads: int | None = None
+    low_memory: bool = False
+    rounds: int = DEFAULT_ROUNDS
+    must_be: str | None = FASTER
+    gate_psnr_db: float | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured. `latency_ms`: contender -> graph -> median; `unet` is their sum.
+
+    `speed_ratio` is the fastest float contender's time over the quantized one's: above 1 is a gain.
+    Sizes are of the UNet's files in the form that ran.
+    """
+
+    runtime: str
+    inputs: str
+    latents_psnr_db: float
+    max_abs_error: float
+    gate_psnr_db: float
+    latency_ms: Mapping[str, Mapping[str, float]]
+    speed_ratio: float
+    size_bytes: Mapping[str, int]
+    int8_share: float
+    must_be: str | None
+    blame: tuple[str, ...]
+
+    @property
+    def accurate(self) -> bool:
+        return self.latents_psnr_db >= self.gate_psnr_db
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether it is faster or smaller, as asked."""
+        if self.must_be == FASTER:
+            return self.speed_ratio > 1
+        if self.must_be == SMALLER:
+            return self.size_bytes[QUANTIZED] < self.size_bytes["float"]
+        return True
+
+    def to_data(self) -> dict[str, Any]:
+        """For JSON."""
+        words = {"accurate": self.accurate, "worth_it": self.worth_it}
+        return {**dataclasses.asdict(self), **words}
+
+
+def judge(
+    base: Bundle,
+    new: Bundle,
+    plan: QuantizationPlan,
+    data: CalibrationData,
+    numbers: Sequence[int],
+    options: VerdictOptions,
+    on_step: Callable[[str], None] = lambda text: None,
+) -> Verdict:
+    """Run both on captured runs, graph by graph; the graphs of one kind are open together."""
+    contenders = _contenders(base, new, options)
+    pools: dict[str, list[dict[str, Array]]] = {
+        name: [dict(run) for run in data.runs(numbers)] for name in contenders
+    }
+    latency_ms: dict[str, dict[str, float]] = {name: {} for name in contenders}
+    titles: dict[str, str] = {}
+    for graph in UNET_GRAPHS:
+        on_step(f"judge {graph}")
+        runtimes = {
+            name: open_runtime(options.runtime, bundle, runtime_options)
+            for name, (bundle, runtime_options) in contenders.items()
+        }
+        try:
+            for name, runtime in runtimes.items():
+                _run_all(contenders[name][0], graph, runtime, pools[name])
+                titles[name] = f"{runtime.name} {runtime.device}"
+            for name, value in _time(contenders, graph, runtimes, options.rounds).items():
+                latency_ms[name][graph] = round(value, 3)
+        finally:
+            for runtime in runtimes.values():
+                runtime.close()
+    reference, latents = (
+        np.concatenate([pool["latents"] for pool in pools[name]])
+        for name in (next(iter(contenders)), QUANTIZED)
+    )
+    for times in latency_ms.values():
+        times["unet"] = round(sum(times.values()), 3)
+    floats = [times["unet"] for name, times in latency_ms.items() if name != QUANTIZED]
+    kinds = {new.manifest.graphs[graph].precision for graph in UNET_GRAPHS}
+    gate = gate_of(kinds) if options.gate_psnr_db is None else options.gate_psnr_db
+    psnr = psnr_db(reference, latents)
+    return Verdict(
+        runtime=titles[QUANTIZED],
+        inputs=f"{len(numbers) * data.index.batch} captured prompts held out of the ranges",
+        latents_psnr_db=round(psnr, 2),
+        max_abs_error=max_abs_error(reference, latents),
+        gate_psnr_db=gate,
+        latency_ms=latency_ms,
+        speed_ratio=round(min(floats) / latency_ms[QUANTIZED]["unet"], 4),
+        size_bytes={
+            "float": _size_bytes(base, options.runtime),
+            QUANTIZED: _size_bytes(new, options.runtime),
+        },
+        int8_share=round(plan.int8_share, 4),
+        must_be=options.must_be,
+        blame=tuple(largest_losses(plan)),
+    )
+
+
+def require_worth(verdict: Verdict, *, allow_loss: bool, allow_slower: bool) -> None:
+    """Raise what is wrong with the result, with the layers or graphs to blame."""
+    if not verdict.accurate and not allow_loss:
+        blame = "; ".join(verdict.blame) or "no single layer was measured: --sensitivity layer"
+        raise ParityError(
+            f"the latents of the quantized bundle have {verdict.latents_psnr_db:.1f} dB, gate "
+            f"{verdict.gate_psnr_db:.0f} dB; what costs most: {blame}",
+            "Raise --target-psnr or set those layers to float in the plan; or accept it: "
+            "--allow-parity-loss.",
+        )
+    if not verdict.worth_it and not allow_slower:
+        if verdict.must_be == SMALLER:
+            raise RegressionError("the quantized UNet is not smaller than the float one")
+        raise RegressionError(
+            f"the quantized UNet is not faster on {verdict.runtime}: {_slow_graphs(verdict)}",
+            "Judge on the runtime you will use (--runtime openvino), or for another device leave "
+            "speed out: --any-speed.",
+        )
+
+
+def with_parity(manifest: Manifest, verdict: Verdict) -> Manifest:
+    """The manifest with the verdict's parity, and whether a loss was accepted."""
+    record = ParityRecord(
+        hop=f"quantized {verdict.runtime}",
+        subject="latents",
+        metric="psnr_db",
+        value=verdict.latents_psnr_db,
+        gate=verdict.gate_psnr_db,
+        max_abs_error=verdict.max_abs_error,
+        inputs=verdict.inputs,
+    )
+    return replace(manifest, parity=(record,), parity_loss_allowed=not record.passed)
+
+
+def _contenders(
+    base: Bundle, new: Bundle, options: VerdictOptions
+) -> dict[str, tuple[Bundle, RuntimeOptions]]:
+    """Name -> bundle and how to open it; the first is the reference, in its finest arithmetic."""
+    plain = RuntimeOptions(
+        device=options.device,
+        threads=options.threads,
+        precision=options.precision,
+        low_memory=options.low_memory,
+    )
+    if not RUNTIMES[options.runtime].chooses_precision:
+        return {"float": (base, plain), QUANTIZED: (new, plain)}
+    found = {"float fp32": (base, replace(plain, precision="fp32"))}
+    if options.precision != "fp32":
+        found[f"float {options.precision}"] = (base, plain)
+    found[QUANTIZED] = (new, plain)
+    return found
+
+
+def _run_all(bundle: Bundle, graph: str, runtime: Runtime, pool: list[dict[str, Array]]) -> None:
+    """Each contender goes on with the features that it made itself."""
+    for run in pool:
+        outputs = runtime.run(graph, with_dtypes(bundle.spec(graph), run))
+        check_finite(graph, outputs)
+        if graph == UNET_DECODER:
+            run.clear()
+        run.update({name: np.array(array, np.float32) for name, array in outputs.items()})
+
+
+def _time(
+    contenders: Mapping[str, tuple[Bundle, RuntimeOptions]],
+    graph: str,
+    runtimes: Mapping[str, Runtime],
+    rounds: int,
+) -> dict[str, float]:
+    """Median milliseconds of one run, the contenders taking turns; values do not matter to it."""
+    times: dict[str, list[float]] = {name: [] for name in runtimes}
+    feeds = {}
+    for name, (bundle, _) in contenders.items():
+        spec = bundle.spec(graph)
+        shapes = {t.name: [s if isinstance(s, int) else 1 for s in t.shape] for t in spec.inputs}
+        random = np.random.RandomState(0)
+        feeds[name] = {
+            t.name: random.standard_normal(shapes[t.name]).astype(t.dtype) for t in spec.inputs
+        }
+    for _ in range(rounds):
+        for name, runtime in runtimes.items():
+            start = time.perf_counter()
+            runtime.run(graph, feeds[name])
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _size_bytes(bundle: Bundle, runtime: str) -> int:
+    compiled = bundle.manifest.compiled.get(runtime)
+    graphs: Mapping[str, Any] = bundle.manifest.graphs if compiled is None else compiled.graphs
+    return sum(f.size_bytes for graph in UNET_GRAPHS for f in graphs[graph].files.values())
+
+
+def _slow_graphs(verdict: Verdict) -> str:
+    """Each graph's time, float and quantized."""
+    parts = []
+    for graph in UNET_GRAPHS:
+        floats = min(t[graph] for name, t in verdict.latency_ms.items() if name != QUANTIZED)
+        parts.append(f"{graph} {floats:.1f} -> {verdict.latency_ms[QUANTIZED][graph]:.1f} ms")
+    return ", ".join(parts)
