@@ -1,0 +1,1 @@
+"""`tiue-export serve`: a bundle behind the OpenAI images API."""

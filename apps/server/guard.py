@@ -1,0 +1,97 @@
+"""What a request must pass before the application sees it: its token, its size, its pace."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .answers import ApiError
+from .settings import ServerLimits
+
+_OPEN_PATHS = ("/healthz", "/docs", "/openapi.json", "/static-offline-docs")
+
+
+class RequestGuard:
+    """Reads each body whole within its bounds, then hands it on."""
+
+    def __init__(self, app: ASGIApp, limits: ServerLimits, token: str | None) -> None:
+        self._app = app
+        self._limits = limits
+        self._expected = None if token is None else f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check_token(scope)
+            body = await self._body(scope, receive)
+        except ApiError as error:
+            # The rest of the body was not read: this connection is of no further use.
+            error.headers.setdefault("Connection", "close")
+            await error.response()(scope, receive, send)
+            return
+        if body is None:  # the client went away
+            return
+        await self._app(scope, _replayed(body, receive), send)
+
+    def _check_token(self, scope: Scope) -> None:
+        if self._expected is None or is_open(scope["path"]):
+            return
+        given = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
+        if not hmac.compare_digest(given, self._expected):
+            raise ApiError(
+                401,
+                "no or wrong token; expected the header Authorization: Bearer TOKEN",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        limit = self._limits.request_bytes
+        declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+        if declared.isdigit() and int(declared) > limit:
+            raise _too_large(int(declared), limit)
+        try:
+            return await asyncio.wait_for(_read(receive, limit), self._limits.body_timeout_s)
+        except asyncio.TimeoutError:
+            raise ApiError(
+                408, f"the body did not arrive within {self._limits.body_timeout_s:g} s"
+            ) from None
+
+
+def is_open(path: str) -> bool:
+    """Whether a path is answered without a token: health, and the description of the API."""
+    return any(path == open_path or path.startswith(f"{open_path}/") for open_path in _OPEN_PATHS)
+
+
+async def _read(receive: Receive, limit: int) -> bytes | None:
+    body = b""
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += bytes(message.get("body", b""))
+        if len(body) > limit:
+            raise _too_large(len(body), limit)
+        if not message.get("more_body", False):
+            return body
+
+
+def _too_large(size_bytes: int, limit: int) -> ApiError:
+    return ApiError(413, f"the body has {size_bytes} bytes or more; expected at most {limit}")
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    replayed = False
+
+    async def replay() -> Message:
+        nonlocal replayed
+        if replayed:
+            return await receive()
+        replayed = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

@@ -1,0 +1,1 @@
+"""The studio: a page in the browser for trying a student, comparing runtimes, reading a bundle."""

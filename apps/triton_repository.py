@@ -1,0 +1,66 @@
+"""`tiue-export triton`: a bundle as a model repository for NVIDIA Triton."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from tiue_export.bundle import open_bundle, require_one_pass, require_whole_vae
+from tiue_export.registry import require
+
+from .tables import console, megabytes, print_json
+
+
+@dataclass(frozen=True)
+class TritonRequest:
+    """The options of `tiue-export triton`."""
+
+    bundle: Path
+    out: Path
+    backend: str = "onnxruntime"
+    name: str | None = None
+    max_batch: int = 4
+    force: bool = False
+    as_json: bool = False
+
+
+def run(request: TritonRequest) -> None:
+    """Write the repository and show its models."""
+    require("writing a Triton repository", ("onnx",), "export")
+    from tiue_export.export.triton_repository import (
+        TritonOptions,
+        TritonRepository,
+        write_triton_repository,
+    )
+
+    bundle = open_bundle(request.bundle)
+    require_one_pass(bundle, "triton")
+    require_whole_vae(bundle, "triton")
+    options = TritonOptions(request.backend, request.name, request.max_batch)
+    made: TritonRepository = write_triton_repository(
+        bundle, request.out, options, force=request.force
+    )
+    if request.as_json:
+        print_json({"out": str(request.out), "models": [asdict(model) for model in made.models]})
+        return
+    table = Table(title=escape(str(request.out)), title_justify="left", title_style="bold")
+    for column in ("model", "backend", "inputs", "outputs"):
+        table.add_column(column, overflow="fold")
+    table.add_column("size", justify="right")
+    for model in made.models:
+        files = [path for path in (made.root / model.name).rglob("*") if path.is_file()]
+        table.add_row(
+            escape(model.name),
+            model.backend or "ensemble",
+            ", ".join(tensor.name for tensor in model.inputs),
+            ", ".join(tensor.name for tensor in model.outputs),
+            megabytes(sum(path.stat().st_size for path in files)),
+        )
+    console.print(table)
+    console.print(
+        f"[bold green]Done.[/] tritonserver --model-repository {escape(str(made.root))}",
+        highlight=False,
+    )
