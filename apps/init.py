@@ -1,0 +1,234 @@
+"""`tiue-export init`: a device and a checkpoint, and the exact commands from one to the other."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from tiue_export.errors import UsageError, unknown_name
+from tiue_export.weight_container import check_checkpoint_path, is_hub_id
+
+from .generate import slug
+from .tables import print_json
+
+DEVICES: Mapping[str, str] = {
+    "cpu": "Intel or AMD processor: OpenVINO",
+    "arm": "another processor (Raspberry Pi, Graviton): ONNX Runtime",
+    "rtx": "NVIDIA RTX card: TensorRT-RTX",
+    "nvidia": "NVIDIA GPU of a server: TensorRT",
+    "jetson": "NVIDIA Jetson: TensorRT, built on the device",
+    "mac": "Apple: Mac, iPhone, iPad",
+}
+# Names in single files of whole pipelines: original Stable Diffusion, and diffusers' own.
+_WHOLE = ("cond_stage_model.", "text_encoder.")
+_PROMPT = '"a red fox in the snow"'
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, where it is typed and what it gives."""
+
+    command: str
+    meaning: str
+    where: str = "here"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `--ckpt` and `--base` will be; `whole` when no base is needed."""
+
+    ckpt: str
+    base: str | None
+    whole: bool
+
+
+def run(
+    device: str | None,
+    ckpt: str | None,
+    base: str | None,
+    commands: Collection[str],
+    as_json: bool,
+) -> None:
+    """Ask for what was not given, then print the commands."""
+    if device is None:
+        device = _ask_device()
+    if device not in DEVICES:
+        raise unknown_name("device", device, DEVICES)
+    if ckpt is None:
+        ckpt = _ask("Checkpoint (.safetensors, diffusers folder or hub id)", "--ckpt")
+    found = look_at(ckpt, base)
+    if not found.whole and base is None and _can_ask():
+        print("It holds a UNet alone: text encoder, VAE and tokenizer come from a pipeline folder.")
+        found = look_at(ckpt, _ask("Pipeline folder or hub id", "--base"))
+    steps = steps_for(device, found, commands)
+    if as_json:
+        print_json(
+            {"device": device, "checkpoint": asdict(found), "steps": list(map(asdict, steps))}
+        )
+        return
+    _show(device, found, steps)
+
+
+def look_at(ckpt: str, base: str | None) -> Checkpoint:
+    """Whether a checkpoint brings everything; pickles, damaged and missing files are refused."""
+    check_checkpoint_path(ckpt)
+    if base is not None:
+        check_checkpoint_path(base)
+    return Checkpoint(ckpt, base, base is not None or _is_whole(Path(ckpt)))
+
+
+def _is_whole(path: Path) -> bool:
+    if is_hub_id(str(path)) or (path / "model_index.json").is_file():
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return any(name.startswith(_WHOLE) for name in header)
+
+
+def steps_for(device: str, found: Checkpoint, commands: Collection[str]) -> list[Step]:
+    """The commands, in order; `commands` are those that this program has."""
+    source = f"--ckpt {shlex.quote(found.ckpt)}"
+    if found.base is not None:
+        source += f" --base {shlex.quote(found.base)}"
+    elif not found.whole:
+        source += " --base PIPELINE_FOLDER"
+    name = slug(Path(found.ckpt).stem)
+    if Path(name).exists():  # often the checkpoint's own folder
+        name += "-bundle"
+    ways = {
+        "cpu": _openvino,
+        "arm": _ort,
+        "rtx": _rtx,
+        "nvidia": _nvidia,
+        "jetson": _jetson,
+        "mac": _coreml if "coreml" in commands else _ort,
+    }
+    return ways[device](source, name)
+
+
+def _openvino(source: str, name: str) -> list[Step]:
+    return [
+        Step("pip install 'tiue-export[export,openvino]'", "exporter and runtime"),
+        Step(f"tiue-export onnx {source} --out {name}", "a bundle, every hop proven"),
+        Step(f"tiue-export openvino --bundle {name}", "OpenVINO graphs, in the same bundle"),
+        *_draw(name, "openvino"),
+    ]
+
+
+def _ort(source: str, name: str) -> list[Step]:
+    return [
+        Step("pip install 'tiue-export[export]'", "exporter and runtime"),
+        Step(f"tiue-export onnx {source} --out {name}", "a bundle, every hop proven"),
+        *_draw(name, "ort"),
+    ]
+
+
+def _coreml(source: str, name: str) -> list[Step]:
+    return [
+        Step("pip install 'tiue-export[export,coreml]'", "exporter and runtime"),
+        Step(f"tiue-export coreml {source} --out {name}", "Core ML packages, proven"),
+        *_draw(name, "coreml"),
+    ]
+
+
+def _rtx(source: str, name: str) -> list[Step]:
+    return [
+        Step("pip install 'tiue-export[export,trt-rtx]'", "exporter, builder and runtime"),
+        Step(f"tiue-export trt {source} --flavor rtx --out {name}", "engines, also without a GPU"),
+        *_draw(name, "trt"),
+    ]
+
+
+def _nvidia(source: str, name: str) -> list[Step]:
+    return [
+        Step("pip install 'tiue-export[export,trt]'", "exporter, builder and runtime"),
+        Step(f"tiue-export trt {source} --flavor tensorrt --out {name}", "engines for this GPU"),
+        *_draw(name, "trt"),
+        Step(f"tiue-export serve {name} --runtime trt", "OpenAI's images API on port 8000"),
+    ]
+
+
+def _jetson(source: str, name: str) -> list[Step]:
+    there = "on the Jetson"
+    return [
+        Step("pip install 'tiue-export[export]'", "exporter"),
+        Step(f"tiue-export onnx {source} --precision fp16 --out {name}", "a bundle, proven"),
+        Step(f"tiue-export bundle pack {name} --runtime trt --out {name}.tar", "one file"),
+        Step(f"scp {name}.tar jetson:", "carry it over"),
+        Step("pip install 'tiue-export[trt]'", "no torch; TensorRT comes with JetPack", there),
+        Step(f"tiue-export bundle unpack {name}.tar --out {name}", "verified", there),
+        Step(f"tiue-export trt --bundle {name}", "engines for this device", there),
+        *(Step(step.command, step.meaning, there) for step in _draw(name, "trt")),
+    ]
+
+
+def _draw(name: str, runtime: str) -> list[Step]:
+    return [
+        Step(f"tiue-export parity {name} --runtime {runtime}", "proof on the device itself"),
+        Step(f"tiue-export generate {name} {_PROMPT} --runtime {runtime} --time", "a picture"),
+    ]
+
+
+def _show(device: str, found: Checkpoint, steps: list[Step]) -> None:
+    """Numbered steps; each command stands alone on its line, to be copied."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"\n[bold]{DEVICES[device]}[/]")
+    if not found.whole:
+        console.print("PIPELINE_FOLDER: a diffusers pipeline with text encoder, VAE and tokenizer.")
+    where = "here"
+    for number, step in enumerate(steps, 1):
+        if step.where != where:
+            where = step.where
+            console.print(f"\n[bold]{where}[/]")
+        console.print(f"[dim]{number}. {step.meaning}[/]")
+        console.print(f"   {step.command}", markup=False)
+
+
+def guess_device() -> str:
+    """What this machine looks like, as the default of the question."""
+    if Path("/etc/nv_tegra_release").is_file():
+        return "jetson"
+    if platform.system() == "Darwin":
+        return "mac"
+    if shutil.which("nvidia-smi"):
+        return "rtx"
+    return "cpu" if platform.machine().lower() in ("x86_64", "amd64") else "arm"
+
+
+def _can_ask() -> bool:
+    return sys.stdin.isatty()
+
+
+def _ask_device() -> str:
+    names, default = list(DEVICES), guess_device()
+    if _can_ask():
+        print("Where will the student run?")
+        for number, (name, meaning) in enumerate(DEVICES.items(), 1):
+            print(f"  {number}  {name:<8} {meaning}")
+    answer = _ask(f"Device [{default}]", "--device", default)
+    if answer.isdigit() and 1 <= int(answer) <= len(names):
+        return names[int(answer) - 1]
+    return answer
+
+
+def _ask(question: str, option: str, default: str = "") -> str:
+    """An answer from the terminal; without one, the option is asked for instead."""
+    if not _can_ask():
+        raise UsageError(
+            f"nobody can be asked for {option}: this is no terminal",
+            "Type: tiue-export init --device cpu --ckpt student.safetensors",
+        )
+    while True:
+        answer = input(f"{question}: ").strip() or default
+        if answer:
+            return answer

