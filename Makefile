@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check docs setup setup-browser clean
 
 demo: setup
 	$(BIN)/tiue-export demo --out demo --force
@@ -17,6 +17,14 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layering.py
 
+# The documentation as a site, in site/; a dead link fails.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# What the studio's browser test needs; it is skipped without.
+setup-browser:
+	command -v chromium >/dev/null || (apt-get update && apt-get install --yes --no-install-recommends chromium)
+
 setup: $(VENV)/.installed
 
 # torch is installed first and alone: a range resolved later is then satisfied by the pinned build.
@@ -28,4 +36,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) demo site build dist *.egg-info

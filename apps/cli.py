@@ -12,7 +12,9 @@ import typer
 
 from tiue_export._version import __version__
 
+from .completion import bundle_folders, runtime_names
 from .failures import explained
+from .welcome import panel_of
 
 app = typer.Typer(
     name="tiue-export",
@@ -20,8 +22,8 @@ app = typer.Typer(
         "Take a distilled one-pass Stable Diffusion student (TiUE) to a device, with proof.\n\n"
         "A checkpoint becomes a bundle of verified graphs; a bundle draws pictures without torch."
     ),
-    epilog="First steps: tiue-export demo   |   exit codes: docs/errors.md",
-    no_args_is_help=True,
+    epilog="First steps: tiue-export init   |   exit codes: docs/errors.md",
+    invoke_without_command=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,7 +36,7 @@ bundle_app = typer.Typer(
     ),
     no_args_is_help=True,
 )
-app.add_typer(bundle_app, name="bundle")
+app.add_typer(bundle_app, name="bundle", rich_help_panel=panel_of("bundle"))
 
 # Shared options: the same flag means the same in every command.
 Checkpoint = Annotated[
@@ -48,7 +50,53 @@ Vae = Annotated[
     str | None,
     typer.Option("--vae", help="Folder of another VAE, such as TAESD; tiny:FOLDER insists on one."),
 ]
-BundleArgument = Annotated[Path, typer.Argument(help="Bundle folder.", show_default=False)]
+BundleArgument = Annotated[
+    Path,
+    typer.Argument(help="Bundle folder.", show_default=False, autocompletion=bundle_folders),
+]
+Method = Annotated[
+    str,
+    typer.Option(
+        "--method", help="tiue: a distilled student; faster: any SD 1.x/2.x, Faster Diffusion."
+    ),
+]
+SchedulerName = Annotated[
+    str | None,
+    typer.Option("--scheduler", help="faster: ddim, dpmpp or pndm \\[default: ddim]."),
+]
+KeySteps = Annotated[
+    str | None,
+    typer.Option(
+        "--key-steps",
+        help="faster: steps that run the encoder: nonuniform, uniform:N, 0,1,2,... or auto.",
+    ),
+]
+Inject = Annotated[
+    str | None,
+    typer.Option(
+        "--inject", help="faster: prior noise: off, on, parallel, sequential \\[default: on]."
+    ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", help="faster: scale, 1 is none \\[default: the bundle's, 7.5]."),
+]
+DecoderRows = Annotated[
+    int | None,
+    typer.Option("--max-decoder-rows", help="faster: rows of one decoder run; less memory."),
+]
+Budget = Annotated[
+    float | None,
+    typer.Option("--budget", help="auto: share of plain sampling's operations, such as 0.7."),
+]
+ControlNet = Annotated[
+    str | None,
+    typer.Option("--controlnet", help="faster: diffusers folder of a ControlNet to steer by."),
+]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option("--lora", help="FILE[:SCALE] to merge first, diffusers or kohya; repeatable."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 LowMemory = Annotated[
     bool,
@@ -60,9 +108,28 @@ LowMemory = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 RuntimeName = Annotated[
-    str, typer.Option("--runtime", help="ort, openvino, trt, torch (needs --ckpt) or fake.")
+    str,
+    typer.Option(
+        "--runtime",
+        help="ort, openvino, trt, torch (needs --ckpt) or fake.",
+        autocompletion=runtime_names,
+    ),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda; with openvino gpu, npu.")]
+RuntimeOrAuto = Annotated[
+    str,
+    typer.Option(
+        "--runtime",
+        help="ort, openvino, trt, torch (needs --ckpt), fake, or auto: the fastest here, measured "
+        "once and remembered.",
+        autocompletion=runtime_names,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", help="auto, cpu, cuda; with openvino gpu, npu; with coreml gpu, ane, evaluator."
+    ),
+]
 Provider = Annotated[
     str | None,
     typer.Option(
@@ -95,6 +162,7 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -103,6 +171,10 @@ def root(
     ] = False,
 ) -> None:
     """Options of the program itself."""
+    if context.invoked_subcommand is None:
+        from .welcome import run
+
+        run(typer.main.get_command(app).commands, Path())  # type: ignore[attr-defined]
 
 
 @app.command()
@@ -150,6 +222,10 @@ def onnx(
             "--vae-precision", help="auto (as --precision, by the audit), fp16, fp32 or bf16."
         ),
     ] = "auto",
+    vae_tile: Annotated[
+        int | None,
+        typer.Option("--vae-tile", help="Decode in tiles of so many pixels, for less memory."),
+    ] = None,
     no_audit: Annotated[
         bool, typer.Option("--no-audit", help="fp16 without looking for overflow first.")
     ] = False,
@@ -157,6 +233,15 @@ def onnx(
         Path | None,
         typer.Option("--audit-prompts", help="More prompts to audit on: text file, one a line."),
     ] = None,
+    method: Method = "tiue",
+    scheduler: SchedulerName = None,
+    key_steps: KeySteps = None,
+    inject: Inject = None,
+    guidance: Guidance = None,
+    max_decoder_rows: DecoderRows = None,
+    budget: Budget = None,
+    controlnet: ControlNet = None,
+    lora: Lora = None,
     allow_parity_loss: Annotated[
         bool, typer.Option("--allow-parity-loss", help="Keep a bundle that fails a gate.")
     ] = False,
@@ -166,11 +251,14 @@ def onnx(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Export a student to a verified ONNX bundle.
+    """Export a student, or any Stable Diffusion 1.x/2.x model, to a verified ONNX bundle.
 
     Example:  tiue-export onnx --ckpt student.safetensors --base sd21-base/ --out fox
+
+    Example:  tiue-export onnx --ckpt sd21-base/ --method faster --steps 50 --out fox
     """
     from .export_onnx import ExportRequest, run
+    from .method_options import MethodRequest
 
     run(
         ExportRequest(
@@ -189,12 +277,24 @@ def onnx(
             hoist="none" if no_hoist else hoist_into,
             merge_below=merge_below,
             vae_precision=vae_precision,
+            vae_tile=vae_tile,
             audit=not no_audit,
             audit_prompts=audit_prompts,
             allow_parity_loss=allow_parity_loss,
             dry_run=dry_run,
             force=force,
             as_json=as_json,
+            method=MethodRequest(
+                method=method,
+                scheduler=scheduler,
+                key_steps=key_steps,
+                inject=inject,
+                guidance=guidance,
+                max_decoder_rows=max_decoder_rows,
+                budget=budget,
+                controlnet=controlnet,
+                lora=tuple(lora or ()),
+            ),
         )
     )
 
@@ -256,6 +356,65 @@ def audit(
 
 @app.command()
 @explained
+def analyze(
+    ckpt: Checkpoint,
+    out: Annotated[Path, typer.Option("--out", help="Folder for numbers and pictures.")] = Path(
+        "analysis"
+    ),
+    base: Base = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Text file, one a line \\[default: ours].")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", help="Prompts to measure.")] = 4,
+    check: Annotated[int, typer.Option("--check", help="More prompts, to judge the lists by.")] = 2,
+    steps: Annotated[int | None, typer.Option("--steps", help="Steps of the sampler.")] = None,
+    scheduler: SchedulerName = None,
+    guidance: Guidance = None,
+    reach: Annotated[
+        int | None, typer.Option("--reach", help="Longest group to measure \\[default: any].")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="Share of plain sampling's operations, such as 0.7."),
+    ] = None,
+    lora: Lora = None,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Measure which steps of a model need its encoder, and choose key steps for Faster Diffusion.
+
+    Run the same line again to resume, or with another --budget to choose anew.
+
+    Example:  tiue-export analyze --ckpt sd21-base/ --steps 50 --budget 0.7 --out analysis
+    """
+    from .analyze import AnalyzeRequest, run
+
+    run(
+        AnalyzeRequest(
+            ckpt=ckpt,
+            out=out,
+            base=base,
+            prompts=prompts,
+            count=count,
+            check=check,
+            steps=steps,
+            scheduler=scheduler,
+            guidance=guidance,
+            reach=reach,
+            budget=budget,
+            lora=tuple(lora or ()),
+            height=height,
+            width=width,
+            force=force,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@explained
 def openvino(
     ckpt: Annotated[
         str | None, typer.Option("--ckpt", help="Student to export first; or give --bundle.")
@@ -269,6 +428,20 @@ def openvino(
     ] = None,
     base: Base = None,
     vae: Vae = None,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels, with --ckpt.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels, with --ckpt.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="With --ckpt: K, or the loop's steps.")
+    ] = None,
+    method: Method = "tiue",
+    scheduler: SchedulerName = None,
+    key_steps: KeySteps = None,
+    inject: Inject = None,
+    guidance: Guidance = None,
+    max_decoder_rows: DecoderRows = None,
+    budget: Budget = None,
+    controlnet: ControlNet = None,
+    lora: Lora = None,
     weights: Annotated[
         str, typer.Option("--weights", help="fp32, or fp16 for files half the size.")
     ] = "fp32",
@@ -287,8 +460,11 @@ def openvino(
     Example:  tiue-export openvino --bundle fox
 
     Example:  tiue-export openvino --ckpt student.safetensors --base sd21-base/ --out fox
+
+    Example:  tiue-export openvino --ckpt sd21-base/ --method faster --steps 50 --out fox
     """
     from .export_openvino import OpenvinoRequest, run
+    from .method_options import MethodRequest
 
     run(
         OpenvinoRequest(
@@ -297,10 +473,165 @@ def openvino(
             out=out,
             base=base,
             vae=vae,
+            height=height,
+            width=width,
+            steps=steps,
+            method=MethodRequest(
+                method=method,
+                scheduler=scheduler,
+                key_steps=key_steps,
+                inject=inject,
+                guidance=guidance,
+                max_decoder_rows=max_decoder_rows,
+                budget=budget,
+                controlnet=controlnet,
+                lora=tuple(lora or ()),
+            ),
             weights=weights,
             precisions=tuple(precision or ()),
             allow_parity_loss=allow_parity_loss,
             force=force,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@explained
+def coreml(
+    ckpt: Annotated[
+        str | None, typer.Option("--ckpt", help="Student; needed with --bundle too.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="Bundle of it \\[default: one is exported].")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Without --bundle: bundle to write \\[default: NAME-fp32]."),
+    ] = None,
+    base: Base = None,
+    vae: Vae = None,
+    profile: Annotated[
+        str, typer.Option("--profile", help="mac-gpu, mac-ane, ipad or iphone; sets what follows.")
+    ] = "mac-gpu",
+    target: Annotated[
+        str | None,
+        typer.Option("--min-deployment-target", help="iOS16 to iOS18, or macOS13 to macOS15."),
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            "--attention",
+            "--attention-implementation",
+            help="sdpa, split or split-chunked (Apple: ORIGINAL, SPLIT_EINSUM, SPLIT_EINSUM_V2).",
+        ),
+    ] = None,
+    linear: Annotated[
+        str | None,
+        typer.Option("--linear", help="linear, or conv: channels first, for the Neural Engine."),
+    ] = None,
+    decoder_batch: Annotated[
+        int | None,
+        typer.Option("--decoder-batch", help="Timesteps decoded at once: 1, 2 or 4; all exact."),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option("--compute-precision", "--precision", help="fp16 or fp32.")
+    ] = "fp16",
+    compress: Annotated[
+        str | None,
+        typer.Option(
+            "--compress",
+            help="none, palettize-8/-6/-4 (-grouped), int8, int4, w8a8 or recipe.",
+        ),
+    ] = None,
+    quantize_nbits: Annotated[
+        int | None, typer.Option("--quantize-nbits", help="8, 6 or 4: --compress palettize-N.")
+    ] = None,
+    target_psnr: Annotated[
+        float | None,
+        typer.Option("--target-psnr", help="Choose bits per layer for latents this near, in dB."),
+    ] = None,
+    target_mb: Annotated[
+        float | None,
+        typer.Option("--target-mb", help="Choose bits per layer for a UNet of this size."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Bits per layer from an earlier export.")
+    ] = None,
+    calibration_prompts: Annotated[
+        Path | None,
+        typer.Option("--calibration-prompts", help="For w8a8: text file, one prompt a line."),
+    ] = None,
+    compute_unit: Annotated[
+        str | None,
+        typer.Option(
+            "--compute-unit", help="What to recommend: ALL, CPU_AND_GPU, CPU_AND_NE, CPU_ONLY."
+        ),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option("--size", help="HEIGHTxWIDTH in pixels; several make one package (iOS18)."),
+    ] = None,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels.")] = None,
+    latent_h: Annotated[int | None, typer.Option("--latent-h", help="Height / 8.")] = None,
+    latent_w: Annotated[int | None, typer.Option("--latent-w", help="Width / 8.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="K \\[default: what the checkpoint records].")
+    ] = None,
+    swift_bundle: Annotated[
+        bool,
+        typer.Option(
+            "--swift-bundle",
+            "--bundle-resources-for-swift-cli",
+            help="Also write vocabulary, constants and compile.sh for Swift.",
+        ),
+    ] = False,
+    allow_parity_loss: Annotated[
+        bool, typer.Option("--allow-parity-loss", help="Keep packages that fail a gate.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make Core ML packages for Mac, iPhone and iPad: on any machine, and proven on it.
+
+    Each saved package is executed by an evaluator of its own and held against the student.
+
+    Example:  tiue-export coreml --ckpt student.safetensors --base sd21-base/ --profile iphone
+
+    Example:  tiue-export coreml --ckpt student.safetensors --bundle fox --target-mb 450
+    """
+    from .export_coreml import CoremlRequest, run
+
+    run(
+        CoremlRequest(
+            ckpt=ckpt,
+            bundle=bundle,
+            out=out,
+            base=base,
+            vae=vae,
+            steps=steps,
+            profile=profile,
+            target=target,
+            attention=attention,
+            linear=linear,
+            decoder_batch=decoder_batch,
+            precision=precision,
+            compress=compress,
+            quantize_nbits=quantize_nbits,
+            recipe=recipe,
+            target_psnr_db=target_psnr,
+            target_mb=target_mb,
+            calibration_prompts=calibration_prompts,
+            compute_unit=compute_unit,
+            sizes=tuple(size or ()),
+            height=height,
+            width=width,
+            latent_h=latent_h,
+            latent_w=latent_w,
+            swift_bundle=swift_bundle,
+            force=force,
+            allow_parity_loss=allow_parity_loss,
             as_json=as_json,
         )
     )
@@ -335,7 +666,9 @@ def trt(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help="fp16 or fp32 \\[default: the bundle's, or fp16]."),
+        typer.Option(
+            "--precision", help="fp16, fp32, or int8 (quantized bundles) \\[default: as is]."
+        ),
     ] = None,
     batch: Annotated[
         str | None, typer.Option("--batch", help="Images per run: 1, or min:opt:max such as 1:2:4.")
@@ -419,7 +752,8 @@ def generate(
         list[str] | None, typer.Argument(help="One or more prompts.", show_default=False)
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts", help="Text file, one prompt a line.")
+        Path | None,
+        typer.Option("--prompts", help="One prompt a line; .tsv, .jsonl or .parquet: in bulk."),
     ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Picture i uses seed + i \\[default: 0].")
@@ -438,7 +772,7 @@ def generate(
     time_stages: Annotated[
         bool, typer.Option("--time", help="Print the time of each stage.")
     ] = False,
-    runtime: RuntimeName = "ort",
+    runtime: RuntimeOrAuto = "ort",
     device: Device = "auto",
     precision: RuntimePrecision = "auto",
     threads: Threads = None,
@@ -448,40 +782,80 @@ def generate(
     ckpt: Annotated[str | None, typer.Option("--ckpt", help="Student for --runtime torch.")] = None,
     base: Base = None,
     vae: Vae = None,
+    file_format: Annotated[
+        str | None,
+        typer.Option("--format", help="Bulk: png (a folder) or tar (WebDataset) \\[default: png]."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Bulk: processes that draw \\[default: 1].")
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Bulk: workers on a Ray cluster.")] = False,
+    shard_size: Annotated[
+        int | None, typer.Option("--shard-size", help="Bulk: pictures per .tar \\[default: 1000].")
+    ] = None,
+    prompt_column: Annotated[
+        str | None,
+        typer.Option("--prompt-column", help="Bulk: the table's column \\[default: prompt]."),
+    ] = None,
+    guidance: Guidance = None,
+    negative: Annotated[
+        str | None, typer.Option("--negative", help="faster: what the picture shall not show.")
+    ] = None,
+    max_decoder_rows: DecoderRows = None,
+    control: Annotated[
+        Path | None, typer.Option("--control", help="Picture a ControlNet follows (edges, depth).")
+    ] = None,
+    control_scale: Annotated[
+        float | None, typer.Option("--control-scale", help="How strongly \\[default: 1].")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from a bundle: no torch needed.
 
     Example:  tiue-export generate fox "a red fox in the snow" --seed 7 --count 4
-    """
-    from .generate import GenerateRequest, run
 
-    run(
-        GenerateRequest(
-            bundle=bundle,
-            prompts=tuple(prompts or ()),
-            prompts_file=prompts_file,
-            seed=seed,
-            count=count,
-            out=out,
-            sheet=sheet,
-            latents=latents,
-            time_stages=time_stages,
-            runtime=runtime,
-            device=device,
-            precision=precision,
-            threads=threads,
-            low_memory=low_memory,
-            provider=provider,
-            cuda_graph=cuda_graph,
-            ckpt=ckpt,
-            base=base,
-            vae=vae,
-            force=force,
-            as_json=as_json,
-        )
+    Example:  tiue-export generate fox --prompts coco.tsv --format tar --workers 2 --out coco
+    """
+    from .bulk.options import BulkOptions, bulk_request, in_bulk
+    from .generate import GenerateRequest, run, with_resolved_runtime
+
+    bulk = BulkOptions(file_format, shard_size, workers, prompt_column, ray)
+    request = GenerateRequest(
+        bundle=bundle,
+        prompts=tuple(prompts or ()),
+        prompts_file=prompts_file,
+        seed=seed,
+        count=count,
+        out=out,
+        sheet=sheet,
+        latents=latents,
+        time_stages=time_stages,
+        runtime=runtime,
+        device=device,
+        precision=precision,
+        threads=threads,
+        low_memory=low_memory,
+        provider=provider,
+        cuda_graph=cuda_graph,
+        ckpt=ckpt,
+        base=base,
+        vae=vae,
+        guidance=guidance,
+        negative_prompt=negative,
+        max_decoder_rows=max_decoder_rows,
+        control=control,
+        control_scale=control_scale,
+        force=force,
+        as_json=as_json,
     )
+    if in_bulk(request, bulk):
+        from .bulk.drawing_run import run as draw_in_bulk
+
+        request = with_resolved_runtime(request)
+        draw_in_bulk(bulk_request(request, bulk))
+    else:
+        run(request)
 
 
 @app.command()
@@ -639,6 +1013,368 @@ def bench(
 
 @app.command()
 @explained
+def serve(
+    bundle: BundleArgument,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to bind; the default is this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0 takes any free one.")] = 8000,
+    token_file: Annotated[
+        Path | None,
+        typer.Option("--token-file", help="Token to ask for \\[default: TIUE_EXPORT_TOKEN]."),
+    ] = None,
+    model_name: Annotated[
+        list[str] | None,
+        typer.Option("--model-name", help="Further names that clients may ask for."),
+    ] = None,
+    queue: Annotated[
+        int, typer.Option("--queue", help="Pictures that may wait; more are refused with 429.")
+    ] = 64,
+    max_pictures: Annotated[int, typer.Option("--max-pictures", help="Pictures per request.")] = 10,
+    max_prompt: Annotated[int, typer.Option("--max-prompt", help="Characters of a prompt.")] = 1000,
+    max_request_bytes: Annotated[
+        int, typer.Option("--max-request-bytes", help="Size of a request's body.")
+    ] = 65536,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds from a request to its pictures.")
+    ] = 120.0,
+    batch_wait: Annotated[
+        float,
+        typer.Option("--batch-wait", help="Milliseconds a run waits for company, batch above 1."),
+    ] = 5.0,
+    urls: Annotated[
+        bool, typer.Option("--urls", help="Allow response_format url: keep pictures for an hour.")
+    ] = False,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host", help="Host header to answer \\[default: all; on loopback, its own]."
+        ),
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Serve on Ray Serve.")] = False,
+    replicas: Annotated[
+        int | None, typer.Option("--replicas", help="With --ray: copies of the runtime.")
+    ] = None,
+    runtime: RuntimeName = "ort",
+    device: Device = "auto",
+    precision: RuntimePrecision = "auto",
+    threads: Threads = None,
+    low_memory: LowMemory = False,
+    provider: Provider = None,
+    cuda_graph: CudaGraph = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a bundle over HTTP, as OpenAI's images API: existing clients draw from it.
+
+    Example:  tiue-export serve fox --port 8000
+
+    Example:  tiue-export serve fox --runtime trt --host 0.0.0.0 --token-file token.txt
+    """
+    from tiue_export.specs import RuntimeOptions
+
+    from .server.serving import ServeRequest, run
+    from .server.settings import ServerLimits
+
+    run(
+        ServeRequest(
+            bundle=bundle,
+            host=host,
+            port=port,
+            limits=ServerLimits(
+                queue_pictures=queue,
+                pictures_per_request=max_pictures,
+                prompt_characters=max_prompt,
+                request_bytes=max_request_bytes,
+                timeout_s=timeout,
+                batch_wait_ms=batch_wait,
+            ),
+            model_names=tuple(model_name or ()),
+            allowed_hosts=tuple(allowed_host or ()),
+            urls=urls,
+            token_file=token_file,
+            ray=ray,
+            replicas=replicas,
+            runtime=runtime,
+            options=RuntimeOptions(
+                device=device,
+                threads=threads,
+                low_memory=low_memory,
+                precision=precision,
+                provider=provider,
+                cuda_graph=cuda_graph,
+            ),
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@explained
+def studio(
+    bundles: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Bundle folders.", show_default=False, autocompletion=bundle_folders),
+    ] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--runtime",
+            autocompletion=runtime_names,
+            help="Offer this one only; repeatable \\[default: all that run].",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the history \\[default: gone when it ends]."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets a phone in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.")] = 7860,
+    device: Device = "auto",
+    threads: Threads = None,
+    low_memory: LowMemory = False,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the browser too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Try a student in the browser: draw while typing, compare runtimes, read the bundle.
+
+    Example:  tiue-export studio fox --open
+
+    Example:  tiue-export studio fox-fp32 fox-fp16 --out pictures
+    """
+    from .studio.serving import StudioRequest, run
+
+    run(
+        StudioRequest(
+            bundles=tuple(bundles or ()),
+            runtimes=tuple(runtime or ()),
+            out=out,
+            host=host,
+            port=port,
+            device=device,
+            threads=threads,
+            low_memory=low_memory,
+            open_browser=open_browser,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@explained
+def calibrate(
+    bundle: BundleArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write \\[default: NAME-calibration].")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="Text, TSV, JSONL or parquet \\[default: a list of ours]."),
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option("--column", help="Field of --prompts \\[default: prompt, text].")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", help="Prompts to take \\[default: 64].")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Prompt i uses seed + i.")] = 0,
+    runtime: RuntimeName = "ort",
+    device: Device = "auto",
+    threads: Threads = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the size, write nothing.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Capture what real prompts feed the UNet, for `quantize`. Run the same line again to resume.
+
+    Example:  tiue-export calibrate fox --prompts prompts.txt --out fox-calibration
+    """
+    from .calibrate import CalibrateRequest, run
+
+    run(
+        CalibrateRequest(
+            bundle=bundle,
+            out=out,
+            prompts=prompts,
+            column=column,
+            count=count,
+            seed=seed,
+            runtime=runtime,
+            device=device,
+            threads=threads,
+            dry_run=dry_run,
+            force=force,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@explained
+def quantize(
+    bundle: BundleArgument,
+    calibration: Annotated[
+        Path, typer.Option("--calibration", help="Folder that `calibrate` wrote.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Bundle to write \\[default: NAME-KIND].")
+    ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind", help="w8a8, hybrid (linear layers: weights only), int8-weights, 4-bit."
+        ),
+    ] = "w8a8",
+    backend: Annotated[
+        str,
+        typer.Option("--backend", help="onnx: Q/DQ for ort, trt, openvino; openvino: by NNCF."),
+    ] = "onnx",
+    target_psnr: Annotated[
+        float | None,
+        typer.Option("--target-psnr", help="dB that the latents shall keep \\[default: 35]."),
+    ] = None,
+    ranges: Annotated[
+        str, typer.Option("--ranges", help="min-max, percentile or entropy.")
+    ] = "percentile",
+    percentile: Annotated[
+        float | None, typer.Option("--percentile", help="In percent \\[default: 99.99].")
+    ] = None,
+    smooth: Annotated[
+        float | None,
+        typer.Option("--smooth", help="SmoothQuant's alpha, folded exactly \\[default: 0.5]."),
+    ] = None,
+    no_smooth: Annotated[bool, typer.Option("--no-smooth", help="Fold nothing.")] = False,
+    sensitivity: Annotated[
+        str,
+        typer.Option("--sensitivity", help="Quantize alone: each layer, each block, or none."),
+    ] = "layer",
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Replay this plan, edited or not.")
+    ] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Write no bundle; see --save-plan.")
+    ] = False,
+    save_plan: Annotated[
+        Path | None, typer.Option("--save-plan", help="Write the plan here too (.json).")
+    ] = None,
+    scales: Annotated[
+        str, typer.Option("--scales", help="fp32: casts around Q/DQ in half graphs.")
+    ] = "auto",
+    held_out: Annotated[
+        int | None, typer.Option("--held-out", help="Runs kept for judging \\[default: 4].")
+    ] = None,
+    runtime: Annotated[
+        str | None, typer.Option("--runtime", help="Judge on ort or openvino.")
+    ] = None,
+    precision: RuntimePrecision = "auto",
+    device: Annotated[str, typer.Option("--device", help="Judge on cpu or cuda.")] = "cpu",
+    threads: Threads = None,
+    low_memory: LowMemory = False,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", help="Timed runs of each \\[default: 5].")
+    ] = None,
+    any_speed: Annotated[
+        bool, typer.Option("--any-speed", help="For another device: judge quality alone.")
+    ] = False,
+    allow_parity_loss: Annotated[
+        bool, typer.Option("--allow-parity-loss", help="Keep a bundle below its gate.")
+    ] = False,
+    allow_slower: Annotated[
+        bool, typer.Option("--allow-slower", help="Keep a bundle that is no gain here.")
+    ] = False,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", help="Folder for two pictures (.png).")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize the UNet where it is proven: close enough, and faster on this machine.
+
+    Example:  tiue-export quantize fox --calibration fox-calibration --out fox-int8
+
+    Example:  tiue-export quantize fox --calibration fox-calibration --backend openvino
+
+    Example:  tiue-export quantize half --calibration fox-calibration --plan plan.json --any-speed
+    """
+    from .quantize import QuantizeRequest, run
+
+    run(
+        QuantizeRequest(
+            bundle=bundle,
+            calibration=calibration,
+            out=out,
+            kind=kind,
+            backend=backend,
+            target_psnr=target_psnr,
+            ranges=ranges,
+            percentile=percentile,
+            smooth=smooth,
+            no_smooth=no_smooth,
+            sensitivity=sensitivity,
+            plan=plan,
+            plan_only=plan_only,
+            save_plan=save_plan,
+            scales=scales,
+            held_out=held_out,
+            runtime=runtime,
+            precision=precision,
+            device=device,
+            threads=threads,
+            low_memory=low_memory,
+            rounds=rounds,
+            any_speed=any_speed,
+            allow_parity_loss=allow_parity_loss,
+            allow_slower=allow_slower,
+            plots=plots,
+            force=force,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@explained
+def triton(
+    bundle: BundleArgument,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the repository.")],
+    backend: Annotated[
+        str,
+        typer.Option("--backend", help="onnxruntime, or tensorrt for a bundle with engines."),
+    ] = "onnxruntime",
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Name of the ensemble \\[default: the bundle's folder]."),
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option("--max-batch", help="Largest batch, if the bundle's is dynamic.")
+    ] = 4,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a bundle as a model repository for NVIDIA Triton: each graph, and an ensemble.
+
+    Example:  tiue-export triton fox --out repo/
+    """
+    from .triton_repository import TritonRequest, run
+
+    run(
+        TritonRequest(
+            bundle=bundle,
+            out=out,
+            backend=backend,
+            name=name,
+            max_batch=max_batch,
+            force=force,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@explained
 def inspect(bundle: BundleArgument, as_json: Json = False) -> None:
     """Show what a bundle holds: graphs, constants, parity, origin. Verifies every file.
 
@@ -694,11 +1430,36 @@ def distill(
 
 @app.command()
 @explained
+def init(
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="cpu, arm, rtx, nvidia, jetson, mac \\[default: asked]."),
+    ] = None,
+    ckpt: Annotated[
+        str | None, typer.Option("--ckpt", help="Student or model \\[default: asked].")
+    ] = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Say which commands take a checkpoint to a device: asks for both, changes nothing.
+
+    Example:  tiue-export init
+
+    Example:  tiue-export init --device jetson --ckpt student.safetensors --base sd21-base/
+    """
+    from .init import run
+
+    run(device, ckpt, base, typer.main.get_command(app).commands, as_json)  # type: ignore[attr-defined]
+
+
+@app.command()
+@explained
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for everything it makes.")] = Path(
         "demo"
     ),
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """See it all in a minute: make a tiny student, export it, prove it, draw a picture.
 
@@ -706,7 +1467,7 @@ def demo(
     """
     from .demo import run
 
-    run(out, force)
+    run(out, force, as_json)
 
 
 @bundle_app.command()
@@ -753,6 +1514,12 @@ def unpack(
     from .bundle_archive import unpack as run
 
     run(archive, out, force=force, as_json=as_json)
+
+
+for _command in app.registered_commands:
+    _command.rich_help_panel = panel_of(
+        _command.name or (_command.callback.__name__ if _command.callback else "")
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

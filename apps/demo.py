@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from pathlib import Path
 
@@ -12,14 +14,35 @@ from .export_onnx import ExportRequest
 from .export_onnx import run as export_onnx
 from .generate import GenerateRequest
 from .generate import run as generate
-from .tables import console
+from .tables import console, print_json
 
 PROMPT = "a red fox in fresh snow"
 _MARK = ".tiue-export-demo"
 
 
-def run(out: Path, force: bool) -> None:
-    """Make everything below `out`; a folder that the demo did not make is left alone."""
+def run(out: Path, force: bool, as_json: bool = False) -> None:
+    """Make everything below `out`; a folder that the demo did not make is left alone.
+
+    With `as_json` the story goes to standard error, and one object follows on standard output.
+    """
+    if not as_json:
+        _tell(out, force)
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        seconds = _tell(out, force)
+    print_json(
+        {
+            "student": str(out / "student"),
+            "bundle": str(out / "bundle"),
+            "picture": str(out / "picture.png"),
+            "prompt": PROMPT,
+            "seconds": round(seconds, 1),
+        }
+    )
+
+
+def _tell(out: Path, force: bool) -> float:
+    """The demo itself; returns the seconds it took."""
     require("the demo", EXPORT_NEEDS, "export")
     if out.exists() and any(out.iterdir()):
         if not (out / _MARK).is_file():
@@ -38,7 +61,8 @@ def run(out: Path, force: bool) -> None:
     console.print("\n[bold]3. a picture, without torch[/]")
     picture = out / "picture.png"
     generate(GenerateRequest(bundle, (PROMPT,), out=picture, time_stages=True, force=True))
-    console.print(f"\n[bold green]Done in {time.perf_counter() - start:.0f} s.[/] Next:")
+    seconds = time.perf_counter() - start
+    console.print(f"\n[bold green]Done in {seconds:.0f} s.[/] Next:")
     for line in (
         f"tiue-export inspect {bundle}                # graphs, constants, parity",
         f'tiue-export generate {bundle} "an owl" --count 4',
@@ -46,6 +70,7 @@ def run(out: Path, force: bool) -> None:
         "tiue-export onnx --ckpt YOUR_STUDENT        # a real one",
     ):
         console.print("  " + line, markup=False, highlight=False)
+    return seconds
 
 
 def demo_checkpoint(folder: Path) -> Path:

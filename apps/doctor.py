@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -15,16 +15,18 @@ from rich.table import Table
 
 from tiue_export._version import __version__
 from tiue_export.errors import MissingExtraError
+from tiue_export.mil_package import has_native_library
 from tiue_export.registry import EXPORT_NEEDS, RUNTIMES, missing_modules
 from tiue_export.tensorrt_flavor import TITLES, install_line, load_flavor, this_device
 
+from .fastest_runtime import choice_rows, choice_table
 from .tables import console, megabytes, print_json
 
 _PACKAGES = (
     "numpy", "tokenizers", "safetensors", "pillow", "onnxruntime", "onnxruntime-gpu", "torch",
     "diffusers", "transformers", "onnx", "onnxscript", "accelerate", "optimum",
     "tensorrt-cu12", "tensorrt-cu13", "tensorrt", "tensorrt-rtx-cu13", "polygraphy",
-    "cuda-bindings",
+    "cuda-bindings", "coremltools",
 )  # fmt: skip
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd")
 
@@ -42,7 +44,7 @@ class Backend:
 def run(as_json: bool) -> None:
     """Print machine, packages and backends."""
     machine, packages, backends = describe_machine(), installed_packages(), check_backends()
-    problems = conflicts(packages)
+    problems, choices = conflicts(packages), choice_rows()
     if as_json:
         print_json(
             {
@@ -50,6 +52,7 @@ def run(as_json: bool) -> None:
                 "machine": machine,
                 "packages": packages,
                 "backends": [asdict(backend) for backend in backends],
+                "runtime_choices": choices,
                 "problems": problems,
             }
         )
@@ -69,6 +72,8 @@ def run(as_json: bool) -> None:
         mark = "[green]yes[/]" if backend.usable else "[yellow]no[/]"
         table.add_row(mark, *map(escape, (backend.name, backend.detail, backend.remedy)))
     console.print(table)
+    if choices:
+        console.print(choice_table(choices))
     for problem in problems:
         console.print(f"[bold red]problem:[/] {problem}")
 
@@ -105,6 +110,8 @@ def check_backends() -> list[Backend]:
         _tensorrt("tensorrt"),
         _tensorrt("rtx"),
         _by_modules("run: openvino", RUNTIMES["openvino"].needs, "openvino"),
+        _by_modules("studio: the page in the browser", ("gradio", "fastapi", "uvicorn"), "studio"),
+        *core_ml(),
         _by_modules("run: torch reference", RUNTIMES["torch"].needs, "export"),
         _by_modules(
             "optimum-cli export tiue", ("optimum.exporters", "torch", "diffusers"), "optimum"
@@ -130,6 +137,35 @@ def _by_modules(name: str, modules: tuple[str, ...], extra: str) -> Backend:
             name, False, f"missing: {', '.join(missing)}", f"pip install 'tiue-export[{extra}]'"
         )
     return Backend(name, True, "installed")
+
+
+_WHEEL = "pip install --force-reinstall --only-binary :all: coremltools"
+
+
+def core_ml() -> list[Backend]:
+    """Converting to packages, which any system can, and running them, natively on macOS alone."""
+    names = ("convert to Core ML", "run: coreml")
+    missing = missing_modules(("coremltools", "sklearn"))
+    if missing:
+        install = "pip install 'tiue-export[coreml]'"
+        return [Backend(n, False, f"missing: {', '.join(missing)}", install) for n in names]
+    title = f"coremltools {metadata.version('coremltools')}"
+    runs = _run_core_ml(names[1], title)
+    if not has_native_library("libmilstoragepython"):
+        detail = f"{title} without libmilstoragepython"
+        return [Backend(names[0], False, detail, _WHEEL), runs]
+    converts = _by_modules(names[0], ("torch", "diffusers"), "export")
+    return [replace(converts, detail=title) if converts.usable else converts, runs]
+
+
+def _run_core_ml(name: str, title: str) -> Backend:
+    if platform.system() != "Darwin":
+        evaluator = _by_modules(name, ("torch",), "export")
+        detail = f"{title}: by the evaluator, slow; Core ML itself is part of macOS"
+        return replace(evaluator, detail=detail) if evaluator.usable else evaluator
+    if not has_native_library("libcoremlpython"):
+        return Backend(name, False, f"{title} without libcoremlpython", _WHEEL)
+    return Backend(name, True, f"{title}, macOS {platform.mac_ver()[0]}")
 
 
 def _tensorrt(flavor: str) -> Backend:

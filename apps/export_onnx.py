@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.markup import escape
@@ -14,9 +14,10 @@ from rich.table import Table
 from tiue_export.bundle import Bundle, check_target
 from tiue_export.overflow import load_audit
 from tiue_export.registry import EXPORT_NEEDS, require
-from tiue_export.specs import GRAPH_NAMES
+from tiue_export.specs import CONTROLNET, GRAPH_NAMES
 from tiue_export.weight_container import check_checkpoint_path
 
+from .method_options import LoadRequest, MethodRequest, load
 from .prompt_file import prompts_in
 from .stages import stage_bar
 from .tables import (
@@ -52,17 +53,20 @@ class ExportRequest:
     hoist: str = "decoder"
     merge_below: float = 0.0
     vae_precision: str = "auto"
+    vae_tile: int | None = None
     audit: bool = True
     audit_prompts: Path | None = None
     allow_parity_loss: bool = False
     dry_run: bool = False
     force: bool = False
     as_json: bool = False
+    method: MethodRequest = field(default_factory=MethodRequest)
 
 
 def run(request: ExportRequest) -> None:
     """Export and print the result, or the plan for a dry run."""
     require("exporting", EXPORT_NEEDS, "export")
+    request.method.check()
     check_checkpoint_path(request.ckpt)
     out = output_path(request)
     if not request.dry_run:
@@ -99,29 +103,38 @@ def run(request: ExportRequest) -> None:
         console.print("[bold yellow]A gate failed and was allowed; the manifest says so.[/]")
     console.print(
         f"[bold green]{escape(str(out))}[/]: {megabytes(bundle.size_bytes)} in {seconds:.0f} s, "
-        f"{bundle.manifest.width_px}x{bundle.manifest.height_px} px, "
-        f"K={bundle.manifest.schedule.steps}"
+        f"{bundle.manifest.width_px}x{bundle.manifest.height_px} px, {_steps(bundle)}"
     )
     missing = [name for name in GRAPH_NAMES if name not in bundle.manifest.graphs]
     if missing:
         console.print(f"Without {' and '.join(missing)}, which --base would bring.")
     else:
         quoted = shlex.quote(str(out))
-        console.print(f'next:  tiue-export generate {quoted} "a red fox" --time', markup=False)
+        more = "--control edges.png " if CONTROLNET in bundle.manifest.graphs else ""
+        line = f'tiue-export generate {quoted} "a red fox" {more}--time'
+        console.print(f"next:  {line}", markup=False)
+
+
+def _steps(bundle: Bundle) -> str:
+    plan = bundle.manifest.faster
+    if plan is None:
+        return f"K={bundle.manifest.schedule.steps}"
+    calls = len(bundle.manifest.schedule.timesteps)
+    return f"{calls} {plan.scheduler} steps, encoder at {len(plan.groups)} of them"
 
 
 def output_path(request: ExportRequest) -> Path:
     """`--out`, or NAME-PRECISION in the current folder."""
     place = Path(request.ckpt).resolve()
     name = place.stem if place.suffix == ".safetensors" else place.name
-    return request.out or Path(f"{name}-{request.precision}")
+    method = "" if request.method.method == "tiue" else f"-{request.method.method}"
+    return request.out or Path(f"{name}{method}-{request.precision}")
 
 
 def export(
     request: ExportRequest, out: Path
 ) -> tuple[Bundle | None, list[dict[str, object]], float]:
     """Load and export behind a progress bar; (None, [], 0) after a dry run printed its plan."""
-    from tiue_export.checkpoint import load_student
     from tiue_export.export.onnx_bundle import Observer, StageReport, export_onnx
     from tiue_export.export.plan import plan_export
     from tiue_export.graphs import ExportOptions
@@ -136,6 +149,7 @@ def export(
         hoist=request.hoist,
         merge_below=request.merge_below,
         vae_precision=request.vae_precision,
+        vae_tile=request.vae_tile,
     )
     prompts = prompts_in(request.audit_prompts, "--audit-prompts")
     start = time.perf_counter()
@@ -149,22 +163,24 @@ def export(
         bar.begin("load student")
         loading = time.perf_counter()
         with PeakMemory() as memory:
-            student = load_student(
+            asked = LoadRequest(
                 request.ckpt,
-                request.base,
+                base=request.base,
+                vae=request.vae,
                 family=request.family,
                 steps=request.steps,
                 allow_other_steps=request.allow_other_steps,
-                vae=request.vae,
-                on_stage=lambda part: bar.begin(f"load {part}"),
             )
+            student = load(asked, request.method, lambda part: bar.begin(f"load {part}"))
         on_done(StageReport("load student", time.perf_counter() - loading, memory.peak_bytes))
         if request.dry_run:
             _print_plan(plan_export(student, options), out, as_json=request.as_json)
             return None, [], 0.0
         graphs = 2 + (student.text_encoder is not None) + (student.vae is not None)
         more = bool(prompts) and request.audit and request.precision == "fp16"
-        bar.expect(2 + more + 2 * graphs)  # load, reference, audit, export each, verify each
+        loop = student.plan is not None
+        # Load, reference, audit, export each, verify each, verify the loop.
+        bar.expect(2 + more + 2 * graphs + loop)
         bundle = export_onnx(
             student,
             out,
@@ -193,8 +209,12 @@ def _print_plan(plan: object, out: Path, *, as_json: bool) -> None:
             graph.name, str(graph.inputs), str(graph.outputs), megabytes(graph.weight_bytes)
         )
     console.print(table)
-    timesteps = ", ".join(map(str, plan.timesteps))
-    console.print(f"latents {plan.latent_shape}, K={plan.steps}, decoder rows at t = {timesteps}")
+    if plan.key_steps:
+        at = ", ".join(map(str, plan.key_steps))
+        what = f"{len(plan.timesteps)} steps, the encoder runs at steps {at}"
+    else:
+        what = f"K={plan.steps}, decoder rows at t = {', '.join(map(str, plan.timesteps))}"
+    console.print(f"latents {plan.latent_shape}, {what}")
     console.print(
         f"disk {megabytes(plan.size_bytes)} at {out}, memory about {megabytes(plan.memory_bytes)}",
         markup=False,

@@ -105,8 +105,11 @@ def engine_table(compiled: Compiled) -> Table:
     title = f"{TITLES[compiled.backend]} {compiled.version} engines for {_for_whom(compiled)}"
     table = Table(title=escape(title), title_justify="left", title_style="bold")
     table.add_column("graph", no_wrap=True)
+    int8 = any("products_int8" in graph.report for graph in compiled.graphs.values())
     for column in ("plan", "build s", "peak memory", "layers in half", "in float", "casts"):
         table.add_column(column, justify="right")
+    if int8:
+        table.add_column("products in int8", justify="right")
     table.add_column("what is in float", overflow="fold")
     for name, graph in compiled.graphs.items():
         report = graph.report
@@ -118,6 +121,7 @@ def engine_table(compiled: Compiled) -> Table:
             str(report.get("layers_half", "?")),
             str(report.get("layers_float", "?")),
             str(report.get("layers_cast", "?")),
+            *([str(report.get("products_int8", 0))] if int8 else []),
             escape(str(report.get("float_because", "")) or "-"),
         )
     return table
@@ -145,6 +149,11 @@ def _check_request(request: TrtRequest) -> None:
                 "added to it",
                 "Leave it out, or export again with --ckpt.",
             )
+    elif request.precision == "int8":
+        raise UsageError(
+            "--precision int8 takes a quantized bundle: int8 needs ranges measured on real prompts",
+            "tiue-export onnx, calibrate, quantize --any-speed, then trt --bundle: docs/int8.md.",
+        )
     elif request.refit_from is not None:
         raise UsageError(
             "--refit-from takes engines that are there",

@@ -6,22 +6,24 @@ import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export._version import __version__
 from tiue_export.bundle import Bundle, disk_errors, open_bundle
 from tiue_export.contact_sheet import contact_sheet
 from tiue_export.errors import UsageError
 from tiue_export.noise import check_seeds, noise_from_file
-from tiue_export.picture import save_png
+from tiue_export.picture import picture_from_file, save_png
 from tiue_export.pipeline import Picture, Pipeline
 from tiue_export.specs import RuntimeOptions
 
+from .fastest_runtime import choice_facts, resolved_runtime
+from .picture_parameters import picture_parameters
 from .prompt_file import prompts_in
+from .stages import step_bar
 from .tables import console, print_json
 
 _SLUG_LENGTH = 40
@@ -50,6 +52,11 @@ class GenerateRequest:
     ckpt: str | None = None
     base: str | None = None
     vae: str | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    max_decoder_rows: int | None = None
+    control: Path | None = None
+    control_scale: float | None = None
     force: bool = False
     as_json: bool = False
 
@@ -67,25 +74,23 @@ def run(request: GenerateRequest) -> None:
     _check_sheet(request)
     start = time.perf_counter()
     bundle = open_bundle(request.bundle)
+    if request.max_decoder_rows is not None:
+        bundle = _with_decoder_rows(bundle, request.max_decoder_rows)
     noise = None
     if request.latents is not None:
         shape = (1, *(int(side) for side in bundle.manifest.latent_shape[1:]))
         noise = noise_from_file(request.latents, shape)
     else:
         check_seeds(request.seed or 0, max(1, request.count))
-    options = RuntimeOptions(
-        device=request.device,
-        threads=request.threads,
-        low_memory=request.low_memory,
-        precision=request.precision,
-        checkpoint=request.ckpt,
-        base=request.base,
-        vae=request.vae,
-        provider=request.provider,
-        cuda_graph=request.cuda_graph,
-    )
+    options = _runtime_options(request)
+    noise_name = None if request.latents is None else request.latents.name
+    if request.control is None and request.control_scale is not None:
+        raise UsageError("--control-scale is how strongly a picture is followed; none was given")
+    size = bundle.manifest.width_px, bundle.manifest.height_px
+    control = None if request.control is None else picture_from_file(request.control, size)
     written: list[Path] = []
-    with Pipeline.open(bundle, request.runtime, options) as pipeline:
+    runtime, chosen = resolved_runtime(bundle, request.runtime, options, quiet=request.as_json)
+    with Pipeline.open(bundle, runtime, options) as pipeline:
         _warn_of_cut_prompts(pipeline, prompts)
         opened = time.perf_counter()
 
@@ -93,14 +98,24 @@ def run(request: GenerateRequest) -> None:
             path = paths[len(written)]
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_png(picture.image, path, _parameters(picture, bundle, pipeline, request))
+                save_png(picture.image, path, picture_parameters(picture, pipeline, noise_name))
             written.append(path)
             if not request.as_json:
                 console.print(str(path), markup=False, highlight=False)
 
-        result = pipeline(
-            prompts, seed=request.seed or 0, count=request.count, latents=noise, on_picture=write
-        )
+        with step_bar(shown=bundle.manifest.faster is not None and not request.as_json) as on_step:
+            result = pipeline(
+                prompts,
+                seed=request.seed or 0,
+                count=request.count,
+                latents=noise,
+                guidance=request.guidance,
+                negative_prompt=request.negative_prompt,
+                control=control,
+                control_scale=1.0 if request.control_scale is None else request.control_scale,
+                on_picture=write,
+                on_step=on_step,
+            )
         device = f"{pipeline.runtime.name} {pipeline.runtime.device}"
     drawn = time.perf_counter()
     if request.sheet is not None:
@@ -109,6 +124,7 @@ def run(request: GenerateRequest) -> None:
         print_json(
             {
                 "runtime": device,
+                **({} if chosen is None else {"runtime_choice": choice_facts(chosen)}),
                 "pictures": [
                     {"path": str(path), "prompt": picture.prompt, "seed": picture.seed}
                     for path, picture in zip(written, result.pictures, strict=True)
@@ -127,6 +143,41 @@ def run(request: GenerateRequest) -> None:
         )
 
 
+def _with_decoder_rows(bundle: Bundle, rows: int) -> Bundle:
+    """The bundle drawn with at most so many decoder rows at a time, which changes no picture."""
+    plan = bundle.manifest.faster
+    if plan is None:
+        raise UsageError(
+            f"{bundle.root} is a distilled student: its decoder has a fixed number of rows",
+            "Leave --max-decoder-rows out.",
+        )
+    if rows < 1:
+        raise UsageError(f"--max-decoder-rows is {rows}; expected 1 or more")
+    plan = replace(plan, max_decoder_rows=rows)
+    return replace(bundle, manifest=replace(bundle.manifest, faster=plan))
+
+
+def with_resolved_runtime(request: GenerateRequest) -> GenerateRequest:
+    """The same request with "auto" replaced by the fastest runtime's name."""
+    quiet, options = request.as_json, _runtime_options(request)
+    name, _ = resolved_runtime(request.bundle, request.runtime, options, quiet=quiet)
+    return replace(request, runtime=name)
+
+
+def _runtime_options(request: GenerateRequest) -> RuntimeOptions:
+    return RuntimeOptions(
+        device=request.device,
+        threads=request.threads,
+        low_memory=request.low_memory,
+        precision=request.precision,
+        checkpoint=request.ckpt,
+        base=request.base,
+        vae=request.vae,
+        provider=request.provider,
+        cuda_graph=request.cuda_graph,
+    )
+
+
 def _paths(request: GenerateRequest, prompts: list[str]) -> list[Path]:
     """One path per picture, in drawing order; none may exist without --force."""
     total = len(prompts) * request.count
@@ -142,7 +193,7 @@ def _paths(request: GenerateRequest, prompts: list[str]) -> list[Path]:
         paths = [request.out]
     else:
         paths = [
-            request.out / f"{number:04d}-{_slug(prompt)}-{_noise_name(request, i)}.png"
+            request.out / f"{number:04d}-{slug(prompt)}-{_noise_name(request, i)}.png"
             for number, prompt in enumerate(prompts)
             for i in range(request.count)
         ]
@@ -178,11 +229,12 @@ def _write_sheet(path: Path, pictures: Sequence[Picture], count: int) -> None:
 
 def _noise_name(request: GenerateRequest, i: int) -> str:
     if request.latents is not None:
-        return _slug(request.latents.stem)
+        return slug(request.latents.stem)
     return f"seed{(request.seed or 0) + i}"
 
 
-def _slug(prompt: str) -> str:
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name: lower case, words between hyphens, never empty."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     return words[:_SLUG_LENGTH].strip("-") or "prompt"
 
@@ -200,31 +252,15 @@ def _warn_of_cut_prompts(pipeline: Pipeline, prompts: list[str]) -> None:
             )
 
 
-def _parameters(
-    picture: Picture, bundle: Bundle, pipeline: Pipeline, request: GenerateRequest
-) -> dict[str, object]:
-    manifest = bundle.manifest
-    parameters: dict[str, object] = {
-        "prompt": picture.prompt,
-        **({} if request.latents is None else {"latents": request.latents.name}),
-        **({} if picture.seed is None else {"seed": picture.seed}),
-        "steps": manifest.schedule.steps,
-        "size": f"{manifest.width_px}x{manifest.height_px}",
-        "model": manifest.source.name,
-        "model_hash": manifest.source.sha256[:10],
-        "precision": pipeline.runtime.precision,
-        "runtime": f"{pipeline.runtime.name} {pipeline.runtime.device}",
-        "version": f"tiue-export {__version__}",
-    }
-    return parameters
-
-
 def _time_table(stages: Mapping[str, list[float]], device: str) -> Table:
     table = Table(title=f"Time on {device}", title_justify="left", title_style="bold")
     table.add_column("stage")
-    for column in ("first ms", "median ms", "runs"):
+    for column in ("first ms", "median ms", "runs", "total ms"):
         table.add_column(column, justify="right")
     for stage, latencies in stages.items():
         median = statistics.median(latencies[1:] or latencies)
-        table.add_row(stage, f"{latencies[0]:.0f}", f"{median:.0f}", str(len(latencies)))
+        total = sum(latencies)
+        table.add_row(
+            stage, f"{latencies[0]:.0f}", f"{median:.0f}", str(len(latencies)), f"{total:.0f}"
+        )
     return table

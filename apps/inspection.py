@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.bundle import Bundle, open_bundle
+from tiue_export.faster_plan import FasterPlan
 from tiue_export.overflow import load_audit
 
 from .tables import (
@@ -28,7 +29,8 @@ def run(path: Path, as_json: bool) -> None:
         print_json(dataclasses.asdict(bundle.manifest))
         return
     console.print(_facts(bundle))
-    console.print(_constants(bundle))
+    plan = bundle.manifest.faster
+    console.print(_constants(bundle) if plan is None else _groups(bundle, plan))
     console.print(graph_table(bundle.manifest))
     audit = load_audit(bundle)
     if audit is not None:
@@ -39,12 +41,19 @@ def run(path: Path, as_json: bool) -> None:
 
 
 def _facts(bundle: Bundle) -> Table:
-    manifest, source = bundle.manifest, bundle.manifest.source
     table = Table(
         title=escape(str(bundle.root)), title_justify="left", title_style="bold", show_header=False
     )
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
+    for name, value in bundle_facts(bundle):
+        table.add_row(name, escape(value))
+    return table
+
+
+def bundle_facts(bundle: Bundle) -> list[tuple[str, str]]:
+    """What a bundle is, as pairs of name and value; what is not known is left out."""
+    manifest, source = bundle.manifest, bundle.manifest.source
     weights = f"{source.dtype}, {source.layout} names" + (", EMA" if source.ema else "")
     batch = "any" if manifest.batch is None else str(manifest.batch)
     hoisting = {"none": "none (naive decoder)"}.get(
@@ -66,10 +75,7 @@ def _facts(bundle: Bundle) -> Table:
             ", ".join([manifest.created_by, *(f"{k} {v}" for k, v in manifest.tools.items())]),
         ),
     ]
-    for name, value in rows:
-        if value:
-            table.add_row(name, escape(value))
-    return table
+    return [(name, value) for name, value in rows if value]
 
 
 def _compiled(bundle: Bundle) -> Table:
@@ -89,6 +95,30 @@ def _compiled(bundle: Bundle) -> Table:
             escape(flags),
             escape("\n".join(compiled.graphs)),
             megabytes(sum(file.size_bytes for file in files)),
+        )
+    return table
+
+
+def _groups(bundle: Bundle, plan: FasterPlan) -> Table:
+    """One row for each run of the encoder; the coefficients are in tiue.json."""
+    calls = len(bundle.manifest.schedule.timesteps)
+    title = (
+        f"Faster Diffusion: {calls} {plan.scheduler} steps, {len(plan.groups)} encoder runs "
+        f"({plan.chosen_by}), guidance {plan.guidance:g}"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("key step", "timestep", "decoder steps", "down to t"):
+        table.add_column(column, justify="right")
+    for group in plan.groups:
+        cells = (group.first_step, group.timesteps[0], group.rows, group.timesteps[-1])
+        table.add_row(*map(str, cells))
+    injection = plan.injection
+    if injection is None:
+        table.caption = "no noise injected"
+    else:
+        table.caption = (
+            f"{injection.strength:g} of the initial noise injected below t = "
+            f"{injection.below * 1000:g}, {injection.placement}"
         )
     return table
 

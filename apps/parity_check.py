@@ -10,9 +10,9 @@ from rich.markup import escape
 from tiue_export.bundle import open_bundle
 from tiue_export.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry import open_runtime
-from tiue_export.specs import RuntimeOptions
+from tiue_export.specs import Placed, RuntimeOptions
 
-from .tables import console, parity_table, print_json
+from .tables import console, parity_table, placement_table, print_json
 
 
 def run(path: Path, runtime_name: str, options: RuntimeOptions, as_json: bool) -> None:
@@ -22,10 +22,13 @@ def run(path: Path, runtime_name: str, options: RuntimeOptions, as_json: bool) -
     runtime = open_runtime(runtime_name, bundle, options)
     try:
         records = measure_runtime(bundle, runtime, reference)
+        placement = runtime.placement() if isinstance(runtime, Placed) and not as_json else {}
     finally:
         runtime.close()
     if as_json:
         print_json([{**dataclasses.asdict(r), "passed": r.passed} for r in records])
     else:
         console.print(parity_table(records, escape(f"{path} against its fp32 student")))
+        if placement:
+            console.print(placement_table(placement))
     require_passed(records, "Its pictures cannot be trusted: try another --device or --runtime.")

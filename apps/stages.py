@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -54,6 +54,18 @@ class StageBar:
         self._finished += 1
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self._finished)
+
+
+@contextmanager
+def step_bar(*, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar for the steps of a loop: call it with steps done and steps in all."""
+    if not shown or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.completed} of {task.total} steps"), BarColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("steps", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager

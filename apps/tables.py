@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -64,6 +64,19 @@ def parity_table(records: Iterable[ParityRecord], title: str = "Parity") -> Tabl
         value = "identical" if record.value >= IDENTICAL_DB else f"{record.value:.1f}"
         error = f"{record.max_abs_error:.1e}"
         table.add_row(escape(record.hop), escape(record.subject), value, gate, error, verdict)
+    return table
+
+
+def placement_table(placement: Mapping[str, Mapping[str, int]]) -> Table:
+    """By graph, how many operations run on which unit, and the share of the first."""
+    table = Table(title="Where the operations run", title_justify="left", title_style="bold")
+    table.add_column("graph", no_wrap=True)
+    table.add_column("operations", overflow="fold")
+    table.add_column("on the first", justify="right")
+    for graph, units in placement.items():
+        first, total = next(iter(units.values())), sum(units.values())
+        counted = ", ".join(f"{unit} {count}" for unit, count in units.items())
+        table.add_row(graph, escape(counted), f"{first / total:.0%}")
     return table
 
 

@@ -10,61 +10,14 @@ they are below 1 % of the operations, though not of the time.
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tiue_export.bundle import Bundle, open_bundle
-from tiue_export.errors import UsageError
-from tiue_export.specs import BATCH
+from tiue_export.flops import GraphFlops, count_flops
 
 from .explained import run_explained
 
-Shape = tuple[int, ...]
-_DEFAULT_DOMAINS = ("", "ai.onnx")
-
-
-@dataclass(frozen=True)
-class GraphFlops:
-    """Operations of one graph by kind of operator; `batch` rows of input."""
-
-    by_operator: Mapping[str, int]
-    batch: int
-
-    @property
-    def total(self) -> int:
-        """Of all kinds."""
-        return sum(self.by_operator.values())
-
-
-def count_flops(path: Path | str, batch: int = 1) -> GraphFlops:
-    """Count one ONNX file; `batch` is taken for an open batch axis. Weights are not read.
-
-    Raises `UsageError` for a graph whose shapes stay unknown, or with operators that hide work.
-    """
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    batch = _fix_batch(model.graph, batch)
-    # What the exporter noted may name the open batch axis: all shapes are inferred again.
-    del model.graph.value_info[:]
-    model = onnx.shape_inference.infer_shapes(model, check_type=True, data_prop=True)
-    shapes = _shapes(model.graph)
-    counts: dict[str, int] = {}
-    for node in model.graph.node:
-        if _hides_work(node) or model.functions:
-            raise UsageError(
-                f"{path} has the operator {node.domain}.{node.op_type}, whose work cannot be "
-                "counted",
-                "Count a graph as the bundle holds it, before it was compiled or optimised.",
-            )
-        counter = _COUNTERS.get(node.op_type)
-        if counter is not None:
-            flops = counter(node, _known(node, shapes, path))
-            counts[node.op_type] = counts.get(node.op_type, 0) + flops
-    return GraphFlops(counts, batch)
+__all__ = ["GraphFlops", "bundle_flops", "count_flops"]
 
 
 def bundle_flops(bundle: Bundle, batch: int = 1) -> dict[str, GraphFlops]:
@@ -74,79 +27,6 @@ def bundle_flops(bundle: Bundle, batch: int = 1) -> dict[str, GraphFlops]:
         for name, graph in bundle.manifest.graphs.items()
         if not graph.omitted
     }
-
-
-def _conv(node: Any, shapes: Sequence[Shape]) -> int:
-    """2 * outputs * (inputs per group * kernel): weights are (out, in / groups, *kernel)."""
-    _, weights, output = shapes
-    return 2 * math.prod(output) * math.prod(weights[1:])
-
-
-def _conv_transpose(node: Any, shapes: Sequence[Shape]) -> int:
-    """As a convolution, but each input value meets (outputs per group * kernel) weights."""
-    inputs, weights, _ = shapes
-    return 2 * math.prod(inputs) * math.prod(weights[1:])
-
-
-def _matmul(node: Any, shapes: Sequence[Shape]) -> int:
-    """2 * outputs * the length that is summed over."""
-    left, _, output = shapes
-    return 2 * math.prod(output) * left[-1]
-
-
-def _gemm(node: Any, shapes: Sequence[Shape]) -> int:
-    """As a matrix product; transA says which axis is summed over."""
-    left, _, output = shapes
-    transposed = any(a.name == "transA" and a.i for a in node.attribute)
-    return 2 * math.prod(output) * (left[0] if transposed else left[1])
-
-
-_COUNTERS: Mapping[str, Callable[[Any, Sequence[Shape]], int]] = {
-    "Conv": _conv,
-    "ConvInteger": _conv,
-    "ConvTranspose": _conv_transpose,
-    "MatMul": _matmul,
-    "MatMulInteger": _matmul,
-    "Gemm": _gemm,
-}
-_OPAQUE = {"Attention", "Einsum", "LSTM", "GRU", "RNN", "QLinearConv", "QLinearMatMul"}
-
-
-def _hides_work(node: Any) -> bool:
-    bodies = any(a.HasField("g") or a.graphs for a in node.attribute)
-    return bodies or node.domain not in _DEFAULT_DOMAINS or node.op_type in _OPAQUE
-
-
-def _fix_batch(graph: Any, batch: int) -> int:
-    """Write `batch` where the inputs leave the axis open; returns the batch of the first input."""
-    for value in graph.input:
-        for side in value.type.tensor_type.shape.dim:
-            if side.dim_param == BATCH:
-                side.dim_value = batch
-    for value in graph.output:
-        value.type.tensor_type.ClearField("shape")
-    return int(graph.input[0].type.tensor_type.shape.dim[0].dim_value)
-
-
-def _shapes(graph: Any) -> dict[str, Shape]:
-    """Of every value whose sides are all known."""
-    found: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        sides = value.type.tensor_type.shape.dim
-        if all(side.HasField("dim_value") for side in sides):
-            found[value.name] = tuple(side.dim_value for side in sides)
-    return found
-
-
-def _known(node: Any, shapes: Mapping[str, Shape], path: Path | str) -> list[Shape]:
-    names = [*node.input[:2], node.output[0]]
-    unknown = [name for name in names if name not in shapes]
-    if unknown:
-        raise UsageError(
-            f"{path}: the shape of {', '.join(unknown)} at {node.name or node.op_type} is unknown",
-            "Count a graph with static sizes; only the batch axis may be open.",
-        )
-    return [shapes[name] for name in names]
 
 
 def main() -> None:

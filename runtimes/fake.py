@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 
 from tiue_export.bundle import Bundle
-from tiue_export.specs import Array, Feeds, RuntimeOptions
+from tiue_export.specs import Array, Feeds, RuntimeOptions, axis_size
 
 
 class FakeRuntime:
@@ -21,15 +21,16 @@ class FakeRuntime:
         self._bundle = bundle
 
     def run(self, graph: str, feeds: Feeds) -> dict[str, Array]:
-        """Shapes and dtypes from the spec; a dynamic batch from the first feed."""
+        """Shapes and dtypes from the spec; open axes as the feeds have them."""
         digest = hashlib.sha256()
         for name in sorted(feeds):
             digest.update(np.ascontiguousarray(feeds[name]).tobytes())
         random = np.random.RandomState(int.from_bytes(digest.digest()[:4], "little"))
-        batch = len(next(iter(feeds.values())))
+        graph_spec = self._bundle.spec(graph)
+        sizes = {str(spec.shape[0]): len(feeds[spec.name]) for spec in graph_spec.inputs}
         outputs = {}
-        for spec in self._bundle.spec(graph).outputs:
-            shape = tuple(batch if isinstance(side, str) else side for side in spec.shape)
+        for spec in graph_spec.outputs:
+            shape = tuple(axis_size(side, sizes) for side in spec.shape)
             outputs[spec.name] = random.uniform(-1, 1, shape).astype(spec.dtype)
         return outputs
 

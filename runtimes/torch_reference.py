@@ -86,6 +86,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> TorchRuntime:
         steps=manifest.schedule.steps,
         allow_other_steps=True,
         vae=options.vae,
+        distilled=manifest.faster is None,
     )
     ours = {"unet": student.source.sha256, **student.source.part_sha256}
     theirs = {"unet": manifest.source.sha256, **manifest.source.part_sha256}
@@ -96,7 +97,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> TorchRuntime:
                 f"{part} is {ours.get(part, 'none')[:12]}..., the bundle's {expected[:12]}...",
                 f"Give the checkpoint named {manifest.source.name}, or export this one.",
             )
-    student.schedule = manifest.schedule
+    student.schedule, student.plan = manifest.schedule, manifest.faster
     graphs = build_graphs(
         student,
         ExportOptions(

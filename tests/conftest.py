@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import importlib
+import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -30,6 +34,17 @@ def tiny_student(tiny_pipeline: Path):
 
 
 @pytest.fixture(scope="session")
+def teacher_folder(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline as an ordinary model: it records no K."""
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    shutil.copytree(tiny_pipeline, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = {k: v for k, v in json.loads(file.read_text("utf-8")).items() if k != "tiue_steps"}
+    file.write_text(json.dumps(config), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_student, tmp_path_factory: pytest.TempPathFactory):
     """A verified fp32 bundle. Shared: copy it before damaging it."""
     from tiue_export import export_onnx
@@ -46,6 +61,47 @@ def compiled_bundle(tiny_bundle, tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("compiled") / "tiny-fp32"
     shutil.copytree(tiny_bundle.root, root)
     return compile_openvino(open_bundle(root))
+
+
+@pytest.fixture(scope="session")
+def coreml_bundle(compiled_bundle, tiny_pipeline, tmp_path_factory: pytest.TempPathFactory):
+    """A copy of the compiled bundle with Core ML packages in fp32 too. Shared."""
+    pytest.importorskip("coremltools", reason="coremltools is not installed")
+    from tiue_export.bundle import open_bundle
+    from tiue_export.export.coreml_bundle import StudentPlace, compile_coreml
+    from tiue_export.export.coreml_profiles import CoremlOptions
+
+    own = tmp_path_factory.getbasetemp()
+    # The folder of the whole session: conversion takes long, so one worker does it for all.
+    base = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    root = base / "coreml-fp32"
+    with (base / "coreml.lock").open("w") as lock, warnings.catch_warnings():
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.is_dir():
+            # coremltools leaves its temporary folders to the garbage collector, with a warning.
+            warnings.simplefilter("ignore")
+            partial = shutil.copytree(compiled_bundle.root, base / "coreml-unfinished")
+            place = StudentPlace(str(tiny_pipeline))
+            fp32 = CoremlOptions(precision="fp32")
+            compile_coreml(open_bundle(partial), place, fp32, in_process=True)
+            gc.collect()
+            partial.rename(root)
+    return open_bundle(root)
+
+
+@pytest.fixture(scope="session")
+def faster_bundle(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Six DDIM steps, the encoder at 0, 1 and 3; with OpenVINO graphs where it is installed."""
+    from tiue_export import export_onnx
+    from tiue_export.export.openvino_ir import compile_openvino
+    from tiue_export.faster_scheduler import FasterOptions
+    from tiue_export.faster_teacher import load_teacher
+    from tiue_export.registry import missing_modules
+
+    options = FasterOptions(steps=6, key_steps=(0, 1, 3), guidance=5.0)
+    out = tmp_path_factory.mktemp("bundles") / "faster"
+    bundle = export_onnx(load_teacher(teacher_folder, options=options), out)
+    return bundle if missing_modules(("openvino",)) else compile_openvino(bundle)
 
 
 @pytest.fixture

@@ -22,22 +22,36 @@ SPOKES = ("runtimes", "calibration", "benchmarks", "apps")
 LIGHT_LAYERS = (  # numpy only: what runs a bundle on a device, without torch
     ("_version", "errors"),
     ("atomic_file", "cache_folder", "specs", "schedule", "family", "weight_container"),
-    ("compare", "contact_sheet", "manifest", "noise", "picture", "tokenizer"),
+    ("faster_plan", "key_steps"),
+    ("faster_sampler",),
+    (
+        "compare",
+        "contact_sheet",
+        "manifest",
+        "noise",
+        "openvino_import",
+        "picture",
+        "tokenizer",
+        "vae_tiles",
+    ),
     ("bundle",),
     ("bundle_archive", "tensorrt_flavor"),
-    ("engine_identity",),
+    ("engine_identity", "quantization_plan"),
     ("overflow", "registry"),
     ("parity", "pipeline"),
+    ("runtime_choice",),
 )
 EXPORT_LAYERS = (  # torch, diffusers, transformers, onnx: imported on use
-    ("ldm_keys", "memory", "vocabulary"),
+    ("flops", "ldm_keys", "memory", "vocabulary"),
     ("student", "weights"),
     ("components", "lowering"),
-    ("checkpoint",),
-    ("pipeline_folder", "split"),
+    ("checkpoint", "faster_scheduler", "lora_file"),
+    ("faster_teacher", "lora", "pipeline_folder", "split"),
     ("hoisting", "synthetic"),
+    ("faster_split",),
     ("graphs",),
     ("overflow_audit",),
+    ("faster_reference",),
     ("reference",),
     ("mil_ops", "mil_package"),
     ("mil_weights",),
@@ -48,8 +62,17 @@ EXPORT_LAYERS = (  # torch, diffusers, transformers, onnx: imported on use
     ("export.trt_plan",),
     ("export.trt_bundle",),
     ("export.to_onnx", "export.tokenizer_files", "export.plan"),
-    ("export.onnx_bundle",),
-    ("export.openvino_ir",),
+    ("export.onnx_bundle", "export.onnx_layers", "faster_errors"),
+    ("export.coreml_profiles",),
+    ("export.coreml_convert", "export.coreml_layout", "export.coreml_swift"),
+    ("export.coreml_compress",),
+    ("export.coreml_job",),
+    ("export.coreml_recipe",),
+    ("export.coreml_bundle",),
+    ("export.openvino_ir", "export.qdq_onnx", "export.triton_config"),
+    ("export.triton_repository",),
+    ("export.quantized_bundle",),
+    ("export.openvino_int8",),
 )
 TRAIN_LAYERS = (  # torch too, with accelerate and peft
     ("train",),  # only a docstring, as it runs before its modules
@@ -149,10 +172,12 @@ def light_breaches(name: str, source: str) -> list[str]:
 
 def heavy_breaches(path: str, source: str) -> list[str]:
     """Imports, anywhere in a device runtime, of what a device does not have."""
+    # On a Mac, coremltools is the door to Core ML.
+    missing = HEAVY - {"coremltools"} if path.startswith("runtimes/coreml") else HEAVY
     return [
         f"{path}:{item.line} names {item.target}"
         for item in imports_in(source, package_of(path))
-        if HEAVY & set(item.target.split("."))
+        if missing & set(item.target.split("."))
     ]
 
 

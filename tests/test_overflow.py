@@ -202,9 +202,10 @@ def test_only_the_island_is_in_float32(tiny_student):
         kinds = {t.dtype for t in [*module.parameters(False), *module.buffers(False)]}
         assert kinds <= {torch.float32 if float32 else torch.float16}, path
     own = tiny_student.unet.get_submodule(UP).ff.net[0].proj.weight
-    kept = graph.module.get_submodule(f"rows.{UP}.ff").net[0].proj.weight
-    assert torch.equal(kept, own)
-    assert kept.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+    unit = graph.module.get_submodule(f"rows.{UP}.ff").net[0]
+    assert torch.equal(torch.cat([unit.value.weight, unit.gate.weight]), own)
+    for kept in (unit.value.weight, unit.gate.weight):
+        assert kept.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
 
 
 def test_a_skip_that_half_cannot_carry_travels_in_float32(tiny_student, tmp_path):

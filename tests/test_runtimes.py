@@ -26,8 +26,14 @@ from tiue_export.specs import (
 # Those that need other hardware are held to the same in tests of their own, marked gpu or mac.
 ELSEWHERE = ("trt",)
 HERE = tuple(sorted(set(RUNTIMES) - set(ELSEWHERE)))
-COMPUTING = ("openvino", "ort", "torch")
+COMPUTING = ("coreml", "openvino", "ort", "torch")
 PAIRS = [(name, graph) for name in HERE for graph in GRAPH_NAMES]
+
+
+@pytest.fixture(scope="session")
+def compiled_bundle(coreml_bundle):
+    """Here, with the packages of Core ML, which take long to make."""
+    return coreml_bundle
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def assert_equal(left, right):
 @pytest.mark.parametrize("name", HERE)
 def test_a_runtime_says_its_name_and_its_device(runtimes, name):
     assert runtimes[name].name == name
-    known = {"fake": "none", "openvino": "cpu fp32"}
+    known = {"coreml": "evaluator fp32", "fake": "none", "openvino": "cpu fp32"}
     assert runtimes[name].device == known.get(name, "cpu")
     assert runtimes[name].precision == "fp32"
 
@@ -269,8 +275,9 @@ def test_fewer_than_one_thread_is_refused(compiled_bundle, options, name, thread
 def test_an_unknown_device_is_refused_by_name(compiled_bundle, options, name):
     with pytest.raises(UsageError, match="unknown device 'cuba'") as caught:
         open_runtime(name, compiled_bundle, replace(options, device="cuba"))
-    # OpenVINO has no CUDA device to mean.
-    assert caught.value.next_step == (None if name == "openvino" else "Did you mean 'cuda'?")
+    # OpenVINO and Core ML have no CUDA device to mean.
+    meant = {"coreml": None, "openvino": None}.get(name, "Did you mean 'cuda'?")
+    assert caught.value.next_step == meant
 
 
 @pytest.mark.parametrize("name", ["fake", "ort", "torch"])

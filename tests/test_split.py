@@ -20,7 +20,9 @@ from tiue_export.student import Features, Student
 from tiue_export.synthetic import fill
 
 SCHEDULER = {**load_family("tiny").scheduler}
-EXACT_DB = 110.0
+# Row by row and in one batch, float32 products add up in another order; drawn UNets with small
+# outputs showed 103 dB. A wrong tensor shows less than 40.
+EXACT_DB = 95.0
 FEW = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 
 

@@ -66,6 +66,7 @@ def load_student(
     allow_other_steps: bool = False,
     without: Collection[str] = (),
     vae: str | Path | None = None,
+    distilled: bool = True,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:
     """Load a student in its checkpoint's own dtype, memory-mapped, in eval mode.
@@ -74,6 +75,7 @@ def load_student(
     safetensors metadata) refuses another unless `allow_other_steps`. `family` overrides what the
     weights suggest. `without` names parts to leave out even where they are there, such as "vae".
     `vae` is a folder whose VAE replaces the checkpoint's; "tiny:FOLDER" insists on AutoencoderTiny.
+    `distilled` False asks for an ordinary model: a checkpoint that records a K is refused.
     `on_stage` hears what is being read.
 
     Raises `CheckpointError`, `UnsupportedModelError`, `ScheduleError` or `UsageError`.
@@ -98,6 +100,12 @@ def load_student(
     recorded = weights.metadata.get(
         STEPS_KEY, scheduler_config.get(STEPS_KEY) if own_scheduler else None
     )
+    if recorded is not None and not distilled:
+        raise ScheduleError(
+            f"{checkpoint.root.name} is a distilled student (it records K={recorded}), which draws "
+            "in one pass; Faster Diffusion speeds up models that are not distilled",
+            "Leave --method out, or give the teacher as --ckpt.",
+        )
     chosen = _steps(recorded, steps, allow_other_steps)
     schedule = schedule_from_config(scheduler_config, chosen)
 
@@ -133,7 +141,7 @@ def load_student(
         unet,
         schedule,
         source=source,
-        scheduler_config={**scheduler_config, STEPS_KEY: chosen},
+        scheduler_config={**scheduler_config, **({STEPS_KEY: chosen} if distilled else {})},
         text_encoder=text_encoder,
         vae=decoder,
         tokenizer_folder=folders["tokenizer"] if text_encoder is not None else None,

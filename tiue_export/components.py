@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
@@ -51,6 +51,36 @@ def load_vae(folder: Path) -> Any:
             "Stable Diffusion 1.x and 2.x have 0.18215, AutoencoderTiny has 1.0.",
         )
     return _from_pretrained(VAES[name], folder, WEIGHTS_STEM)
+
+
+def load_controlnet(folder: Path, unet_config: Mapping[str, Any]) -> Any:
+    """A ControlNetModel that fits a UNet, in its own dtype.
+
+    Raises `UnsupportedModelError` for one of another family or kind.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != "ControlNetModel":
+        raise UnsupportedModelError(
+            f"{folder} holds a {config.get('_class_name')}; expected a ControlNetModel"
+        )
+    plain = {
+        "controlnet_conditioning_channel_order": "rgb",
+        "global_pool_conditions": False,
+        "addition_embed_type": None,
+        "class_embed_type": None,
+        "conditioning_channels": 3,
+    }
+    for key in ("block_out_channels", "cross_attention_dim", "down_block_types"):
+        plain[key] = unet_config.get(key)
+    for key, wanted in plain.items():
+        got = config.get(key, wanted)
+        wanted, got = (list(v) if isinstance(v, (list, tuple)) else v for v in (wanted, got))
+        if got != wanted:
+            raise UnsupportedModelError(
+                f"the ControlNet in {folder} has {key} {got!r}; this model needs {wanted!r}",
+                "Give one of the model's own family: Stable Diffusion 1.x and 2.x differ.",
+            )
+    return _from_pretrained(ControlNetModel, folder, WEIGHTS_STEM)
 
 
 def _from_pretrained(kind: Any, folder: Path, stem: str) -> Any:

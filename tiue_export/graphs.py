@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.hoisting import RowDecoder, SharedDecoder, hoist
+from tiue_export.faster_split import (
+    ControlNet,
+    GroupDecoder,
+    KeyEncoder,
+    NaiveGroupDecoder,
+    SharedGroupRows,
+    SharingKeyEncoder,
+    TimeEmbedding,
+)
+from tiue_export.hoisting import RowDecoder, SharedDecoder, hoist, hoist_any_time
 from tiue_export.lowering import NO_PATHS, InFloat32, ModulePaths, below, compute_in_float32
 from tiue_export.overflow import WHOLE_GRAPH, Float32Parts
 from tiue_export.schedule import Schedule
 from tiue_export.specs import (
     BATCH,
+    CONTROLNET,
     GRAPH_NAMES,
+    STEPS,
     TEXT_ENCODER,
     UNET_DECODER,
     UNET_ENCODER,
@@ -38,6 +50,8 @@ VAE_PRECISIONS = ("auto", "fp16", "fp32", "bf16")
 _DTYPES = {**PRECISIONS, "bf16": torch.bfloat16}
 HOISTS = ("decoder", "encoder", "none")
 _DEFAULT_VAE_SCALE = 8
+_SMALLEST_TILE = 8  # latents: below, group norms have too few values to tell anything
+_EXAMPLE_STEPS = 3  # not 2: with one image that is the number of rows too
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,8 @@ class ExportOptions:
     `hoist` says which graph computes the decoder's time-independent part, or "none" for the naive
     decoder. `batch` is the static batch, or the example batch when `dynamic_batch`.
     `vae_precision` "auto" is `precision`; `float32` names what a half-precision graph computes in
-    float32, as an overflow audit finds it.
+    float32, as an overflow audit finds it. `vae_tile`: the side in pixels of what the VAE decoder's
+    graph draws at once, None for the whole picture.
     """
 
     precision: str = "fp32"
@@ -59,6 +74,7 @@ class ExportOptions:
     merge_below: float = 0.0
     vae_precision: str = "auto"
     float32: Float32Parts = field(default_factory=Float32Parts)
+    vae_tile: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -136,6 +152,22 @@ def latent_shape(student: Student, options: ExportOptions) -> tuple[int, int, in
     return options.example_batch, 4, height // scale, width // scale
 
 
+def vae_input_shape(student: Student, options: ExportOptions) -> tuple[int, int, int, int]:
+    """(B, 4, h, w) of what the VAE decoder's graph takes: all latents, or one tile of them."""
+    batch, channels, height, width = latent_shape(student, options)
+    if options.vae_tile is None:
+        return batch, channels, height, width
+    scale, tile = vae_scale(student), options.vae_tile
+    smallest, largest = _SMALLEST_TILE * scale, max(height, width) * scale - scale
+    if not smallest <= tile <= largest or tile % scale:
+        raise UsageError(
+            f"--vae-tile is {tile}; expected a multiple of {scale} from {smallest} to {largest}, "
+            f"as pictures are {width * scale}x{height * scale} px",
+            "Leave it out to decode pictures whole.",
+        )
+    return batch, channels, min(height, tile // scale), min(width, tile // scale)
+
+
 def vae_scale(student: Student) -> int:
     """Pixels per latent along one side."""
     if student.vae is None:
@@ -180,6 +212,8 @@ def build_graphs(
     student: Student, options: ExportOptions, only: tuple[str, ...] = GRAPH_NAMES
 ) -> list[Graph]:
     """The graphs this student has the parts for, in running order; `only` leaves others unbuilt."""
+    if student.plan is not None:
+        _check_faster(options)
     latents, text = latent_shape(student, options), text_shape(student, options)
     graphs = []
     if student.text_encoder is not None and TEXT_ENCODER in only:
@@ -187,9 +221,10 @@ def build_graphs(
         inputs = {"input_ids": torch.zeros(text[:2], dtype=torch.int64)}
         graphs.append(_graph(TEXT_ENCODER, module, inputs, ["last_hidden_state"], options))
     if set(UNET_GRAPHS) & set(only):
-        graphs += _unet_graphs(student, options, latents, text)
+        build = _unet_graphs if student.plan is None else _faster_unet_graphs
+        graphs += build(student, options, latents, text)
     if student.vae is not None and VAE_DECODER in only:
-        inputs = {"latent_sample": torch.zeros(latents)}
+        inputs = {"latent_sample": torch.zeros(vae_input_shape(student, options))}
         module_vae = VaeDecoder(student.vae, *_precision(VAE_DECODER, options))
         graphs.append(_graph(VAE_DECODER, module_vae, inputs, ["sample"], options))
     return graphs
@@ -216,8 +251,7 @@ def _unet_graphs(
             text, dtype=options.carried_in("encoder_hidden_states")
         ),
     }
-    skips = 1 + sum(len(b.resnets) + len(b.downsamplers or ()) for b in student.unet.down_blocks)
-    names = ["mid_sample", *(f"down_res_{i}" for i in range(skips))]
+    names = _feature_names(student.unet)
     encoder: nn.Module
     decoder: nn.Module
     if options.hoist == "encoder":
@@ -244,6 +278,104 @@ def _unet_graphs(
         del request["encoder_hidden_states"]
     decoder_graph = _graph(UNET_DECODER, decoder, {**request, **features}, ["latents"], options)
     return [encoder_graph, decoder_graph]
+
+
+def _feature_names(unet: Any) -> list[str]:
+    skips = 1 + sum(len(b.resnets) + len(b.downsamplers or ()) for b in unet.down_blocks)
+    return ["mid_sample", *(f"down_res_{i}" for i in range(skips))]
+
+
+def _check_faster(options: ExportOptions) -> None:
+    for name, wrong in (("--merge-below", options.merge_below > 0),):
+        if wrong:
+            raise UsageError(
+                f"{name} is for distilled students; every step of Faster Diffusion counts",
+                f"Leave {name} out.",
+            )
+    if options.dynamic_batch:
+        raise UsageError(
+            "--dynamic-batch and --method faster do not go together: the decoder's rows are the "
+            "open axis",
+            "Export with --batch N.",
+        )
+
+
+def _faster_unet_graphs(
+    student: Student,
+    options: ExportOptions,
+    latents: tuple[int, int, int, int],
+    text: tuple[int, int, int],
+) -> list[Graph]:
+    """Encoder at one timestep, decoder at any number of them, both for rows in two halves (2B)."""
+    (dtype, islands), (rows_dtype, rows_islands) = (
+        _precision(name, options) for name in UNET_GRAPHS
+    )
+    unet, rows = student.unet, 2 * latents[0]
+    embedding = torch.zeros((rows, *text[1:]), dtype=options.carried_in("encoder_hidden_states"))
+    request = {
+        "sample": torch.zeros(rows, *latents[1:]),
+        "timestep": torch.zeros(1),
+        "encoder_hidden_states": embedding,
+    }
+    names = _feature_names(unet)
+    encoder: nn.Module
+    decoder: nn.Module
+    if options.hoist == "encoder":
+        shared, body = hoist_any_time(unet, dtype, islands | rows_islands, rows_dtype)
+        encoder = SharingKeyEncoder(KeyEncoder(unet, dtype, below(islands, "encoder")), shared)
+        names = _shared_names(encoder, request, dtype)
+        decoder = SharedGroupRows(body, names, TimeEmbedding(unet, rows_dtype))
+    else:
+        encoder = KeyEncoder(unet, dtype, islands)
+        if options.hoist == "none":
+            decoder = NaiveGroupDecoder(unet, rows_dtype, rows_islands)
+        else:
+            cut = hoist_any_time(unet, rows_dtype, rows_islands)
+            decoder = GroupDecoder(*cut, TimeEmbedding(unet, rows_dtype))
+    encoder_graph = _graph(UNET_ENCODER, encoder, request, names, options)
+    control = _control_graphs(student, options, request, names)
+    features: dict[str, Tensor] = {"timesteps": torch.zeros(_EXAMPLE_STEPS)}
+    if options.hoist != "encoder":
+        features["encoder_hidden_states"] = embedding
+    for spec in encoder_graph.spec.outputs:
+        shape = [_size(side, options) for side in spec.shape]
+        features[spec.name] = torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+    open_axes = {"timesteps": STEPS, "outputs": f"{rows}*{STEPS}"}
+    decoder_graph = _graph(UNET_DECODER, decoder, features, ["outputs"], options, open_axes)
+    return [*control, encoder_graph, decoder_graph]
+
+
+def _control_graphs(
+    student: Student, options: ExportOptions, request: Mapping[str, Tensor], names: list[str]
+) -> list[Graph]:
+    """The ControlNet's graph where there is one; its outputs have the names of what they add to."""
+    if student.controlnet is None:
+        return []
+    if options.hoist == "encoder":
+        raise UsageError(
+            "a ControlNet adds to the encoder's features, which --hoist-into encoder does not "
+            "hand out",
+            "Leave --hoist-into out.",
+        )
+    rows, _, height, width = request["sample"].shape
+    scale = vae_scale(student)
+    inputs = {
+        **request,
+        "controlnet_cond": torch.zeros(rows // 2, 3, height * scale, width * scale),
+        "conditioning_scale": torch.ones(1),
+    }
+    module = ControlNet(student.controlnet, PRECISIONS[options.precision])
+    return [_graph(CONTROLNET, module, inputs, names, options)]
+
+
+def _shared_names(
+    encoder: nn.Module, request: Mapping[str, Tensor], dtype: torch.dtype
+) -> list[str]:
+    """Names of what a sharing encoder hands on, in order, found without computing anything."""
+    twin = meta_twin(encoder)
+    sample, timestep, text = (tensor.to("meta") for tensor in request.values())
+    features = twin.encoder(sample, timestep, text.to(dtype))
+    return list(twin.shared(text.to(dtype), *features))
 
 
 class HoistedDecoder(nn.Module):
@@ -295,6 +427,11 @@ _MEANINGS = {
     "sample": "initial noise",
     "mid_sample": "output of the UNet's mid block",
     "latents": "image latents, Eq. 11 applied",
+    "timestep": "the key step's timestep",
+    "timesteps": "timesteps of the decoder's steps",
+    "outputs": "the network's outputs, step-major",
+    "controlnet_cond": "picture that steers, in [0, 1]",
+    "conditioning_scale": "strength of the ControlNet",
     "latent_sample": "latents divided by the VAE scaling factor",
 }
 
@@ -305,7 +442,9 @@ def _graph(
     inputs: Mapping[str, Tensor],
     output_names: list[str],
     options: ExportOptions,
+    open_axes: Mapping[str, str] = MappingProxyType({}),
 ) -> Graph:
+    """`open_axes` names the first axis of tensors where it is not the batch."""
     module = module.eval()
     islands = options.float32.of(name) if options.precision_of(name) == "fp16" else NO_PATHS
     if options.precision == "fp16" and options.precision_of(name) == "fp32":
@@ -315,9 +454,9 @@ def _graph(
         outputs = meta_twin(module)(*(tensor.to("meta") for tensor in inputs.values()))
     spec = GraphSpec(
         name,
-        tuple(_spec(key, tensor, name, options) for key, tensor in inputs.items()),
+        tuple(_spec(key, tensor, name, options, open_axes) for key, tensor in inputs.items()),
         tuple(
-            _spec(key, tensor, name, options)
+            _spec(key, tensor, name, options, open_axes)
             for key, tensor in zip(output_names, outputs, strict=True)
         ),
     )
@@ -340,8 +479,11 @@ def _check_islands(graph: str, module: nn.Module, islands: ModulePaths) -> None:
         )
 
 
-def _spec(name: str, tensor: Tensor, graph: str, options: ExportOptions) -> TensorSpec:
-    batch = BATCH if options.dynamic_batch else int(tensor.shape[0])
+def _spec(
+    name: str, tensor: Tensor, graph: str, options: ExportOptions, open_axes: Mapping[str, str]
+) -> TensorSpec:
+    batch: int | str = BATCH if options.dynamic_batch else int(tensor.shape[0])
+    batch = open_axes.get(name, batch)
     meaning = _MEANINGS.get(name, "encoder feature")
     if graph == VAE_DECODER and name == "sample":
         meaning = "picture in [-1, 1]"

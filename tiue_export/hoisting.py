@@ -17,7 +17,8 @@ decoder.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ from tiue_export.lowering import (
     NO_PATHS,
     Attention,
     ModulePaths,
-    attend,
     below,
     copied,
     in_precision,
@@ -40,6 +40,9 @@ from tiue_export.schedule import Schedule
 from tiue_export.split import Combine, OutputHead, is_single
 
 Shared = dict[str, Tensor]
+R = TypeVar("R", bound="RowBody")
+# Among the shared tensors: the activated time embedding (g, D_t), where timesteps are an input.
+TIME = "time"
 
 
 def hoist(
@@ -54,16 +57,52 @@ def hoist(
     `float32` names the submodules that stay in float32 in half precision: "shared...", "rows...";
     `rows_dtype` is for rows that lie in another graph of another precision.
     """
-    up_blocks = copied(unet.up_blocks)
     embedding = time_embedding_float64(unet, schedule.timesteps)
     biases = [[time_bias(resnet, embedding) for resnet in b.resnets] for b in unet.up_blocks]
-    channels = int(unet.config.block_out_channels[-1])
-    shared = in_precision(SharedDecoder(up_blocks, channels), dtype, below(float32, "shared"))
-    upcast = bool(unet.config.upcast_attention)
-    rows = RowDecoder(up_blocks, channels, biases, upcast, schedule.rows)
-    rows.head = copied(OutputHead(unet))
-    in_precision(rows, rows_dtype or dtype, below(float32, "rows"), border=torch.float32)
+    precision = _CutPrecision(dtype, rows_dtype or dtype, float32)
+    shared, rows = _cut(unet, RowDecoder, biases, schedule.rows, precision)
     rows.combine = Combine(schedule)
+    return shared, rows.eval()
+
+
+def hoist_any_time(
+    unet: Any,
+    dtype: torch.dtype,
+    float32: ModulePaths = NO_PATHS,
+    rows_dtype: torch.dtype | None = None,
+) -> tuple[SharedDecoder, RowBody]:
+    """The same cut for timesteps that are an input: the rows find their embedding under `TIME`.
+
+    The rows return their outputs (g*B, 4, H, W) float32, without the closed formula.
+    """
+    biases = [[None for _ in block.resnets] for block in unet.up_blocks]
+    precision = _CutPrecision(dtype, rows_dtype or dtype, float32)
+    return _cut(unet, RowBody, biases, None, precision)
+
+
+class _CutPrecision(NamedTuple):
+    """The dtypes of the two parts, and the paths in both that stay in float32."""
+
+    shared: torch.dtype
+    rows: torch.dtype
+    float32: ModulePaths
+
+
+def _cut(
+    unet: Any,
+    kind: type[R],
+    biases: Sequence[Sequence[Tensor | None]],
+    steps: int | None,
+    precision: _CutPrecision,
+) -> tuple[SharedDecoder, R]:
+    up_blocks = copied(unet.up_blocks)
+    channels = int(unet.config.block_out_channels[-1])
+    islands = precision.float32
+    shared = SharedDecoder(up_blocks, channels)
+    in_precision(shared, precision.shared, below(islands, "shared"))
+    rows = kind(up_blocks, channels, biases, bool(unet.config.upcast_attention), steps)
+    rows.head = copied(OutputHead(unet))
+    in_precision(rows, precision.rows, below(islands, "rows"), border=torch.float32)
     return shared.eval(), rows.eval()
 
 
@@ -94,19 +133,22 @@ class SharedDecoder(nn.Module):
         return shared
 
 
-class RowDecoder(nn.Module):
-    """sample (B, 4, H, W) and the shared tensors -> latents: what differs between the K rows."""
+class RowBody(nn.Module):
+    """The shared tensors -> outputs (K*B, 4, H, W): what differs between the K rows.
+
+    `biases` are the time projections' values, None where timesteps are an input; `steps` is K, None
+    where it is known by the embedding alone.
+    """
 
     head: nn.Module
-    combine: nn.Module
 
     def __init__(
         self,
         up_blocks: Any,
         mid_channels: int,
-        biases: list[list[Tensor]],
+        biases: Sequence[Sequence[Tensor | None]],
         upcast: bool,
-        steps: int,
+        steps: int | None,
     ) -> None:
         super().__init__()
         with_plain_attention(up_blocks, upcast)
@@ -123,15 +165,33 @@ class RowDecoder(nn.Module):
                 )
                 channels = resnet.out_channels
             for name, attention in _text_attentions(block, i):
-                attention.set_processor(SharedTextAttention(name, steps, upcast))
+                attention.set_processor(
+                    TimedTextAttention(name, upcast)
+                    if steps is None
+                    else SharedTextAttention(name, steps, upcast)
+                )
                 attention.to_k = attention.to_v = None
             self.up_blocks.append(RowBlock(block, resnets))
 
-    def forward(self, sample: Tensor, shared: Shared) -> Tensor:
+    def outputs(self, shared: Shared) -> Tensor:
+        """The K*B noise predictions, step-major."""
         hidden: Tensor | None = None
         for block in self.up_blocks:
             hidden = block(hidden, shared)
-        latents: Tensor = self.combine(sample, self.head(hidden))
+        rows: Tensor = self.head(hidden)
+        return rows
+
+    def forward(self, shared: Shared) -> Tensor:
+        return self.outputs(shared).float()
+
+
+class RowDecoder(RowBody):
+    """sample (B, 4, H, W) and the shared tensors -> latents, by the rows and Eq. 11."""
+
+    combine: nn.Module
+
+    def forward(self, sample: Tensor, shared: Shared) -> Tensor:  # type: ignore[override]
+        latents: Tensor = self.combine(sample, self.outputs(shared))
         return latents
 
 
@@ -171,25 +231,42 @@ class FirstShare(nn.Module):
         return {"conv": self.conv1(self.act(self.norm1(joined))), "shortcut": shortcut}
 
 
-class FirstRows(nn.Module):
-    """The rest of the first resnet: K rows appear when the time bias is added."""
+class TimedRows(nn.Module):
+    """What the rows of a resnet add for their timesteps: constants, or projected as they run."""
 
     bias: Tensor
 
-    def __init__(self, name: str, resnet: Any, bias: Tensor) -> None:
+    def __init__(self, name: str, resnet: Any, bias: Tensor | None) -> None:
         super().__init__()
         self.name = name
-        self.register_buffer("bias", bias[:, :, None, None])  # (K, C, 1, 1)
+        self.time_emb_proj: nn.Module | None = None
+        if bias is None:
+            self.time_emb_proj = resnet.time_emb_proj
+        else:
+            self.register_buffer("bias", bias[:, :, None, None])  # (K, C, 1, 1)
+
+    def time_bias(self, shared: Shared) -> Tensor:
+        """(K, C, 1, 1)."""
+        if self.time_emb_proj is None:
+            return self.bias
+        projected: Tensor = self.time_emb_proj(shared[TIME])
+        return projected[:, :, None, None]
+
+
+class FirstRows(TimedRows):
+    """The rest of the first resnet: K rows appear when the time bias is added."""
+
+    def __init__(self, name: str, resnet: Any, bias: Tensor | None) -> None:
+        super().__init__(name, resnet, bias)
         self.norm2, self.act, self.conv2 = resnet.norm2, resnet.nonlinearity, resnet.conv2
 
     def forward(self, hidden: None, shared: Shared) -> Tensor:
-        conv = shared[f"{self.name}_conv"]
-        if is_single(conv):
-            x = conv + self.bias  # (K, C, h, w)
-        else:
-            x = add_bias(conv.repeat(len(self.bias), 1, 1, 1), self.bias)  # (K*B, C, h, w)
+        conv, bias = shared[f"{self.name}_conv"], self.time_bias(shared)
+        steps = bias.shape[0]
+        repeated = conv if is_single(conv) else conv.repeat(steps, 1, 1, 1)
+        x = repeated + bias if is_single(conv) else add_bias(repeated, bias)  # (K*B, C, h, w)
         x = self.conv2(self.act(self.norm2(x)))
-        return add_to_rows(x, shared[f"{self.name}_shortcut"], len(self.bias))
+        return add_to_rows(x, shared[f"{self.name}_shortcut"], steps)
 
 
 class SkipShare(nn.Module):
@@ -214,17 +291,13 @@ class SkipShare(nn.Module):
         return parts
 
 
-class Rows(nn.Module):
+class Rows(TimedRows):
     """The hidden state's part of a resnet, with the norm groups that straddle the border."""
 
-    bias: Tensor
-
-    def __init__(self, name: str, resnet: Any, hidden_channels: int, bias: Tensor) -> None:
-        super().__init__()
+    def __init__(self, name: str, resnet: Any, hidden_channels: int, bias: Tensor | None) -> None:
+        super().__init__(name, resnet, bias)
         cut = _GroupCut(resnet, hidden_channels)
-        self.name = name
         self.straddles = cut.mixed_channels > hidden_channels
-        self.register_buffer("bias", bias[:, :, None, None])  # (K, C, 1, 1)
         self.norm1: Any = cut.norm(skip=False)  # never None: hidden channels always fill a group
         self.act = resnet.nonlinearity
         self.conv1 = _conv_part(resnet.conv1, cut.mixed, bias=True)
@@ -233,12 +306,13 @@ class Rows(nn.Module):
         self.conv_shortcut = None if shortcut is None else _conv_part(shortcut, hidden, bias=True)
 
     def forward(self, hidden: Tensor, shared: Shared) -> Tensor:
-        steps = len(self.bias)
+        bias = self.time_bias(shared)
+        steps = bias.shape[0]
         x = hidden
         if self.straddles:
             straddle = shared[f"{self.name}_straddle"]
             x = torch.cat([hidden, straddle.repeat(steps, 1, 1, 1)], 1)
-        x = add_bias(self.conv1(self.act(self.norm1(x))), self.bias)
+        x = add_bias(self.conv1(self.act(self.norm1(x))), bias)
         if f"{self.name}_conv" in shared:
             x = add_to_rows(x, shared[f"{self.name}_conv"], steps)
         x = self.conv2(self.act(self.norm2(x)))
@@ -256,6 +330,14 @@ class SharedTextAttention(Attention):
         self.name = name
         self.steps = steps
 
+    def steps_in(self, shared: Shared) -> int:
+        """K."""
+        return self.steps
+
+    def batch_of(self, key: Tensor, rows: int) -> int:
+        """B, of K*B `rows`."""
+        return rows // self.steps
+
     def __call__(
         self,
         attn: Any,
@@ -267,18 +349,32 @@ class SharedTextAttention(Attention):
         value = split_heads(encoder_hidden_states[f"{self.name}_value"], attn.heads)
         query = attn.to_q(hidden_states)
         rows, length, width = query.shape
-        steps, batch, heads = self.steps, rows // self.steps, attn.heads
+        heads, steps = attn.heads, self.steps_in(encoder_hidden_states)
+        batch = self.batch_of(key, rows)
         if is_single(key):
             query = split_heads(query.reshape(1, steps * length, width), heads)
-            mixed = attend(query, key, value, self.upcast)  # (1, heads, K*T, d)
+            mixed = self.attend(query, key, value)  # (1, heads, K*T, d)
             mixed = mixed.transpose(1, 2).reshape(steps, length, width)
         else:
             query = query.reshape(steps, batch, length, heads, width // heads)
             query = query.permute(1, 3, 0, 2, 4).flatten(2, 3)  # (B, heads, K*T, d)
-            mixed = attend(query, key, value, self.upcast)
+            mixed = self.attend(query, key, value)
             mixed = mixed.reshape(batch, heads, steps, length, width // heads)
             mixed = mixed.permute(2, 0, 3, 1, 4).reshape(rows, length, width)
         return project_out(attn, mixed)
+
+
+class TimedTextAttention(SharedTextAttention):
+    """The same where timesteps are an input: their number is the embedding's."""
+
+    def __init__(self, name: str, upcast: bool) -> None:
+        super().__init__(name, 0, upcast)
+
+    def steps_in(self, shared: Shared) -> int:
+        return shared[TIME].shape[0]
+
+    def batch_of(self, key: Tensor, rows: int) -> int:
+        return key.shape[0]
 
 
 def add_to_rows(rows: Tensor, shared: Tensor, steps: int) -> Tensor:

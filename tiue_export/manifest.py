@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tiue_export.errors import BundleError
+from tiue_export.faster_plan import FasterPlan
 from tiue_export.schedule import Schedule
 from tiue_export.specs import GraphSpec, TensorSpec
 
@@ -135,6 +136,13 @@ class Manifest:
     tools: Mapping[str, str] = field(default_factory=dict)
     # By the name of the folder that holds them, such as "trt" or "openvino".
     compiled: Mapping[str, Compiled] = field(default_factory=dict)
+    # Of an undistilled model sampled by Faster Diffusion; a TiUE student has none.
+    faster: FasterPlan | None = None
+
+    @property
+    def method(self) -> str:
+        """How the bundle draws: "tiue" in one pass, "faster" in a loop over groups of steps."""
+        return "tiue" if self.faster is None else "faster"
 
     @property
     def height_px(self) -> int:
@@ -184,6 +192,9 @@ class Manifest:
                 schedule.output_coefficients,
                 f"one for each of the timesteps {schedule.timesteps}",
             )
+        problem = manifest.faster and manifest.faster.problem(schedule)
+        if problem:
+            raise BundleError(f"{where}: faster contradicts itself: {problem}", _REEXPORT)
         return manifest
 
 

@@ -48,6 +48,7 @@ from tiue_export.overflow import WHOLE_GRAPH, Float32Parts, GraphRanges, OpRange
 from tiue_export.specs import GRAPH_NAMES, TEXT_ENCODER, UNET_GRAPHS, VAE_DECODER, Array
 from tiue_export.student import Student
 from tiue_export.tokenizer import Tokenizer
+from tiue_export.vae_tiles import tile_size, tiles_of
 
 SCORES = "attention_scores"
 _SCORES_BYTES = 32 << 20
@@ -85,8 +86,9 @@ def audit_student(
     if student.vae is not None and VAE_DECODER in recorder.only:
         (graph,) = build_graphs(student, options, only=(VAE_DECODER,))
         for array in latents:
-            with recorder.watching(graph):
-                run_graph(graph, {"latent_sample": array})
+            for rows, columns in tiles_of(array, tile_size(graph.spec)):
+                with recorder.watching(graph):
+                    run_graph(graph, {"latent_sample": array[:, :, rows, columns]})
         yield recorder.ranges(VAE_DECODER)
 
 

@@ -15,8 +15,11 @@ import numpy as np
 from tiue_export.bundle import REFERENCE_FILE, Bundle
 from tiue_export.compare import GATES_PSNR_DB, max_abs_error, psnr_db, weakest
 from tiue_export.errors import BundleError, ParityError
+from tiue_export.faster_plan import FasterPlan
+from tiue_export.faster_sampler import added, sample_latents
 from tiue_export.manifest import ParityRecord
 from tiue_export.specs import (
+    CONTROLNET,
     TEXT_ENCODER,
     UNET_DECODER,
     UNET_ENCODER,
@@ -40,13 +43,17 @@ CHAIN_OUTPUTS: Mapping[str, Mapping[str, str]] = {
 }
 
 
+CHECKED_ROWS = 8
+
+
 @dataclass(frozen=True)
 class Reference:
     """What the fp32 student made of real prompts; keys are tensor names, `inputs` describes them.
 
     input_ids (B, L), encoder_hidden_states (B, L, D), sample = noise (B, 4, H, W),
     latents (B, 4, H, W), latent_sample (B, 4, H, W), picture (B, 3, 8H, 8W). A part that the
-    checkpoint lacked is absent.
+    checkpoint lacked is absent. With Faster Diffusion: noise (B, 4, H, W), prompt_embeds (B, L, D),
+    and sample (2B, 4, H, W), timestep, timesteps, outputs (g*2B, 4, H, W) of one group.
     """
 
     arrays: Mapping[str, Array]
@@ -122,15 +129,56 @@ def measure_runtime(bundle: Bundle, runtime: Runtime, reference: Reference) -> l
         record = measure_graph(runtime, spec, typed, pairs, hop, gate, reference.inputs)
         records.append(replace(record, subject=expected))
 
+    faster = bundle.manifest.faster is not None
     if TEXT_ENCODER in graphs:
-        measure(TEXT_ENCODER, known, "last_hidden_state", "encoder_hidden_states")
+        text = "prompt_embeds" if faster else "encoder_hidden_states"
+        measure(TEXT_ENCODER, known, "last_hidden_state", text)
     encoder = bundle.spec(UNET_ENCODER)
     features = runtime.run(UNET_ENCODER, encoder.select(with_dtypes(encoder, known)))
     check_finite(UNET_ENCODER, features)
-    measure(UNET_DECODER, {**known, **features}, "latents", "latents")
+    if CONTROLNET in graphs:
+        control = bundle.spec(CONTROLNET)
+        features = added(features, runtime.run(CONTROLNET, with_dtypes(control, known)))
+        check_finite(CONTROLNET, features)
+    final = "outputs" if faster else "latents"
+    measure(UNET_DECODER, {**known, **features}, final, final)
+    if faster:
+        records.append(measure_loop(bundle, runtime, reference, hop))
     if VAE_DECODER in graphs:
         measure(VAE_DECODER, known, "sample", "picture")
     return records
+
+
+def measure_loop(bundle: Bundle, runtime: Runtime, reference: Reference, hop: str) -> ParityRecord:
+    """Faster Diffusion's whole loop against the reference's latents; gated in fp32 alone.
+
+    Guidance and the sum over all steps amplify what each graph rounds.
+    """
+    manifest, known = bundle.manifest, reference.arrays
+    assert manifest.faster is not None
+
+    def run(graph: str, pool: Feeds) -> dict[str, Array]:
+        outputs = runtime.run(graph, with_dtypes(bundle.spec(graph), pool))
+        check_finite(graph, outputs)
+        return outputs
+
+    text = known["encoder_hidden_states"]
+    plan = loop_to_check(manifest.faster, len(text))
+    control = None
+    if CONTROLNET in manifest.graphs:
+        control = {name: known[name] for name in ("controlnet_cond", "conditioning_scale")}
+    noise = known["noise"]
+    latents = sample_latents(manifest.schedule, plan, run, noise, text, control=control)
+    exact = weakest(runtime.precision, manifest.precision) == "fp32"
+    kind = "fp32-loop" if exact else None
+    return parity_record(
+        f"{hop} loop", "latents", known["latents"], latents, kind, reference.inputs
+    )
+
+
+def loop_to_check(plan: FasterPlan, rows_per_step: int) -> FasterPlan:
+    """The same plan in small pieces, which is exact: a check must not need a device's memory."""
+    return replace(plan, max_decoder_rows=max(CHECKED_ROWS, rows_per_step))
 
 
 def with_dtypes(spec: GraphSpec, pool: Feeds) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tiue_export.errors import UsageError
 from tiue_export.specs import Array
 
 if TYPE_CHECKING:
@@ -33,8 +35,29 @@ def image_from_pixels(pixels: Array) -> Image:
     return Image.fromarray(pixels)
 
 
-def save_png(image: Image, path: Path, parameters: Mapping[str, Any]) -> None:
-    """Write a PNG whole or not at all, with its parameters in two text chunks.
+def picture_from_file(path: Path, size: tuple[int, int]) -> Array:
+    """A picture file -> (3, H, W) float32 in [0, 1]; `size` is (width, height) in pixels.
+
+    Raises `UsageError` for a file that is no picture, or of another size.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            rgb = np.asarray(image.convert("RGB"), np.float32)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read as a picture: {error}") from error
+    height, width = rgb.shape[:2]
+    if (width, height) != size:
+        raise UsageError(
+            f"{path} is {width}x{height} px; the bundle draws {size[0]}x{size[1]}",
+            f"Resize it, or export the bundle with --height {height} --width {width}.",
+        )
+    return rgb.transpose(2, 0, 1) / 255
+
+
+def png_bytes(image: Image, parameters: Mapping[str, Any]) -> bytes:
+    """A PNG file with its parameters in two text chunks; equal input gives equal bytes.
 
     `tiue` holds them as JSON, `parameters` as the line that other image tools show.
     """
@@ -43,9 +66,16 @@ def save_png(image: Image, path: Path, parameters: Mapping[str, Any]) -> None:
     info = PngInfo()
     info.add_itxt(METADATA_KEY, json.dumps(parameters, ensure_ascii=False))
     info.add_itxt("parameters", _readable(parameters))
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def save_png(image: Image, path: Path, parameters: Mapping[str, Any]) -> None:
+    """Write `png_bytes` to a file, whole or not at all."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        image.save(partial, format="PNG", pnginfo=info)
+        partial.write_bytes(png_bytes(image, parameters))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tiue_export.errors import ParityError
+from tiue_export.faster_reference import capture_loop
 from tiue_export.graphs import (
     ExportOptions,
     Graph,
@@ -44,6 +45,7 @@ from tiue_export.specs import (
 )
 from tiue_export.student import Student, combine
 from tiue_export.tokenizer import Tokenizer
+from tiue_export.vae_tiles import decode_in_tiles, first_tile, is_tiled, tile_size
 
 _HALVES = (torch.float16, torch.bfloat16)
 GraphIO = tuple[dict[str, Array], dict[str, Array]]
@@ -75,7 +77,13 @@ def capture(
     graph_io: dict[str, GraphIO] = {}
     hops: list[ParityRecord] = []
     inputs = _capture_text(student, options, tokenizer, known, graph_io, hops, recorder)
-    _capture_unet(student, options, known, graph_io, hops, inputs, recorder)
+    if student.plan is None:
+        _capture_unet(student, options, known, graph_io, hops, inputs, recorder)
+    else:
+        control = None if student.controlnet is None else copied_unet(student.controlnet)
+        wide = _part_of(student, unet=copied_unet(student.unet), controlnet=control)
+        hops += capture_loop(wide, options, known, graph_io, inputs, recorder)
+        known["latent_sample"] = (known["latents"] / vae_scaling_factor(student)).astype(np.float32)
     _capture_vae(student, options, known, graph_io, hops, inputs, recorder)
     return Capture(Reference(known, inputs), graph_io, hops)
 
@@ -89,9 +97,10 @@ def _capture_text(
     hops: list[ParityRecord],
     recorder: RangeRecorder,
 ) -> str:
-    batch = text_shape(student, options)[0]
+    batch, *rest = text_shape(student, options)
     if student.text_encoder is None or tokenizer is None:
-        known["encoder_hidden_states"] = gaussian_text(text_shape(student, options))
+        rows = batch if student.plan is None else 2 * batch
+        known["encoder_hidden_states"] = gaussian_text((rows, rest[0], rest[1]))
         return "Gaussian text embedding (the checkpoint has no text encoder), seeded noise"
     prompts = [PROMPTS[row % len(PROMPTS)] for row in range(batch)]
     known["input_ids"] = tokenizer(prompts)
@@ -101,6 +110,11 @@ def _capture_text(
         feeds, outputs = run_graph(graph, known)
     graph_io[TEXT_ENCODER] = feeds, outputs
     known["encoder_hidden_states"] = outputs["last_hidden_state"]
+    if student.plan is not None:
+        _, empty = run_graph(graph, {"input_ids": tokenizer([""] * batch)})
+        known["prompt_embeds"] = outputs["last_hidden_state"]
+        halves = [empty["last_hidden_state"], known["prompt_embeds"]]
+        known["encoder_hidden_states"] = np.concatenate(halves)  # (2B, L, D)
     inputs = f"{min(batch, len(PROMPTS))} real prompt(s), seeded noise"
     own = copied(student.text_encoder, torch.float32, plain=False)
     with torch.no_grad():
@@ -170,6 +184,8 @@ def _capture_vae(
         return
     part = _part_of(student, vae=student.vae)
     (graph,) = build_graphs(part, options, only=(VAE_DECODER,))
+    whole, size = known["latent_sample"], tile_size(graph.spec)
+    known["latent_sample"] = first_tile(whole, size)
     with recorder.watching(graph):
         feeds, outputs = run_graph(graph, known)
     graph_io[VAE_DECODER] = feeds, outputs
@@ -178,6 +194,23 @@ def _capture_vae(
     with torch.no_grad():
         plain = own.decode(torch.from_numpy(known["latent_sample"])).sample
     hops.append(_lowered(VAE_DECODER, plain, outputs["sample"], inputs))
+    if is_tiled(graph.spec, whole):
+        hops.append(_tiled(graph, own, whole, inputs))
+
+
+def _tiled(graph: Graph, own: Any, latents: Array, inputs: str) -> ParityRecord:
+    """The picture made of tiles against the one decoded whole; no gate: it is a choice."""
+
+    def decode(tile: Array) -> Array:
+        return run_graph(graph, {"latent_sample": tile})[1]["sample"]
+
+    size = tile_size(graph.spec)
+    with torch.no_grad():
+        whole = _np(own.decode(torch.from_numpy(latents)).sample)
+    scale = whole.shape[2] // latents.shape[2]
+    hop = f"tiled {size[1] * scale}x{size[0] * scale} px"
+    value = decode_in_tiles(decode, latents, size)
+    return parity_record(hop, "picture / whole decode", whole, value, None, inputs)
 
 
 def _lowered(graph: str, plain: Tensor, value: Array, inputs: str) -> ParityRecord:
@@ -311,6 +344,8 @@ def _part_of(student: Student, **parts: Any) -> Student:
         scheduler_config=student.scheduler_config,
         text_encoder=parts.get("text_encoder"),
         vae=parts.get("vae"),
+        plan=student.plan,
+        controlnet=parts.get("controlnet"),
     ).eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -17,13 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RuntimeEntry:
-    """One runtime: `opener` is "module:function", `needs` the modules it imports."""
+    """One runtime: `opener` is "module:function", `needs` the modules it imports.
+
+    `automatic`: a bundle is all it needs, so that `--runtime auto` may choose it.
+    """
 
     opener: str
     needs: tuple[str, ...]
     extra: str
     summary: str
     chooses_precision: bool = False
+    automatic: bool = True
 
 
 EXPORT_NEEDS = (
@@ -53,6 +58,15 @@ RUNTIMES: Mapping[str, RuntimeEntry] = {
         "OpenVINO on Intel CPUs, GPUs and NPUs; fastest on CPUs",
         chooses_precision=True,
     ),
+    "coreml": RuntimeEntry(
+        "tiue_export.runtimes.coreml:open_runtime",
+        ("coremltools",),
+        "coreml",
+        "Core ML on a Mac; elsewhere an evaluator of its packages, slow but exact",
+        chooses_precision=True,
+        # Elsewhere it would be the evaluator: a proof, not a way to draw.
+        automatic=sys.platform == "darwin",
+    ),
     # Which TensorRT it needs depends on the bundle's engines; the runtime says what is missing.
     "trt": RuntimeEntry(
         "tiue_export.runtimes.trt:open_runtime",
@@ -65,12 +79,14 @@ RUNTIMES: Mapping[str, RuntimeEntry] = {
         ("torch", "diffusers", "transformers"),
         "export",
         "the student itself in PyTorch: ground truth, needs --ckpt",
+        automatic=False,
     ),
     "fake": RuntimeEntry(
         "tiue_export.runtimes.fake:open_runtime",
         (),
         "",
         "right shapes, meaningless pictures: for testing applications",
+        automatic=False,
     ),
 }
 
@@ -86,7 +102,8 @@ def open_runtime(name: str, bundle: Bundle, options: RuntimeOptions) -> Runtime:
     if entry is None:
         raise unknown_name("runtime", name, RUNTIMES)
     require(f"the {name} runtime", entry.needs, entry.extra)
-    if options.precision != "auto" and not entry.chooses_precision:
+    own = ("auto", bundle.manifest.precision)
+    if options.precision not in own and not entry.chooses_precision:
         raise UsageError(
             f"the {name} runtime computes in its bundle's precision, {bundle.manifest.precision}",
             f"Leave --precision {options.precision} out, or export a bundle in that precision.",
@@ -97,6 +114,11 @@ def open_runtime(name: str, bundle: Bundle, options: RuntimeOptions) -> Runtime:
                 f"the {name} runtime takes no --{option.replace('_', '-')}",
                 f"It is for --runtime {' and '.join(takers)}.",
             )
+    if options.cuda_graph and bundle.manifest.faster is not None:
+        raise UsageError(
+            "--cuda-graph records one pass; this bundle draws in a loop whose batches differ",
+            "Leave --cuda-graph out.",
+        )
     module, _, function = entry.opener.partition(":")
     return cast(Runtime, getattr(importlib.import_module(module), function)(bundle, options))
 

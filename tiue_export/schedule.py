@@ -105,37 +105,54 @@ def schedule_from_config(config: Mapping[str, Any], steps: int) -> Schedule:
     unknown scheduler class.
     """
     settings = ddim_settings(config)
-    train_steps = int(settings["num_train_timesteps"])
-    if not 1 <= steps <= train_steps:
-        raise UsageError(f"--steps is {steps}; expected 1 to {train_steps}")
-    timesteps = _timesteps(settings, steps)
-    if steps == 1 and timesteps[0] <= 1:
+    listed = ddim_steps(config, steps)
+    if steps == 1 and listed[0].timestep <= 1:
         raise ScheduleError(
             f"K=1 on a {settings['timestep_spacing']!r} schedule has the single timestep "
-            f"{timesteps[0]}, where the formula returns the input noise unchanged",
+            f"{listed[0].timestep}, where the formula returns the input noise unchanged",
             "Use the K the student was trained for, usually --steps 4.",
         )
-    alphas = alphas_cumprod(settings)
-    final_alpha = 1.0 if settings["set_alpha_to_one"] else float(alphas[0])
-    stride = train_steps // steps
     noise, outputs = 1.0, np.zeros(steps)
-    for row, timestep in enumerate(timesteps):
-        # DDIM steps to t - 1000 // K whatever the next listed timestep is (diffusers
-        # scheduling_ddim.py, `step`): for linspace the two differ.
-        previous = timestep - stride
-        target = float(alphas[previous]) if previous >= 0 else final_alpha
-        kept, added = _linear_step(float(alphas[timestep]), target, settings["prediction_type"])
-        noise *= kept
-        outputs *= kept
-        outputs[row] += added
+    for row, step in enumerate(listed):
+        noise *= step.kept
+        outputs *= step.kept
+        outputs[row] += step.added
     return Schedule(
         steps=steps,
-        timesteps=tuple(timesteps),
+        timesteps=tuple(step.timestep for step in listed),
         prediction_type=str(settings["prediction_type"]),
         noise_coefficient=float(noise),
         output_coefficients=tuple(float(weight) for weight in outputs),
         timestep_spacing=str(settings["timestep_spacing"]),
     )
+
+
+@dataclass(frozen=True)
+class DdimStep:
+    """One step at eta 0: next sample = `kept` * sample + `added` * output."""
+
+    timestep: int
+    kept: float
+    added: float
+
+
+def ddim_steps(config: Mapping[str, Any], steps: int) -> list[DdimStep]:
+    """The steps of DDIM as diffusers takes them, float64; raises like `schedule_from_config`."""
+    settings = ddim_settings(config)
+    train_steps = int(settings["num_train_timesteps"])
+    if not 1 <= steps <= train_steps:
+        raise UsageError(f"--steps is {steps}; expected 1 to {train_steps}")
+    alphas = alphas_cumprod(settings)
+    final_alpha = 1.0 if settings["set_alpha_to_one"] else float(alphas[0])
+    listed = []
+    for timestep in _timesteps(settings, steps):
+        # DDIM steps to t - 1000 // K whatever the next listed timestep is (diffusers
+        # scheduling_ddim.py, `step`): for linspace the two differ.
+        previous = timestep - train_steps // steps
+        target = float(alphas[previous]) if previous >= 0 else final_alpha
+        kept, added = _linear_step(float(alphas[timestep]), target, settings["prediction_type"])
+        listed.append(DdimStep(timestep, kept, added))
+    return listed
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> npt.NDArray[np.float64]:

@@ -7,6 +7,7 @@ height and width, L tokens, D width of the text embedding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -26,7 +27,12 @@ VAE_DECODER = "vae_decoder"
 GRAPH_NAMES = (TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, VAE_DECODER)
 UNET_GRAPHS = (UNET_ENCODER, UNET_DECODER)
 
+# Only in bundles of Faster Diffusion with a ControlNet; its outputs are added to the encoder's.
+CONTROLNET = "controlnet"
+
 BATCH = "batch"
+# The open axis of Faster Diffusion's decoder; an axis may be a product, such as "2*steps".
+STEPS = "steps"
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,15 @@ class BatchLimited(Protocol):
         ...
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """A runtime that can tell on which units of the device each graph's operations run."""
+
+    def placement(self) -> Mapping[str, Mapping[str, int]]:
+        """By graph, how many operations run on each unit, the most first; empty: unknown here."""
+        ...
+
+
 def check_finite(graph: str, outputs: Feeds) -> None:
     """Raise `RuntimeFailure` naming the graph and the first output with a NaN or infinity."""
     for name, array in outputs.items():
@@ -166,6 +181,13 @@ def check_finite(graph: str, outputs: Feeds) -> None:
                 f'{graph}: output "{name}" holds {bad} non-finite values of {array.size}',
                 "If this is an fp16 bundle, export it again with --precision fp32.",
             )
+
+
+def axis_size(side: int | str, sizes: Mapping[str, int]) -> int:
+    """A side of a spec's shape as a number, given the size of each open axis."""
+    if isinstance(side, int):
+        return side
+    return math.prod(int(part) if part.isdigit() else sizes[part] for part in side.split("*"))
 
 
 def _shape(shape: tuple[int | str, ...]) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tiue_export.faster_plan import FasterPlan
 from tiue_export.manifest import Source
 from tiue_export.schedule import Schedule
 
@@ -34,6 +35,10 @@ class Prediction(NamedTuple):
 class Student(nn.Module):
     """A TiUE student: UNet, schedule and, when known, text encoder and VAE decoder.
 
+    With a `plan` it is an undistilled model sampled by Faster Diffusion instead: `schedule` is the
+    final combination of the plan's steps, and `encode` and `decode` do not apply. `controlnet` is
+    a diffusers ControlNetModel that steers it.
+
     `unet` is a diffusers UNet2DConditionModel of the Stable Diffusion 1.x/2.x kind,
     `text_encoder` a transformers CLIPTextModel, `vae` an AutoencoderKL or AutoencoderTiny.
     """
@@ -48,6 +53,8 @@ class Student(nn.Module):
         text_encoder: Any | None = None,
         vae: Any | None = None,
         tokenizer_folder: Path | None = None,
+        plan: FasterPlan | None = None,
+        controlnet: Any | None = None,
     ) -> None:
         super().__init__()
         self.unet = unet
@@ -57,6 +64,8 @@ class Student(nn.Module):
         self.source = source
         self.scheduler_config = scheduler_config
         self.tokenizer_folder = tokenizer_folder
+        self.plan = plan
+        self.controlnet = controlnet
 
     def encode(self, noise: Tensor, text: Tensor) -> Features:
         """Run conv_in, the down blocks and the mid block once, at the first timestep.

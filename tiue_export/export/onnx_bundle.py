@@ -48,6 +48,7 @@ from tiue_export.overflow_audit import RangeRecorder, audit_student
 from tiue_export.parity import (
     CHAIN_OUTPUTS,
     measure_graph,
+    measure_loop,
     parity_record,
     require_passed,
     with_dtypes,
@@ -66,6 +67,7 @@ from tiue_export.specs import (
 )
 from tiue_export.student import Student
 from tiue_export.tokenizer import Tokenizer, open_tokenizer
+from tiue_export.vae_tiles import first_tile, tile_size
 
 _IF_LOST = (
     "Try --precision fp32, or accept the loss with --allow-parity-loss (the manifest then says so)."
@@ -241,6 +243,8 @@ def _measure(
             with _ort(bundle) as runtime:
                 typed, hop = with_dtypes(spec, feeds), f"ONNX {precision}"
                 graphs.append(measure_graph(runtime, spec, typed, expected, hop, kind, inputs))
+                if bundle.manifest.faster is not None:
+                    continue  # its chain is the loop below
                 outputs = runtime.run(name, with_dtypes(spec, pool))
         pool.update(outputs)
         if name == TEXT_ENCODER:
@@ -252,8 +256,15 @@ def _measure(
         if name == UNET_DECODER:
             scaled = outputs["latents"] / bundle.manifest.vae_scaling_factor
             pool["latent_sample"] = scaled.astype("float32")
+            if VAE_DECODER in bundle.manifest.graphs:
+                size = tile_size(bundle.spec(VAE_DECODER))
+                pool["latent_sample"] = first_tile(pool["latent_sample"], size)
             # From here on "sample" names the picture; the noise has been used.
             del pool["sample"]
+    if bundle.manifest.faster is not None:
+        with _stage(observer, "verify loop"), _ort(bundle) as runtime:
+            hop = f"ONNX {overall}"
+            chain.append(measure_loop(bundle, runtime, captured.reference, hop))
     return graphs + chain
 
 
@@ -282,7 +293,7 @@ def _write_parts(student: Student, options: ExportOptions, folder: Path) -> Toke
     """Configurations and tokenizer, in the layout that optimum and diffusers read."""
     _write_json(folder / "scheduler" / "scheduler_config.json", student.scheduler_config)
     index: dict[str, Any] = {
-        "_class_name": "TiUEPipeline",
+        "_class_name": "TiUEPipeline" if student.plan is None else "FasterDiffusionPipeline",
         "scheduler": ["diffusers", student.scheduler_config.get("_class_name", "DDIMScheduler")],
     }
     if student.vae is not None:
@@ -327,6 +338,7 @@ def _manifest(
         graphs=graphs,
         files=file_records(folder, [name for name in names if name not in in_graphs]),
         tools={name: importlib.import_module(name).__version__ for name in _TOOLS},
+        faster=student.plan,
     )
 
 

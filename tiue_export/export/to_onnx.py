@@ -20,7 +20,7 @@ import torch
 from tiue_export.errors import TiueError
 from tiue_export.graphs import Graph
 from tiue_export.overflow import node_path
-from tiue_export.specs import BATCH, TensorSpec
+from tiue_export.specs import TensorSpec
 
 # 19 is the newest opset TensorRT 10.3 (JetPack 6) reads in full and the first with half-precision
 # Q/DQ scales; from 21 on torch emits GroupNormalization, which TensorRT reads since 10.9 only.
@@ -51,7 +51,9 @@ def onnx_from_graph(graph: Graph, folder: Path) -> None:
         raise TiueError(f"torch.onnx.export returned nothing for {graph.spec.name}")
     model = exported.model
     name_after_modules(model, graph.spec.name)
-    _name_batch_axis(model)
+    open_axes = {s.shape[0] for s in graph.spec.inputs if isinstance(s.shape[0], str)}
+    for axis in open_axes:  # at most one: the batch, or the decoder's steps
+        _name_open_axis(model, axis)
     folder.mkdir(parents=True, exist_ok=True)
     ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=1024)
     del exported, program, model
@@ -59,10 +61,13 @@ def onnx_from_graph(graph: Graph, folder: Path) -> None:
 
 
 def _dynamic_shapes(graph: Graph) -> tuple[Any, ...] | None:
-    if all(isinstance(spec.shape[0], int) for spec in graph.spec.inputs):
+    names = {spec.shape[0] for spec in graph.spec.inputs if isinstance(spec.shape[0], str)}
+    if not names:
         return None
-    batch = torch.export.Dim("batch", min=2)
-    shapes = [{0: batch} for _ in graph.spec.inputs]
+    axes: dict[int | str, Any] = {name: torch.export.Dim(name, min=2) for name in names}
+    shapes = [
+        {0: axes[spec.shape[0]]} if spec.shape[0] in axes else None for spec in graph.spec.inputs
+    ]
     named = _named_parameter_count(graph)
     if named == len(shapes):
         return tuple(shapes)
@@ -108,18 +113,18 @@ def name_after_modules(model: ir.Model, graph_name: str) -> None:
     model.doc_string = None
 
 
-def _name_batch_axis(model: ir.Model) -> None:
-    """torch calls the dynamic axis s72 or the like; readers look for "batch"."""
-    first = model.graph.inputs[0].shape
-    symbol = None if first is None else first[0]
-    if not isinstance(symbol, ir.SymbolicDim) or symbol.value is None:
+def _name_open_axis(model: ir.Model, name: str) -> None:
+    """torch calls a dynamic axis s72 or the like; readers look for `name`."""
+    firsts = [value.shape[0] for value in model.graph.inputs if value.shape]
+    symbol = next((first for first in firsts if isinstance(first, ir.SymbolicDim)), None)
+    if symbol is None or symbol.value is None:
         return
     old = re.compile(rf"\b{re.escape(symbol.value)}\b")
     produced = [value for node in model.graph for value in node.outputs]
     for value in (*model.graph.inputs, *produced):
         if value.shape is not None:
             value.shape = ir.Shape(
-                old.sub(BATCH, side.value)
+                old.sub(name, side.value)
                 if isinstance(side, ir.SymbolicDim) and side.value
                 else side
                 for side in value.shape

@@ -34,6 +34,7 @@ from tiue_export.errors import (
 from tiue_export.export.trt_engine import (
     NO_GPU,
     NOT_HALF,
+    NOT_INT8,
     NOT_PARSED,
     OK,
     OUT_OF_MEMORY,
@@ -293,6 +294,11 @@ def _failure(name: str, code: int, text: str, next_step: str | None) -> TiueErro
         return ParityError(
             f"{name}: {text}, but the bundle says fp16: no engine was made",
             "Export again: tiue-export onnx --precision fp16.",
+        )
+    if code == NOT_INT8:
+        return ParityError(
+            f"{name}: {text}, but the bundle says w8a8: no engine was made",
+            "Quantize again with this version of tiue-export.",
         )
     if code == NOT_PARSED:
         return BundleError(text, "Export again with this version, or use a newer TensorRT.")

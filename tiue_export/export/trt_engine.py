@@ -37,7 +37,7 @@ from tiue_export.errors import TiueError
 from tiue_export.export.trt_precision import engine_census, network_census
 from tiue_export.tensorrt_flavor import Device, Flavor, load_flavor, this_device
 
-OK, FAILED, OUT_OF_MEMORY, NOT_PARSED, NOT_HALF, NO_GPU = 0, 1, 13, 14, 15, 16
+OK, FAILED, OUT_OF_MEMORY, NOT_PARSED, NOT_HALF, NO_GPU, NOT_INT8 = 0, 1, 13, 14, 15, 16, 17
 # The switch that Polygraphy reads when it is imported.
 POLYGRAPHY_RTX = "POLYGRAPHY_USE_TENSORRT_RTX"
 _MEMORY_ERROR = re.compile(
@@ -73,6 +73,7 @@ class EngineRequest:
     refit: bool = False
     tf32: bool = False
     must_be_half: bool = False
+    must_be_int8: bool = False
     float32_modules: tuple[str, ...] = ()
     compute_capabilities: tuple[str, ...] = ()
     timing_cache: str | None = None
@@ -230,6 +231,10 @@ def _build(
             f"{census.products.get('float', 0) - census.audited} of "
             f"{sum(census.products.values()) - census.audited} convolutions and matrix products "
             "came out in float",
+        )
+    if request.must_be_int8 and not census.products.get("int8"):
+        raise EngineFailure(
+            NOT_INT8, "none of its convolutions and matrix products has both inputs in int8"
         )
     workspace_bytes = request.workspace_mb * _MEGABYTE or free_workspace_bytes(device)
     channel.send("workspace", megabytes=workspace_bytes // _MEGABYTE)

@@ -5,22 +5,24 @@ Everything that cannot be honoured is refused here, by name. Loads without torch
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiue_export.bundle import Bundle
+from tiue_export.bundle import Bundle, require_one_pass
 from tiue_export.cache_folder import user_cache_folder
 from tiue_export.engine_identity import Flags, graph_identity, rtx_target, tensorrt_target
 from tiue_export.errors import RuntimeFailure, UsageError, unknown_name
 from tiue_export.export.trt_engine import EngineRequest
 from tiue_export.manifest import Compiled
+from tiue_export.quantization_plan import QUANTIZED, W8A8
 from tiue_export.registry import require
 from tiue_export.specs import GRAPH_NAMES, TensorSpec
 from tiue_export.tensorrt_flavor import Device, Flavor, load_flavor, this_device
 
 _LEVELS = range(6)
-_PRECISIONS = ("fp16", "fp32")
+_PRECISIONS = ("fp16", "fp32", "int8")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class TrtPlan:
             hardware_compatible=bool(flags["hardware_compatible"]),
             refit=bool(flags["refit"]),
             tf32=bool(flags["tf32"]),
-            must_be_half=bundle.manifest.graphs[graph].precision != "fp32",
+            must_be_half=_float_part(bundle, graph) != "fp32",
+            must_be_int8=bundle.manifest.graphs[graph].precision == W8A8,
             float32_modules=bundle.manifest.graphs[graph].float32_modules,
             compute_capabilities=_listed(self.target) if self.flavor.name == "rtx" else (),
             timing_cache=None if cache is None else str(cache),
@@ -109,12 +112,13 @@ def plan_trt(bundle: Bundle, options: TrtOptions) -> TrtPlan:
     Raises `MissingExtraError`, `UsageError` for what cannot be honoured, `RuntimeFailure` where
     the GPU is missing that a build needs, `BundleError` for a bundle without its ONNX files.
     """
+    require_one_pass(bundle, "TensorRT")
     flavor, device, target = resolve_target(options)
     _check_precision(bundle, options)
     batch = _batch(bundle, options)
     precision = bundle.manifest.precision
     flags: dict[str, str | bool | int | float] = {
-        "precision": precision,
+        "precision": "int8" if _is_quantized(bundle) else precision,
         "batch": ":".join(map(str, batch)),
         "optimization_level": options.optimization_level,
         "workspace_mb": options.workspace_mb,
@@ -150,13 +154,31 @@ def resolve_target(options: TrtOptions) -> tuple[Flavor, Device | None, dict[str
 
 
 def _check_precision(bundle: Bundle, options: TrtOptions) -> None:
-    have = bundle.manifest.precision
+    have = "int8" if _is_quantized(bundle) else bundle.manifest.precision
+    if options.precision == "int8" and have != "int8":
+        place = shlex.quote(str(bundle.root))
+        raise UsageError(
+            f"--precision is int8, but the graphs of {bundle.root} are {have}: int8 needs measured "
+            "ranges",
+            f"tiue-export calibrate {place} --out DATA, then tiue-export quantize {place} "
+            "--calibration DATA --any-speed --out INT8, and name INT8 here.",
+        )
     if options.precision not in (None, have):
         raise UsageError(
             f"--precision is {options.precision}, but the graphs of {bundle.root} are {have}; "
             "TensorRT takes the precision from them",
             f"Export again: tiue-export onnx --precision {options.precision}, or use --ckpt.",
         )
+
+
+def _is_quantized(bundle: Bundle) -> bool:
+    return any(graph.precision in QUANTIZED for graph in bundle.manifest.graphs.values())
+
+
+def _float_part(bundle: Bundle, graph: str) -> str:
+    """The precision of a graph, or of what is not quantized in it."""
+    own = bundle.manifest.graphs[graph].precision
+    return bundle.manifest.precision if own in QUANTIZED else own
 
 
 def _batch(bundle: Bundle, options: TrtOptions) -> tuple[int, int, int]:

@@ -21,6 +21,8 @@ _MOVING = {
     "CONSTANT", "SHAPE", "SHUFFLE", "IDENTITY", "SQUEEZE", "UNSQUEEZE", "SLICE", "CONCATENATION",
     "GATHER", "FILL", "SCATTER", "PADDING",
 }  # fmt: skip
+# What stands at the border between two precisions computes nothing of its own.
+_BORDERS = {"CAST", "QUANTIZE", "DEQUANTIZE"}
 _PRODUCTS = {"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM"}
 _KINDS = {"HALF": "half", "FLOAT": "float", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}
 # What the inspector writes, in formats of 10.x ("Row major linear FP16 format") and 11.x ("Half").
@@ -82,6 +84,7 @@ def network_census(network: Any, float32_modules: Iterable[str] = ()) -> Census:
     products: Counter[str] = Counter()
     islands, casts = _Islands(), 0
     every = [network.get_layer(index) for index in range(network.num_layers)]
+    makers = {layer.get_output(0).name: layer for layer in every if layer.num_outputs}
     constants = {layer.get_output(0).name for layer in every if layer.type.name == "CONSTANT"}
     for index, layer in enumerate(every):
         kind, precision = layer.type.name, _precision(layer)
@@ -89,8 +92,10 @@ def network_census(network: Any, float32_modules: Iterable[str] = ()) -> Census:
             casts += layer.get_input(0).dtype.name in _KINDS
         if precision == "float" and kind != "CONSTANT":
             islands.add(index, kind, _float_tensors(layer, constants))
-        if precision is None or kind in _MOVING or kind == "CAST":
+        if precision is None or kind in _MOVING or kind in _BORDERS:
             continue
+        if kind in _PRODUCTS and _reads_int8(layer, makers):
+            precision = "int8"
         layers[precision] += 1
         if kind in _PRODUCTS:
             products[precision] += 1
@@ -100,6 +105,18 @@ def network_census(network: Any, float32_modules: Iterable[str] = ()) -> Census:
 
 def _is_under(node: str, modules: tuple[str, ...]) -> bool:
     return any(node.startswith((f"{module}/", f"{module}.")) for module in modules)
+
+
+def _reads_int8(layer: Any, makers: Mapping[str, Any]) -> bool:
+    """Whether both factors come out of int8: explicit quantization, which the builder fuses."""
+    for index in (0, 1):
+        tensor = layer.get_input(index)
+        maker = None if tensor is None else makers.get(tensor.name)
+        while maker is not None and maker.type.name in ("CAST", "SHUFFLE"):
+            maker = makers.get(maker.get_input(0).name)
+        if maker is None or maker.type.name != "DEQUANTIZE":
+            return False
+    return True
 
 
 def _precision(layer: Any) -> str | None:
@@ -145,7 +162,7 @@ class _Islands:
             members.setdefault(self._root(own), Counter())[kind] += 1
         found: Counter[str] = Counter()
         for root, kinds in members.items():
-            computing = sum(n for k, n in kinds.items() if k not in _MOVING and k != "CAST")
+            computing = sum(n for k, n in kinds.items() if k not in _MOVING | _BORDERS)
             if computing:
                 found[_reason(kinds, root in outputs)] += computing
         return dict(found.most_common())
