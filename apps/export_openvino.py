@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tiue_export.bundle import Bundle, check_target, open_bundle
 from tiue_export.errors import UsageError
-from tiue_export.openvino_import import import_openvino
+from tiue_export.openvino_core import native_precisions
 from tiue_export.registry import require
 
 from .export_onnx import ExportRequest, export, output_path
@@ -102,14 +102,6 @@ def _refuse_export_options(request: OpenvinoRequest) -> None:
             "graphs already",
             "Leave it out, or export from the checkpoint.",
         )
-
-
-def native_precisions() -> tuple[str, ...]:
-    """fp32, and bf16 where this CPU computes it natively: both will be offered, so both proven."""
-    openvino = import_openvino()
-
-    native = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return ("fp32", "bf16") if "BF16" in native else ("fp32",)
 
 
 def _bundle_path(request: OpenvinoRequest) -> Path:

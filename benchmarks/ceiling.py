@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tiue_export.errors import RuntimeFailure, UsageError, first_line
-from tiue_export.openvino_import import import_openvino
+from tiue_export.openvino_core import import_openvino, openvino_core
 
 from .explained import run_explained
 from .latency.record import Ceiling
@@ -122,7 +122,7 @@ def _openvino_trials(threads: int | None) -> Iterator[Trial]:
     openvino = import_openvino()
     operations = openvino.opset13
 
-    core = openvino.Core()
+    core = openvino_core()
     native = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     random = np.random.RandomState(0)
     kernel = random.rand(_CHANNELS, _CHANNELS, 3, 3).astype(np.float32)

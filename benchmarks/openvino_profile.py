@@ -25,7 +25,7 @@ import numpy as np
 
 from tiue_export.bundle import Bundle, disk_errors, open_bundle
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.openvino_import import import_openvino
+from tiue_export.openvino_core import openvino_core
 from tiue_export.registry import require
 from tiue_export.specs import GRAPH_NAMES, UNET_DECODER
 
@@ -109,7 +109,6 @@ def profile(
 
 
 def _compiled(bundle: Bundle, graph: str, precision: str, threads: int | None) -> _Compiled:
-    openvino = import_openvino()
 
     config: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": _TYPES[precision],
@@ -126,7 +125,7 @@ def _compiled(bundle: Bundle, graph: str, precision: str, threads: int | None) -
         feeds[tensor.name] = (np.zeros(shape) if whole else random.standard_normal(shape)).astype(
             tensor.dtype
         )
-    model = openvino.Core().compile_model(bundle.graph_path(graph), "CPU", config)
+    model = openvino_core().compile_model(bundle.graph_path(graph), "CPU", config)
     request = model.create_infer_request()
     request.infer(feeds)  # the first run allocates
     return _Compiled(request, feeds)

@@ -9,7 +9,7 @@ import numpy as np
 from tiue_export.bundle import Bundle
 from tiue_export.cache_folder import user_cache_folder
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, first_line, unknown_name
-from tiue_export.openvino_import import import_openvino
+from tiue_export.openvino_core import import_openvino, openvino_core
 from tiue_export.specs import Array, Feeds, RuntimeOptions
 
 ov = import_openvino()
@@ -86,7 +86,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> OpenvinoRuntime:
         )
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"--threads is {options.threads}; expected 1 or more")
-    core = ov.Core()
+    core = openvino_core()
     device = _device(core, options.device)
     return OpenvinoRuntime(bundle, core, device, _arithmetic(core, device, options), options)
 

@@ -8,13 +8,45 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("TIUE_EXPORT_DEBUG", None)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C does after every test what it did before it: one that is lost kills a later worker."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    after = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    assert after is before, f"the test left Ctrl-C to {after}"
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory):
+    """`made_once(name, make)`: a folder that `make(folder)` fills, one for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    base = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        whole = base / name
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not whole.is_dir():
+                partial = base / f"{name}-unfinished"
+                shutil.rmtree(partial, ignore_errors=True)
+                make(partial)
+                partial.rename(whole)
+        return whole
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
@@ -45,63 +77,75 @@ def teacher_folder(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_student, tmp_path_factory: pytest.TempPathFactory):
+def tiny_bundle(tiny_student, made_once):
     """A verified fp32 bundle. Shared: copy it before damaging it."""
-    from tiue_export import export_onnx
+    from tiue_export import export_onnx, open_bundle
 
-    return export_onnx(tiny_student, tmp_path_factory.mktemp("bundles") / "tiny-fp32")
+    return open_bundle(made_once("tiny-fp32", lambda folder: export_onnx(tiny_student, folder)))
 
 
 @pytest.fixture(scope="session")
-def compiled_bundle(tiny_bundle, tmp_path_factory: pytest.TempPathFactory):
-    """A copy of the tiny bundle with every compiled form that runs here. Shared."""
+def half_bundle(tiny_student, made_once):
+    """The same in half precision. Shared."""
+    from tiue_export import ExportOptions, export_onnx, open_bundle
+
+    half = ExportOptions(precision="fp16")
+    return open_bundle(
+        made_once("tiny-fp16", lambda folder: export_onnx(tiny_student, folder, half))
+    )
+
+
+@pytest.fixture(scope="session")
+def compiled_bundle(tiny_bundle, made_once, tmp_path_factory: pytest.TempPathFactory):
+    """A copy of the tiny bundle, of its name, with every compiled form that runs here. Shared."""
     from tiue_export.bundle import open_bundle
     from tiue_export.export.openvino_ir import compile_openvino
 
-    root = tmp_path_factory.mktemp("compiled") / "tiny-fp32"
-    shutil.copytree(tiny_bundle.root, root)
-    return compile_openvino(open_bundle(root))
+    def make(folder: Path) -> None:
+        compile_openvino(open_bundle(shutil.copytree(tiny_bundle.root, folder)))
+
+    made = made_once("compiled", make)
+    named = tmp_path_factory.mktemp("compiled") / "tiny-fp32"
+    return open_bundle(shutil.copytree(made, named))
 
 
 @pytest.fixture(scope="session")
-def coreml_bundle(compiled_bundle, tiny_pipeline, tmp_path_factory: pytest.TempPathFactory):
+def coreml_bundle(compiled_bundle, tiny_pipeline, made_once):
     """A copy of the compiled bundle with Core ML packages in fp32 too. Shared."""
     pytest.importorskip("coremltools", reason="coremltools is not installed")
     from tiue_export.bundle import open_bundle
     from tiue_export.export.coreml_bundle import StudentPlace, compile_coreml
     from tiue_export.export.coreml_profiles import CoremlOptions
 
-    own = tmp_path_factory.getbasetemp()
-    # The folder of the whole session: conversion takes long, so one worker does it for all.
-    base = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    root = base / "coreml-fp32"
-    with (base / "coreml.lock").open("w") as lock, warnings.catch_warnings():
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not root.is_dir():
+    def make(folder: Path) -> None:
+        bundle = open_bundle(shutil.copytree(compiled_bundle.root, folder))
+        place, fp32 = StudentPlace(str(tiny_pipeline)), CoremlOptions(precision="fp32")
+        with warnings.catch_warnings():
             # coremltools leaves its temporary folders to the garbage collector, with a warning.
             warnings.simplefilter("ignore")
-            partial = shutil.copytree(compiled_bundle.root, base / "coreml-unfinished")
-            place = StudentPlace(str(tiny_pipeline))
-            fp32 = CoremlOptions(precision="fp32")
-            compile_coreml(open_bundle(partial), place, fp32, in_process=True)
+            compile_coreml(bundle, place, fp32, in_process=True)
             gc.collect()
-            partial.rename(root)
-    return open_bundle(root)
+
+    return open_bundle(made_once("coreml-fp32", make))
 
 
 @pytest.fixture(scope="session")
-def faster_bundle(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory):
+def faster_bundle(teacher_folder: Path, made_once):
     """Six DDIM steps, the encoder at 0, 1 and 3; with OpenVINO graphs where it is installed."""
-    from tiue_export import export_onnx
+    from tiue_export import export_onnx, open_bundle
     from tiue_export.export.openvino_ir import compile_openvino
     from tiue_export.faster_scheduler import FasterOptions
     from tiue_export.faster_teacher import load_teacher
     from tiue_export.registry import missing_modules
 
     options = FasterOptions(steps=6, key_steps=(0, 1, 3), guidance=5.0)
-    out = tmp_path_factory.mktemp("bundles") / "faster"
-    bundle = export_onnx(load_teacher(teacher_folder, options=options), out)
-    return bundle if missing_modules(("openvino",)) else compile_openvino(bundle)
+
+    def make(folder: Path) -> None:
+        bundle = export_onnx(load_teacher(teacher_folder, options=options), folder)
+        if not missing_modules(("openvino",)):
+            compile_openvino(bundle)
+
+    return open_bundle(made_once("faster", make))
 
 
 @pytest.fixture

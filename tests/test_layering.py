@@ -29,7 +29,7 @@ LIGHT_LAYERS = (  # numpy only: what runs a bundle on a device, without torch
         "contact_sheet",
         "manifest",
         "noise",
-        "openvino_import",
+        "openvino_core",
         "picture",
         "tokenizer",
         "vae_tiles",

@@ -21,6 +21,7 @@ from tiue_export.errors import BundleError, ParityError, RegressionError, UsageE
 from tiue_export.export.onnx_layers import find_folds, find_layers
 from tiue_export.export.qdq_onnx import quantize_weight, scale_in, write_qdq
 from tiue_export.export.quantized_bundle import check_quantizable
+from tiue_export.openvino_core import openvino_core
 from tiue_export.parity import load_reference, measure_runtime
 from tiue_export.pipeline import Pipeline
 from tiue_export.quantization_plan import (
@@ -80,15 +81,6 @@ def made(tiny_bundle, data, tmp_path_factory):
     """The tiny bundle in w8a8, every layer that no rule keeps out. Shared."""
     out = tmp_path_factory.mktemp("int8") / "tiny-int8"
     return quantizer.quantize(tiny_bundle, data, out, ANY_SPEED)
-
-
-@pytest.fixture(scope="module")
-def half_bundle(tiny_student, tmp_path_factory):
-    """The tiny student in half precision. Shared."""
-    from tiue_export import ExportOptions, export_onnx
-
-    place = tmp_path_factory.mktemp("half") / "tiny-fp16"
-    return export_onnx(tiny_student, place, ExportOptions(precision="fp16"))
 
 
 def nodes(bundle, graph: str):
@@ -564,9 +556,8 @@ def test_nncf_quantizes_what_the_plan_names_and_nothing_else(
 
 def _with_fake_inputs(bundle, graph: str) -> set[str]:
     """Layers whose input comes out of a fake quantization, by their ONNX names."""
-    openvino = importlib.import_module("openvino")
     form = bundle.manifest.compiled["openvino"].graphs[graph]
-    model = openvino.Core().read_model(bundle.root / form.path)
+    model = openvino_core().read_model(bundle.root / form.path)
     found = set()
     for op in model.get_ordered_ops():
         if op.get_type_name() in ("Convolution", "MatMul"):

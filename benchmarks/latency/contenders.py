@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.openvino_import import import_openvino
+from tiue_export.openvino_core import native_precisions
 from tiue_export.registry import RUNTIMES, missing_modules
 
 from ..made_bundle import MadeBundle
@@ -423,9 +423,7 @@ def _native_precisions(device: str) -> tuple[str, ...]:
     """OpenVINO's on the CPU: fp32, and bf16 where it is computed natively."""
     if device not in ("auto", "cpu") or missing_modules(("openvino",)):
         return ("auto",)
-    core = import_openvino().Core()
-    native = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return ("fp32", "bf16") if "BF16" in native else ("fp32",)
+    return native_precisions()
 
 
 def _asked_precision(lane: Lane) -> str:

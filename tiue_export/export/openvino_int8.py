@@ -23,7 +23,7 @@ from tiue_export.export.openvino_ir import FOLDER
 from tiue_export.export.quantized_bundle import check_quantizable, finish, link_files
 from tiue_export.manifest import Compiled, CompiledGraph
 from tiue_export.memory import PeakMemory, return_freed_memory
-from tiue_export.openvino_import import import_openvino
+from tiue_export.openvino_core import import_openvino, openvino_core
 from tiue_export.quantization_plan import (
     W8A8,
     WEIGHTS,
@@ -111,7 +111,7 @@ def _quantize_graph(
     start = time.perf_counter()
     with PeakMemory() as memory, _quiet():
         try:
-            model = openvino.Core().read_model(bundle.root / form.path)
+            model = openvino_core().read_model(bundle.root / form.path)
             model = _quantized(model, name, plan, options)
             path = folder / FOLDER / f"{name}.xml"
             openvino.save_model(model, path, compress_to_fp16=False)

@@ -19,7 +19,7 @@ from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_
 from tiue_export.export.onnx_bundle import Observer, StageReport
 from tiue_export.manifest import Compiled, CompiledGraph, ParityRecord
 from tiue_export.memory import PeakMemory
-from tiue_export.openvino_import import import_openvino
+from tiue_export.openvino_core import import_openvino
 from tiue_export.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry import open_runtime, require
 from tiue_export.specs import RuntimeOptions
