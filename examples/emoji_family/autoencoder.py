@@ -46,7 +46,7 @@ class AutoencoderSettings:
 DRAFT = AutoencoderSettings(steps=2500, batch=8, learning_rate=1e-3, decoder_only=False)
 FINAL = AutoencoderSettings(steps=4500, batch=8, learning_rate=8e-4, decoder_only=False, seed=2)
 DECODER = AutoencoderSettings(
-    steps=6000, batch=16, learning_rate=5e-4, decoder_only=True, latent_noise=0.1, seed=1
+    steps=2000, batch=16, learning_rate=5e-4, decoder_only=True, latent_noise=0.1, seed=1
 )
 
 

@@ -26,10 +26,10 @@ from tiue_export.train.distill import distill
 from tiue_export.vocabulary import write_tokenizer
 
 from .autoencoder import DECODER, DRAFT, FINAL, train_autoencoder
-from .corpus import Emoji, load_corpus
+from .corpus import Emoji, is_taught, load_corpus
 from .drawing import BACKGROUNDS, PICTURE_SIZE, caption
 from .latents import LatentSet, encode_pictures
-from .teacher import LARGE, SMALL, Teacher, train_teacher
+from .teacher import BROAD, LARGE, SMALL, Teacher, TeacherSettings, train_teacher
 
 _HERE = Path(__file__).parent
 _DRAWS_PER_EMOJI = 32
@@ -87,9 +87,13 @@ class Family:
         )
 
     def teacher(self) -> Path:
-        """Teacher at 64 px, then at 128 px; returns its pipeline folder."""
-        small = self._teacher("teacher-64", _SMALL_SIZE, None)
-        large = self._teacher("teacher-128", PICTURE_SIZE, small)
+        """All names at 64 px, the taught ones, those at 128 px; returns its pipeline folder."""
+        size = _SMALL_SIZE
+        broad = self._teacher("teacher-64", BROAD, self.latents(size), size, None)
+        part = self.latents(size).only(self.corpus, is_taught)
+        small = self._teacher("teacher-64-taught", SMALL, part, size, broad)
+        part = self.latents(PICTURE_SIZE).only(self.corpus, is_taught)
+        large = self._teacher("teacher-128", LARGE, part, PICTURE_SIZE, small)
         return self._write(large, self.out / "teacher", self.decoder(), force=True)
 
     def student(self) -> Path:
@@ -103,9 +107,16 @@ class Family:
     def _autoencoder(self, size: int) -> Any:
         return self.draft_autoencoder() if size == _SMALL_SIZE else self.autoencoder()
 
-    def _teacher(self, name: str, size: int, start_from: Teacher | None) -> Teacher:
-        settings = SMALL if size == _SMALL_SIZE else LARGE
-        data, tokenizer, vae = self.latents(size), self.tokenizer(), self._autoencoder(size)
+    def _teacher(
+        self,
+        name: str,
+        settings: TeacherSettings,
+        data: LatentSet,
+        size: int,
+        start_from: Teacher | None,
+    ) -> Teacher:
+        """One phase of the teacher, in the folder `name`."""
+        tokenizer, vae = self.tokenizer(), self._autoencoder(size)
 
         def after_save(step: int, teacher: Teacher) -> None:
             if step % 1000 == 0 or step == settings.steps:
@@ -132,7 +143,8 @@ class Family:
     def _distill(self, config: str, name: str) -> Path:
         prompts = self.out / "prompts.txt"
         grounds = [None, *BACKGROUNDS]
-        lines = [caption(emoji.name, ground) for emoji in self.corpus for ground in grounds]
+        taught = [emoji for emoji in self.corpus if is_taught(emoji)]
+        lines = [caption(emoji.name, ground) for emoji in taught for ground in grounds]
         prompts.write_text("\n".join(lines) + "\n", "utf-8")
         settings = {
             "teacher": str(self.out / "teacher"),

@@ -29,7 +29,7 @@ from tiue_export.specs import Array
 from tiue_export.train.loop import Stateful, train
 from tiue_export.train.run_folder import RunFolder
 
-from .corpus import Emoji, fingerprint, load_corpus
+from .corpus import Emoji, fingerprint, taught_corpus
 from .drawing import draw
 
 _TRAINING, _NOISE, _HELD_OUT = 1, 2, 3  # streams of one seed
@@ -51,7 +51,7 @@ class FeatureSettings:
     batch: int = 96
     learning_rate: float = 2e-3
     weight_decay: float = 0.02
-    # Sharpens the cosine softmax: e^20 lets one of 1,356 classes reach probability 1.
+    # Sharpens the cosine softmax: e^20 lets one of 500 classes reach probability 1.
     logit_scale: float = 20.0
     thumbnail_weight: float = 4.0
     blur_weight: float = 0.5
@@ -262,7 +262,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
 
 def corpus_and_settings(arguments: Any) -> tuple[tuple[Emoji, ...], FeatureSettings]:
     """What the options of `add_corpus_arguments` mean."""
-    corpus = load_corpus()
+    corpus = taught_corpus()
     if arguments.emoji is not None:
         corpus = corpus[:: max(1, len(corpus) // arguments.emoji)][: arguments.emoji]
     return corpus, FeatureSettings(steps=arguments.steps, batch=arguments.batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ class LatentSet:
     latents: Tensor
     captions: list[str]
     scaling_factor: float
+
+    def only(self, corpus: tuple[Emoji, ...], wanted: Callable[[Emoji], bool]) -> LatentSet:
+        """The draws of some emoji; `corpus` is the one that was encoded."""
+        rows = [row for row in range(len(self.captions)) if wanted(corpus[row % len(corpus)])]
+        captions = [self.captions[row] for row in rows]
+        return LatentSet(self.latents[rows], captions, self.scaling_factor)
 
 
 def encode_pictures(

@@ -1,7 +1,8 @@
 """The demo's teacher: a small Stable Diffusion, text encoder and UNet trained together.
 
 Epsilon prediction on SD's own noise schedule, with null captions for guidance. It learns on 64 px
-pictures first, where a step costs a third, and goes on at 128 px.
+pictures first, where a step costs a third, and goes on at 128 px; first all names, then those that
+are taught (`corpus.is_taught`).
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class TeacherSettings:
     seed: int = 0
 
 
-SMALL = TeacherSettings(steps=4000, batch=64, learning_rate=1e-3, final_rate=0.5)
-LARGE = TeacherSettings(steps=5000, batch=48, learning_rate=7e-4, final_rate=0.01, seed=1)
+BROAD = TeacherSettings(steps=4000, batch=64, learning_rate=1e-3, final_rate=0.5)
+SMALL = TeacherSettings(steps=2500, batch=64, learning_rate=8e-4, final_rate=0.5, seed=2)
+LARGE = TeacherSettings(steps=3000, batch=40, learning_rate=7e-4, final_rate=0.01, seed=1)
 
 
 class Teacher(nn.Module):
