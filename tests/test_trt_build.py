@@ -78,16 +78,6 @@ def with_graphs(source: Bundle, place: Path, *names: str, **changes) -> Bundle:
     return open_bundle(place)
 
 
-@pytest.fixture(scope="session")
-def half_bundle(tiny_student, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The tiny student in half precision. Shared: copy it before changing it."""
-    from tiue_export import export_onnx
-    from tiue_export.graphs import ExportOptions
-
-    place = tmp_path_factory.mktemp("half") / "tiny-fp16"
-    return export_onnx(tiny_student, place, ExportOptions(precision="fp16"))
-
-
 @pytest.fixture(scope="module")
 def engines(half_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """All four engines of the tiny student, really built for two RTX generations. Shared."""

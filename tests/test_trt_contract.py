@@ -47,6 +47,7 @@ TOUCHING: dict[str, dict[str, str]] = {
     "tiue_export/export/trt_precision.py": {
         "network": "INetworkDefinition",
         "layer": "ILayer",
+        "before": "ILayer",
         "tensor": "ITensor",
         "output": "ITensor",
         "engine_census:layer": "",  # there and below they are parts of the inspector's JSON

@@ -19,6 +19,7 @@ import torch
 
 from tiue_export.errors import TiueError
 from tiue_export.graphs import Graph
+from tiue_export.memory import rare_collections
 from tiue_export.overflow import node_path
 from tiue_export.specs import TensorSpec
 
@@ -35,7 +36,7 @@ def onnx_from_graph(graph: Graph, folder: Path) -> None:
     Node names carry the module path ("down_blocks.0.resnets.0.conv1/Conv"), initializers the
     parameter's name, so later steps can address layers; equal weights give equal files.
     """
-    with _quiet_exporter():
+    with _quiet_exporter(), rare_collections():
         program = torch.export.export(
             graph.module, graph.example, dynamic_shapes=_dynamic_shapes(graph), strict=False
         )

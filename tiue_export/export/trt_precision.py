@@ -111,10 +111,10 @@ def _reads_int8(layer: Any, makers: Mapping[str, Any]) -> bool:
     """Whether both factors come out of int8: explicit quantization, which the builder fuses."""
     for index in (0, 1):
         tensor = layer.get_input(index)
-        maker = None if tensor is None else makers.get(tensor.name)
-        while maker is not None and maker.type.name in ("CAST", "SHUFFLE"):
-            maker = makers.get(maker.get_input(0).name)
-        if maker is None or maker.type.name != "DEQUANTIZE":
+        before = None if tensor is None else makers.get(tensor.name)
+        while before is not None and before.type.name in ("CAST", "SHUFFLE"):
+            before = makers.get(before.get_input(0).name)
+        if before is None or before.type.name != "DEQUANTIZE":
             return False
     return True
 
