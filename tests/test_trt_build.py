@@ -219,6 +219,7 @@ def test_products_that_an_audit_put_in_float_are_not_held_against_an_engine(
     census = network_census(network, modules)
     assert census.products["float"] - census.audited == left
     assert census.mostly_float == (left > 0)
+    assert census.reasons == {"a float32 graph": census.layers["float"]}
 
 
 @needs_rtx

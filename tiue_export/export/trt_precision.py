@@ -100,7 +100,10 @@ def network_census(network: Any, float32_modules: Iterable[str] = ()) -> Census:
         if kind in _PRODUCTS:
             products[precision] += 1
             audited += precision == "float" and _is_under(layer.name, kept)
-    return Census(dict(layers), dict(products), islands.reasons(), casts, audited)
+    # Islands explain what stands out of a reduced graph; in a float32 one nothing does.
+    reduced = layers["half"] or layers["bf16"]
+    reasons = islands.reasons() if reduced else {"a float32 graph": layers["float"]}
+    return Census(dict(layers), dict(products), reasons, casts, audited)
 
 
 def _is_under(node: str, modules: tuple[str, ...]) -> bool:
