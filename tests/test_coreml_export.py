@@ -479,7 +479,7 @@ def test_swift_gets_vocabulary_constants_and_the_lines_that_compile(tiny_bundle,
     assert "xcrun coremlcompiler compile unet_decoder.mlpackage Resources" in script
     assert "mv Resources/vae_decoder.mlmodelc Resources/VAEDecoder.mlmodelc" in script
     # The sample reads exactly these constants.
-    sample = (ROOT / "examples/swift/tiue.swift").read_text("utf-8")
+    sample = (ROOT / "apps/swift/tiue.swift").read_text("utf-8")
     declared = sample[sample.index("struct Constants") : sample.index("struct Failure")]
     assert all(re.search(rf"\b{name}\b", declared) for name in constants)
 

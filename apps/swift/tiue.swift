@@ -6,7 +6,7 @@
 //
 // On a Mac with Xcode:
 //     sh BUNDLE/coreml/compile.sh
-//     swiftc -O examples/swift/tiue.swift -o tiue
+//     swiftc -O apps/swift/tiue.swift -o tiue
 //     ./tiue BUNDLE/coreml/Resources "a red fox in the snow" fox.png 0
 
 import CoreGraphics
