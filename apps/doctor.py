@@ -16,7 +16,13 @@ from rich.table import Table
 from tiue_export._version import __version__
 from tiue_export.errors import MissingExtraError
 from tiue_export.mil_package import has_native_library
-from tiue_export.registry import EXPORT_NEEDS, RUNTIMES, missing_modules
+from tiue_export.registry import (
+    EXPORT_NEEDS,
+    RUNTIMES,
+    SERVER_NEEDS,
+    TRAIN_NEEDS,
+    missing_modules,
+)
 from tiue_export.tensorrt_flavor import TITLES, install_line, load_flavor, this_device
 
 from .fastest_runtime import choice_rows, choice_table
@@ -110,9 +116,13 @@ def check_backends() -> list[Backend]:
         _tensorrt("tensorrt"),
         _tensorrt("rtx"),
         _by_modules("run: openvino", RUNTIMES["openvino"].needs, "openvino"),
-        _by_modules("studio: the page in the browser", ("gradio", "fastapi", "uvicorn"), "studio"),
         *core_ml(),
         _by_modules("run: torch reference", RUNTIMES["torch"].needs, "export"),
+        _by_modules("quantize for OpenVINO", ("openvino", "nncf"), "int8"),
+        _by_modules("distill a student", TRAIN_NEEDS, "train"),
+        _by_modules("studio: the page in the browser", ("gradio", "fastapi", "uvicorn"), "studio"),
+        _by_modules("serve: pictures over HTTP", SERVER_NEEDS, "app"),
+        _by_modules("serve and generate with --ray", ("ray",), "ray"),
         _by_modules(
             "optimum-cli export tiue", ("optimum.exporters", "torch", "diffusers"), "optimum"
         ),

@@ -43,6 +43,7 @@ EXPORT_NEEDS = (
 )
 
 TRAIN_NEEDS = (*EXPORT_NEEDS, "accelerate", "peft", "tensorboard")
+SERVER_NEEDS = ("fastapi", "fastapi_offline", "prometheus_client", "uvicorn")
 
 RUNTIMES: Mapping[str, RuntimeEntry] = {
     "ort": RuntimeEntry(

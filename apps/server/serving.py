@@ -19,13 +19,12 @@ from rich.console import Console
 from tiue_export.bundle import open_bundle
 from tiue_export.errors import ResourceError, UsageError
 from tiue_export.pipeline import Pipeline
-from tiue_export.registry import require
+from tiue_export.registry import SERVER_NEEDS, require
 from tiue_export.specs import RuntimeOptions
 
 from ..tables import print_json
 from .settings import ServerLimits, ServerSettings
 
-NEEDS = ("fastapi", "fastapi_offline", "prometheus_client", "uvicorn")
 TOKEN_VARIABLE = "TIUE_EXPORT_TOKEN"
 _LEAST_TOKEN = 8
 _CONNECTIONS = 512
@@ -54,7 +53,7 @@ class ServeRequest:
 
 def run(request: ServeRequest) -> None:
     """Serve until SIGINT or SIGTERM; then finish what was accepted."""
-    require("the server", NEEDS, "app")
+    require("the server", SERVER_NEEDS, "app")
     settings = _settings(request)
     if request.replicas is not None and not request.ray:
         raise UsageError("--replicas is for --ray", "Add --ray, or leave it out.")
