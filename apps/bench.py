@@ -112,6 +112,8 @@ def _measure(request: BenchRequest, comparison: Any, limit: float | None) -> Any
             console.print(f"[bold yellow]warning:[/] {escape(warning)}")
     if not outcome.ratios_to:
         raise RuntimeFailure("nothing could be measured; the reasons stand above")
+    if outcome.stopped:
+        raise KeyboardInterrupt("stopped; the rounds that were whole are reported and written")
     return comparison.compare_with_first_bundle(outcome.record, outcome.bundle_titles)
 
 

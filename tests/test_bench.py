@@ -551,6 +551,41 @@ def test_a_process_that_died_beside_others_gets_a_second_try_alone(tiny_bundle):
     assert children() == []
 
 
+def test_ctrl_c_keeps_the_rounds_that_were_whole(tiny_bundle):
+    def interrupt(number: int, row: turns.Measurement) -> None:
+        if (number, row.name) == (stop_in, "a"):
+            raise KeyboardInterrupt
+
+    pair = [of_bundle(tiny_bundle, name) for name in ("a", "b")]
+    settings = replace(FEW, rounds=3, runs=1)
+    stop_in = 3
+    rows = turns.measure(pair, settings, timeout_s=120, on_turn=interrupt)
+    assert [[turn.round for turn in row.turns] for row in rows] == [[1, 2], [1, 2]]
+    stop_in = 1
+    with pytest.raises(KeyboardInterrupt):
+        turns.measure(pair, settings, timeout_s=120, on_turn=interrupt)
+    assert children() == []
+
+
+def test_the_command_writes_what_ctrl_c_left_and_ends_with_130(
+    run, tiny_bundle, tmp_path, monkeypatch
+):
+    whole = turns.measure
+
+    def stopped(contenders, settings, **more):
+        return whole(contenders, replace(settings, rounds=1), **more)
+
+    monkeypatch.setattr(bench, "measure", stopped)
+    arguments = ["--rounds", 2, "--runs", 1, "--no-peak", "--unet-only", "--out", "r.json"]
+    code, out, err = run("bench", tiny_bundle.root, *arguments)
+    assert code == 130, err
+    assert "stopped by Ctrl-C after 1 of 2 rounds" in " ".join(out.split())
+    assert "the rounds that were whole are reported and written" in " ".join(err.split())
+    written = record.read_record(tmp_path / "r.json")
+    assert written.settings.rounds == 1
+    assert written.warnings[-1] == "stopped by Ctrl-C after 1 of 2 rounds"
+
+
 def test_reloading_keeps_one_process_at_a_time(tiny_bundle):
     alive = []
     pair = [of_bundle(tiny_bundle, name) for name in ("a", "b")]

@@ -56,13 +56,15 @@ class Plan:
 class Outcome:
     """The record, the contenders its ratios are taken to, and the JSON text of both.
 
-    `bundle_titles` are the bundles' names in the record, in the order they were given.
+    `bundle_titles` are the bundles' names in the record, in the order they were given. `stopped`:
+    by Ctrl-C, after at least one whole round.
     """
 
     record: Record
     ratios_to: tuple[str, ...]
     bundle_titles: tuple[str, ...]
     text: str
+    stopped: bool = False
 
 
 def run(plan: Plan, tell: Tell = lambda line: None) -> Outcome:
@@ -88,12 +90,18 @@ def run(plan: Plan, tell: Tell = lambda line: None) -> Outcome:
         rows = measure(contenders, plan.settings, timeout_s=plan.timeout_s, on_turn=told.turn_taken)
         # Graphs are counted from their files, which may go with the folder.
         rows = [counted(row) for row in rows]
-    record = Record(environment, plan.settings, tuple(rows), ceilings)
-    record = replace(record, warnings=tuple(standing_warnings(record)))
+    asked_rounds = plan.settings.rounds
+    rounds = min((len(row.turns) for row in rows if row.measured), default=asked_rounds)
+    settings = replace(plan.settings, rounds=rounds)
+    record = Record(environment, settings, tuple(rows), ceilings)
+    warnings = standing_warnings(record)
+    if rounds < asked_rounds:
+        warnings.append(f"stopped by Ctrl-C after {rounds} of {asked_rounds} rounds")
+    record = replace(record, warnings=tuple(warnings))
     ratios_to = asked or first_measured(record)
     titles = tuple(bundle_titles(request.bundles))
     text = to_json(record, summarized(record, ratios_to))
-    outcome = Outcome(record, ratios_to, titles, text)
+    outcome = Outcome(record, ratios_to, titles, text, rounds < asked_rounds)
     write_outputs(outcome, plan.outputs)
     return outcome
 

@@ -40,6 +40,7 @@ class WorkerProcess:
             stderr=self._said,
             text=True,
             encoding="utf-8",
+            start_new_session=True,  # Ctrl-C is for the one who asks; it ends its workers
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._listener = threading.Thread(target=self._listen, daemon=True)

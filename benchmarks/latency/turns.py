@@ -113,22 +113,34 @@ def measure(
 ) -> list[Measurement]:
     """Take all turns; a contender that fails keeps its row, with the reason.
 
-    `on_turn` hears of the round and of the contender's measurement so far, after each turn.
+    `on_turn` hears of the round and of the contender's measurement so far, after each turn. Ctrl-C
+    in the first round is raised; later it ends the measuring, and the whole rounds are returned.
     """
     rows = {contender.name: _Row(contender, _unmeasured(contender)) for contender in contenders}
-    with WorkerPool(timeout_s, reload=settings.reload) as pool:
-        for number, name in schedule(list(rows), settings.rounds):
-            row = rows[name]
-            if row.measurement.reason is not None:
-                continue
-            try:
-                row.measurement = _take_turn(pool, row, number, settings)
-            except ContenderFailure as failure:
-                if name in pool.loaded:
-                    pool.unload([name])
-                row.measurement = replace(row.measurement, reason=_reason(failure, number))
-            on_turn(number, row.measurement)
+    number = 1
+    try:
+        with WorkerPool(timeout_s, reload=settings.reload) as pool:
+            for number, name in schedule(list(rows), settings.rounds):
+                row = rows[name]
+                if row.measurement.reason is not None:
+                    continue
+                try:
+                    row.measurement = _take_turn(pool, row, number, settings)
+                except ContenderFailure as failure:
+                    if name in pool.loaded:
+                        pool.unload([name])
+                    row.measurement = replace(row.measurement, reason=_reason(failure, number))
+                on_turn(number, row.measurement)
+    except KeyboardInterrupt:
+        if number == 1:
+            raise
+        return [_up_to(number - 1, row.measurement) for row in rows.values()]
     return [row.measurement for row in rows.values()]
+
+
+def _up_to(number_of_round: int, measurement: Measurement) -> Measurement:
+    kept = tuple(turn for turn in measurement.turns if turn.round <= number_of_round)
+    return replace(measurement, turns=kept)
 
 
 def _unmeasured(contender: Contender) -> Measurement:
