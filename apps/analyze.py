@@ -55,8 +55,8 @@ def run(request: AnalyzeRequest) -> None:
     check_checkpoint_path(request.ckpt)
     prompts = _prompts(request)
     analysis = importlib.import_module(_ANALYSIS)
-    from tiue_export.faster_errors import torch_model
-    from tiue_export.faster_scheduler import FasterOptions
+    from tiue_export.faster.errors import torch_model
+    from tiue_export.faster.scheduler import FasterOptions
 
     with stage_bar(quiet=request.as_json) as bar:
         bar.begin("load model")
@@ -135,7 +135,7 @@ def _prompts(request: AnalyzeRequest) -> Sequence[str]:
 def _check_budget(request: AnalyzeRequest, encoder_share: float, steps: int) -> None:
     """Before an hour is spent on measuring."""
     if request.budget is not None:
-        from tiue_export.key_steps import encoder_runs_within
+        from tiue_export.faster.key_steps import encoder_runs_within
 
         encoder_runs_within(request.budget, steps, encoder_share)
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from tiue_export._version import __version__
 from tiue_export.errors import MissingExtraError
-from tiue_export.mil_package import has_native_library
+from tiue_export.mil.package import has_native_library
 from tiue_export.registry import (
     EXPORT_NEEDS,
     RUNTIMES,

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.bundle import Bundle, open_bundle
-from tiue_export.faster_plan import FasterPlan
+from tiue_export.faster.plan import FasterPlan
 from tiue_export.overflow import load_audit
 
 from .tables import (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.faster_plan import check_scheduler
+from tiue_export.faster.plan import check_scheduler
 
 if TYPE_CHECKING:
     from tiue_export.student import Student
@@ -90,8 +90,8 @@ def load(asked: LoadRequest, method: MethodRequest, on_stage: Callable[[str], No
             on_stage=on_stage,
         )
         return _with_loras(student, method.lora, on_stage)
-    from tiue_export.faster_scheduler import FasterOptions
-    from tiue_export.faster_teacher import load_teacher, with_controlnet, with_plan
+    from tiue_export.faster.scheduler import FasterOptions
+    from tiue_export.faster.teacher import load_teacher, with_controlnet, with_plan
 
     auto = method.key_steps == AUTO
     given = {
@@ -116,7 +116,7 @@ def load(asked: LoadRequest, method: MethodRequest, on_stage: Callable[[str], No
         on_stage("ControlNet")
         teacher = with_controlnet(teacher, Path(method.controlnet))
     if auto:
-        from tiue_export.faster_errors import auto_options
+        from tiue_export.faster.errors import auto_options
 
         def told(done: int, total: int) -> None:
             on_stage(f"key steps: {done} of {total}")

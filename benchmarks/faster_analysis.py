@@ -26,16 +26,16 @@ from torch import Tensor
 from tiue_export.atomic_file import write_atomically
 from tiue_export.bundle import disk_errors
 from tiue_export.errors import RuntimeFailure, UsageError
-from tiue_export.faster_errors import (
+from tiue_export.faster.errors import (
     OnStep,
     TorchModel,
     deviation,
     every_step,
     group_losses,
 )
-from tiue_export.faster_plan import key_steps_from
-from tiue_export.faster_scheduler import FasterOptions, diffusers_scheduler, plan_from_config
-from tiue_export.key_steps import choose_key_steps, cost_of, encoder_runs_within
+from tiue_export.faster.key_steps import choose_key_steps, cost_of, encoder_runs_within
+from tiue_export.faster.plan import key_steps_from
+from tiue_export.faster.scheduler import FasterOptions, diffusers_scheduler, plan_from_config
 from tiue_export.specs import Array
 
 from .ddim_features import named_blocks

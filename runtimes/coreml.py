@@ -18,7 +18,7 @@ from tiue_export.bundle import Bundle
 from tiue_export.cache_folder import user_cache_folder
 from tiue_export.compare import GATES_PSNR_DB, weakest
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, unknown_name
-from tiue_export.mil_package import MilPackage, TensorType
+from tiue_export.mil.package import MilPackage, TensorType
 from tiue_export.registry import require
 from tiue_export.specs import UNET_ENCODER, Array, Feeds, GraphSpec, RuntimeOptions, check_finite
 
@@ -123,7 +123,7 @@ class EvaluatorEngine:
 
 class _Evaluated:
     def __init__(self, package: PackageFile, precision: str) -> None:
-        from tiue_export.mil_evaluator import MilProgram
+        from tiue_export.mil.evaluator import MilProgram
 
         self._graph, self._precision = package.graph, precision
         self._program = MilProgram.open(package.path, package.function)
@@ -207,7 +207,7 @@ def _evaluated(bundle: Bundle, options: RuntimeOptions) -> CoremlRuntime:
             "Leave --precision out.",
         )
     if options.threads is not None:
-        from tiue_export.mil_evaluator import set_threads
+        from tiue_export.mil.evaluator import set_threads
 
         set_threads(options.threads)
     precision = computed if options.precision == "auto" else options.precision

@@ -25,7 +25,7 @@ import numpy as np
 from tiue_export.bundle import disk_errors
 from tiue_export.errors import RuntimeFailure, first_line
 from tiue_export.manifest import FileRecord
-from tiue_export.mil_package import TensorType, has_native_library, quiet_coremltools
+from tiue_export.mil.package import TensorType, has_native_library, quiet_coremltools
 from tiue_export.specs import Array, Feeds
 
 # coremltools: models/compute_plan.py, models/model.py (_verify_optimization_hint_input).

@@ -52,7 +52,7 @@ from tiue_export.export.coreml_recipe import (  # noqa: E402
     read_recipe,
     rounded_to,
 )
-from tiue_export.mil_evaluator import MilProgram  # noqa: E402
+from tiue_export.mil.evaluator import MilProgram  # noqa: E402
 
 from hypothesis import given, settings  # noqa: E402 isort: skip
 from hypothesis import strategies as st  # noqa: E402 isort: skip

@@ -314,7 +314,7 @@ class StandIn:
 
     def _load(self, path: str, compute_units: Any, function_name: Any, optimization_hints: Any):
         self._fail("load")
-        from tiue_export.mil_evaluator import MilProgram
+        from tiue_export.mil.evaluator import MilProgram
 
         assert path.endswith(".mlmodelc")
         self.loaded.append((compute_units.name, function_name, optimization_hints))

@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 from tiue_export.compare import psnr_db
 from tiue_export.errors import ScheduleError, TiueError, UnsupportedModelError, UsageError
 from tiue_export.family import load_family
-from tiue_export.faster_plan import (
+from tiue_export.faster.plan import (
     Injection,
     ddim_trajectory,
     injection_from,
     key_steps_from,
     make_plan,
 )
-from tiue_export.faster_sampler import combination, guidance_rows, sample_latents
-from tiue_export.faster_scheduler import FasterOptions, diffusers_scheduler, plan_from_config
-from tiue_export.faster_teacher import load_teacher
+from tiue_export.faster.sampler import combination, guidance_rows, sample_latents
+from tiue_export.faster.scheduler import FasterOptions, diffusers_scheduler, plan_from_config
+from tiue_export.faster.teacher import load_teacher
 from tiue_export.graphs import ExportOptions, build_graphs, run_graph
 from tiue_export.noise import noise_from_seed
 from tiue_export.schedule import alphas_cumprod

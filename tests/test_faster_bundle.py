@@ -13,8 +13,8 @@ import torch
 from tiue_export import Pipeline, export_onnx, open_bundle
 from tiue_export.compare import GATES_PSNR_DB, psnr_db
 from tiue_export.errors import BundleError, UsageError
-from tiue_export.faster_scheduler import FasterOptions
-from tiue_export.faster_teacher import load_teacher
+from tiue_export.faster.scheduler import FasterOptions
+from tiue_export.faster.teacher import load_teacher
 from tiue_export.graphs import ExportOptions, build_graphs
 from tiue_export.manifest import Manifest
 from tiue_export.parity import PROMPTS, load_reference, measure_runtime

@@ -25,7 +25,7 @@ CLI = importlib.import_module("tiue_export.apps.cli")
 COMMANDS = typer.main.get_command(CLI.app).commands  # type: ignore[attr-defined]
 # The files that a device runs: the light half, the thin runtimes, the command line.
 ON_DEVICE = [
-    *(f"tiue_export/{name}.py" for name in LIGHT),
+    *(f"tiue_export/{name.replace('.', '/')}.py" for name in LIGHT if name != "faster"),
     *(path for path in FILES if path.startswith("tiue_export/export/trt_")),
     *(path for path in FILES if path.startswith("runtimes/") and "torch_reference" not in path),
     *(path for path in FILES if path.startswith("apps/") and path.count("/") == 1),

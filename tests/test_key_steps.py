@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiue_export.errors import UsageError
-from tiue_export.faster_errors import (
+from tiue_export.faster.errors import (
     auto_options,
     deviation,
     every_step,
     group_losses,
     torch_model,
 )
-from tiue_export.faster_scheduler import FasterOptions, plan_from_config
-from tiue_export.faster_teacher import load_teacher
-from tiue_export.key_steps import choose_key_steps, cost_of, encoder_runs_within, loss_of
+from tiue_export.faster.key_steps import choose_key_steps, cost_of, encoder_runs_within, loss_of
+from tiue_export.faster.scheduler import FasterOptions, plan_from_config
+from tiue_export.faster.teacher import load_teacher
 
 STEPS = 6
 OPTIONS = FasterOptions(steps=STEPS, inject="off")

@@ -15,15 +15,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB = "tiue_export"
-SUB_PACKAGES = ("export", "train")
+SUB_PACKAGES = ("export", "faster", "mil", "train")
 SPOKES = ("runtimes", "calibration", "benchmarks", "apps")
 
 # The hub, lowest first: a module imports only from lines above its own.
 LIGHT_LAYERS = (  # numpy only: what runs a bundle on a device, without torch
-    ("_version", "errors"),
+    ("_version", "errors", "faster"),  # the last is only a docstring
     ("atomic_file", "cache_folder", "specs", "schedule", "family", "weight_container"),
-    ("faster_plan", "key_steps"),
-    ("faster_sampler",),
+    ("faster.plan", "faster.key_steps"),
+    ("faster.sampler",),
     (
         "compare",
         "contact_sheet",
@@ -45,24 +45,25 @@ EXPORT_LAYERS = (  # torch, diffusers, transformers, onnx: imported on use
     ("flops", "ldm_keys", "memory", "vocabulary"),
     ("student", "weights"),
     ("components", "lowering"),
-    ("checkpoint", "faster_scheduler", "lora_file"),
-    ("faster_teacher", "lora", "pipeline_folder", "split"),
+    ("checkpoint", "faster.scheduler", "lora_file"),
+    ("faster.teacher", "lora", "pipeline_folder", "split"),
     ("hoisting", "synthetic"),
-    ("faster_split",),
+    ("faster.split",),
     ("graphs",),
     ("overflow_audit",),
-    ("faster_reference",),
+    ("faster.reference",),
     ("reference",),
-    ("mil_ops", "mil_package"),
-    ("mil_weights",),
-    ("mil_evaluator",),
+    ("mil",),  # only a docstring, as it runs before its modules
+    ("mil.ops", "mil.package"),
+    ("mil.weights",),
+    ("mil.evaluator",),
     ("export",),  # only a docstring, as it runs before its modules
     ("export.trt_precision",),
     ("export.trt_engine",),
     ("export.trt_plan",),
     ("export.trt_bundle",),
     ("export.to_onnx", "export.tokenizer_files", "export.plan"),
-    ("export.onnx_bundle", "export.onnx_layers", "faster_errors"),
+    ("export.onnx_bundle", "export.onnx_layers", "faster.errors"),
     ("export.coreml_profiles",),
     ("export.coreml_convert", "export.coreml_layout", "export.coreml_swift"),
     ("export.coreml_compress",),

@@ -23,8 +23,8 @@ from coremltools.converters.mil.mil import Builder as mb  # noqa: E402
 from coremltools.converters.mil.mil import Function, types  # noqa: E402
 from mil_cases import CASES, TARGET, Case, save_function  # noqa: E402
 
-from tiue_export.mil_evaluator import MilProgram  # noqa: E402
-from tiue_export.mil_ops import OPS  # noqa: E402
+from tiue_export.mil.evaluator import MilProgram  # noqa: E402
+from tiue_export.mil.ops import OPS  # noqa: E402
 
 # coremltools leaves its temporary folders to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
@@ -249,7 +249,7 @@ def test_ops_and_inputs_without_semantics_are_all_named_with_the_package(tmp_pat
 
 def rewrite(package: Path, change: Any) -> None:
     """Change the program that a package holds: `change(operations)`."""
-    from tiue_export.mil_package import model_class
+    from tiue_export.mil.package import model_class
 
     file = package / "Data" / "com.apple.CoreML" / "model.mlmodel"
     spec = model_class()()

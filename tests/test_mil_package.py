@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from coremltools.libmilstoragepython import _BlobStorageWriter as BlobWriter  # 
 from coremltools.optimize import coreml as optimize  # noqa: E402
 from coremltools.optimize._utils import pack_elements_into_bits  # noqa: E402
 
-from tiue_export import mil_weights  # noqa: E402
-from tiue_export.mil_evaluator import MilProgram  # noqa: E402
-from tiue_export.mil_package import MilPackage, model_class, unpack_bits  # noqa: E402
+from tiue_export.mil import weights as mil_weights  # noqa: E402
+from tiue_export.mil.evaluator import MilProgram  # noqa: E402
+from tiue_export.mil.package import MilPackage, model_class, unpack_bits  # noqa: E402
 
 # coremltools leaves its temporary folders to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -277,7 +278,8 @@ def test_a_weights_file_that_was_cut_short_is_named(own):
     assert error.message.startswith(f"{own}: weight.bin is damaged: at ")
     assert error.next_step == "Convert it again, or copy it again from where it was made."
     file.write_bytes(content[:100])
-    assert "ends at 100" in damaged(own).message
+    # Which weight is read first, the one whose record is cut or the one whose values are, varies.
+    assert re.search("ends at 100|within 100$", damaged(own).message)
     file.write_bytes(b"")
     assert damaged(own).message.startswith(f"{file} cannot be read: ")
     file.unlink()

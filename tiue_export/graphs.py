@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.faster_split import (
+from tiue_export.faster.split import (
     ControlNet,
     GroupDecoder,
     KeyEncoder,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tiue_export.errors import BundleError
-from tiue_export.faster_plan import FasterPlan
+from tiue_export.faster.plan import FasterPlan
 from tiue_export.schedule import Schedule
 from tiue_export.specs import GraphSpec, TensorSpec
 

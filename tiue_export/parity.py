@@ -15,8 +15,8 @@ import numpy as np
 from tiue_export.bundle import REFERENCE_FILE, Bundle
 from tiue_export.compare import GATES_PSNR_DB, max_abs_error, psnr_db, weakest
 from tiue_export.errors import BundleError, ParityError
-from tiue_export.faster_plan import FasterPlan
-from tiue_export.faster_sampler import added, sample_latents
+from tiue_export.faster.plan import FasterPlan
+from tiue_export.faster.sampler import added, sample_latents
 from tiue_export.manifest import ParityRecord
 from tiue_export.specs import (
     CONTROLNET,

@@ -19,8 +19,8 @@ import numpy as np
 
 from tiue_export.bundle import Bundle, open_bundle
 from tiue_export.errors import UsageError
-from tiue_export.faster_plan import FasterPlan, check_guidance
-from tiue_export.faster_sampler import OnStep, sample_latents
+from tiue_export.faster.plan import FasterPlan, check_guidance
+from tiue_export.faster.sampler import OnStep, sample_latents
 from tiue_export.noise import check_seeds, noise_from_seed
 from tiue_export.picture import image_from_pixels, pixels_from_sample
 from tiue_export.registry import open_runtime

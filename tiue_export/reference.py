@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tiue_export.errors import ParityError
-from tiue_export.faster_reference import capture_loop
+from tiue_export.faster.reference import capture_loop
 from tiue_export.graphs import (
     ExportOptions,
     Graph,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tiue_export.faster_plan import FasterPlan
+from tiue_export.faster.plan import FasterPlan
 from tiue_export.manifest import Source
 from tiue_export.schedule import Schedule
 

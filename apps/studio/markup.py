@@ -7,7 +7,7 @@ from html import escape
 
 from tiue_export.compare import IDENTICAL_DB
 from tiue_export.errors import TiueError
-from tiue_export.faster_plan import FasterPlan
+from tiue_export.faster.plan import FasterPlan
 from tiue_export.manifest import Manifest, ParityRecord
 from tiue_export.overflow import load_audit
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER, TensorSpec

@@ -17,7 +17,7 @@ import numpy as np
 from tiue_export.errors import RuntimeFailure, TiueError, UsageError, first_line
 from tiue_export.export.coreml_convert import quiet_coremltools, save, silently
 from tiue_export.export.coreml_profiles import Compression
-from tiue_export.mil_evaluator import MilProgram, OpRecord
+from tiue_export.mil.evaluator import MilProgram, OpRecord
 from tiue_export.specs import Feeds
 
 # coremltools' own threshold: smaller weights are not worth a palette.

@@ -27,8 +27,8 @@ from tiue_export.export.coreml_profiles import CoremlPlan, function_named
 from tiue_export.graphs import ExportOptions, Graph, build_graphs, run_graph
 from tiue_export.manifest import Manifest, ParityRecord
 from tiue_export.memory import PeakMemory, return_freed_memory
-from tiue_export.mil_evaluator import Evaluation, MilProgram
-from tiue_export.mil_package import MilPackage
+from tiue_export.mil.evaluator import Evaluation, MilProgram
+from tiue_export.mil.package import MilPackage
 from tiue_export.noise import noise_from_seed
 from tiue_export.overflow import HALF_MAX
 from tiue_export.parity import parity_record

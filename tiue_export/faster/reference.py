@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from tiue_export.faster_plan import FasterPlan
-from tiue_export.faster_sampler import added, combination, encoder_feeds, guided_outputs
-from tiue_export.faster_scheduler import diffusers_scheduler
+from tiue_export.faster.plan import FasterPlan
+from tiue_export.faster.sampler import added, combination, encoder_feeds, guided_outputs
+from tiue_export.faster.scheduler import diffusers_scheduler
 from tiue_export.graphs import ExportOptions, build_graphs, run_graph
 from tiue_export.manifest import ParityRecord
 from tiue_export.overflow_audit import RangeRecorder

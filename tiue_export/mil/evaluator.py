@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_name
-from tiue_export.mil_ops import OPS
-from tiue_export.mil_package import MilPackage, TensorType, tensor_type
-from tiue_export.mil_weights import CONSTEXPR_OPS
+from tiue_export.mil.ops import OPS
+from tiue_export.mil.package import MilPackage, TensorType, tensor_type
+from tiue_export.mil.weights import CONSTEXPR_OPS
 from tiue_export.specs import Array, Feeds
 
 Precision = Literal["fp32", "fp16"]
@@ -282,7 +282,7 @@ def _require_known(package: Path, ops: list[_Op]) -> None:
     if unknown:
         raise RuntimeFailure(
             f"{package}: the evaluator has no semantics for {', '.join(sorted(unknown))}",
-            "Add them to mil_ops.py, or run the package on a Mac.",
+            "Add them to tiue_export/mil/ops.py, or run the package on a Mac.",
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.mil_package import unpack_bits
+from tiue_export.mil.package import unpack_bits
 from tiue_export.specs import Array
 
 

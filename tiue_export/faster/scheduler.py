@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
 from tiue_export.components import quiet_libraries
 from tiue_export.errors import ScheduleError, UsageError
-from tiue_export.faster_plan import (
+from tiue_export.faster.plan import (
     DEFAULT_GUIDANCE,
     DEFAULT_STEPS,
     FasterPlan,

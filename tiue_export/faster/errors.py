@@ -15,8 +15,9 @@ import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiue_export.export.tokenizer_files import tokenizer_of
-from tiue_export.faster_plan import FasterPlan, Group, key_steps_from
-from tiue_export.faster_sampler import (
+from tiue_export.faster.key_steps import Choice, choose_key_steps, encoder_runs_within
+from tiue_export.faster.plan import FasterPlan, Group, key_steps_from
+from tiue_export.faster.sampler import (
     combination,
     encoder_feeds,
     guidance_rows,
@@ -24,7 +25,7 @@ from tiue_export.faster_sampler import (
     pieces,
     sample_latents,
 )
-from tiue_export.faster_scheduler import FasterOptions, plan_from_config
+from tiue_export.faster.scheduler import FasterOptions, plan_from_config
 from tiue_export.graphs import (
     ExportOptions,
     Graph,
@@ -35,7 +36,6 @@ from tiue_export.graphs import (
     run_graph,
     text_shape,
 )
-from tiue_export.key_steps import Choice, choose_key_steps, encoder_runs_within
 from tiue_export.noise import noise_from_seed
 from tiue_export.parity import CHECKED_ROWS, PROMPTS, loop_to_check
 from tiue_export.schedule import Schedule

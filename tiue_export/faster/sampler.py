@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from tiue_export.errors import UsageError
-from tiue_export.faster_plan import FasterPlan, Group, check_guidance
+from tiue_export.faster.plan import FasterPlan, Group, check_guidance
 from tiue_export.schedule import Schedule
 from tiue_export.specs import CONTROLNET, UNET_DECODER, UNET_ENCODER, Array, Feeds
 

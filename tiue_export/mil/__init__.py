@@ -1,0 +1,1 @@
+"""Core ML programs (MIL), read and executed on any operating system."""
