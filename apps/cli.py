@@ -498,6 +498,57 @@ def openvino(
 
 @app.command()
 @explained
+def coreai(
+    ckpt: Annotated[
+        str | None, typer.Option("--ckpt", help="Student; needed with --bundle too.")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="Bundle of it \\[default: one is exported].")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Without --bundle: bundle to write \\[default: NAME-fp32]."),
+    ] = None,
+    base: Base = None,
+    vae: Vae = None,
+    precision: Annotated[
+        str, typer.Option("--compute-precision", "--precision", help="fp16 or fp32.")
+    ] = "fp16",
+    height: Annotated[int | None, typer.Option("--height", help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels.")] = None,
+    allow_parity_loss: Annotated[
+        bool, typer.Option("--allow-parity-loss", help="Keep assets that fail a gate.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Experimental: Core AI assets for macOS and iOS 27, run here by Apple's interpreter.
+
+    Example:  tiue-export coreai --ckpt student.safetensors --base sd21-base/ --out fox
+
+    Example:  tiue-export coreai --ckpt student.safetensors --bundle fox --precision fp32
+    """
+    from .export_coreai import CoreaiRequest, run
+
+    run(
+        CoreaiRequest(
+            ckpt=ckpt,
+            bundle=bundle,
+            out=out,
+            base=base,
+            vae=vae,
+            height=height,
+            width=width,
+            precision=precision,
+            force=force,
+            allow_parity_loss=allow_parity_loss,
+            as_json=as_json,
+        )
+    )
+
+
+@app.command()
+@explained
 def coreml(
     ckpt: Annotated[
         str | None, typer.Option("--ckpt", help="Student; needed with --bundle too.")

@@ -32,7 +32,7 @@ _PACKAGES = (
     "numpy", "tokenizers", "safetensors", "pillow", "onnxruntime", "onnxruntime-gpu", "torch",
     "diffusers", "transformers", "onnx", "onnxscript", "accelerate", "optimum",
     "tensorrt-cu12", "tensorrt-cu13", "tensorrt", "tensorrt-rtx-cu13", "polygraphy",
-    "cuda-bindings", "coremltools",
+    "cuda-bindings", "coremltools", "coreai-core", "coreai-torch",
 )  # fmt: skip
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd")
 
@@ -117,6 +117,7 @@ def check_backends() -> list[Backend]:
         _tensorrt("rtx"),
         _by_modules("run: openvino", RUNTIMES["openvino"].needs, "openvino"),
         *core_ml(),
+        _by_modules("convert to Core AI (beta), run: coreai", ("coreai", "coreai_torch"), "coreai"),
         _by_modules("run: torch reference", RUNTIMES["torch"].needs, "export"),
         _by_modules("quantize for OpenVINO", ("openvino", "nncf"), "int8"),
         _by_modules("distill a student", TRAIN_NEEDS, "train"),

@@ -73,10 +73,10 @@ def run(request: CoremlRequest) -> None:
     require("Core ML export", ("coremltools", "sklearn"), "coreml")
     require("exporting", EXPORT_NEEDS, "export")
     check_checkpoint_path(checkpoint)
+    from tiue_export.export.bundle_student import StudentPlace
     from tiue_export.export.coreml_bundle import (
         FOLDER,
         CoremlObserver,
-        StudentPlace,
         compile_coreml,
     )
     from tiue_export.export.onnx_bundle import StageReport

@@ -77,7 +77,7 @@ def run(request: OpenvinoRequest) -> None:
         record = {"bundle": str(path), **dataclasses.asdict(compiled), "seconds": seconds}
         print_json(record)
         return
-    console.print(_table(bundle, FOLDER))
+    console.print(compiled_table(bundle, FOLDER))
     console.print(parity_table(compiled.parity, f"OpenVINO {compiled.version} against the student"))
     console.print(
         f"[bold green]Done.[/] tiue-export generate {escape(str(path))} "
@@ -129,7 +129,8 @@ def _bundle_path(request: OpenvinoRequest) -> Path:
     return out
 
 
-def _table(bundle: Bundle, folder: str) -> Table:
+def compiled_table(bundle: Bundle, folder: str) -> Table:
+    """Each graph of a compiled form with its size, and what making it took."""
     table = Table(title=escape(f"{bundle.root}/{folder}"), title_justify="left")
     table.add_column("graph")
     for column in ("size", "convert s", "peak memory"):

@@ -16,12 +16,14 @@ _OTHER = "More"
 # Also the panels of --help. A command named nowhere is listed last.
 PANELS: Mapping[str, tuple[str, ...]] = {
     "Start": ("init", "demo", "doctor"),
-    "Export": ("onnx", "openvino", "coreml", "trt", "audit", "analyze", "calibrate", "quantize"),
+    "Export": (
+        "onnx", "openvino", "coreml", "coreai", "trt", "audit", "analyze", "calibrate", "quantize",
+    ),
     "Draw": ("generate", "studio", "serve"),
     "Check": ("inspect", "parity", "bench"),
     "Carry": ("bundle", "triton"),
     "Train": ("distill",),
-}
+}  # fmt: skip
 
 
 def panel_of(command: str) -> str:

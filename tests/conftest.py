@@ -114,7 +114,8 @@ def coreml_bundle(compiled_bundle, tiny_pipeline, made_once):
     """A copy of the compiled bundle with Core ML packages in fp32 too. Shared."""
     pytest.importorskip("coremltools", reason="coremltools is not installed")
     from tiue_export.bundle import open_bundle
-    from tiue_export.export.coreml_bundle import StudentPlace, compile_coreml
+    from tiue_export.export.bundle_student import StudentPlace
+    from tiue_export.export.coreml_bundle import compile_coreml
     from tiue_export.export.coreml_profiles import CoremlOptions
 
     def make(folder: Path) -> None:
@@ -127,6 +128,43 @@ def coreml_bundle(compiled_bundle, tiny_pipeline, made_once):
             gc.collect()
 
     return open_bundle(made_once("coreml-fp32", make))
+
+
+@pytest.fixture(scope="session")
+def micro_folder(tmp_path_factory):
+    """A UNet of one level with K=2: what converts quickly in every form."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from tiue_export.family import load_family
+    from tiue_export.pipeline_folder import write_scheduler
+    from tiue_export.synthetic import fill
+
+    folder = tmp_path_factory.mktemp("micro") / "student"
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        norm_num_groups=8,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        use_linear_projection=True,
+    )
+    fill(unet, torch.Generator().manual_seed(0))
+    unet.save_pretrained(folder / "unet")
+    write_scheduler(folder, load_family("tiny").scheduler, 2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def micro_bundle(micro_folder, tmp_path_factory):
+    """Its ONNX bundle: both UNet graphs. Shared."""
+    from tiue_export import export_onnx, load_student
+
+    return export_onnx(load_student(micro_folder), tmp_path_factory.mktemp("micro") / "bundle")
 
 
 @pytest.fixture(scope="session")

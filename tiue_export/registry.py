@@ -68,6 +68,14 @@ RUNTIMES: Mapping[str, RuntimeEntry] = {
         # Elsewhere it would be the evaluator: a proof, not a way to draw.
         automatic=sys.platform == "darwin",
     ),
+    "coreai": RuntimeEntry(
+        "tiue_export.runtimes.coreai:open_runtime",
+        ("coreai",),
+        "coreai",
+        "Core AI (beta) on macOS 27; elsewhere Apple's interpreter on the CPU",
+        chooses_precision=True,
+        automatic=False,
+    ),
     # Which TensorRT it needs depends on the bundle's engines; the runtime says what is missing.
     "trt": RuntimeEntry(
         "tiue_export.runtimes.trt:open_runtime",

@@ -26,11 +26,10 @@ from tiue_export._version import __version__
 from tiue_export.bundle import Bundle, add_compiled, compiled_folder, file_records
 from tiue_export.compare import weakest
 from tiue_export.errors import BundleError, ResourceError, UsageError
+from tiue_export.export.bundle_student import Size, StudentPlace
 from tiue_export.export.coreml_job import (
     GraphJob,
     GraphResult,
-    Size,
-    StudentPlace,
     run_job,
     start_pool,
 )
@@ -364,4 +363,4 @@ def _identity(export: _Export, graph: str, version: str) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-__all__ = ["FOLDER", "RECIPE", "CoremlObserver", "StudentPlace", "compile_coreml"]
+__all__ = ["FOLDER", "RECIPE", "CoremlObserver", "compile_coreml"]

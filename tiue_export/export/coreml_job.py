@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.checkpoint import load_student
-from tiue_export.errors import CheckpointError, ParityError
+from tiue_export.errors import ParityError
+from tiue_export.export.bundle_student import Size, StudentPlace, fp32_options, open_student
 from tiue_export.export.coreml_compress import activation_ranges, compress
 from tiue_export.export.coreml_convert import Conversion, convert, quiet_coremltools, silently
 from tiue_export.export.coreml_layout import with_layout
 from tiue_export.export.coreml_profiles import CoremlPlan, function_named
-from tiue_export.graphs import ExportOptions, Graph, build_graphs, run_graph
+from tiue_export.graphs import Graph, build_graphs, run_graph
 from tiue_export.manifest import Manifest, ParityRecord
 from tiue_export.memory import PeakMemory, return_freed_memory
 from tiue_export.mil.evaluator import Evaluation, MilProgram
@@ -55,16 +55,6 @@ _SUBJECTS = {
     UNET_DECODER: "latents",
     VAE_DECODER: "picture",
 }
-Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class StudentPlace:
-    """Where the checkpoint of a bundle is: as `--ckpt`, `--base` and `--vae` say."""
-
-    ckpt: str
-    base: str | None = None
-    vae: str | None = None
 
 
 @dataclass(frozen=True)
@@ -208,52 +198,6 @@ def merge_functions(parts: Mapping[Size, Path], package: Path) -> None:
     whole, first = MilPackage.open(package).spec, MilPackage.open(next(iter(parts.values()))).spec
     whole.description.metadata.CopyFrom(first.description.metadata)
     (package / _MODEL_FILE).write_bytes(whole.SerializeToString())
-
-
-def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = None) -> Student:
-    """The bundle's own student, with the parts that `graph` needs (None: all).
-
-    Raises `CheckpointError` when its weights are not those that the bundle was made from.
-    """
-    student = load_student(
-        place.ckpt,
-        place.base,
-        family=None if manifest.source.family == "custom" else manifest.source.family,
-        steps=manifest.schedule.steps,
-        allow_other_steps=True,
-        without=_unneeded(manifest, graph),
-        vae=place.vae if graph in (None, VAE_DECODER) else None,
-    )
-    ours = {"unet": student.source.sha256, **student.source.part_sha256}
-    theirs = {"unet": manifest.source.sha256, **manifest.source.part_sha256}
-    for part, found in ours.items():
-        if found != theirs.get(part):
-            raise CheckpointError(
-                f"{place.ckpt} is not the student of this bundle: the SHA-256 of its {part} is "
-                f"{found[:12]}..., the bundle's {str(theirs.get(part))[:12]}...",
-                f"Give the checkpoint named {manifest.source.name}, or export this one.",
-            )
-    student.schedule = manifest.schedule
-    return student
-
-
-def _unneeded(manifest: Manifest, graph: str | None) -> tuple[str, ...]:
-    """Parts that need not be read, as long as sizes do not depend on them."""
-    if graph is None or manifest.vae_scale != 8 or manifest.text_shape[1] != 77:
-        return ()
-    parts = {"text_encoder": TEXT_ENCODER, "vae": VAE_DECODER}
-    return tuple(part for part, needed_by in parts.items() if needed_by != graph)
-
-
-def fp32_options(manifest: Manifest, size: Size) -> ExportOptions:
-    """The bundle's graphs in float32 at one size; Core ML's batch is always static."""
-    return ExportOptions(
-        precision="fp32",
-        height=size[0],
-        width=size[1],
-        batch=manifest.batch or 1,
-        hoist=manifest.hoisted,
-    )
 
 
 def _graph(job: GraphJob, student: Student, size: Size) -> Graph:

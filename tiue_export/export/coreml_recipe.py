@@ -24,13 +24,10 @@ from torch import Tensor, nn
 
 from tiue_export.compare import psnr_db
 from tiue_export.errors import BundleError, UsageError
+from tiue_export.export.bundle_student import Size, StudentPlace, fp32_options, open_student
 from tiue_export.export.coreml_compress import LEAST_WEIGHTS, palette
 from tiue_export.export.coreml_job import (
-    Size,
-    StudentPlace,
-    fp32_options,
     load_pool,
-    open_student,
     progress_file,
 )
 from tiue_export.export.coreml_layout import with_layout
