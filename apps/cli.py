@@ -971,7 +971,11 @@ def bench(
     ] = None,
     ratio_to: Annotated[
         list[str] | None,
-        typer.Option("--ratio-to", help="Contender to divide by \\[default: the first]."),
+        typer.Option(
+            "--ratio-to",
+            help="Contender to divide by, or a method: in each one's runtime and precision "
+            "\\[default: the first].",
+        ),
     ] = None,
     ckpt: Annotated[
         str | None, typer.Option("--ckpt", help="The same weights, for contenders in PyTorch.")

@@ -120,6 +120,31 @@ def test_a_ratio_compares_within_each_round_so_that_drift_cancels():
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2, 2, 2))
 
 
+def test_a_method_divides_each_contender_in_its_own_runtime_and_precision():
+    rows = {
+        name: measured(name, [ms])
+        for name, ms in {
+            "fox/ort/fp32": 30.0,
+            "fox/openvino/bf16": 10.0,
+            "fox/coreml/fp16": 5.0,
+            "one-step/ort/fp32": 15.0,
+            "one-step/openvino/bf16": 2.0,
+        }.items()
+    }
+    names = report.full_names(list(rows), ["one-step", "fox/ort", "one-step/openvino"])
+    assert names == ("one-step/*", "fox/ort/fp32", "one-step/openvino/bf16")
+    whole = made_record(*rows.values())
+    text = json.loads(record.to_json(whole, summary.summarized(whole, names)))
+    ratios = {name: entry["ratio_to"]["one-step/*"] for name, entry in text["summary"].items()}
+    assert ratios["fox/ort/fp32"][WHOLE]["value"] == pytest.approx(2)
+    assert ratios["fox/openvino/bf16"][WHOLE]["value"] == pytest.approx(5)
+    assert ratios["fox/coreml/fp16"] == {}
+    assert "A = one-step/* (" not in report.markdown(whole, ("fox/ort/fp32",))
+    table = report.markdown(whole, names)
+    assert "A = one-step/*" in table
+    assert "(*: in the contender's own runtime and precision)" in table
+
+
 def test_one_round_gives_a_ratio_without_an_interval():
     ratio = summary.paired_ratio([[3.0]], [[2.0]])
     assert (ratio.value, ratio.low, ratio.high) == (pytest.approx(1.5), None, None)

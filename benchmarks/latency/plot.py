@@ -10,7 +10,7 @@ from tiue_export.bundle import disk_errors
 
 from .record import END_TO_END, UNET, Measurement, Record
 from .report import ratio_text
-from .summary import Spread, ratio_to, spreads
+from .summary import Spread, denominator, ratio_to, spreads
 
 # Okabe and Ito's colours: told apart in every kind of colour vision.
 _STAGES: tuple[tuple[str, str, str], ...] = (
@@ -57,7 +57,7 @@ def plot_record(record: Record, ratio_name: str | None, path: Path) -> None:
 
 
 def _draw(axes: Any, shown: list[Measurement], record: Record, ratio_name: str | None) -> None:
-    first = record.by_name().get(ratio_name or "")
+    rows = record.by_name()
     limit_s = _limit_ms([_whole(spreads(entry)) for entry in shown]) / 1e3
     labelled: set[str] = set()
     for row, entry in enumerate(shown):
@@ -66,7 +66,8 @@ def _draw(axes: Any, shown: list[Measurement], record: Record, ratio_name: str |
         whole = _whole(known)
         low, middle, high = (value / 1e3 for value in (whole.p10_ms, whole.median_ms, whole.p90_ms))
         ratio = None
-        if first is not None and entry is not first:
+        first = None if ratio_name is None else denominator(entry, ratio_name, rows)
+        if first is not entry:
             ratio = ratio_to(entry, first, _whole_stage(known))
         text = _seconds(whole.median_ms) + ("" if ratio is None else f"   x {ratio_text(ratio)}")
         if middle > limit_s:

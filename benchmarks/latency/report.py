@@ -11,7 +11,7 @@ from rich.table import Table
 from tiue_export.errors import UsageError
 
 from .record import END_TO_END, UNET, Measurement, Record
-from .summary import Ratio, peak_share, ratio_to, spreads
+from .summary import ANY, Ratio, denominator, peak_share, ratio_to, spreads
 
 _PART_TITLES: Mapping[str, str] = {
     "text_encoder": "text",
@@ -33,9 +33,16 @@ class Column:
 
 
 def full_names(names: Sequence[str], asked: Sequence[str]) -> tuple[str, ...]:
-    """The contenders that `--ratio-to` means: a beginning is enough where it fits one alone."""
+    """The contenders that `--ratio-to` means: a beginning is enough where it fits one alone.
+
+    A method that several runtimes or precisions have becomes "METHOD/*": each contender is then
+    divided by the one in its own runtime and precision.
+    """
     found = []
     for text in asked:
+        if sum(name.rsplit("/", 2)[0] == text for name in names) > 1:
+            found.append(f"{text}{ANY}")
+            continue
         begun = [name for name in names if name.startswith(text)]
         fitting = [text] if text in names else begun
         if len(fitting) != 1:
@@ -68,7 +75,7 @@ def columns(record: Record, ratios_to: Sequence[str], *, detailed: bool) -> list
                 title = f"{_PART_TITLES[stage]} / {letter}"
                 # A terminal has room for one interval: that of the whole.
                 interval = detailed or (len(ratios_to) == 1 and stage == decisive)
-                chosen.append(Column(title, _ratio_cell(stage, rows[name], interval=interval)))
+                chosen.append(Column(title, _ratio_cell(stage, name, rows, interval=interval)))
     if any(entry.flops for entry in record.contenders):
         if detailed:
             chosen.append(Column("UNet TFLOP", _work_cell))
@@ -87,6 +94,8 @@ def _legend(ratios_to: Sequence[str]) -> str:
     if not ratios_to:
         return "Memory: peak of the process"
     named = ", ".join(f"{letter} = {name}" for letter, name in _letters(ratios_to).items())
+    if any(name.endswith(ANY) for name in ratios_to):
+        named += " (*: in the contender's own runtime and precision)"
     return f"{named}. Ratios of times [95 % interval]; memory: peak of the process"
 
 
@@ -205,8 +214,11 @@ def _spread_cell(stage: str, *, detailed: bool) -> Callable[[Measurement], str]:
     return cell
 
 
-def _ratio_cell(stage: str, first: Measurement, *, interval: bool) -> Callable[[Measurement], str]:
+def _ratio_cell(
+    stage: str, name: str, rows: Mapping[str, Measurement], *, interval: bool
+) -> Callable[[Measurement], str]:
     def cell(entry: Measurement) -> str:
+        first = denominator(entry, name, rows)
         ratio = ratio_to(entry, first, stage)
         if ratio is None:
             return "-"

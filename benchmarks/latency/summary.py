@@ -17,6 +17,9 @@ _RESAMPLES = 10_000
 # Stages that ratios are given for: one is a part of the other.
 RATIO_STAGES = (UNET, END_TO_END)
 
+# After a method, in what ratios are taken to: in the runtime and precision of each contender.
+ANY = "/*"
+
 Rounds = Sequence[Sequence[float]]
 
 
@@ -65,10 +68,23 @@ def unpaired_ratio(own: Rounds, other: Rounds) -> Ratio:
     return _bootstrapped(mine.mean() - theirs.mean(), draw, min(len(mine), len(theirs)))
 
 
-def ratio_to(own: Measurement, first: Measurement, stage: str) -> Ratio | None:
+def ratio_to(own: Measurement, first: Measurement | None, stage: str) -> Ratio | None:
     """Time of a stage over another contender's; None where either lacks it."""
+    if first is None:
+        return None
     mine, theirs = own.rounds(stage), first.rounds(stage)
     return paired_ratio(mine, theirs) if mine and theirs else None
+
+
+def denominator(
+    entry: Measurement, name: str, rows: Mapping[str, Measurement]
+) -> Measurement | None:
+    """What `entry` is divided by: the contender `name`, or for "METHOD/*" that method in the
+    entry's own runtime and precision; None where it has none."""
+    if not name.endswith(ANY):
+        return rows.get(name)
+    own = "/".join(entry.name.rsplit("/", 2)[1:])
+    return rows.get(f"{name.removesuffix(ANY)}/{own}")
 
 
 def spreads(measurement: Measurement) -> dict[str, Spread]:
@@ -113,7 +129,8 @@ def _summarized(
 ) -> dict[str, Any]:
     ratios: dict[str, Any] = {}
     for name in ratios_to:
-        found = {stage: ratio_to(entry, rows[name], stage) for stage in RATIO_STAGES}
+        first = denominator(entry, name, rows)
+        found = {stage: ratio_to(entry, first, stage) for stage in RATIO_STAGES}
         ratios[name] = {s: asdict(ratio) for s, ratio in found.items() if ratio is not None}
     return {
         "latency": {stage: asdict(value) for stage, value in spreads(entry).items()},
