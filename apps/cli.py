@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from pathlib import Path
@@ -1579,8 +1578,6 @@ for _command in app.registered_commands:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script; `arguments` default to the process's own."""
-    # Our optimum plugin lives in optimum's namespace, which diffusers remarks on when imported.
-    logging.getLogger("diffusers.utils.import_utils").setLevel(logging.ERROR)
     # A plain SIGTERM would skip the clean-up of an unfinished export.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app(args=sys.argv[1:] if arguments is None else arguments)

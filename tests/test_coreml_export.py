@@ -30,7 +30,12 @@ from tiue_export.specs import GRAPH_NAMES, UNET_DECODER, UNET_ENCODER, GraphSpec
 
 ct = pytest.importorskip("coremltools", reason="coremltools is not installed")
 
-from tiue_export.export import coreml_bundle, coreml_compress, coreml_job  # noqa: E402
+from tiue_export.export import (  # noqa: E402
+    coreml_bundle,
+    coreml_compress,
+    coreml_convert,
+    coreml_job,
+)
 from tiue_export.export.bundle_student import StudentPlace  # noqa: E402
 from tiue_export.export.coreml_bundle import (  # noqa: E402
     FOLDER,
@@ -92,6 +97,25 @@ def plain(micro_bundle, micro_folder, tmp_path_factory):
     bundle = open_bundle(shutil.copytree(micro_bundle.root, root))
     place = StudentPlace(str(micro_folder))
     return compile_coreml(bundle, place, CoremlOptions(swift_bundle=False), in_process=True)
+
+
+@pytest.fixture(scope="module")
+def whole(micro_folder, tiny_pipeline, made_once):
+    """The micro UNet's bundle with text encoder and VAE: all four graphs. Shared."""
+    from tiue_export import export_onnx, load_student
+
+    student = load_student(_with_parts(micro_folder, tiny_pipeline))
+    return open_bundle(made_once("micro-whole", lambda folder: export_onnx(student, folder)))
+
+
+def _with_parts(micro_folder, tiny_pipeline) -> Path:
+    """A pipeline folder of the micro student's schedule and the tiny one's other parts."""
+    folder = micro_folder.parent / "whole"
+    if not folder.is_dir():
+        shutil.copytree(tiny_pipeline, folder, ignore=shutil.ignore_patterns("unet", "scheduler"))
+        for part in ("unet", "scheduler"):
+            shutil.copytree(micro_folder / part, folder / part)
+    return folder
 
 
 def feeds_of(program: MilProgram) -> dict[str, np.ndarray]:
@@ -156,11 +180,18 @@ def test_the_weighted_sum_stays_in_float32_in_half_precision(plain):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_each_profile_is_made_and_passes_its_gate(made, plain, profile, capsys):
+def test_each_profile_makes_all_four_packages_and_passes_its_gates(
+    whole, micro_folder, tiny_pipeline, profile, tmp_path, capsys
+):
     from tiue_export.apps.tables import console, parity_table
 
-    bundle = plain if profile == "mac-gpu" else made(profile=profile)
+    place = StudentPlace(str(_with_parts(micro_folder, tiny_pipeline)))
+    own = open_bundle(shutil.copytree(whole.root, tmp_path / "own"))
+    bundle = compile_coreml(own, place, CoremlOptions(profile), in_process=True)
     compiled = bundle.manifest.compiled[FOLDER]
+    assert set(compiled.graphs) == set(GRAPH_NAMES)
+    assert all(record.passed for record in compiled.parity)
+    assert len(compiled.parity) == len(GRAPH_NAMES)
     console.print(parity_table(compiled.parity, profile))
     assert "latents" in capsys.readouterr().out
     latents = next(record for record in compiled.parity if record.subject == "latents")
@@ -353,6 +384,16 @@ def test_a_recipe_is_saved_as_it_is_read(tmp_path):
     bits = {UNET_ENCODER: {"w": 6}, UNET_DECODER: {"v": 16}}
     MixedRecipe(bits).save(tmp_path / "r.json")
     assert read_recipe(tmp_path / "r.json") == bits
+
+
+def test_a_full_temporary_folder_is_told_as_such(monkeypatch):
+    said = RuntimeError("[MIL FileWriter]: Unknown error occurred while writing data to the file.")
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4096))
+    with pytest.raises(ResourceError, match="is full; coremltools writes its weights there first"):
+        coreml_convert._refuse_full_disk(said)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
+    coreml_convert._refuse_full_disk(said)  # something else went wrong
 
 
 # ---- range of half precision

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,3 +98,12 @@ def test_doctor_does_not_take_our_own_plugin_file_for_optimum(
     backends = {backend["name"]: backend for backend in json.loads(done.stdout)["backends"]}
     assert backends["export to ONNX"]["usable"]
     assert not backends["optimum-cli export tiue"]["usable"]
+
+
+@pytest.mark.slow
+def test_diffusers_does_not_remark_on_the_plugin_in_any_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import tiue_export, diffusers"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "optimum" not in done.stderr

@@ -6,6 +6,7 @@ The names below are imported on first use, so that `import tiue_export` stays li
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from tiue_export._version import __version__
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from tiue_export.schedule import Schedule, schedule_from_config
     from tiue_export.specs import RuntimeOptions
     from tiue_export.student import Student
+
+# Our optimum plugin is a second distribution in optimum's namespace: diffusers says so on import.
+logging.getLogger("diffusers.utils.import_utils").addFilter(
+    lambda record: "for package optimum" not in record.getMessage()
+)
 
 _HOMES = {
     "Bundle": "bundle",

@@ -8,6 +8,8 @@ import gc
 import io
 import json
 import logging
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from tiue_export._version import __version__
-from tiue_export.errors import RuntimeFailure, first_line
+from tiue_export.errors import ResourceError, RuntimeFailure, first_line
 from tiue_export.export.coreml_profiles import CoremlPlan
 from tiue_export.specs import UNET_DECODER, VAE_DECODER, GraphSpec, TensorSpec
 
 P = ParamSpec("P")
 R = TypeVar("R")
 METADATA_KEY = "com.tiue-export"
+_FULL_BYTES = 100_000_000
 # coremltools appends this to an operation that it turns into half precision.
 _HALF = "_cast_fp16"
 # Torch operations that coremltools lacks, each with an equivalent that it has. 9.0 lacks `alias`,
@@ -91,6 +94,7 @@ def convert(conversion: Conversion, package: Path) -> dict[str, int]:
                 skip_model_load=True,
             )
         except Exception as error:  # coremltools raises NotImplementedError, ValueError, ...
+            _refuse_full_disk(error)
             raise RuntimeFailure(
                 f"coremltools {ct.__version__} cannot convert {conversion.spec.name}: "
                 f"{first_line(error)}",
@@ -99,6 +103,16 @@ def convert(conversion: Conversion, package: Path) -> dict[str, int]:
         del program
         describe(model, conversion)
         return save(model, package)
+
+
+def _refuse_full_disk(error: Exception) -> None:
+    """coremltools writes weights to the temporary folder, and does not say that it was full."""
+    folder = Path(tempfile.gettempdir())
+    if "writing data to the file" in str(error) and shutil.disk_usage(folder).free < _FULL_BYTES:
+        raise ResourceError(
+            f"the disk of {folder} is full; coremltools writes its weights there first",
+            "Free some space, or name another folder: TMPDIR=FOLDER tiue-export coreml ...",
+        ) from error
 
 
 def op_counts(model: Any) -> dict[str, int]:
