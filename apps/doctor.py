@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export._version import __version__
+from tiue_export.cache_folder import user_cache_folder
 from tiue_export.errors import MissingExtraError
 from tiue_export.mil.package import has_native_library
 from tiue_export.registry import (
@@ -85,14 +86,22 @@ def run(as_json: bool) -> None:
 
 
 def describe_machine() -> dict[str, str]:
-    """Operating system, Python, CPU with the instruction sets that matter, memory, GPU."""
+    """Operating system, Python, CPU with the instruction sets that matter, memory, GPU, cache."""
     return {
         "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
         "python": platform.python_version(),
         "cpu": _cpu(),
         "memory": _memory(),
         "gpu": _gpu() or "none found (nvidia-smi)",
+        "cache": _cache(),
     }
+
+
+def _cache() -> str:
+    """Compiled models and what was measured here: as large as the weights, for each precision."""
+    folder = user_cache_folder()
+    size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return f"{folder}, {megabytes(size_bytes)}; can be deleted at any time"
 
 
 def installed_packages() -> dict[str, str | None]:

@@ -159,6 +159,16 @@ def test_doctor_names_backends_and_remedies(run):
     assert run("doctor")[0] == 0
 
 
+def test_doctor_tells_how_much_the_cache_holds(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = tmp_path / "tiue-export" / "openvino" / "1.blob"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(bytes(3_000_000))
+    _, out, _ = run("doctor", "--json")
+    told = json.loads(out)["machine"]["cache"]
+    assert told == f"{tmp_path / 'tiue-export'}, 3.00 MB; can be deleted at any time"
+
+
 @pytest.mark.slow
 def test_demo_makes_everything_and_refuses_to_overwrite(run, tmp_path):
     code, out, _ = run("demo", "--out", "demo")
