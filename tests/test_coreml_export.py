@@ -454,7 +454,7 @@ def remade(plain, monkeypatch):
 
 @pytest.mark.usefixtures("remade")
 def test_a_failed_gate_leaves_the_bundle_as_it_was_unless_the_loss_is_allowed(own, made):
-    with pytest.raises(ParityError, match=r"Core ML fp16, latents: .* gate 299 dB"):
+    with pytest.raises(ParityError, match=r"Core ML fp16, encoder features: .* gate 299 dB"):
         made()
     assert not (own.root / FOLDER).exists()
     assert open_bundle(own.root).manifest.compiled == {}

@@ -98,9 +98,11 @@ def compile_coreml(
     with compiled_folder(bundle, FOLDER) as folder, _work_folder(folder) as work:
         export = _Export(bundle, place, options, plan, sizes, folder, work, in_process, observer)
         recipe = _recipe(export)
-        results = {graph: _make(export, graph, recipe) for graph in bundle.manifest.graphs}
-        if not allow_parity_loss:
-            require_passed([r for each in results.values() for r in each.parity], _IF_LOST)
+        results = {}
+        for graph in bundle.manifest.graphs:
+            results[graph] = _make(export, graph, recipe)
+            if not allow_parity_loss:  # at once: the other graphs may take many minutes
+                require_passed(list(results[graph].parity), _IF_LOST)
         shutil.rmtree(work)
         return _listed(export, results, recipe)
 

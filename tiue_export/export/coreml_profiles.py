@@ -212,12 +212,13 @@ class CoremlPlan:
     def compression_of(self, graph: str) -> Compression:
         """The VAE is never compressed, and only the UNet's activations are ever quantized.
 
-        The VAE is small and its errors are seen directly; Apple's converter leaves it too.
+        The VAE is small and its errors are seen directly; Apple's converter leaves it too. The
+        text encoder keeps 8 bits: at 6, 23 layers of SD 2.1's shape came to 38.5 dB, gate 40.
         """
         whole = COMPRESSIONS[self.compress]
         if graph not in (TEXT_ENCODER, *UNET_GRAPHS):
             return COMPRESSIONS["none"]
-        if graph == TEXT_ENCODER and whole.kind in ("w8a8", "recipe"):
+        if graph == TEXT_ENCODER and (whole.kind in ("w8a8", "recipe") or whole.bits < 8):
             return COMPRESSIONS["palettize-8"]
         return whole
 
