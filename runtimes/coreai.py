@@ -113,6 +113,10 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> CoreaiRuntime:
             f"{bundle.root} has no Core AI assets",
             f"Make them: tiue-export coreai --ckpt CHECKPOINT --bundle {bundle.root}",
         )
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"--threads is {options.threads}; expected 1 or more")
+    if options.threads is not None:
+        raise UsageError("Core AI chooses its threads itself", "Leave --threads out.")
     if options.device not in ("auto", "cpu"):
         raise unknown_name("device", options.device, ("auto", "cpu"))
     made = str(bundle.manifest.compiled[_FOLDER].flags["precision"])

@@ -22,6 +22,8 @@ os.environ.pop("TIUE_EXPORT_DEBUG", None)
 @pytest.fixture(autouse=True)
 def ctrl_c():
     """Ctrl-C does after every test what it did before it: one that is lost kills a later worker."""
+    # A shell hands "ignore it" on to what it starts in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGINT)
     yield
     after = signal.getsignal(signal.SIGINT)
@@ -128,6 +130,21 @@ def coreml_bundle(compiled_bundle, tiny_pipeline, made_once):
             gc.collect()
 
     return open_bundle(made_once("coreml-fp32", make))
+
+
+@pytest.fixture(scope="session")
+def coreai_bundle(coreml_bundle, tiny_pipeline, made_once):
+    """A copy of that with Core AI assets in fp32 too: every form that runs here. Shared."""
+    pytest.importorskip("coreai", reason="coreai-core is not installed")
+    from tiue_export.bundle import open_bundle
+    from tiue_export.export.bundle_student import StudentPlace
+    from tiue_export.export.coreai_bundle import CoreaiOptions, compile_coreai
+
+    def make(folder: Path) -> None:
+        bundle = open_bundle(shutil.copytree(coreml_bundle.root, folder))
+        compile_coreai(bundle, StudentPlace(str(tiny_pipeline)), CoreaiOptions("fp32"))
+
+    return open_bundle(made_once("coreai-fp32", make))
 
 
 @pytest.fixture(scope="session")

@@ -32,15 +32,10 @@ from tiue_export.export.coreai_bundle import (
 )
 
 
-@pytest.fixture(scope="module")
-def made(tiny_bundle, tiny_pipeline, made_once):
+@pytest.fixture
+def made(coreai_bundle):
     """The tiny bundle with fp32 assets. Shared."""
-    place, single = StudentPlace(str(tiny_pipeline)), CoreaiOptions("fp32")
-
-    def make(folder):
-        compile_coreai(open_bundle(shutil.copytree(tiny_bundle.root, folder)), place, single)
-
-    return open_bundle(made_once("coreai-fp32", make))
+    return coreai_bundle
 
 
 @pytest.fixture
@@ -159,6 +154,11 @@ def test_an_unknown_precision_and_a_size_for_a_bundle_are_refused(run, own, micr
     assert (code, "unknown precision 'int8'" in err) == (UsageError.exit_code, True)
     code, _, err = run(*arguments, "--height", 128)
     assert (code, "--height and --bundle were both given" in err) == (UsageError.exit_code, True)
+
+
+def test_a_number_of_threads_is_refused_as_core_ai_chooses_it(made):
+    with pytest.raises(UsageError, match="Core AI chooses its threads itself"):
+        open_runtime("coreai", made, RuntimeOptions(threads=2))
 
 
 def test_without_assets_the_runtime_says_how_to_make_them(tiny_bundle):

@@ -223,6 +223,7 @@ first = open_runtime("openvino", bundle, RuntimeOptions(device="cpu"))
 second = open_runtime("openvino", bundle, RuntimeOptions(device="cpu"))
 for runtime in (first, second):
     runtime.close()
+signal.signal(signal.SIGINT, signal.default_int_handler)
 del first, second, runtime
 gc.collect()
 try:

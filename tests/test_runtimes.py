@@ -26,14 +26,14 @@ from tiue_export.specs import (
 # Those that need other hardware are held to the same in tests of their own, marked gpu or mac.
 ELSEWHERE = ("trt",)
 HERE = tuple(sorted(set(RUNTIMES) - set(ELSEWHERE)))
-COMPUTING = ("coreml", "openvino", "ort", "torch")
+COMPUTING = ("coreai", "coreml", "openvino", "ort", "torch")
 PAIRS = [(name, graph) for name in HERE for graph in GRAPH_NAMES]
 
 
 @pytest.fixture(scope="session")
-def compiled_bundle(coreml_bundle):
-    """Here, with the packages of Core ML, which take long to make."""
-    return coreml_bundle
+def compiled_bundle(coreai_bundle):
+    """Here, with Apple's packages and assets, which take long to make."""
+    return coreai_bundle
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,12 @@ def assert_equal(left, right):
 @pytest.mark.parametrize("name", HERE)
 def test_a_runtime_says_its_name_and_its_device(runtimes, name):
     assert runtimes[name].name == name
-    known = {"coreml": "evaluator fp32", "fake": "none", "openvino": "cpu fp32"}
+    known = {
+        "coreai": "interpreter fp32",
+        "coreml": "evaluator fp32",
+        "fake": "none",
+        "openvino": "cpu fp32",
+    }
     assert runtimes[name].device == known.get(name, "cpu")
     assert runtimes[name].precision == "fp32"
 
@@ -275,8 +280,8 @@ def test_fewer_than_one_thread_is_refused(compiled_bundle, options, name, thread
 def test_an_unknown_device_is_refused_by_name(compiled_bundle, options, name):
     with pytest.raises(UsageError, match="unknown device 'cuba'") as caught:
         open_runtime(name, compiled_bundle, replace(options, device="cuba"))
-    # OpenVINO and Core ML have no CUDA device to mean.
-    meant = {"coreml": None, "openvino": None}.get(name, "Did you mean 'cuda'?")
+    # OpenVINO, Core ML and Core AI have no CUDA device to mean.
+    meant = {"coreai": None, "coreml": None, "openvino": None}.get(name, "Did you mean 'cuda'?")
     assert caught.value.next_step == meant
 
 
