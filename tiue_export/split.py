@@ -79,15 +79,22 @@ class UNetEncoder(nn.Module):
     def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
         rows = encoder_hidden_states[:, 0, :1]  # (B, 1): folded time asks only for the row count
         hidden = self.unet["conv_in"](sample.to(self.dtype))
-        skips = [hidden]
-        for block in self.unet["down_blocks"]:
-            if getattr(block, "has_cross_attention", False):
-                hidden, more = block(hidden, rows, encoder_hidden_states=encoder_hidden_states)
-            else:
-                hidden, more = block(hidden, rows)
-            skips.extend(more)
-        mid = self.unet["mid_block"](hidden, rows, encoder_hidden_states=encoder_hidden_states)
-        return (mid, *skips)
+        return encoder_features(self.unet, hidden, rows, encoder_hidden_states)
+
+
+def encoder_features(unet: Any, hidden: Tensor, time: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+    """Mid block's output, then every skip, from what conv_in made; in diffusers' order.
+
+    `unet` holds "down_blocks" and "mid_block"; `time` is what resnets take, embedded or folded.
+    """
+    skips = [hidden]
+    for block in unet["down_blocks"]:
+        if getattr(block, "has_cross_attention", False):
+            hidden, more = block(hidden, time, encoder_hidden_states=text)
+        else:
+            hidden, more = block(hidden, time)
+        skips.extend(more)
+    return (unet["mid_block"](hidden, time, encoder_hidden_states=text), *skips)
 
 
 class NaiveDecoder(nn.Module):

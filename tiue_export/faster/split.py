@@ -20,7 +20,7 @@ from tiue_export.lowering import (
     lowered,
     with_plain_attention,
 )
-from tiue_export.split import OutputHead
+from tiue_export.split import OutputHead, encoder_features
 
 
 class TimeEmbedding(nn.Module):
@@ -55,15 +55,7 @@ class KeyEncoder(nn.Module):
     ) -> tuple[Tensor, ...]:
         time = self.time(timestep).expand(sample.shape[0], -1)  # (2B, D_t)
         hidden = self.unet["conv_in"](sample.to(self.dtype))
-        skips = [hidden]
-        for block in self.unet["down_blocks"]:
-            if getattr(block, "has_cross_attention", False):
-                hidden, more = block(hidden, time, encoder_hidden_states=encoder_hidden_states)
-            else:
-                hidden, more = block(hidden, time)
-            skips.extend(more)
-        mid = self.unet["mid_block"](hidden, time, encoder_hidden_states=encoder_hidden_states)
-        return (mid, *skips)
+        return encoder_features(self.unet, hidden, time, encoder_hidden_states)
 
 
 class ControlNet(nn.Module):
@@ -93,18 +85,11 @@ class ControlNet(nn.Module):
         controlnet_cond: Tensor,
         conditioning_scale: Tensor,
     ) -> tuple[Tensor, ...]:
-        net, text = self.net, encoder_hidden_states
+        net = self.net
         time = self.time(timestep).expand(sample.shape[0], -1)  # (2B, D_t)
         condition = net["controlnet_cond_embedding"](controlnet_cond.to(self.dtype))
         hidden = net["conv_in"](sample.to(self.dtype)) + torch.cat([condition, condition])
-        skips = [hidden]
-        for block in net["down_blocks"]:
-            if getattr(block, "has_cross_attention", False):
-                hidden, more = block(hidden, time, encoder_hidden_states=text)
-            else:
-                hidden, more = block(hidden, time)
-            skips.extend(more)
-        mid = net["mid_block"](hidden, time, encoder_hidden_states=text)
+        mid, *skips = encoder_features(net, hidden, time, encoder_hidden_states)
         scale = conditioning_scale.to(self.dtype)
         ends = zip(net["controlnet_down_blocks"], skips, strict=True)
         return (net["controlnet_mid_block"](mid) * scale, *(end(x) * scale for end, x in ends))
