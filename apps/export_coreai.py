@@ -10,13 +10,12 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from tiue_export.bundle import check_target, open_bundle, require_one_pass
+from tiue_export.bundle import open_bundle, require_one_pass
 from tiue_export.errors import UsageError
 from tiue_export.registry import EXPORT_NEEDS, require
 from tiue_export.weight_container import check_checkpoint_path
 
-from .export_onnx import ExportRequest, export, output_path
-from .export_onnx import run as export_onnx
+from .export_onnx import ExportRequest, export_first
 from .export_openvino import compiled_table
 from .stages import stage_bar
 from .tables import console, parity_table, print_json
@@ -46,9 +45,15 @@ def run(request: CoreaiRequest) -> None:
     require("exporting", EXPORT_NEEDS, "export")
     check_checkpoint_path(checkpoint)
     from tiue_export.export.bundle_student import StudentPlace
-    from tiue_export.export.coreai_bundle import FOLDER, CoreaiOptions, compile_coreai
+    from tiue_export.export.coreai_bundle import (
+        FOLDER,
+        CoreaiOptions,
+        check_precision,
+        compile_coreai,
+    )
     from tiue_export.export.onnx_bundle import Observer, StageReport
 
+    check_precision(request.precision)
     start = time.perf_counter()
     path = _bundle_path(request, checkpoint)
     with stage_bar(quiet=request.as_json) as bar:
@@ -114,10 +119,6 @@ def _bundle_path(request: CoreaiRequest, checkpoint: str) -> Path:
         force=request.force,
         as_json=request.as_json,
     )
-    out = output_path(asked)
-    if request.as_json:
-        check_target(out, force=request.force)
-        export(asked, out)
-    else:
-        export_onnx(asked)
+    out = export_first(asked, f"coreai --ckpt {shlex.quote(checkpoint)} --bundle")
+    assert out is not None  # it was no dry run
     return out

@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle import Bundle, check_target
+from tiue_export.bundle import MANIFEST_FILE, Bundle, check_target
+from tiue_export.errors import BundleError
 from tiue_export.overflow import load_audit
 from tiue_export.registry import EXPORT_NEEDS, require
 from tiue_export.specs import CONTROLNET, GRAPH_NAMES
@@ -129,6 +130,29 @@ def output_path(request: ExportRequest) -> Path:
     name = place.stem if place.suffix == ".safetensors" else place.name
     method = "" if request.method.method == "tiue" else f"-{request.method.method}"
     return request.out or Path(f"{name}{method}-{request.precision}")
+
+
+def export_first(asked: ExportRequest, instead: str) -> Path | None:
+    """The bundle that another command goes on with; None after a dry run printed its plan.
+
+    `instead` is what to type with a bundle that is there already. With JSON nothing is printed: the
+    other command's object is the only one.
+    """
+    out = output_path(asked)
+    if (out / MANIFEST_FILE).is_file() and not asked.force and not asked.dry_run:
+        raise BundleError(
+            f"{out} already holds a bundle",
+            f"Use it: tiue-export {instead} {shlex.quote(str(out))}; or choose another --out, or "
+            "pass --force to export again.",
+        )
+    if asked.as_json:
+        require("exporting", EXPORT_NEEDS, "export")
+        check_checkpoint_path(asked.ckpt)
+        check_target(out, force=asked.force)
+        export(asked, out)
+    else:
+        run(asked)
+    return None if asked.dry_run else out
 
 
 def export(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,21 @@ def test_an_unknown_precision_and_a_size_for_a_bundle_are_refused(run, own, micr
     assert (code, "unknown precision 'int8'" in err) == (UsageError.exit_code, True)
     code, _, err = run(*arguments, "--height", 128)
     assert (code, "--height and --bundle were both given" in err) == (UsageError.exit_code, True)
+
+
+def test_a_wrong_precision_is_refused_before_anything_is_exported(run, micro_folder, tmp_path):
+    code, _, err = run("coreai", "--ckpt", micro_folder, "--precision", "int8")
+    assert (code, "unknown precision 'int8'" in err) == (UsageError.exit_code, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_audit_that_kept_float32_is_not_overruled(own, micro_folder):
+    record = replace(own.manifest.graphs[UNET_DECODER], float32_modules=("up_blocks.0",))
+    graphs = {**own.manifest.graphs, UNET_DECODER: record}
+    audited = replace(own, manifest=replace(own.manifest, graphs=graphs))
+    with pytest.raises(UsageError, match=r"keeps 1 module\(s\) in float32"):
+        compile_coreai(audited, StudentPlace(str(micro_folder)))
+    assert not (own.root / FOLDER).exists()
 
 
 def test_a_number_of_threads_is_refused_as_core_ai_chooses_it(made):

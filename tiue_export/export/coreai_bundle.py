@@ -8,11 +8,9 @@ here is Apple's own runtime then, though not on Apple's units.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import importlib.metadata
 import io
-import json
 import logging
 import time
 import warnings
@@ -29,9 +27,17 @@ from tiue_export.bundle import (
     add_compiled,
     compiled_folder,
     file_records,
+    form_identity,
     require_one_pass,
+    trial_of,
 )
-from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_name
+from tiue_export.errors import (
+    BundleError,
+    RuntimeFailure,
+    UsageError,
+    first_line,
+    unknown_name,
+)
 from tiue_export.export.bundle_student import StudentPlace, fp32_options, open_student
 from tiue_export.export.onnx_bundle import Observer, StageReport
 from tiue_export.graphs import Graph, build_graphs
@@ -71,9 +77,9 @@ def compile_coreai(
     """
     options, observer = options or CoreaiOptions(), observer or Observer()
     require("Core AI export", ("coreai", "coreai_torch"), "coreai")
-    if options.precision not in PRECISIONS:
-        raise unknown_name("precision", options.precision, PRECISIONS)
+    check_precision(options.precision)
     require_one_pass(bundle, "coreai")
+    _refuse_islands(bundle, options)
     if FOLDER in bundle.manifest.compiled and not force:
         raise BundleError(
             f"{bundle.root} has Core AI assets already", "Pass --force to make them again."
@@ -95,6 +101,23 @@ def compile_coreai(
         if not allow_parity_loss:
             require_passed(records, "Try --precision fp32, or accept it: --allow-parity-loss.")
         return add_compiled(bundle, FOLDER, folder, replace(compiled, parity=tuple(records)))
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a word that is none; the command asks before it exports anything."""
+    if precision not in PRECISIONS:
+        raise unknown_name("precision", precision, PRECISIONS)
+
+
+def _refuse_islands(bundle: Bundle, options: CoreaiOptions) -> None:
+    """An audit that kept modules in float32 is not overruled in silence."""
+    kept = sum(len(record.float32_modules) for record in bundle.manifest.graphs.values())
+    if options.precision == "fp16" and kept:
+        raise UsageError(
+            f"the audit of {bundle.root} keeps {kept} module(s) in float32, which half precision "
+            "cannot hold; Core AI assets are of one precision here",
+            "Pass --precision fp32.",
+        )
 
 
 def _convert(
@@ -119,7 +142,12 @@ def _convert(
     observer.on_done(StageReport(f"convert {name}", seconds, memory.peak_bytes, size_bytes))
     return CompiledGraph(
         path=f"{FOLDER}/{name}.aimodel/metadata.json",
-        identity=_identity(bundle, name, options, version),
+        identity=form_identity(
+            bundle,
+            name,
+            precision=options.precision,
+            versions=[version, importlib.metadata.version("coreai-torch"), __version__],
+        ),
         files={f"{FOLDER}/{file}": record for file, record in records.items()},
         report={"convert_s": round(seconds, 2), "peak_memory_bytes": memory.peak_bytes},
     )
@@ -173,26 +201,11 @@ def quiet_coreai() -> Iterator[Any]:
         logging.getLogger("coreai_torch").setLevel(level)
 
 
-def _identity(bundle: Bundle, graph: str, options: CoreaiOptions, version: str) -> str:
-    files = {name: f.sha256 for name, f in bundle.manifest.graphs[graph].files.items()}
-    decides = {
-        "files": files,
-        "precision": options.precision,
-        "versions": [version, importlib.metadata.version("coreai-torch"), __version__],
-    }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-
-
 def _prove(
     bundle: Bundle, folder: Path, compiled: Compiled, observer: Observer
 ) -> list[ParityRecord]:
     """Run the new assets where they lie, on captured inputs."""
-    moved = {
-        graph: replace(form, path=f"{folder.name}/{graph}.aimodel/metadata.json")
-        for graph, form in compiled.graphs.items()
-    }
-    forms = {**bundle.manifest.compiled, FOLDER: replace(compiled, graphs=moved)}
-    trial = Bundle(bundle.root, replace(bundle.manifest, compiled=forms))
+    trial = trial_of(bundle, FOLDER, folder, compiled)
     observer.on_start("verify")
     start = time.perf_counter()
     with PeakMemory() as memory:

@@ -7,7 +7,6 @@ made in a process of its own, so that memory is given back whole and a crash is 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -23,7 +22,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tiue_export._version import __version__
-from tiue_export.bundle import Bundle, add_compiled, compiled_folder, file_records
+from tiue_export.bundle import (
+    Bundle,
+    add_compiled,
+    compiled_folder,
+    file_records,
+    form_identity,
+)
 from tiue_export.compare import weakest
 from tiue_export.errors import BundleError, ResourceError, UsageError
 from tiue_export.export.bundle_student import Size, StudentPlace
@@ -352,17 +357,17 @@ def _compiled_graph(
 
 
 def _identity(export: _Export, graph: str, version: str) -> str:
-    files = {name: f.sha256 for name, f in export.bundle.manifest.graphs[graph].files.items()}
-    decides = {
-        "files": files,
-        "plan": asdict(export.plan),
-        "sizes": export.sizes,
-        "recipe": {g: dict(bits) for g, bits in export.options.recipe.items()},
-        "targets": [export.options.target_psnr_db, export.options.target_mb],
-        "prompts": export.options.prompts,
-        "version": version,
-    }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    options = export.options
+    return form_identity(
+        export.bundle,
+        graph,
+        plan=asdict(export.plan),
+        sizes=export.sizes,
+        recipe={name: dict(bits) for name, bits in options.recipe.items()},
+        targets=[options.target_psnr_db, options.target_mb],
+        prompts=options.prompts,
+        version=version,
+    )
 
 
 __all__ = ["FOLDER", "RECIPE", "CoremlObserver", "compile_coreml"]

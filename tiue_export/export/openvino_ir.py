@@ -7,14 +7,18 @@ The IR keeps the ONNX graph's tensor names. Weights are stored in float32, or in
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from tiue_export.bundle import Bundle, add_compiled, compiled_folder, file_records
+from tiue_export.bundle import (
+    Bundle,
+    add_compiled,
+    compiled_folder,
+    file_records,
+    form_identity,
+    trial_of,
+)
 from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_name
 from tiue_export.export.onnx_bundle import Observer, StageReport
 from tiue_export.manifest import Compiled, CompiledGraph, ParityRecord
@@ -107,29 +111,17 @@ def _convert(
     observer.on_done(StageReport(f"convert {graph}", seconds, memory.peak_bytes, size_bytes))
     return CompiledGraph(
         path=f"{FOLDER}/{graph}.xml",
-        identity=_identity(bundle, graph, options, version),
+        identity=form_identity(bundle, graph, weights=options.weights, version=version),
         files={f"{FOLDER}/{name}": record for name, record in records.items()},
         report={"convert_s": round(seconds, 2), "peak_memory_bytes": memory.peak_bytes},
     )
-
-
-def _identity(bundle: Bundle, graph: str, options: OpenvinoOptions, version: str) -> str:
-    files = {name: f.sha256 for name, f in bundle.manifest.graphs[graph].files.items()}
-    decides: dict[str, Any] = {"files": files, "weights": options.weights, "version": version}
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def _prove(
     bundle: Bundle, folder: Path, compiled: Compiled, options: OpenvinoOptions, observer: Observer
 ) -> list[ParityRecord]:
     """Run the new graphs where they lie, in each precision, on captured inputs."""
-    # The runtime reads paths from the manifest: one that points at the unfinished folder.
-    moved = {
-        graph: replace(form, path=f"{folder.name}/{graph}.xml")
-        for graph, form in compiled.graphs.items()
-    }
-    forms = {**bundle.manifest.compiled, FOLDER: replace(compiled, graphs=moved)}
-    trial = Bundle(bundle.root, replace(bundle.manifest, compiled=forms))
+    trial = trial_of(bundle, FOLDER, folder, compiled)
     reference = load_reference(bundle)
     records: list[ParityRecord] = []
     for precision in options.precisions:
