@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle import Bundle, check_target, open_bundle, require_one_pass
+from tiue_export.bundle import Bundle, open_bundle, require_one_pass
 from tiue_export.errors import BundleError, UsageError
 from tiue_export.export.coreml_profiles import (
     CoremlOptions,
@@ -22,8 +22,7 @@ from tiue_export.export.coreml_profiles import (
 from tiue_export.registry import EXPORT_NEEDS, require
 from tiue_export.weight_container import check_checkpoint_path
 
-from .export_onnx import ExportRequest, export, output_path
-from .export_onnx import run as export_onnx
+from .export_onnx import ExportRequest, export_first
 from .prompt_file import prompts_in
 from .stages import stage_bar
 from .tables import console, megabytes, parity_table, print_json
@@ -209,12 +208,8 @@ def _bundle_path(request: CoremlRequest, checkpoint: str, options: CoremlOptions
         force=request.force,
         as_json=request.as_json,
     )
-    out = output_path(asked)
-    if request.as_json:
-        check_target(out, force=request.force)
-        export(asked, out)
-    else:
-        export_onnx(asked)
+    out = export_first(asked, f"coreml --ckpt {shlex.quote(checkpoint)} --bundle")
+    assert out is not None  # it was no dry run
     return out
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle import Bundle, check_target, open_bundle
+from tiue_export.bundle import Bundle, open_bundle
 from tiue_export.errors import UsageError
 from tiue_export.openvino_core import native_precisions
 from tiue_export.registry import require
 
-from .export_onnx import ExportRequest, export, output_path
-from .export_onnx import run as export_onnx
+from .export_onnx import ExportRequest, export_first
 from .method_options import MethodRequest
 from .stages import stage_bar
 from .tables import console, megabytes, parity_table, print_json
@@ -120,12 +119,8 @@ def _bundle_path(request: OpenvinoRequest) -> Path:
         force=request.force,
         as_json=request.as_json,
     )
-    out = output_path(asked)
-    if request.as_json:
-        check_target(out, force=request.force)
-        export(asked, out)
-    else:
-        export_onnx(asked)
+    out = export_first(asked, "openvino --bundle")
+    assert out is not None  # it was no dry run
     return out
 
 

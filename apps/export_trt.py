@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle import MANIFEST_FILE, Bundle, check_target, open_bundle
+from tiue_export.bundle import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.engine_identity import PORTABLE
-from tiue_export.errors import BundleError, UsageError
+from tiue_export.errors import UsageError
 from tiue_export.export.trt_bundle import (
     TrtObserver,
     check_refittable,
@@ -24,8 +24,7 @@ from tiue_export.export.trt_plan import TrtOptions, TrtPlan, plan_trt, resolve_t
 from tiue_export.manifest import Compiled, CompiledGraph
 from tiue_export.tensorrt_flavor import FOLDERS, TITLES
 
-from .export_onnx import ExportRequest, export, output_path
-from .export_onnx import run as export_onnx
+from .export_onnx import ExportRequest, export_first
 from .stages import StageBar, stage_bar
 from .tables import console, megabytes, print_json
 
@@ -217,20 +216,9 @@ def _export(request: TrtRequest, options: TrtOptions) -> Path | None:
 
 
 def _run_export(asked: ExportRequest, instead: str) -> Path | None:
-    out = output_path(asked)
-    if (out / MANIFEST_FILE).is_file() and not asked.force and not asked.dry_run:
-        raise BundleError(
-            f"{out} already holds a bundle",
-            f"Use it: tiue-export {instead} {shlex.quote(str(out))}; or choose another --out, or "
-            "pass --force to export again.",
-        )
-    if asked.as_json:
-        check_target(out, force=asked.force)
-        export(asked, out)
-    else:
-        export_onnx(asked)
+    out = export_first(asked, instead)
     _give_memory_back()
-    return None if asked.dry_run else out
+    return out
 
 
 def _give_memory_back() -> None:
