@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tiue_export import open_bundle
@@ -381,3 +382,47 @@ def test_a_full_disk_keeps_nothing_and_says_so(tiny_pipeline, tmp_path):
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ["onnx", "--audit-prompts", "none.txt", "--precision", "fp16", "--dry-run"],
+            2,
+            "none.txt",
+        ),
+        (["onnx", "--steps", 2, "--dry-run"], 5, "or pass --allow-other-steps to export K=2"),
+        (["coreml", "--attention-implementation", "NONE"], 2, "unknown attention 'NONE'"),
+        (["coreml", "--compute-precision", "int3"], 2, "unknown precision 'int3'"),
+    ],
+)
+def test_an_option_reaches_what_refuses_its_value(run, tiny_pipeline, arguments, code, message):
+    command, *rest = arguments
+    found, _, err = run(command, "--ckpt", tiny_pipeline, *rest)
+    assert found == code
+    assert message in " ".join(err.split())
+
+
+def test_other_steps_are_planned_when_allowed(run, tiny_pipeline):
+    arguments = ["--ckpt", tiny_pipeline, "--steps", 2, "--allow-other-steps", "--dry-run"]
+    code, out, _ = run("onnx", *arguments)
+    assert (code, "K=2" in out) == (0, True)
+
+
+def test_low_vram_frees_graphs_between_stages_and_draws_the_same(
+    run, tiny_bundle, tmp_path, monkeypatch
+):
+    seen = []
+    real = importlib.import_module("tiue_export.registry").open_runtime
+
+    def opened(name, bundle, options):
+        seen.append(options.low_memory)
+        return real(name, bundle, options)
+
+    monkeypatch.setattr(importlib.import_module("tiue_export.pipeline"), "open_runtime", opened)
+    for name, more in (("a.png", []), ("b.png", ["--low-vram"])):
+        assert run("generate", tiny_bundle.root, "a fox", "--seed", 1, "--out", name, *more)[0] == 0
+    assert seen == [False, True]
+    pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png")]
+    np.testing.assert_array_equal(*pictures)
