@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import functools
 import gc
 import importlib
 import json
@@ -17,6 +19,20 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("TIUE_EXPORT_DEBUG", None)
+
+
+def pytest_collection_finish() -> None:
+    """Make exports cheaper: what was imported is looked at, and looked up, once."""
+    gc.collect()
+    # coremltools collects often, and millions of objects are torch's and its own for good.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    with contextlib.suppress(ImportError):
+        from torch.onnx._internal import _lazy_import
+
+        # torch parses its whole library of ONNX functions again for every graph.
+        operators = _lazy_import.onnxscript_apis
+        operators.get_torchlib_ops = functools.cache(operators.get_torchlib_ops)
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +189,38 @@ def micro_folder(tmp_path_factory):
     fill(unet, torch.Generator().manual_seed(0))
     unet.save_pretrained(folder / "unet")
     write_scheduler(folder, load_family("tiny").scheduler, 2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def micro_pipeline(micro_folder, tiny_pipeline, tmp_path_factory):
+    """The same UNet with K=4 and all other parts, as small: for what needs a whole student once."""
+    import torch
+    from diffusers import AutoencoderTiny
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from tiue_export.family import load_family
+    from tiue_export.pipeline_folder import write_model_index, write_scheduler
+    from tiue_export.schedule import DEFAULT_STEPS
+    from tiue_export.synthetic import fill
+
+    folder = tmp_path_factory.mktemp("micro") / "pipeline"
+    shutil.copytree(micro_folder, folder)
+    shutil.copytree(tiny_pipeline / "tokenizer", folder / "tokenizer")
+    tiny = load_family("tiny")
+    text = CLIPTextModel(CLIPTextConfig(**{**tiny.text_encoder, "num_hidden_layers": 1}))
+    # Three halvings, as every Stable Diffusion VAE has.
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(1, 1, 1, 1),
+    )
+    for number, (part, model) in enumerate((("text_encoder", text), ("vae", vae))):
+        fill(model, torch.Generator().manual_seed(number))
+        model.save_pretrained(folder / part)
+    write_scheduler(folder, tiny.scheduler, DEFAULT_STEPS)
+    write_model_index(folder, tiny.scheduler, "AutoencoderTiny")
     return folder
 
 

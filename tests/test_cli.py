@@ -51,8 +51,8 @@ def test_version_is_printed(run):
     assert (code, out.split()[0]) == (0, "tiue-export")
 
 
-def test_onnx_exports_prints_tables_and_the_next_command(run, tiny_pipeline):
-    code, out, err = run("onnx", "--ckpt", tiny_pipeline, "--out", "fox")
+def test_onnx_exports_prints_tables_and_the_next_command(run, micro_pipeline):
+    code, out, err = run("onnx", "--ckpt", micro_pipeline, "--out", "fox")
     assert code == 0
     assert "unet_decoder" in out
     assert "passed" in out
@@ -62,8 +62,8 @@ def test_onnx_exports_prints_tables_and_the_next_command(run, tiny_pipeline):
     assert open_bundle("fox").manifest.precision == "fp32"
 
 
-def test_onnx_json_is_one_object_with_the_manifest(run, tiny_pipeline):
-    code, out, err = run("onnx", "--ckpt", tiny_pipeline / "unet", "--out", "fox", "--json")
+def test_onnx_json_is_one_object_with_the_manifest(run, micro_pipeline):
+    code, out, err = run("onnx", "--ckpt", micro_pipeline, "--out", "fox", "--json")
     assert (code, err) == (0, "")
     data = json.loads(out)
     assert data["manifest"]["schedule"]["steps"] == 4
@@ -290,8 +290,8 @@ def test_a_file_that_the_manifest_does_not_list_is_not_trusted(run, bundle_copy)
 
 
 @pytest.mark.slow
-def test_dynamic_batch_needs_no_other_option(run, tiny_pipeline):
-    code, _, err = run("onnx", "--ckpt", tiny_pipeline / "unet", "--out", "any", "--dynamic-batch")
+def test_dynamic_batch_needs_no_other_option(run, micro_folder):
+    code, _, err = run("onnx", "--ckpt", micro_folder, "--out", "any", "--dynamic-batch")
     assert code == 0, err
     assert open_bundle("any").manifest.batch is None
 
@@ -343,12 +343,12 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_note(run, tiny_bundle):
 
 
 @pytest.mark.slow
-def test_an_export_killed_at_any_moment_leaves_nothing_that_opens(tiny_pipeline, tmp_path):
+def test_an_export_killed_at_any_moment_leaves_nothing_that_opens(micro_folder, tmp_path):
     """kill -9 at moments spread over the export; then a whole export cleans up after them."""
-    command = [sys.executable, "-m", "tiue_export", "onnx", "--ckpt", str(tiny_pipeline)]
+    command = [sys.executable, "-m", "tiue_export", "onnx", "--ckpt", str(micro_folder)]
     command += ["--out", str(tmp_path / "fox")]
     random = np.random.RandomState(0)
-    for delay in random.uniform(3.0, 12.0, 4):
+    for delay in random.uniform(3.0, 7.0, 4):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
@@ -365,15 +365,15 @@ def test_an_export_killed_at_any_moment_leaves_nothing_that_opens(tiny_pipeline,
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_nothing_and_says_so(tiny_pipeline, tmp_path):
-    """A real file system of 1 MB; needs root for the mount."""
+def test_a_full_disk_keeps_nothing_and_says_so(micro_folder, tmp_path):
+    """A real file system of 256 kB; needs root for the mount."""
     small = tmp_path / "small"
     small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        command = [sys.executable, "-m", "tiue_export", "onnx", "--ckpt", str(tiny_pipeline)]
+        command = [sys.executable, "-m", "tiue_export", "onnx", "--ckpt", str(micro_folder)]
         done = subprocess.run(
             [*command, "--out", str(small / "fox")], capture_output=True, text=True
         )

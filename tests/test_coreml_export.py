@@ -100,22 +100,12 @@ def plain(micro_bundle, micro_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(micro_folder, tiny_pipeline, made_once):
-    """The micro UNet's bundle with text encoder and VAE: all four graphs. Shared."""
+def whole(micro_pipeline, made_once):
+    """The micro student's bundle: all four graphs. Shared."""
     from tiue_export import export_onnx, load_student
 
-    student = load_student(_with_parts(micro_folder, tiny_pipeline))
+    student = load_student(micro_pipeline)
     return open_bundle(made_once("micro-whole", lambda folder: export_onnx(student, folder)))
-
-
-def _with_parts(micro_folder, tiny_pipeline) -> Path:
-    """A pipeline folder of the micro student's schedule and the tiny one's other parts."""
-    folder = micro_folder.parent / "whole"
-    if not folder.is_dir():
-        shutil.copytree(tiny_pipeline, folder, ignore=shutil.ignore_patterns("unet", "scheduler"))
-        for part in ("unet", "scheduler"):
-            shutil.copytree(micro_folder / part, folder / part)
-    return folder
 
 
 def feeds_of(program: MilProgram) -> dict[str, np.ndarray]:
@@ -181,11 +171,11 @@ def test_the_weighted_sum_stays_in_float32_in_half_precision(plain):
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_each_profile_makes_all_four_packages_and_passes_its_gates(
-    whole, micro_folder, tiny_pipeline, profile, tmp_path, capsys
+    whole, micro_pipeline, profile, tmp_path, capsys
 ):
     from tiue_export.apps.tables import console, parity_table
 
-    place = StudentPlace(str(_with_parts(micro_folder, tiny_pipeline)))
+    place = StudentPlace(str(micro_pipeline))
     own = open_bundle(shutil.copytree(whole.root, tmp_path / "own"))
     bundle = compile_coreml(own, place, CoremlOptions(profile), in_process=True)
     compiled = bundle.manifest.compiled[FOLDER]

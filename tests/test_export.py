@@ -13,7 +13,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from tiue_export import ExportOptions, Pipeline, export_onnx, load_student, open_bundle
@@ -127,8 +126,8 @@ def test_exporting_again_and_from_an_ldm_file_gives_identical_graphs(
     ],
     ids=["naive", "encoder", "96x32-batch2", "merged"],
 )
-def test_every_variant_passes_its_gates_and_draws(options, tiny_student, tmp_path):
-    bundle = export_onnx(tiny_student, tmp_path / "bundle", options)
+def test_every_variant_passes_its_gates_and_draws(options, micro_pipeline, tmp_path):
+    bundle = export_onnx(load_student(micro_pipeline), tmp_path / "bundle", options)
     manifest = bundle.manifest
     assert all(record.passed for record in manifest.parity)
     assert manifest.precision == "fp32"
@@ -202,8 +201,9 @@ def test_softmax_is_in_float32_where_the_model_asks_for_upcast(tiny_pipeline, tm
 
 
 @pytest.mark.slow
-def test_a_dynamic_batch_bundle_runs_any_batch(tiny_student, tmp_path):
-    bundle = export_onnx(tiny_student, tmp_path / "any", ExportOptions(dynamic_batch=True, batch=2))
+def test_a_dynamic_batch_bundle_runs_any_batch(micro_pipeline, tmp_path):
+    options = ExportOptions(dynamic_batch=True, batch=2)
+    bundle = export_onnx(load_student(micro_pipeline), tmp_path / "any", options)
     assert bundle.manifest.batch is None
     assert bundle.spec("unet_decoder").inputs[0].shape == ("batch", 4, 8, 8)
     with Pipeline.open(bundle) as pipeline:
@@ -213,31 +213,29 @@ def test_a_dynamic_batch_bundle_runs_any_batch(tiny_student, tmp_path):
         assert psnr_db(one.latents, row.latents) > 100
 
 
-def test_a_scheduler_that_leaves_out_its_classes_defaults_exports(tiny_pipeline, tmp_path):
+def test_a_scheduler_that_leaves_out_its_classes_defaults_exports(micro_folder, tmp_path):
     """The loop that proves the closed form must fill gaps as the class that wrote the file does."""
-    folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
+    folder = Path(shutil.copytree(micro_folder, tmp_path / "pipeline"))
     config = folder / "scheduler" / "scheduler_config.json"
     kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "set_alpha_to_one"}
     config.write_text(json.dumps({k: v for k, v in kept.items() if k != "timestep_spacing"}))
-    bundle = export_onnx(load_student(folder / "unet", base=folder), tmp_path / "bundle")
+    bundle = export_onnx(load_student(folder), tmp_path / "bundle")
     closed = next(r for r in bundle.manifest.parity if r.hop == "closed form")
     assert closed.value > 120
 
 
-def test_the_torch_runtime_follows_the_checkpoints_own_configuration(tiny_pipeline, tmp_path):
-    folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
+def test_the_torch_runtime_follows_the_checkpoints_own_configuration(micro_folder, tmp_path):
+    folder = Path(shutil.copytree(micro_folder, tmp_path / "pipeline"))
     config = folder / "unet" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "norm_eps": 1e-2}))
-    student = load_student(folder)
-    assert student.source.family == "tiny"
-    bundle = export_onnx(student, tmp_path / "bundle")
+    bundle = export_onnx(load_student(folder), tmp_path / "bundle")
     runtime = open_runtime("torch", bundle, RuntimeOptions(checkpoint=str(folder)))
     records = measure_runtime(bundle, runtime, load_reference(bundle))
     assert all(record.value > 100 for record in records)
 
 
-def test_a_bare_unet_exports_its_two_graphs_and_says_so(tiny_pipeline, tmp_path):
-    student = load_student(tiny_pipeline / "unet")
+def test_a_bare_unet_exports_its_two_graphs_and_says_so(micro_folder, tmp_path):
+    student = load_student(micro_folder)
     bundle = export_onnx(student, tmp_path / "bare")
     assert list(bundle.manifest.graphs) == ["unet_encoder", "unet_decoder"]
     assert "no text encoder" in bundle.manifest.parity[0].inputs
@@ -245,17 +243,10 @@ def test_a_bare_unet_exports_its_two_graphs_and_says_so(tiny_pipeline, tmp_path)
         Pipeline.open(bundle)
 
 
-def test_a_tiny_autoencoder_gets_its_own_scaling_factor(tiny_pipeline, tmp_path):
-    folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
-    shutil.rmtree(folder / "vae")
-    torch.manual_seed(0)
-    AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        num_encoder_blocks=(1, 1, 1, 1),
-        num_decoder_blocks=(1, 1, 1, 1),
-    ).save_pretrained(folder / "vae")
-    bundle = export_onnx(load_student(folder), tmp_path / "bundle")
+def test_a_tiny_autoencoder_gets_its_own_scaling_factor(micro_pipeline, tmp_path):
+    student = load_student(micro_pipeline)
+    student.text_encoder = None
+    bundle = export_onnx(student, tmp_path / "bundle")
     assert bundle.manifest.vae_scaling_factor == 1.0
     config = json.loads((bundle.root / "vae_decoder" / "config.json").read_text())
     assert (config["_class_name"], config["scaling_factor"]) == ("AutoencoderTiny", 1.0)
@@ -272,9 +263,9 @@ def test_text_encoder_and_vae_run_by_name_as_optimum_users_expect(tiny_bundle):
 
 
 def test_a_failing_gate_leaves_nothing_unless_the_loss_is_allowed(
-    tiny_pipeline, tmp_path, monkeypatch
+    micro_folder, tmp_path, monkeypatch
 ):
-    student = load_student(tiny_pipeline / "unet")
+    student = load_student(micro_folder)
     monkeypatch.setitem(__import__("tiue_export.parity").parity.GATES_PSNR_DB, "fp32", 290.0)
     with pytest.raises(ParityError) as caught:
         export_onnx(student, tmp_path / "bundle")
@@ -287,22 +278,22 @@ def test_a_failing_gate_leaves_nothing_unless_the_loss_is_allowed(
 
 
 def test_weights_that_overflow_half_precision_are_refused_with_the_graphs_name(
-    tiny_pipeline, tmp_path
+    micro_folder, tmp_path
 ):
-    folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
+    folder = Path(shutil.copytree(micro_folder, tmp_path / "pipeline"))
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["conv_in.weight"] *= 3e4
     save_file(tensors, file)
     options = ExportOptions(precision="fp16")
     with pytest.raises(ParityError, match="unet_encoder overflows half precision"):
-        export_onnx(load_student(folder / "unet"), tmp_path / "bundle", options, audit=False)
+        export_onnx(load_student(folder), tmp_path / "bundle", options, audit=False)
     assert not (tmp_path / "bundle").exists()
 
 
-def test_stages_report_time_size_and_memory(tiny_pipeline, tmp_path):
+def test_stages_report_time_size_and_memory(micro_folder, tmp_path):
     reports = []
-    student = load_student(tiny_pipeline / "unet")
+    student = load_student(micro_folder)
     export_onnx(student, tmp_path / "b", observer=Observer(on_done=reports.append))
     stages = [report.stage for report in reports]
     graphs = [f"export {g}" for g in open_bundle(tmp_path / "b").manifest.graphs]

@@ -39,6 +39,12 @@ def own(compiled_bundle, tmp_path):
     return open_bundle(shutil.copytree(compiled_bundle.root, tmp_path / "own"))
 
 
+@pytest.fixture
+def unconverted(micro_bundle, tmp_path):
+    """A small bundle without this form."""
+    return open_bundle(shutil.copytree(micro_bundle.root, tmp_path / "unconverted"))
+
+
 def opened(bundle, **options):
     return open_runtime("openvino", bundle, RuntimeOptions(device="cpu", **options))
 
@@ -53,9 +59,8 @@ def test_every_graph_is_listed_with_its_files_and_proven_at_the_fp32_gate(compil
     assert all(r.passed and r.gate == GATES_PSNR_DB["fp32"] for r in compiled.parity)
 
 
-def test_fp16_weights_halve_the_files_and_are_judged_at_the_fp16_gate(bundle_copy):
-    bundle = open_bundle(bundle_copy)
-    full = compile_openvino(bundle)
+def test_fp16_weights_halve_the_files_and_are_judged_at_the_fp16_gate(unconverted):
+    full = compile_openvino(unconverted)
     half = compile_openvino(full, OpenvinoOptions(weights="fp16"), force=True)
 
     def weights(bundle) -> int:
@@ -158,15 +163,15 @@ def test_a_graph_that_openvino_cannot_read_is_named(own):
         runtime.run(UNET_DECODER, {})
 
 
-def test_a_failed_gate_leaves_the_bundle_as_it_was(bundle_copy, monkeypatch):
+def test_a_failed_gate_leaves_the_bundle_as_it_was(unconverted, monkeypatch):
     from tiue_export import compare
 
     monkeypatch.setitem(compare.GATES_PSNR_DB, "fp32", 999.0)
     with pytest.raises(ParityError):
-        compile_openvino(open_bundle(bundle_copy))
-    assert not (bundle_copy / FOLDER).exists()
-    assert open_bundle(bundle_copy).manifest.compiled == {}
-    kept = compile_openvino(open_bundle(bundle_copy), allow_parity_loss=True)
+        compile_openvino(unconverted)
+    assert not (unconverted.root / FOLDER).exists()
+    assert open_bundle(unconverted.root).manifest.compiled == {}
+    kept = compile_openvino(unconverted, allow_parity_loss=True)
     assert not any(r.passed for r in kept.manifest.compiled[FOLDER].parity)
 
 
@@ -181,13 +186,13 @@ def test_replacing_a_compiled_form_that_breaks_half_way_leaves_a_bundle_that_ope
 
 
 def test_the_command_converts_a_checkpoint_in_one_go_and_prints_json(
-    tiny_pipeline, tmp_path, monkeypatch, capsys
+    micro_pipeline, tmp_path, monkeypatch, capsys
 ):
     from tiue_export.apps.cli import main
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        main(["openvino", "--ckpt", str(tiny_pipeline), "--out", "fox", "--json"])
+        main(["openvino", "--ckpt", str(micro_pipeline), "--out", "fox", "--json"])
     assert caught.value.code == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["backend"] == "openvino"

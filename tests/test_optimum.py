@@ -53,9 +53,9 @@ def test_optimum_loads_the_plugin_of_the_wheel_without_torch(
 
 
 def test_optimum_writes_a_bundle_that_opens(
-    installation: Installation, tiny_pipeline: Path, tmp_path: Path
+    installation: Installation, micro_pipeline: Path, tmp_path: Path
 ) -> None:
-    arguments = ["--model", str(tiny_pipeline), "--dtype", "fp32", "out"]
+    arguments = ["--model", str(micro_pipeline), "--dtype", "fp32", "out"]
     done = installation.run(*OPTIMUM_CLI, "export", "tiue", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     bundle = open_bundle(tmp_path / "out")

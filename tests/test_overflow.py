@@ -266,8 +266,10 @@ def test_without_a_hot_value_the_bundle_is_the_same_as_without_an_audit(
         assert 1 < graph.max_abs_in_half < HOT_ABOVE
 
 
-def test_an_export_audits_applies_islands_and_keeps_the_findings(tiny_pipeline, tmp_path):
-    student = with_hot_product(load_student(tiny_pipeline / "unet"), DOWN)
+def test_an_export_audits_applies_islands_and_keeps_the_findings(micro_folder, tmp_path):
+    student = load_student(micro_folder)
+    down = DOWN.replace("blocks.1", "blocks.0")
+    student = with_hot_product(student, down)
     options = ExportOptions(precision="fp16")
     with pytest.raises(ParityError, match="unet_encoder overflows half precision"):
         export_onnx(student, tmp_path / "bundle", options, audit=False)
@@ -276,14 +278,14 @@ def test_an_export_audits_applies_islands_and_keeps_the_findings(tiny_pipeline, 
     manifest = bundle.manifest
     assert all(record.passed for record in manifest.parity)
     encoder = manifest.graphs["unet_encoder"]
-    assert (encoder.precision, encoder.float32_modules) == ("fp16", (f"{DOWN}.ff",))
+    assert (encoder.precision, encoder.float32_modules) == ("fp16", (f"{down}.ff",))
     assert encoder.max_abs_in_half < HOT_ABOVE
     assert AUDIT_FILE in manifest.files
     found = load_audit(bundle)
     assert found.inputs.endswith("2 more prompt(s)")
     assert [graph.graph for graph in found.graphs] == list(UNET)
     (island,) = found.graphs[0].islands
-    assert (island.module, island.cause.module) == (f"{DOWN}.ff", f"{DOWN}.ff.net.0")
+    assert (island.module, island.cause.module) == (f"{down}.ff", f"{down}.ff.net.0")
     assert found.graphs[0].largest[0] == island.cause
     assert found.graphs[1].islands == ()
 
@@ -303,9 +305,10 @@ def test_an_export_audits_applies_islands_and_keeps_the_findings(tiny_pipeline, 
     assert heavy <= paths
 
 
-def test_the_vae_precision_is_the_audits_or_the_users(tiny_student, tmp_path):
-    student = with_hot_stream(tiny_student, "vae.decoder.mid_block.resnets.0.conv2")
-    student.text_encoder = None
+def test_the_vae_precision_is_the_audits_or_the_users(tiny_student, micro_folder, tmp_path):
+    student = load_student(micro_folder)
+    student.vae = tiny_student.vae
+    student = with_hot_stream(student, "vae.decoder.mid_block.resnets.0.conv2")
     options = ExportOptions(precision="fp16", vae_precision="bf16")
     bundle = export_onnx(student, tmp_path / "bundle", options)
     assert bundle.manifest.graphs["vae_decoder"].precision == "bf16"

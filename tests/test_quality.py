@@ -76,6 +76,19 @@ def test_frechet_distance_of_two_gaussians_is_the_closed_form():
     assert metrics.frechet_distance(real, drawn) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("count", [4, 40])  # fewer pictures than features, and more
+def test_frechet_distance_is_that_of_torchmetrics(count):
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    random = np.random.default_rng(0)
+    real, drawn = random.standard_normal((2, count, 8)) * [[[1.0]], [[1.5]]] + [[[0.0]], [[0.3]]]
+    metric = FrechetInceptionDistance(feature=metrics._Given(8)).set_dtype(torch.float64)
+    metric.update(metrics._wide(real), real=True)
+    metric.update(metrics._wide(drawn), real=False)
+    expected = float(metric.compute())
+    assert metrics.frechet_distance(real, drawn) == pytest.approx(expected, abs=1e-5)
+
+
 @given(POINTS, st.floats(-2, 2))
 @settings(max_examples=20)
 def test_a_shift_costs_its_square_whatever_the_points(points, shift):

@@ -819,8 +819,8 @@ def test_the_command_explains_what_it_cannot_do(run, small, tiny_pipeline):
 
 @needs_rtx
 @pytest.mark.slow
-def test_from_a_checkpoint_it_exports_in_half_and_builds(run, tiny_pipeline):
-    arguments = ["trt", "--ckpt", tiny_pipeline / "unet", "--out", "fox", "--flavor", "rtx"]
+def test_from_a_checkpoint_it_exports_in_half_and_builds(run, micro_folder):
+    arguments = ["trt", "--ckpt", micro_folder, "--out", "fox", "--flavor", "rtx"]
     code, out, err = run(*arguments, "--sm", "86")
     assert code == 0, err
     manifest = open_bundle("fox").manifest

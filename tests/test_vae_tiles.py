@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiue_export import Pipeline, export_onnx
+from tiue_export import Pipeline, export_onnx, load_student
 from tiue_export.compare import psnr_db
 from tiue_export.errors import UsageError
 from tiue_export.export.openvino_ir import compile_openvino
@@ -95,11 +95,13 @@ def test_taesd_in_tiles_is_the_whole_decode_where_tiles_overlap_by_what_it_sees(
 
 
 @pytest.fixture(scope="module")
-def tiled_bundle(tiny_student, tmp_path_factory):
-    """Pictures of 128 px, decoded in tiles of 64 px."""
+def tiled_bundle(micro_pipeline, tiny_student, tmp_path_factory):
+    """Pictures of 128 px, decoded in tiles of 64 px by a VAE with norms and attention."""
+    student = load_student(micro_pipeline)
+    student.vae = tiny_student.vae
     options = ExportOptions(height=2 * TILE_PX, width=2 * TILE_PX, vae_tile=TILE_PX)
     root = tmp_path_factory.mktemp("tiled") / "bundle"
-    return compile_openvino(export_onnx(tiny_student, root, options))
+    return compile_openvino(export_onnx(student, root, options))
 
 
 def test_only_the_vae_graph_knows_of_tiles(tiled_bundle):

@@ -25,6 +25,8 @@ REFERENCE_FILE = "parity/reference.safetensors"
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<host>[^-]+)-(?P<pid>\d{1,9})-[0-9a-f]{8}")
 _REPLACED = re.compile(r"\.(?P<name>.+)\.replaced-(?P<host>[^-]+)-(?P<pid>\d{1,9})-[0-9a-f]{8}")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+# numpy's `tofile`, with which weights are written, tells a short write in words and no number.
+_SHORT_WRITE = ("problem writing element", "requested and")
 
 
 @dataclass(frozen=True)
@@ -329,7 +331,8 @@ def disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        short = error.errno is None and any(words in str(error) for words in _SHORT_WRITE)
+        if short or error.errno in _FULL:
             raise ResourceError(
                 f"the disk of {target.parent} is full; nothing unfinished was kept",
                 "Free some space or choose another output; --dry-run prints the size needed.",

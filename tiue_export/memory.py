@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import psutil
 
 _INTERVAL_S = 0.02
+# Below it there is nothing to be gained, and a collection beside torch takes half a second.
+_WORTH_RETURNING_BYTES = 2 << 30
 
 
 class PeakMemory:
@@ -58,8 +60,10 @@ def return_freed_memory() -> None:
     """Hand memory that is free inside the allocator back to the system.
 
     glibc keeps freed blocks below 32 MB for itself; after the float32 student is gone that is
-    gigabytes which the next stage would come on top of.
+    gigabytes which the next stage would come on top of. A process below 2 GiB is left alone.
     """
+    if psutil.Process().memory_info().rss < _WORTH_RETURNING_BYTES:
+        return
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
