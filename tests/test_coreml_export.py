@@ -36,7 +36,7 @@ from tiue_export.export import (  # noqa: E402
     coreml_convert,
     coreml_job,
 )
-from tiue_export.export.bundle_student import StudentPlace  # noqa: E402
+from tiue_export.export.bundle_student import StudentPlace, open_student  # noqa: E402
 from tiue_export.export.coreml_bundle import (  # noqa: E402
     FOLDER,
     CoremlObserver,
@@ -482,6 +482,17 @@ def test_swift_gets_vocabulary_constants_and_the_lines_that_compile(tiny_bundle,
 def test_packages_that_are_there_are_replaced_only_with_force(plain, micro_folder):
     with pytest.raises(BundleError, match="has Core ML packages already"):
         compile_coreml(plain, StudentPlace(str(micro_folder)), in_process=True)
+
+
+@pytest.mark.parametrize(
+    ("graph", "part"), [("text_encoder", "text encoder"), ("vae_decoder", "VAE")]
+)
+def test_a_checkpoint_without_a_part_of_the_bundle_is_refused(whole, micro_pipeline, graph, part):
+    place = StudentPlace(str(micro_pipeline / "unet"))
+    for asked in (graph, None) if graph == "text_encoder" else (graph,):
+        with pytest.raises(CheckpointError, match=f"has no {part}; the bundle's {graph}") as caught:
+            open_student(place, whole.manifest, asked)
+        assert "--base" in caught.value.next_step
 
 
 def test_the_checkpoint_of_another_student_is_refused(own, tiny_pipeline):

@@ -26,7 +26,8 @@ class StudentPlace:
 def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = None) -> Student:
     """The bundle's own student, with the parts that `graph` needs (None: all).
 
-    Raises `CheckpointError` when its weights are not those that the bundle was made from.
+    Raises `CheckpointError` when its weights are not those that the bundle was made from, and when
+    it lacks the part of a graph.
     """
     student = load_student(
         place.ckpt,
@@ -45,6 +46,15 @@ def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = No
                 f"{place.ckpt} is not the student of this bundle: the SHA-256 of its {part} is "
                 f"{found[:12]}..., the bundle's {str(theirs.get(part))[:12]}...",
                 f"Give the checkpoint named {manifest.source.name}, or export this one.",
+            )
+    for name, part, model in (
+        (TEXT_ENCODER, "text encoder", student.text_encoder),
+        (VAE_DECODER, "VAE", student.vae),
+    ):
+        if model is None and name in manifest.graphs and graph in (None, name):
+            raise CheckpointError(
+                f"{place.ckpt} has no {part}; the bundle's {name} came from elsewhere",
+                "Give --base (or --vae) as when the bundle was exported.",
             )
     student.schedule = manifest.schedule
     return student
