@@ -487,11 +487,13 @@ def test_packages_that_are_there_are_replaced_only_with_force(plain, micro_folde
 @pytest.mark.parametrize(
     ("graph", "part"), [("text_encoder", "text encoder"), ("vae_decoder", "VAE")]
 )
-def test_a_checkpoint_without_a_part_of_the_bundle_is_refused(whole, micro_pipeline, graph, part):
-    place = StudentPlace(str(micro_pipeline / "unet"))
+def test_a_checkpoint_without_a_part_of_the_bundle_is_refused(
+    tiny_bundle, tiny_pipeline, graph, part
+):
+    place = StudentPlace(str(tiny_pipeline / "unet"))
     for asked in (graph, None) if graph == "text_encoder" else (graph,):
         with pytest.raises(CheckpointError, match=f"has no {part}; the bundle's {graph}") as caught:
-            open_student(place, whole.manifest, asked)
+            open_student(place, tiny_bundle.manifest, asked)
         assert "--base" in caught.value.next_step
 
 
