@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -519,7 +520,7 @@ def _killed(request):
 
 def test_a_child_process_that_is_killed_is_told_as_memory():
     with pytest.raises(ResourceError, match="was killed, most likely because memory ran out"):
-        coreml_bundle._in_child(_killed, None, None, lambda fraction, detail: None)
+        coreml_bundle._in_child("", _killed, None, None, lambda fraction, detail: None)
 
 
 def _process_name(request):
@@ -527,7 +528,9 @@ def _process_name(request):
 
 
 def test_a_job_runs_in_a_process_of_its_own():
-    pids = {coreml_bundle._in_child(_process_name, None, None, lambda f, d: None) for _ in range(2)}
+    pids = {
+        coreml_bundle._in_child("", _process_name, None, None, lambda f, d: None) for _ in range(2)
+    }
     assert len(pids) == 2
     assert os.getpid() not in pids
 
@@ -535,13 +538,20 @@ def test_a_job_runs_in_a_process_of_its_own():
 # ---- the command
 
 
-def test_the_command_converts_in_child_processes_and_prints_both_tables(run, own, micro_folder):
+def test_the_command_converts_in_child_processes_and_prints_both_tables(
+    run, own, micro_folder, tmp_path, monkeypatch
+):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     code, out, err = run("coreml", "--ckpt", micro_folder, "--bundle", own.root)
     assert (code, err.count("convert unet_")) == (0, 2), err
     assert "coremltools 9.0 against the student" in out
     assert "scaled_dot_product_attention" in out or "reshape" in out
     assert "tiue-export parity" in out
     assert set(open_bundle(own.root).manifest.compiled) == {FOLDER}
+    # coremltools' own clean-up does not run in a child process.
+    assert [path.name for path in scratch.iterdir() if "torch" not in path.name] == []
 
 
 @pytest.mark.parametrize(

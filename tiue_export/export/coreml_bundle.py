@@ -127,10 +127,15 @@ class _Export:
     observer: CoremlObserver
 
     def run(self, job: Callable[[Any], T], request: Any, progress: Path | None = None) -> T:
-        """`job(request)` in a child process of its own, or here."""
-        if self.in_process:
-            return job(request)
-        return _in_child(job, request, progress, self.observer.on_progress)
+        """`job(request)` in a child process of its own, or here.
+
+        coremltools writes packages into the temporary folder and removes them in an exit handler,
+        which children do not run: at full size that is 2 GB an export. So each job has its own.
+        """
+        with tempfile.TemporaryDirectory(prefix="tiue-coreml-") as folder:
+            if self.in_process:
+                return _with_temporary_files_in(folder, job, request)
+            return _in_child(folder, job, request, progress, self.observer.on_progress)
 
 
 def _sizes(bundle: Bundle, options: CoremlOptions) -> tuple[Size, ...]:
@@ -265,12 +270,22 @@ def _metadata(export: _Export, graph: str) -> dict[str, Any]:
 # ---- child processes
 
 
-def _in_child(job: Callable[[Any], T], request: Any, progress: Path | None, tell: Progress) -> T:
+def _with_temporary_files_in(folder: str, job: Callable[[Any], T], request: Any) -> T:
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        return job(request)
+    finally:
+        tempfile.tempdir = before
+
+
+def _in_child(
+    folder: str, job: Callable[[Any], T], request: Any, progress: Path | None, tell: Progress
+) -> T:
     """Run in a fresh process that is forked from one which has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiue_export.export.coreml_job"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        future = pool.submit(job, request)
+        future = pool.submit(_with_temporary_files_in, folder, job, request)
         try:
             return _wait(future, progress, tell)
         except BrokenProcessPool as error:
