@@ -20,10 +20,10 @@ from .explained import run_explained
 __all__ = ["GraphFlops", "bundle_flops", "count_flops"]
 
 
-def bundle_flops(bundle: Bundle, batch: int = 1) -> dict[str, GraphFlops]:
-    """Every graph whose ONNX file the bundle holds."""
+def bundle_flops(bundle: Bundle, batch: int = 1, steps: int = 1) -> dict[str, GraphFlops]:
+    """Every graph whose ONNX file the bundle holds; `steps` of a decoder that takes any number."""
     return {
-        name: count_flops(bundle.graph_path(name), batch)
+        name: count_flops(bundle.graph_path(name), batch, steps)
         for name, graph in bundle.manifest.graphs.items()
         if not graph.omitted
     }
@@ -34,13 +34,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--batch", type=int, default=1, help="for a bundle with an open batch axis")
+    parser.add_argument("--steps", type=int, default=1, help="for a decoder that takes any number")
     arguments = parser.parse_args()
-    run_explained(lambda: _print_table(arguments.bundle, arguments.batch))
+    run_explained(lambda: _print_table(arguments.bundle, arguments.batch, arguments.steps))
 
 
-def _print_table(path: Path, batch: int) -> None:
+def _print_table(path: Path, batch: int, steps: int) -> None:
     print("| graph | GFLOP | Conv | MatMul | Gemm |\n|---|---:|---:|---:|---:|")
-    for name, flops in bundle_flops(open_bundle(path), batch).items():
+    for name, flops in bundle_flops(open_bundle(path), batch, steps).items():
         parts = [flops.by_operator.get(kind, 0) / 1e9 for kind in ("Conv", "MatMul", "Gemm")]
         cells = " | ".join(f"{value:.3g}" for value in (flops.total / 1e9, *parts))
         print(f"| {name} | {cells} |")

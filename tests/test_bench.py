@@ -344,7 +344,7 @@ def test_all_means_every_contender_the_optional_ones_too(tiny_bundle):
     assert {name.rpartition("/")[0] for name in found} == {
         "naive/torch", "naive/torch-compile", "tiny-fp32/ort", "rows-2/torch", "rows-8/torch",
         "rows-16/torch", "one-step/torch", "one-step/ort", "four-step/torch", "four-step/ort",
-        "fifty-step/torch", "one-step/sd-cpp",
+        "fifty-step/torch", "deepcache/torch", "one-step/sd-cpp",
     }  # fmt: skip
 
 

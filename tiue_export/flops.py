@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tiue_export.errors import UsageError
-from tiue_export.specs import BATCH
+from tiue_export.specs import BATCH, STEPS
 
 Shape = tuple[int, ...]
 _DEFAULT_DOMAINS = ("", "ai.onnx")
@@ -33,12 +35,12 @@ class GraphFlops:
         return sum(self.by_operator.values())
 
 
-def count_flops(path: Path | str, batch: int = 1) -> GraphFlops:
-    """Count one ONNX file; `batch` is taken for an open batch axis. Weights are not read.
+def count_flops(path: Path | str, batch: int = 1, steps: int = 1) -> GraphFlops:
+    """Count one ONNX file; `batch` and `steps` are taken for open axes. Weights are not read.
 
     Raises `UsageError` for a graph whose shapes stay unknown, or with operators that hide work.
     """
-    model, batch = shaped_model(path, batch)
+    model, batch = shaped_model(path, batch, steps)
     shapes = known_shapes(model.graph)
     counts: dict[str, int] = {}
     for node in model.graph.node:
@@ -54,14 +56,15 @@ def count_flops(path: Path | str, batch: int = 1) -> GraphFlops:
     return GraphFlops(counts, batch)
 
 
-def shaped_model(path: Path | str, batch: int = 1) -> tuple[Any, int]:
+def shaped_model(path: Path | str, batch: int = 1, steps: int = 1) -> tuple[Any, int]:
     """The ONNX model of a file, without its weights but with the shape of every value, and its
-    batch: `batch` where the axis is open.
+    batch: `batch` where the axis is open. `steps` is taken for the open axis of timesteps.
     """
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    batch = _fix_batch(model.graph, batch)
+    batch = _fix_open_axes(model.graph, {BATCH: batch, STEPS: steps})
+    _fold_repeats(model)
     # What the exporter noted may name the open batch axis: all shapes are inferred again.
     del model.graph.value_info[:]
     return onnx.shape_inference.infer_shapes(model, check_type=True, data_prop=True), batch
@@ -114,12 +117,58 @@ def _hides_work(node: Any) -> bool:
     return bodies or node.domain not in _DEFAULT_DOMAINS or node.op_type in _OPAQUE
 
 
-def _fix_batch(graph: Any, batch: int) -> int:
-    """Write `batch` where the inputs leave the axis open; returns the batch of the first input."""
+def _fold_repeats(model: Any) -> None:
+    """Write how often each Tile repeats, where that is computed from the size of an input.
+
+    Shape inference takes a Tile's repeats from a constant alone.
+    """
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    tiles = [n for n in graph.node if n.op_type == "Tile" and n.input[1] not in constants]
+    if not tiles:
+        return
+    maker = {output: node for node in graph.node for output in node.output}
+    needed: dict[str, Any] = {}
+    waiting = [tile.input[1] for tile in tiles]
+    while waiting:
+        node = maker.get(waiting.pop())
+        if node is not None and node.output[0] not in needed:
+            needed[node.output[0]] = node
+            waiting += node.input
+    read = {name for node in needed.values() for name in node.input}
+    inputs = [value for value in graph.input if value.name in read]
+    part = onnx.helper.make_graph(
+        [node for node in graph.node if node.output[0] in needed],
+        "repeats",
+        inputs,
+        [
+            onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None)
+            for name in {tile.input[1]: None for tile in tiles}
+        ],
+        [tensor for tensor in graph.initializer if tensor.name in read],
+    )
+    run = ReferenceEvaluator(onnx.helper.make_model(part, opset_imports=model.opset_import)).run
+    feeds = {
+        value.name: np.zeros([side.dim_value for side in value.type.tensor_type.shape.dim])
+        for value in inputs
+    }
+    repeats = dict(zip([output.name for output in part.output], run(None, feeds), strict=True))
+    for name, values in repeats.items():
+        folded = onnx.numpy_helper.from_array(np.asarray(values, np.int64), f"{name}/folded")
+        graph.initializer.append(folded)
+    for tile in tiles:
+        tile.input[1] = f"{tile.input[1]}/folded"
+
+
+def _fix_open_axes(graph: Any, sides: Mapping[str, int]) -> int:
+    """Write a number where the inputs leave an axis open; returns the batch of the first input."""
     for value in graph.input:
         for side in value.type.tensor_type.shape.dim:
-            if side.dim_param == BATCH:
-                side.dim_value = batch
+            if side.dim_param in sides:
+                side.dim_value = sides[side.dim_param]
     for value in graph.output:
         value.type.tensor_type.ClearField("shape")
     return int(graph.input[0].type.tensor_type.shape.dim[0].dim_value)

@@ -8,17 +8,24 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tiue_export.bundle import MANIFEST_FILE, Bundle, open_bundle, require_one_pass
+from tiue_export.bundle import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.errors import RuntimeFailure, UsageError
 from tiue_export.manifest import Manifest
 from tiue_export.registry import missing_modules, require
-from tiue_export.specs import TEXT_ENCODER, UNET_GRAPHS, VAE_DECODER
+from tiue_export.specs import (
+    TEXT_ENCODER,
+    UNET_DECODER,
+    UNET_ENCODER,
+    UNET_GRAPHS,
+    VAE_DECODER,
+)
 
 from ..ceiling import ceilings_in_child, parse_ceilings
 from ..flops import bundle_flops
 from ..made_bundle import is_made, made
 from .contenders import Contender, Request, bundle_titles, expand
 from .environment import describe_environment
+from .faster_session import loop_runs, plan_of
 from .record import UNET, Ceiling, Measurement, Record, Settings, to_json, write_text
 from .report import first_measured, full_names, markdown, number, standing_warnings
 from .summary import RATIO_STAGES, summarized
@@ -75,8 +82,6 @@ def run(plan: Plan, tell: Tell = lambda line: None) -> Outcome:
     """
     check_settings(plan)
     request = replace(plan.request, bundles=tuple(open_bundle(path) for path in plan.bundles))
-    for bundle in request.bundles:
-        require_one_pass(bundle, "bench")
     contenders = expand(request)
     asked = full_names([contender.name for contender in contenders], plan.ratios_to)
     given = parse_ceilings(plan.peaks)
@@ -172,7 +177,11 @@ def _ceilings(plan: Plan, request: Request, tell: Tell) -> Mapping[str, Ceiling]
 
 def counted(row: Measurement) -> Measurement:
     """The row with its operations per stage, where its graphs' files tell them."""
-    if row.session != "graphs" or row.facts is None or missing_modules(("onnx",)):
+    if row.facts is None or missing_modules(("onnx",)):
+        return row
+    if row.session == "faster":
+        return replace(row, flops=_loop_flops(row, row.facts.batch))
+    if row.session != "graphs":
         return row
     passes, guided = int(row.settings.get("passes") or 1), bool(row.settings.get("guided"))
     whole = str(row.settings["bundle"])
@@ -187,14 +196,31 @@ def counted(row: Measurement) -> Measurement:
     return replace(row, flops=flops)
 
 
-def _graph_flops(folder: str, batch: int) -> dict[str, float]:
+def _loop_flops(row: Measurement, batch: int) -> dict[str, float]:
+    """Operations of a drawing in a loop: decoder runs differ by the steps they get."""
+    bundle = _counted_bundle(str(row.settings["bundle"]))
+    runs = loop_runs(plan_of(bundle), str(row.settings["loop"]), batch)
+    times = {TEXT_ENCODER: 2, UNET_ENCODER: runs.encoder, VAE_DECODER: 1}
+    by_size = {steps: _graph_flops(str(bundle.root), batch, steps) for steps in (1, *runs.decoder)}
+    flops = {name: by_size[1][name] * n for name, n in times.items() if name in by_size[1]}
+    if all(UNET_DECODER in graphs for graphs in by_size.values()):
+        flops[UNET_DECODER] = sum(by_size[g][UNET_DECODER] * n for g, n in runs.decoder.items())
+        flops[UNET] = flops[UNET_ENCODER] + flops[UNET_DECODER]
+    return flops
+
+
+def _graph_flops(folder: str, batch: int, steps: int = 1) -> dict[str, float]:
     """Operations of each graph; the files were verified when the contender was loaded."""
-    file = Path(folder) / MANIFEST_FILE
-    bundle = Bundle(Path(folder), Manifest.from_json(file.read_text("utf-8"), str(file)))
+    bundle = _counted_bundle(folder)
     try:
-        return {name: float(f.total) for name, f in bundle_flops(bundle, batch).items()}
+        return {name: float(f.total) for name, f in bundle_flops(bundle, batch, steps).items()}
     except UsageError:  # a graph that cannot be counted costs a column, not the run
         return {}
+
+
+def _counted_bundle(folder: str) -> Bundle:
+    file = Path(folder) / MANIFEST_FILE
+    return Bundle(Path(folder), Manifest.from_json(file.read_text("utf-8"), str(file)))
 
 
 class _Teller:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.openvino_core import native_precisions
 from tiue_export.registry import RUNTIMES, missing_modules
+from tiue_export.specs import CONTROLNET
 
 from ..made_bundle import MadeBundle
+from .faster_session import LOOPS, plan_of
 
 if TYPE_CHECKING:
     from tiue_export.bundle import Bundle
@@ -31,6 +33,8 @@ _ROWS = re.compile(r"rows-(\d+)")
 _TORCH_PRECISIONS = ("fp32", "bf16")
 _SD_CPP_PRECISIONS = ("f16", "q8_0", "f32")
 _GUIDED_TIMED_PASSES = 3
+# DeepCache's own example: the whole UNet at every third step, its outermost layers between.
+_CACHE_INTERVAL = 3
 _MADE_FOR = ("ort", "openvino")
 
 
@@ -38,13 +42,15 @@ _MADE_FOR = ("ort", "openvino")
 class Passes:
     """A sampler that takes `total` ordinary UNet passes, of which `timed` are really run.
 
-    `guided`: every pass runs on two rows, with and without the prompt.
+    `guided`: every pass runs on two rows, with and without the prompt. `cache_interval`: DeepCache
+    runs the whole UNet at every so many passes; 0 is without.
     """
 
     total: int
     timed: int
     guided: bool
     what: str
+    cache_interval: int = 0
 
 
 SAMPLERS: Mapping[str, Passes] = {
@@ -55,6 +61,14 @@ SAMPLERS: Mapping[str, Passes] = {
         _GUIDED_TIMED_PASSES,
         True,
         f"50 steps with guidance: {_GUIDED_TIMED_PASSES} passes timed at batch 2, scaled to 50",
+    ),
+    "deepcache": Passes(
+        50,
+        _CACHE_INTERVAL,
+        True,
+        f"50 steps with guidance by DeepCache, interval {_CACHE_INTERVAL}: "
+        f"{_CACHE_INTERVAL} passes timed at batch 2, scaled to 50",
+        _CACHE_INTERVAL,
     ),
 }
 # What people say for METHOD/RUNTIME/PRECISION.
@@ -77,6 +91,7 @@ EVERY = (
     "one-step",
     "four-step",
     "fifty-step/torch/fp32",
+    "deepcache/torch/fp32",
     "sd-cpp",
 )
 
@@ -185,7 +200,7 @@ def _lanes(method: str, parts: Sequence[str], asked: Request) -> list[Lane]:
         precisions = [_precisions(runtime, bundle, asked) for bundle in asked.bundles[:1]]
         return [Lane(runtime, p) for p in (precisions[0] if precisions else ("fp32",))]
     lanes = [Lane(TORCH, "fp32")]
-    if method in SAMPLERS:
+    if method in SAMPLERS and not SAMPLERS[method].cache_interval:
         lanes += [lane for bundle in asked.bundles for lane in bundle_lanes(asked, bundle)]
     return list(dict.fromkeys(lanes))
 
@@ -205,22 +220,59 @@ def _one(method: str, lane: Lane, asked: Request) -> Contender:
 def _bundle_contenders(asked: Request) -> list[Contender]:
     titles = bundle_titles(asked.bundles)
     return [
+        contender
+        for title, bundle in zip(titles, asked.bundles, strict=True)
+        for lane in bundle_lanes(asked, bundle)
+        for contender in (
+            [_student_bundle(title, bundle, lane, asked)]
+            if bundle.manifest.faster is None
+            else _looped_bundle(title, bundle, lane, asked)
+        )
+    ]
+
+
+def _student_bundle(title: str, bundle: Bundle, lane: Lane, asked: Request) -> Contender:
+    return Contender(
+        name=f"{title}/{lane.runtime}/{lane.precision}",
+        what=_bundle_what(bundle),
+        session="graphs",
+        settings={
+            "bundle": str(bundle.root),
+            "runtime": lane.runtime,
+            "precision": _asked_precision(lane),
+            "checkpoint": asked.checkpoint if lane.runtime == TORCH else None,
+            "base": asked.base if lane.runtime == TORCH else None,
+            "vae": asked.vae if lane.runtime == TORCH else None,
+            **_common(asked),
+        },
+    )
+
+
+def _looped_bundle(title: str, bundle: Bundle, lane: Lane, asked: Request) -> list[Contender]:
+    """A model in a loop: its own groups, the same one step at a time, and ordinary sampling."""
+    plan, steps = plan_of(bundle), bundle.manifest.schedule.rows
+    missing = None
+    if lane.runtime == TORCH:
+        missing = "a bundle with a plan is measured on its graphs: use fifty-step/torch/fp32"
+    elif CONTROLNET in bundle.manifest.graphs:
+        missing = "it follows a picture, which is not measured"
+    return [
         Contender(
-            name=f"{title}/{lane.runtime}/{lane.precision}",
-            what=_bundle_what(bundle),
-            session="graphs",
+            name=f"{title}{'' if loop == 'plan' else f'-{loop}'}/{lane.runtime}/{lane.precision}",
+            what=f"Faster Diffusion, {steps} steps, {len(plan.groups)} key steps: {what}"
+            if loop != "every-step"
+            else f"{steps} steps with guidance: {what}",
+            session="faster",
             settings={
                 "bundle": str(bundle.root),
                 "runtime": lane.runtime,
+                "loop": loop,
                 "precision": _asked_precision(lane),
-                "checkpoint": asked.checkpoint if lane.runtime == TORCH else None,
-                "base": asked.base if lane.runtime == TORCH else None,
-                "vae": asked.vae if lane.runtime == TORCH else None,
                 **_common(asked),
             },
+            missing=missing,
         )
-        for title, bundle in zip(titles, asked.bundles, strict=True)
-        for lane in bundle_lanes(asked, bundle)
+        for loop, what in LOOPS.items()
     ]
 
 
@@ -231,7 +283,14 @@ def bundle_titles(bundles: Sequence[Bundle]) -> list[str]:
         name if names.count(name) == 1 else f"{bundle.root.parent.name}-{name}"
         for name, bundle in zip(names, bundles, strict=True)
     ]
-    if len(set(titles)) < len(titles) or set(titles) & {NAIVE, *SAMPLERS}:
+    looped = [
+        f"{title}-{loop}"
+        for title, bundle in zip(titles, bundles, strict=True)
+        if bundle.manifest.faster is not None
+        for loop in LOOPS
+    ]
+    taken = [*titles, *looped]
+    if len(set(taken)) < len(taken) or set(taken) & {NAIVE, *SAMPLERS}:
         raise UsageError(
             f"the bundles would be called {', '.join(titles)}; expected names that tell them "
             "apart from each other and from the other contenders",
@@ -268,20 +327,21 @@ def _torch(name: str, method: str, lane: Lane, asked: Request) -> Contender:
             "compiled": lane.runtime == COMPILED_TORCH,
             "steps": int(rows[1]) if rows else None,
             **_passes(passes),
+            "cache_interval": passes.cache_interval if passes is not None else 0,
             "height": height,
             "width": width,
             "batch": _batch(asked),
             **_common(asked),
         },
-        missing=_no_checkpoint(asked),
+        missing=_no_checkpoint(asked) or _no_deepcache(passes),
     )
 
 
 def _sd_cpp(name: str, method: str, lane: Lane, asked: Request) -> Contender:
-    if method not in SAMPLERS:
+    if method not in SAMPLERS or SAMPLERS[method].cache_interval:
         raise UsageError(
             f"stable-diffusion.cpp cannot run {method!r}: it knows ordinary UNet passes only",
-            f"Use one of {', '.join(SAMPLERS)}.",
+            f"Use one of {', '.join(n for n, p in SAMPLERS.items() if not p.cache_interval)}.",
         )
     if lane.precision not in _SD_CPP_PRECISIONS:
         raise unknown_name("weights of stable-diffusion.cpp", lane.precision, _SD_CPP_PRECISIONS)
@@ -322,6 +382,8 @@ def _sampler_on_graphs(name: str, method: str, lane: Lane, asked: Request) -> Co
             f"Use {method}/torch/fp32, or export a bundle and give it.",
         )
     passes = SAMPLERS[method]
+    if passes.cache_interval:
+        raise UsageError(f"{name}: DeepCache runs in PyTorch only", "Use deepcache/torch/fp32.")
     return Contender(
         name=name,
         what=f"{passes.what}, as graphs",
@@ -363,6 +425,12 @@ def _one_step_bundles(passes: Passes, lane: Lane, asked: Request) -> dict[str, M
 
 def _no_checkpoint(asked: Request) -> str | None:
     return None if asked.checkpoint is not None else "it needs the weights: give --ckpt"
+
+
+def _no_deepcache(passes: Passes | None) -> str | None:
+    if passes is None or not passes.cache_interval or not missing_modules(("DeepCache",)):
+        return None
+    return "DeepCache is not installed (pip install DeepCache)"
 
 
 def _no_graphs(lane: Lane) -> str | None:

@@ -80,7 +80,8 @@ class GraphSession:
         self._unet_known = self._known
         if settings.unet_bundle is not None:
             self._unet_known = self._inputs(self._unet, 2 * self._batch)
-        self._check_parts()
+        if not settings.unet_only:
+            check_parts(self._bundle)
 
     @property
     def facts(self) -> Facts:
@@ -91,7 +92,7 @@ class GraphSession:
             device=self._runtime.device,
             # The precision of the arithmetic where it was chosen, else that of the graphs.
             precision=self._runtime.precision if precision == "auto" else precision,
-            versions=_versions(self._settings.runtime),
+            versions=runtime_versions(self._settings.runtime),
             size_px=(manifest.width_px, manifest.height_px),
             batch=self._batch,
             threads=self._settings.threads,
@@ -191,23 +192,23 @@ class GraphSession:
             for spec in specs
         }
 
-    def _check_parts(self) -> None:
-        if self._settings.unet_only:
-            return
-        missing = [g for g in (TEXT_ENCODER, VAE_DECODER) if g not in self._bundle.manifest.graphs]
-        if missing:
-            raise BundleError(
-                f"{self._bundle.root} has no {' and no '.join(missing)}",
-                "Measure its UNet alone: --unet-only.",
-            )
-
 
 def open_session(settings: dict[str, Any]) -> GraphSession:
     """Open the bundle (every hash checked) on its runtime."""
     return GraphSession(GraphSettings(**settings))
 
 
-def _versions(runtime: str) -> dict[str, str]:
+def check_parts(bundle: Bundle) -> None:
+    """Refuse a bundle that cannot draw from a prompt to a picture."""
+    missing = [g for g in (TEXT_ENCODER, VAE_DECODER) if g not in bundle.manifest.graphs]
+    if missing:
+        raise BundleError(
+            f"{bundle.root} has no {' and no '.join(missing)}",
+            "Measure its UNet alone: --unet-only.",
+        )
+
+
+def runtime_versions(runtime: str) -> dict[str, str]:
     """Of the packages that the runtime has imported."""
     modules = {name: sys.modules.get(name) for name in RUNTIMES[runtime].needs}
     return {

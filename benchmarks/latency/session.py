@@ -15,6 +15,7 @@ from .record import END_TO_END, UNET, Facts
 # Opened in the worker only: each imports its own backend, and no other.
 SESSIONS: Mapping[str, str] = {
     "graphs": "graph_session",
+    "faster": "faster_session",
     "torch": "torch_session",
     "sd-cpp": "sd_cpp_session",
 }

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -36,7 +37,8 @@ _FIRST_TIMESTEP = 999
 @dataclass(frozen=True)
 class TorchSettings:
     """`passes` 0 runs the student; otherwise so many ordinary UNet passes, `timed_passes` of them
-    really, on two rows if `guided`. `steps` is K, None the checkpoint's own. Sizes in pixels."""
+    really, on two rows if `guided`. `cache_interval`: by DeepCache, 0 without. `steps` is K, None
+    the checkpoint's own. Sizes in pixels."""
 
     checkpoint: str
     base: str | None = None
@@ -47,6 +49,7 @@ class TorchSettings:
     passes: int = 0
     timed_passes: int = 0
     guided: bool = False
+    cache_interval: int = 0
     height: int | None = None
     width: int | None = None
     batch: int = 1
@@ -80,6 +83,8 @@ class TorchSession:
         self._student = _loaded(settings).to(self._device)
         self._eager = _functions(self._student)
         self._functions = _compiled(self._eager) if settings.compiled else self._eager
+        if settings.cache_interval:
+            _cache_layers(self._student.unet, settings)
         options = ExportOptions(height=settings.height, width=settings.width, batch=settings.batch)
         self._shape = latent_shape(self._student, options)  # (B, 4, H, W)
         self._noise = torch.from_numpy(noise_from_seed(0, self._shape)).to(self._device)
@@ -179,8 +184,8 @@ class TorchSession:
         rows = noise.repeat(2, 1, 1, 1) if settings.guided else noise
         if settings.guided and len(text) == len(noise):
             text = text.repeat(2, 1, 1)
-        timestep = torch.tensor(_FIRST_TIMESTEP, device=self._device)
-        for _ in range(settings.timed_passes):
+        for number in range(settings.timed_passes):
+            timestep = torch.tensor(_FIRST_TIMESTEP - number, device=self._device)
             with stage(UNET, True):
                 output: Tensor = functions.unet(rows, timestep, text).sample
         return output[: len(noise)].float()
@@ -214,6 +219,17 @@ def _loaded(settings: TorchSettings) -> Student:
             if part is not None:
                 part.to(memory_format=torch.channels_last)
     return student
+
+
+def _cache_layers(unet: Any, settings: TorchSettings) -> None:
+    """Let DeepCache's package wrap the UNet's blocks: it looks the timestep up in a scheduler."""
+    from DeepCache import DeepCacheSDHelper
+
+    timesteps = torch.arange(_FIRST_TIMESTEP, _FIRST_TIMESTEP - settings.timed_passes, -1)
+    scheduler = SimpleNamespace(timesteps=timesteps)
+    helper = DeepCacheSDHelper(SimpleNamespace(unet=unet, scheduler=scheduler))
+    helper.set_params(cache_interval=settings.cache_interval, cache_branch_id=0)
+    helper.enable()
 
 
 def _functions(student: Student) -> Functions:

@@ -1,0 +1,181 @@
+"""A model in a loop (Faster Diffusion) on one of its runtimes, as a contender.
+
+The loop repeats a few kinds of runs: the encoder at key steps, the decoder on groups of some sizes.
+A drawing makes each kind once and counts it as often as the loop would; the loop's own sums, some
+microseconds in numpy, are left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tiue_export.bundle import Bundle, open_bundle
+from tiue_export.faster.plan import FasterPlan
+from tiue_export.faster.sampler import pieces
+from tiue_export.parity import load_reference
+from tiue_export.registry import open_runtime
+from tiue_export.specs import (
+    TEXT_ENCODER,
+    UNET_DECODER,
+    UNET_ENCODER,
+    VAE_DECODER,
+    Array,
+    RuntimeOptions,
+    check_finite,
+)
+from tiue_export.vae_tiles import decode_in_tiles, tile_size
+
+from .graph_session import check_parts, runtime_versions
+from .record import END_TO_END, Facts
+from .session import StageClock
+
+# How the same graphs are looped over; the first is what the bundle itself does.
+LOOPS: Mapping[str, str] = {
+    "plan": "groups as one batch",
+    "sequential": "the same key steps, one decoder step at a time",
+    "every-step": "ordinary sampling, encoder and decoder at every step",
+}
+
+
+@dataclass(frozen=True)
+class LoopRuns:
+    """How often a drawing runs the encoder, and the decoder by the number of steps it gets."""
+
+    encoder: int
+    decoder: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class FasterSettings:
+    """A bundle with a plan, and one of `LOOPS`."""
+
+    bundle: str
+    runtime: str
+    loop: str
+    precision: str = "auto"
+    device: str = "cpu"
+    threads: int | None = None
+    unet_only: bool = False
+
+
+def loop_runs(plan: FasterPlan, loop: str, batch: int) -> LoopRuns:
+    """What one drawing of `batch` pictures runs."""
+    steps = sum(group.rows for group in plan.groups)
+    if loop == "every-step":
+        return LoopRuns(steps, {1: steps})
+    if loop == "sequential":
+        return LoopRuns(len(plan.groups), {1: steps})
+    sizes = Counter(
+        len(piece)
+        for group in plan.groups
+        for piece in pieces(group, plan.max_decoder_rows, 2 * batch)
+    )
+    return LoopRuns(len(plan.groups), dict(sorted(sizes.items())))
+
+
+class FasterSession:
+    """An opened runtime and ready inputs; `run` is one drawing."""
+
+    def __init__(self, settings: FasterSettings) -> None:
+        self._settings = settings
+        self._bundle = open_bundle(settings.bundle)
+        if not settings.unet_only:
+            check_parts(self._bundle)
+        options = RuntimeOptions(
+            device=settings.device, threads=settings.threads, precision=settings.precision
+        )
+        self._runtime = open_runtime(settings.runtime, self._bundle, options)
+        self._known: dict[str, Array] = dict(load_reference(self._bundle).arrays)
+        self._runs = loop_runs(plan_of(self._bundle), settings.loop, len(self._known["noise"]))
+
+    @property
+    def facts(self) -> Facts:
+        """Known once everything has run: devices may be chosen late."""
+        manifest, settings = self._bundle.manifest, self._settings
+        sizes = ", ".join(map(str, self._runs.decoder))
+        return Facts(
+            device=self._runtime.device,
+            precision=(
+                self._runtime.precision if settings.precision == "auto" else settings.precision
+            ),
+            versions=runtime_versions(settings.runtime),
+            size_px=(manifest.width_px, manifest.height_px),
+            batch=len(self._known["noise"]),
+            threads=settings.threads,
+            weights_sha256=manifest.source.sha256,
+            notes=(
+                f"timed once and scaled: the encoder to {self._runs.encoder} runs, the decoder "
+                f"for groups of {sizes} steps to {sum(self._runs.decoder.values())} runs",
+            ),
+        )
+
+    def run(self) -> dict[str, float]:
+        """One drawing; milliseconds by stage."""
+        clock = StageClock()
+        text = self._known["encoder_hidden_states"]  # (2B, L, D)
+        if not self._settings.unet_only:
+            # The prompt's, and the negative prompt's, which takes as long.
+            for _ in range(2):
+                self._timed(clock, TEXT_ENCODER, self._known)
+        pool = {**self._known, "encoder_hidden_states": text}
+        features = self._timed(clock, UNET_ENCODER, pool, times=self._runs.encoder)
+        last = self._known["timesteps"][-1:]
+        for steps, times in self._runs.decoder.items():
+            feeds = {**pool, **features, "timesteps": np.repeat(last, steps)}
+            outputs = self._timed(clock, UNET_DECODER, feeds, times=times)
+            check_finite("the drawing", outputs)
+        if not self._settings.unet_only:
+            self._decode(clock)
+        return clock.latency_ms(whole=None if self._settings.unet_only else END_TO_END)
+
+    def count(self) -> dict[str, float]:
+        """Nothing: graphs are counted from their files (`flops.py`), not by running them."""
+        return {}
+
+    def close(self) -> None:
+        """Free everything."""
+        self._runtime.close()
+
+    def _timed(
+        self, clock: StageClock, graph: str, pool: Mapping[str, Array], times: int = 1
+    ) -> dict[str, Array]:
+        start = time.perf_counter()
+        outputs = self._runtime.run(graph, self._bundle.spec(graph).select(pool))
+        seconds = (time.perf_counter() - start) * times
+        clock.add(graph, seconds)
+        clock.whole_s += seconds
+        return outputs
+
+    def _decode(self, clock: StageClock) -> None:
+        """The VAE decoder on the reference's latents, whole or in tiles."""
+        start = time.perf_counter()
+        scaled = self._known["latents"] / self._bundle.manifest.vae_scaling_factor
+        spec = self._bundle.spec(VAE_DECODER)
+
+        def decode(latents: Array) -> Array:
+            feeds = spec.select({"latent_sample": latents})
+            return self._runtime.run(VAE_DECODER, feeds)["sample"]
+
+        picture = decode_in_tiles(decode, scaled.astype(np.float32), tile_size(spec))
+        check_finite("the drawing", {"sample": picture})
+        seconds = time.perf_counter() - start
+        clock.add(VAE_DECODER, seconds)
+        clock.whole_s += seconds
+
+
+def plan_of(bundle: Bundle) -> FasterPlan:
+    """The plan of a bundle that was exported with one."""
+    plan = bundle.manifest.faster
+    assert plan is not None, "contenders.py opens this session for bundles with a plan"
+    return plan
+
+
+def open_session(settings: dict[str, Any]) -> FasterSession:
+    """Open the bundle (every hash checked) on its runtime."""
+    return FasterSession(FasterSettings(**settings))
