@@ -11,6 +11,7 @@ import numpy as np
 from tiue_export.specs import Array
 
 from .faster_analysis import Candidate, PromptResult, losses_of
+from .figure import new_figure, save_figure
 
 _INK = {"down": "#0072B2", "mid": "#7F7F7F", "up": "#D55E00"}  # Okabe-Ito
 _DASHES = ("-", "--", "-.", ":")
@@ -21,7 +22,7 @@ def save_blocks_plot(results: Sequence[PromptResult], path: Path, name: str) -> 
 
     Means over prompts. Needs matplotlib; leaves its global state alone.
     """
-    figure = _figure((14.5, 4.6))
+    figure = new_figure((14.5, 4.6))
     change, norm, spread = figure.subplots(1, 3)
     curves = {block: _curves(results, block) for block in results[0].blocks}
     for block, (changes, _) in curves.items():
@@ -48,7 +49,7 @@ def save_blocks_plot(results: Sequence[PromptResult], path: Path, name: str) -> 
     for panel in (change, norm, spread):
         panel.grid(alpha=0.3)
     figure.suptitle(f"{name}: features along plain sampling, {len(results)} prompt(s)")
-    figure.savefig(path, dpi=130, format="png")
+    save_figure(figure, path)
 
 
 def save_key_steps_plot(
@@ -56,7 +57,7 @@ def save_key_steps_plot(
 ) -> None:
     """What every group costs, where each list has its key steps, and cost against deviation."""
     losses = losses_of(results)
-    figure = _figure((14.5, 4.8))
+    figure = new_figure((14.5, 4.8))
     table, steps, cost = figure.subplots(1, 3)
     _plot_losses(figure, table, losses)
     for row, candidate in enumerate(found):
@@ -73,16 +74,7 @@ def save_key_steps_plot(
     for panel in (steps, cost):
         panel.grid(alpha=0.3)
     figure.suptitle(f"{name}: which steps need the encoder")
-    figure.savefig(path, dpi=130, format="png")
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    save_figure(figure, path)
 
 
 def _plot_losses(figure: Any, panel: Any, losses: Array) -> None:

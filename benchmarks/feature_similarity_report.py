@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from .figure import new_figure, save_figure
+
 PARTS: Mapping[str, str] = {
     "down_blocks": "encoder",
     "mid_block": "mid",
@@ -314,12 +316,8 @@ def save_plot(summary: Sequence[StepSummary], path: Path, name: str, note: str) 
     `name` is what was measured, `note` (one line) how. Needs matplotlib; leaves its global state
     alone. Raises OSError.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13.5, 4.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(wspace=0.04)  # type: ignore[union-attr, call-arg]
+    figure = new_figure((13.5, 4.9))
+    figure.get_layout_engine().set(wspace=0.04)
     own, theirs, difference = figure.subplots(1, 3)
     _plot_own(own, summary, name)
     _plot_paper(theirs)
@@ -330,7 +328,7 @@ def save_plot(summary: Sequence[StepSummary], path: Path, name: str, note: str) 
         panel.legend(fontsize=8.5)
     figure.suptitle("Do encoder features change less than decoder features along the sampling run?")
     figure.supxlabel(note, fontsize=8.5, color="#555555")
-    figure.savefig(path, dpi=130, format="png")
+    save_figure(figure, path)
 
 
 def _plot_own(panel: Any, summary: Sequence[StepSummary], name: str) -> None:

@@ -68,12 +68,14 @@ class Draws:
     """What a contender drew, in the order it was asked.
 
     `pictures` (N, 128, 128, 3) uint8; `latents` (N, 4, H, W) float32; `row_norms` (N, K) the norms
-    |E_k| * ||output_k|| of the decoder rows where the contender has such rows and shows them.
+    |E_k| * ||output_k|| of the decoder rows where the contender has such rows and shows them;
+    `seconds` (runs,) what each run took for a picture, text encoder to pixels.
     """
 
     pictures: Array
     latents: Array
     row_norms: Array | None = None
+    seconds: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Scores:
     pixel_diversity: float | None
     latents_psnr_db: float | None = None
     row_shares: tuple[float, ...] | None = None
+    picture_ms: float | None = None
 
 
 def choose_prompts(data: QualityData, count: int, seeds: int = 1) -> Request:
@@ -162,6 +165,7 @@ def score(
         if reference_latents is None
         else psnr_db(reference_latents, draws.latents),
         row_shares=None if draws.row_norms is None else row_shares(draws.row_norms),
+        picture_ms=None if draws.seconds is None else 1e3 * float(np.median(draws.seconds)),
     )
 
 
@@ -183,6 +187,7 @@ def _score_features(
     pixel_diversity: float | None = None,
     latents_psnr_db: float | None = None,
     row_shares: tuple[float, ...] | None = None,
+    picture_ms: float | None = None,
 ) -> Scores:
     """What can be told from features (N, D) alone, and what was found out before."""
     shown = np.repeat([prompt.name for _, prompt in request.prompts], request.seeds)
@@ -208,6 +213,7 @@ def _score_features(
         pixel_diversity=pixel_diversity,
         latents_psnr_db=latents_psnr_db,
         row_shares=row_shares,
+        picture_ms=picture_ms,
     )
 
 
@@ -242,7 +248,7 @@ def draw_all(contender: Contender, request: Request, keep: Path | None, console:
     if file is not None and file.is_file():
         return _read_draws(file)
     jobs = request.jobs
-    parts = []
+    parts, seconds = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     began = time.perf_counter()
     with Progress(
@@ -255,14 +261,17 @@ def draw_all(contender: Contender, request: Request, keep: Path | None, console:
         task = progress.add_task(escape(contender.name), total=len(jobs))
         for start in range(0, len(jobs), contender.batch):
             chunk = jobs[start : start + contender.batch]
+            chunk_began = time.perf_counter()
             parts.append(contender.draw([text for text, _ in chunk], [seed for _, seed in chunk]))
+            seconds.append((time.perf_counter() - chunk_began) / len(chunk))
             progress.advance(task, len(chunk))
-    seconds = time.perf_counter() - began
-    console.print(f"{escape(contender.name)}: {len(jobs)} pictures in {seconds:.0f} s")
+    took = time.perf_counter() - began
+    console.print(f"{escape(contender.name)}: {len(jobs)} pictures in {took:.0f} s")
     draws = Draws(
         np.concatenate([part.pictures for part in parts]),
         np.concatenate([part.latents for part in parts]),
         _joined([part.row_norms for part in parts]),
+        np.array(seconds),
     )
     if file is not None:
         _write_draws(file, draws)
@@ -275,7 +284,12 @@ def bundle_contender(
     """A bundle on a runtime. Raises `UsageError` when it is not of the data's family."""
     bundle = open_bundle(path)
     require_family(bundle, data)
-    pipeline = Pipeline.open(bundle, runtime, options)
+    return pipeline_contender(path.name, Pipeline.open(bundle, runtime, options))
+
+
+def pipeline_contender(name: str, pipeline: Pipeline) -> Contender:
+    """An opened bundle; one with a plan is drawn with the plan's guidance."""
+    bundle = pipeline.bundle
     shape = tuple(int(side) for side in bundle.manifest.latent_shape[1:])
     size = bundle.manifest.batch or _DYNAMIC_BATCH
 
@@ -285,13 +299,17 @@ def bundle_contender(
         filled = [*prompts, *[prompts[-1]] * missing]
         noise = [noise_from_seed(seed, (1, *shape)) for seed in [*seeds, *[seeds[-1]] * missing]]
         text = pipeline.embed(filled)
+        if bundle.manifest.faster is not None:
+            text = np.concatenate([pipeline.embed([""] * len(filled)), text])  # (2B, L, D)
         latents = pipeline.latents_from_noise(np.concatenate(noise), text)
         pictures = pixels_from_sample(pipeline.decode(latents))
         return Draws(pictures[:count], latents[:count].astype(np.float32))
 
-    files = json.dumps(asdict(bundle.manifest)["graphs"], sort_keys=True)
-    identity = f"bundle {hashlib.sha256(files.encode()).hexdigest()} on {runtime}"
-    return Contender(path.name, draw, identity, size)
+    manifest = asdict(bundle.manifest)
+    decisive = json.dumps([manifest[part] for part in ("graphs", "schedule", "faster")])
+    runtime = f"{pipeline.runtime.name} {pipeline.runtime.device}"
+    identity = f"bundle {hashlib.sha256(decisive.encode()).hexdigest()} on {runtime}"
+    return Contender(name, draw, identity, size)
 
 
 def require_family(bundle: Bundle, data: QualityData) -> None:
@@ -326,6 +344,7 @@ _ROWS: tuple[tuple[str, Callable[[Scores], str]], ...] = (
     ("coverage ↑", lambda s: _number(s.coverage)),
     ("diversity, features ↑", lambda s: _number(s.feature_diversity)),
     ("diversity, pixels ↑", lambda s: _number(s.pixel_diversity)),
+    ("ms a picture ↓", lambda s: "-" if s.picture_ms is None else f"{s.picture_ms:.0f}"),
     ("latents / first, PSNR dB", lambda s: _decibels(s.latents_psnr_db)),
     ("decoder rows' shares %", lambda s: _shares(s.row_shares)),
 )

@@ -367,7 +367,9 @@ def test_a_contender_is_drawn_scored_and_held_against_the_first(data):
     assert (real.latents_psnr_db, real.row_shares, real.ground) == (None, None, None)
     assert (first.pictures, first.ground, first.latents_psnr_db) == (16, 1.0, None)
     assert first.row_shares == pytest.approx((0.75, 0.25))
-    assert second == replace(first, name="second", latents_psnr_db=300.0)
+    assert first.picture_ms > 0
+    same = {"name": "second", "latents_psnr_db": 300.0, "picture_ms": second.picture_ms}
+    assert second == replace(first, **same)
     assert 0 <= first.top1 <= first.top5 <= 1
     assert first.feature_diversity > 0
     assert first.pixel_diversity > 0

@@ -1,0 +1,197 @@
+"""What Faster Diffusion costs in quality and saves in time: plans on the same graphs.
+
+    tiue-export onnx --ckpt T --method faster --guidance 3 --batch 8 --out fd
+    python -m tiue_export.benchmarks.faster_quality --bundle fd --json q.json --plot q.png
+
+The graphs take any timesteps, so each contender is only another plan for the same bundle: ordinary
+sampling in 50, 25 and 9 steps, uniform, published and further key steps, with and without the
+injection of prior noise. Time is a picture's, from tokens to pixels, while it is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tiue_export.bundle import Bundle, open_bundle
+from tiue_export.errors import UsageError
+from tiue_export.faster.scheduler import FasterOptions, plan_from_config
+from tiue_export.pipeline import Pipeline
+from tiue_export.quality_data import load_quality_data
+from tiue_export.registry import require
+from tiue_export.specs import RuntimeOptions
+
+from .explained import run_explained
+from .figure import new_figure, save_figure
+from .quality import (
+    ComparisonSheet,
+    Contender,
+    Scores,
+    add_request_arguments,
+    choose_prompts,
+    compare,
+    pipeline_contender,
+    report,
+    require_family,
+)
+
+PLAIN_STEPS = (50, 25, 9)
+UNIFORM = (2, 4, 6)
+_STEPS = PLAIN_STEPS[0]
+_PLAIN, _ON, _OFF = "#000000", "#0072B2", "#D55E00"  # Okabe-Ito
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One plan: its name in the table, and what it is made of."""
+
+    name: str
+    options: FasterOptions
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every step runs the encoder."""
+        return self.options.key_steps == "uniform:1"
+
+
+def plans(guidance: float, further: Sequence[tuple[str, tuple[int, ...]]]) -> list[Planned]:
+    """The contenders in the order of the table, the reference first.
+
+    `further` are (name, key steps) beside the usual ones, such as those of `analyze`.
+    """
+    found = [
+        Planned(
+            f"DDIM {steps}",
+            FasterOptions(steps=steps, key_steps="uniform:1", inject="off", guidance=guidance),
+        )
+        for steps in PLAIN_STEPS
+    ]
+    chosen: list[tuple[str, str | tuple[int, ...]]] = [
+        *((f"uniform {n}", f"uniform:{n}") for n in UNIFORM),
+        ("published", "nonuniform"),
+        *further,
+    ]
+    for inject in ("on", "off"):
+        found += [
+            Planned(
+                name if inject == "on" else f"{name}, no injection",
+                FasterOptions(steps=_STEPS, key_steps=keys, inject=inject, guidance=guidance),
+            )
+            for name, keys in chosen
+        ]
+    return found
+
+
+def planned_contender(planned: Planned, pipeline: Pipeline) -> Contender:
+    """The pipeline's own graphs and runtime under another plan."""
+    bundle = pipeline.bundle
+    config = json.loads(bundle.file("scheduler/scheduler_config.json").read_text("utf-8"))
+    schedule, plan = plan_from_config(config, planned.options)
+    manifest = replace(bundle.manifest, schedule=schedule, faster=plan)
+    return pipeline_contender(planned.name, replace(pipeline, bundle=Bundle(bundle.root, manifest)))
+
+
+def plot_quality(
+    chosen: Sequence[Planned], scores: Sequence[Scores], path: Path, title: str
+) -> None:
+    """Fréchet distance and retrieval against time; `scores` are those of `chosen`, in order."""
+    figure = new_figure((12.5, 4.8))
+    distance, retrieval = figure.subplots(1, 2)
+    measures: tuple[tuple[Any, str, Callable[[Scores], float]], ...] = (
+        (distance, "Fréchet distance, lower is better", lambda s: s.frechet),
+        (retrieval, "right emoji %, higher is better", lambda s: 100 * s.top1),
+    )
+    for panel, label, value in measures:
+        points = [
+            (planned, (entry.picture_ms, value(entry)))
+            for planned, entry in zip(chosen, scores, strict=True)
+        ]
+        plain = sorted(at for planned, at in points if planned.is_plain)
+        panel.plot(*zip(*plain, strict=True), color=_PLAIN, linewidth=0.8, alpha=0.5)
+        for planned, at in points:
+            colour = _ON if planned.options.inject == "on" else _OFF
+            style = {"marker": "o", "color": colour}
+            if planned.is_plain:
+                style = {"marker": "s", "color": _PLAIN}
+            panel.plot(*at, **style)
+            shown = planned.name.removesuffix(", no injection")
+            panel.annotate(shown, at, xytext=(5, 3), textcoords="offset points", fontsize=7.5)
+        panel.set(xlabel="ms a picture", ylabel=label)
+        panel.grid(alpha=0.3)
+    for name, mark, colour in (
+        ("ordinary sampling", "s", _PLAIN),
+        ("Faster Diffusion", "o", _ON),
+        ("without injection", "o", _OFF),
+    ):
+        distance.plot([], [], mark, color=colour, label=name)
+    distance.legend(fontsize=8)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    """Compare the plans; print a table, write JSON, sheet and plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--bundle", type=Path, required=True, help="made by --method faster")
+    parser.add_argument("--guidance", type=float, help="default: the bundle's")
+    parser.add_argument(
+        "--key-steps",
+        action="append",
+        default=[],
+        metavar="NAME=LIST",
+        help="a further plan, such as auto=0,1,2,4,7; repeatable",
+    )
+    parser.add_argument("--runtime", default="ort")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--plot", type=Path, help=".png to write")
+    add_request_arguments(parser)
+    arguments = parser.parse_args()
+    run_explained(lambda: _compare_plans(arguments))
+
+
+def _compare_plans(arguments: Any) -> None:
+    if arguments.plot is not None:
+        require("the plot", ("matplotlib",), "bench")
+    data = load_quality_data(arguments.data)
+    request = choose_prompts(data, arguments.prompts, arguments.seeds)
+    bundle = open_bundle(arguments.bundle)
+    require_family(bundle, data)
+    if bundle.manifest.faster is None:
+        raise UsageError(
+            f"{bundle.root} is a distilled student: it has no key steps",
+            "Give a bundle made by: tiue-export onnx --ckpt TEACHER --method faster",
+        )
+    guidance = arguments.guidance
+    chosen = plans(
+        bundle.manifest.faster.guidance if guidance is None else guidance,
+        [_named_list(text) for text in arguments.key_steps],
+    )
+    options = RuntimeOptions(threads=arguments.threads)
+    sheet = ComparisonSheet(arguments.sheet, request)
+    with Pipeline.open(bundle, arguments.runtime, options) as pipeline:
+        contenders = [planned_contender(planned, pipeline) for planned in chosen]
+        scores = compare(contenders, request, data, keep=arguments.keep, on_draws=sheet.add)
+    sheet.write()
+    report(scores, request, data, arguments.json)
+    if arguments.plot is not None:
+        title = f"{bundle.manifest.source.name}: {len(request.jobs)} pictures, {arguments.runtime}"
+        plot_quality(chosen, scores[1:], arguments.plot, title)  # the first are real pictures
+
+
+def _named_list(text: str) -> tuple[str, tuple[int, ...]]:
+    name, equals, listed = text.partition("=")
+    try:
+        steps = tuple(int(part) for part in listed.split(","))
+    except ValueError:
+        steps = ()
+    if not (name and equals and steps):
+        raise UsageError(f"--key-steps is {text!r}; expected NAME=LIST, such as auto=0,1,2,4,7")
+    return name, steps
+
+
+if __name__ == "__main__":
+    main()
