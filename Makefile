@@ -9,7 +9,7 @@ demo: setup
 	$(BIN)/tiue-export demo --out demo --force
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations=20
 
 check: setup
 	$(BIN)/ruff format --check .

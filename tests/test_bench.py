@@ -873,13 +873,13 @@ def test_an_axis_without_numbers_is_refused(text):
 def test_a_sweep_in_torch_is_measured_written_and_drawn(micro_pipeline, tmp_path):
     command = [sys.executable, "-m", f"{PACKAGE}.scaling"]
     command += ["--ckpt", str(micro_pipeline), "--runtime", "torch"]
-    command += ["--axis", "steps=2,3", "--axis", "threads=1", "--rounds", "1", "--runs", "1"]
+    command += ["--axis", "steps=2,3", "--rounds", "1", "--runs", "1"]
     command += ["--peak", "fp32=0.5"]
     command += ["--out", str(tmp_path / "s.json"), "--plot", str(tmp_path / "s.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "steps=3/naive/torch/fp32" in done.stdout
     written = record.read_record(tmp_path / "s.json").by_name()
-    assert list(written) == [f"{a}/naive/torch/fp32" for a in ("steps=2", "steps=3", "threads=1")]
+    assert list(written) == [f"{a}/naive/torch/fp32" for a in ("steps=2", "steps=3")]
     ceilings = record.read_record(tmp_path / "s.json").ceilings
     assert ceilings["fp32"].tflops == 0.5
     more, fewer = (written[f"steps={k}/naive/torch/fp32"].flops["unet_decoder"] for k in (3, 2))

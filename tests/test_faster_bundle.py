@@ -188,7 +188,7 @@ def test_a_cuda_graph_and_tensorrt_engines_are_refused(faster_bundle):
         plan_trt(faster_bundle, TrtOptions())
 
 
-@pytest.mark.parametrize("command", ["calibrate", "bench", "triton"])
+@pytest.mark.parametrize("command", ["calibrate", "triton"])
 def test_commands_for_students_say_so(run, faster_bundle, command):
     more = ("--out", "repository") if command == "triton" else ()
     code, _, err = run(command, faster_bundle.root, *more)

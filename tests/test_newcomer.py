@@ -203,10 +203,13 @@ def test_a_shell_gets_bundles_and_runtimes(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_as_json_is_one_object_and_its_files_exist(run, tmp_path):
+def test_the_demo_as_json_is_one_object_its_files_exist_and_are_not_overwritten(run, tmp_path):
     code, out, err = run("demo", "--json")
     assert code == 0
     data = json.loads(out)
     assert (tmp_path / data["picture"]).is_file()
     assert open_bundle(data["bundle"]).manifest.source.family
     assert "a tiny student" in err
+    assert "tiue-export inspect" in err
+    code, _, err = run("demo")
+    assert (code, "holds an earlier demo" in err) == (6, True)
