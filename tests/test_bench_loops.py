@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tiue_export import export_onnx
 from tiue_export.bundle import Bundle
 from tiue_export.errors import UsageError
 from tiue_export.family import load_family
 from tiue_export.faster.plan import make_plan
-from tiue_export.faster.scheduler import trajectory_of
+from tiue_export.faster.scheduler import FasterOptions, trajectory_of
+from tiue_export.faster.teacher import load_teacher
 from tiue_export.flops import count_flops
+from tiue_export.graphs import ExportOptions
 from tiue_export.specs import CONTROLNET, TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER
 
 PACKAGE = "tiue_export.benchmarks.latency"
@@ -104,6 +108,21 @@ def test_each_way_is_measured_by_stage_and_says_what_was_scaled(measured):
     ]
 
 
+def test_a_half_bundle_is_fed_in_half(micro_folder, tmp_path):
+    teacher = shutil.copytree(micro_folder, tmp_path / "teacher")
+    file = teacher / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    del config["tiue_steps"]
+    file.write_text(json.dumps(config), "utf-8")
+    planned = load_teacher(teacher, options=FasterOptions(steps=4, key_steps=(0, 2)))
+    half = export_onnx(planned, tmp_path / "half", ExportOptions(precision="fp16"))
+    settings = {"bundle": str(half.root), "runtime": "ort", "unet_only": True}
+    for loop in faster_session.LOOPS:
+        session = faster_session.open_session({**settings, "loop": loop})
+        assert set(session.run()) == {UNET_ENCODER, UNET_DECODER, "unet"}
+        session.close()
+
+
 def test_operations_count_the_shared_part_once_a_group(measured, faster_bundle):
     of = {steps: count_flops(faster_bundle.graph_path(UNET_DECODER), steps=steps).total
           for steps in (1, 2, 3)}  # fmt: skip
@@ -119,7 +138,6 @@ def test_operations_count_the_shared_part_once_a_group(measured, faster_bundle):
 
 def test_operations_are_those_that_torch_counts(faster_bundle, teacher_folder):
     from tiue_export.faster.errors import torch_model, unet_flops
-    from tiue_export.faster.teacher import load_teacher
 
     graphs = torch_model(load_teacher(teacher_folder)).graphs
     for name in (UNET_ENCODER, UNET_DECODER):

@@ -288,6 +288,7 @@ def bundle_titles(bundles: Sequence[Bundle]) -> list[str]:
         for title, bundle in zip(titles, bundles, strict=True)
         if bundle.manifest.faster is not None
         for loop in LOOPS
+        if loop != "plan"
     ]
     taken = [*titles, *looped]
     if len(set(taken)) < len(taken) or set(taken) & {NAIVE, *SAMPLERS}:

@@ -91,7 +91,7 @@ class FasterSession:
             device=settings.device, threads=settings.threads, precision=settings.precision
         )
         self._runtime = open_runtime(settings.runtime, self._bundle, options)
-        self._known: dict[str, Array] = dict(load_reference(self._bundle).arrays)
+        self._known = _inputs(self._bundle)
         self._runs = loop_runs(plan_of(self._bundle), settings.loop, len(self._known["noise"]))
 
     @property
@@ -118,16 +118,14 @@ class FasterSession:
     def run(self) -> dict[str, float]:
         """One drawing; milliseconds by stage."""
         clock = StageClock()
-        text = self._known["encoder_hidden_states"]  # (2B, L, D)
         if not self._settings.unet_only:
             # The prompt's, and the negative prompt's, which takes as long.
             for _ in range(2):
                 self._timed(clock, TEXT_ENCODER, self._known)
-        pool = {**self._known, "encoder_hidden_states": text}
-        features = self._timed(clock, UNET_ENCODER, pool, times=self._runs.encoder)
+        features = self._timed(clock, UNET_ENCODER, self._known, times=self._runs.encoder)
         last = self._known["timesteps"][-1:]
         for steps, times in self._runs.decoder.items():
-            feeds = {**pool, **features, "timesteps": np.repeat(last, steps)}
+            feeds = {**self._known, **features, "timesteps": np.repeat(last, steps)}
             outputs = self._timed(clock, UNET_DECODER, feeds, times=times)
             check_finite("the drawing", outputs)
         if not self._settings.unet_only:
@@ -167,6 +165,16 @@ class FasterSession:
         seconds = time.perf_counter() - start
         clock.add(VAE_DECODER, seconds)
         clock.whole_s += seconds
+
+
+def _inputs(bundle: Bundle) -> dict[str, Array]:
+    """The reference's arrays, inputs in the dtypes that the graphs take."""
+    known: dict[str, Array] = dict(load_reference(bundle).arrays)
+    for graph in bundle.manifest.graphs:
+        for tensor in bundle.spec(graph).inputs:
+            if tensor.name in known:
+                known[tensor.name] = known[tensor.name].astype(tensor.dtype)
+    return known
 
 
 def plan_of(bundle: Bundle) -> FasterPlan:
