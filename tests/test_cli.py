@@ -342,7 +342,7 @@ def test_an_export_killed_at_any_moment_leaves_nothing_that_opens(micro_folder, 
     command = [sys.executable, "-m", "tiue_export", "onnx", "--ckpt", str(micro_folder)]
     command += ["--out", str(tmp_path / "fox")]
     random = np.random.RandomState(0)
-    for delay in random.uniform(3.0, 7.0, 3):
+    for delay in random.uniform(3.0, 7.0, 4):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)

@@ -112,11 +112,8 @@ def test_exporting_again_and_from_an_ldm_file_gives_identical_graphs(
     tiny_bundle, tiny_pipeline, tmp_path
 ):
     file = write_ldm_file(tiny_pipeline, tmp_path / "ldm.safetensors")
-    student = load_student(file, base=tiny_pipeline, without=("vae",))
-    from_ldm = graph_hashes(export_onnx(student, tmp_path / "ldm"))
-    assert len(from_ldm) == 3
-    folder = graph_hashes(tiny_bundle)
-    assert {name: folder[name] for name in from_ldm} == from_ldm
+    from_ldm = export_onnx(load_student(file, base=tiny_pipeline), tmp_path / "ldm")
+    assert graph_hashes(from_ldm) == graph_hashes(tiny_bundle)
 
 
 @pytest.mark.parametrize(
