@@ -120,6 +120,7 @@ def plot_quality(
             panel.plot(*at, **style)
             shown = planned.name.removesuffix(", no injection")
             panel.annotate(shown, at, xytext=(5, 3), textcoords="offset points", fontsize=7.5)
+        panel.margins(x=0.14)  # the last name needs room
         panel.set(xlabel="ms a picture", ylabel=label)
         panel.grid(alpha=0.3)
     for name, mark, colour in (
