@@ -43,7 +43,9 @@ POLYGRAPHY_RTX = "POLYGRAPHY_USE_TENSORRT_RTX"
 _MEMORY_ERROR = re.compile(
     r"out of memory|outofmemory|bad_alloc|memoryallocation|insufficient memory|cannot allocate "
     r"memory|memory is insufficient|nvmapmemalloc|failed_allocation|failed to map segment|"
-    r"requested amount of gpu memory",
+    r"requested amount of gpu memory|"
+    # What a thread without room for its stack is refused with (EAGAIN).
+    r"resource temporarily unavailable",
     re.IGNORECASE,
 )
 _INTERVAL_S = 0.1
