@@ -3,13 +3,19 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs setup setup-browser clean
+.PHONY: demo test test-all check docs setup setup-browser clean
 
 demo: setup
 	$(BIN)/tiue-export demo --out demo --force
 
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations=20
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations=20
+	$(PYTEST) -m "not slow"
+
+# With the second ways through what a quicker test shows: other profiles, Ray, two processes, kills.
+test-all: setup
+	$(PYTEST)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -108,6 +108,7 @@ def test_each_way_is_measured_by_stage_and_says_what_was_scaled(measured):
     ]
 
 
+@pytest.mark.slow
 def test_a_half_bundle_is_fed_in_half(micro_folder, tmp_path):
     teacher = shutil.copytree(micro_folder, tmp_path / "teacher")
     file = teacher / "scheduler" / "scheduler_config.json"

@@ -170,7 +170,6 @@ def test_doctor_tells_how_much_the_cache_holds(run, monkeypatch, tmp_path):
     assert told == f"{tmp_path / 'tiue-export'}, 3.00 MB; can be deleted at any time"
 
 
-@pytest.mark.slow
 def test_demo_refuses_to_overwrite_what_it_did_not_make(run, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
@@ -290,7 +289,6 @@ def test_dynamic_batch_needs_no_other_option(run, micro_folder):
     assert open_bundle("any").manifest.batch is None
 
 
-@pytest.mark.slow
 def test_a_terminated_export_cleans_up(tiny_pipeline, tmp_path):
     command = [sys.executable, "-m", "tiue_export", "onnx", "--ckpt", str(tiny_pipeline)]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "fox")], stderr=subprocess.PIPE)

@@ -68,6 +68,7 @@ def test_it_draws_the_picture_that_onnx_runtime_draws(made):
     assert np.abs(difference).max() <= 1
 
 
+@pytest.mark.slow
 def test_half_precision_passes_its_gate(own, micro_folder):
     bundle = compile_coreai(own, StudentPlace(str(micro_folder)))
     compiled = bundle.manifest.compiled[FOLDER]

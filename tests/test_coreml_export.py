@@ -170,7 +170,14 @@ def test_the_weighted_sum_stays_in_float32_in_half_precision(plain):
     assert np.abs(latents / expected - 1).max() < 1e-2
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize(
+    "profile",
+    [
+        # One without and one with the Neural Engine's layout; the others differ by their weights.
+        pytest.param(name, marks=() if name in ("mac-gpu", "mac-ane") else pytest.mark.slow)
+        for name in PROFILES
+    ],
+)
 def test_each_profile_makes_all_four_packages_and_passes_its_gates(
     whole, micro_pipeline, profile, tmp_path, capsys
 ):
@@ -197,6 +204,7 @@ def test_each_profile_makes_all_four_packages_and_passes_its_gates(
     assert ("einsum" in program.op_counts) == (plan.linear == "conv")
 
 
+@pytest.mark.slow
 def test_several_sizes_become_one_package_with_a_function_each(
     micro_bundle, micro_folder, tmp_path
 ):
@@ -329,6 +337,7 @@ def test_a_budget_below_the_fewest_bits_is_refused():
         choose_bits(weights_of([1.0]), None, 1.0)
 
 
+@pytest.mark.slow
 def test_a_recipe_for_a_psnr_is_found_reached_and_can_be_used_again(made, plain, tmp_path):
     bundle = made(target_psnr_db=45.0)
     compiled = bundle.manifest.compiled[FOLDER]
@@ -518,6 +527,7 @@ def _killed(request):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_child_process_that_is_killed_is_told_as_memory():
     with pytest.raises(ResourceError, match="was killed, most likely because memory ran out"):
         coreml_bundle._in_child("", _killed, None, None, lambda fraction, detail: None)

@@ -287,6 +287,7 @@ main(["distill", sys.argv[1]])
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_batch(tiny_distillation, start, tmp_path):
     config = replace(tiny_distillation, out=str(tmp_path / "run"), iterations=2, micro_batch=1)
     (tmp_path / "two.py").write_text(TWO_PROCESSES, "utf-8")

@@ -120,8 +120,8 @@ def test_exporting_again_and_from_an_ldm_file_gives_identical_graphs(
     "options",
     [
         ExportOptions(hoist="none"),
-        ExportOptions(hoist="encoder"),
-        ExportOptions(height=96, width=32, batch=2),
+        pytest.param(ExportOptions(hoist="encoder"), marks=pytest.mark.slow),
+        pytest.param(ExportOptions(height=96, width=32, batch=2), marks=pytest.mark.slow),
         ExportOptions(merge_below=0.02),
     ],
     ids=["naive", "encoder", "96x32-batch2", "merged"],
@@ -186,6 +186,7 @@ def test_layer_names_are_the_same_at_every_precision(tiny_bundle, half_bundle):
         assert half
 
 
+@pytest.mark.slow
 def test_softmax_is_in_float32_where_the_model_asks_for_upcast(tiny_pipeline, tmp_path):
     folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
     config = folder / "unet" / "config.json"
@@ -213,6 +214,7 @@ def test_a_dynamic_batch_bundle_runs_any_batch(micro_pipeline, tmp_path):
         assert psnr_db(one.latents, row.latents) > 100
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_leaves_out_its_classes_defaults_exports(micro_folder, tmp_path):
     """The loop that proves the closed form must fill gaps as the class that wrote the file does."""
     folder = Path(shutil.copytree(micro_folder, tmp_path / "pipeline"))

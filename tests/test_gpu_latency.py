@@ -21,6 +21,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 def test_every_contender_is_timed_in_turn_and_written_down(tiny_pipeline, tmp_path, capsys):
     out = tmp_path / "result.json"
     arguments = [

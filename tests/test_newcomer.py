@@ -202,7 +202,6 @@ def test_a_shell_gets_bundles_and_runtimes(tmp_path):
         assert set(done.stdout.split()) == offered, done.stderr
 
 
-@pytest.mark.slow
 def test_the_demo_as_json_is_one_object_its_files_exist_and_are_not_overwritten(run, tmp_path):
     code, out, err = run("demo", "--json")
     assert code == 0

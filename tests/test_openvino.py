@@ -59,6 +59,7 @@ def test_every_graph_is_listed_with_its_files_and_proven_at_the_fp32_gate(compil
     assert all(r.passed and r.gate == GATES_PSNR_DB["fp32"] for r in compiled.parity)
 
 
+@pytest.mark.slow
 def test_fp16_weights_halve_the_files_and_are_judged_at_the_fp16_gate(unconverted):
     full = compile_openvino(unconverted)
     half = compile_openvino(full, OpenvinoOptions(weights="fp16"), force=True)

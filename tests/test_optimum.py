@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from packaging_fixtures import Installation
 
 pytest_plugins = ["packaging_fixtures"]
-pytestmark = pytest.mark.slow
 OPTIMUM_CLI = ("-m", "optimum.commands.optimum_cli")
 
 
@@ -52,6 +51,7 @@ def test_optimum_loads_the_plugin_of_the_wheel_without_torch(
     assert not {"tiue_export", "diffusers", "onnx"} & set(loaded)
 
 
+@pytest.mark.slow
 def test_optimum_writes_a_bundle_that_opens(
     installation: Installation, micro_pipeline: Path, tmp_path: Path
 ) -> None:
@@ -100,7 +100,6 @@ def test_doctor_does_not_take_our_own_plugin_file_for_optimum(
     assert not backends["optimum-cli export tiue"]["usable"]
 
 
-@pytest.mark.slow
 def test_diffusers_does_not_remark_on_the_plugin_in_any_process() -> None:
     done = subprocess.run(
         [sys.executable, "-c", "import tiue_export, diffusers"], capture_output=True, text=True

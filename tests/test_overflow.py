@@ -208,6 +208,7 @@ def test_only_the_island_is_in_float32(tiny_student):
         assert kept.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
 
 
+@pytest.mark.slow
 def test_a_skip_that_half_cannot_carry_travels_in_float32(tiny_student, tmp_path):
     student = with_hot_stream(tiny_student, "unet.conv_in")
     options = ExportOptions(precision="fp16", dynamic_batch=True)
@@ -305,6 +306,7 @@ def test_an_export_audits_applies_islands_and_keeps_the_findings(micro_folder, t
     assert heavy <= paths
 
 
+@pytest.mark.slow
 def test_the_vae_precision_is_the_audits_or_the_users(tiny_student, micro_folder, tmp_path):
     student = load_student(micro_folder)
     student.vae = tiny_student.vae

@@ -63,7 +63,6 @@ def in_wheel(wheel: Path, name: str) -> str:
         return archive.read(name).decode("utf-8")
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_exactly_what_the_folders_hold(names, source_copy: Path) -> None:
     expected = list(shipped(source_copy))
     assert {"tiue_export/py.typed", "tiue_export/families/tiny.json"} <= set(expected)
@@ -71,18 +70,15 @@ def test_the_wheel_holds_exactly_what_the_folders_hold(names, source_copy: Path)
     assert sorted(name for name in names if not name.startswith(DIST_INFO)) == sorted(expected)
 
 
-@pytest.mark.slow
 def test_the_wheel_installs_no_other_top_level_name(names) -> None:
     assert {name.partition("/")[0] for name in names} == {"tiue_export", "optimum", DIST_INFO}
 
 
-@pytest.mark.slow
 def test_optimum_gets_one_plugin_file_and_no_package_file(names) -> None:
     added = [name for name in names if name.startswith("optimum/")]
     assert added == ["optimum/commands/register/register_tiue.py"]
 
 
-@pytest.mark.slow
 def test_the_wheel_carries_the_command_the_licence_and_the_version(wheel: Path, names) -> None:
     entry_points = configparser.ConfigParser()
     entry_points.read_string(in_wheel(wheel, f"{DIST_INFO}/entry_points.txt"))
@@ -94,7 +90,6 @@ def test_the_wheel_carries_the_command_the_licence_and_the_version(wheel: Path, 
     assert "License-Expression: Apache-2.0" in metadata
 
 
-@pytest.mark.slow
 def test_the_installed_wheel_runs_from_anywhere(installation: Installation, tmp_path: Path) -> None:
     code = (
         "import tiue_export, tiue_export.runtimes.fake, tiue_export.apps.cli as cli\n"

@@ -567,6 +567,7 @@ def _with_fake_inputs(bundle, graph: str) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_openvino_reads_the_same_pairs(compiled_bundle, data, made, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     judged = replace(QUICK, runtime="openvino", precision="fp32")

@@ -476,7 +476,6 @@ def test_what_opening_raises_reaches_the_caller() -> None:
         worker_module.DrawingWorker(broken).start()
 
 
-@pytest.mark.slow
 def test_its_own_description_holds_against_generated_requests(live) -> None:
     """schemathesis makes up right and wrong requests from /openapi.json, and checks the answers."""
     done = subprocess.run(
@@ -492,7 +491,6 @@ def test_its_own_description_holds_against_generated_requests(live) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-@pytest.mark.slow
 def test_a_server_told_to_stop_answers_what_it_accepted(tiny_bundle, tmp_path: Path) -> None:
     env = {**os.environ, "TIUE_EXPORT_TOKEN": "correct-horse"}
     command = [sys.executable, "-m", "tiue_export", "serve", str(tiny_bundle.root)]
@@ -524,7 +522,6 @@ def test_a_server_told_to_stop_answers_what_it_accepted(tiny_bundle, tmp_path: P
         assert process.stderr.read() == ""
 
 
-@pytest.mark.slow
 def test_whoever_reads_the_announcement_may_connect_or_stop_the_server_at_once(tiny_bundle) -> None:
     command = [sys.executable, "-m", "tiue_export", "serve", str(tiny_bundle.root), "--json"]
     with subprocess.Popen(
@@ -619,7 +616,6 @@ def test_the_same_application_answers_on_ray_serve(tiny_bundle, tmp_path: Path) 
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
 
 
-@pytest.mark.slow
 def test_the_load_test_loses_nothing_and_prints_its_table(tiny_bundle, tmp_path, capfd) -> None:
     load = importlib.import_module("tiue_export.benchmarks.server_load")
     record = tmp_path / "load.json"

@@ -113,7 +113,6 @@ def picture(page, name: str) -> None:
         page.screenshot(path=Path(SCREENSHOTS) / f"studio-{name}-{width}.png", full_page=True)
 
 
-@pytest.mark.slow
 def test_a_visitor_draws_keeps_downloads_and_brings_a_picture_back(page, kept, tmp_path):
     # Typing draws by itself; nothing is kept yet.
     prompt = f"a red fox {page.viewport_size['width']}"  # kept once, whoever draws it again
@@ -173,7 +172,6 @@ def test_a_visitor_draws_keeps_downloads_and_brings_a_picture_back(page, kept, t
     count_is(page, PICTURES, 1)
 
 
-@pytest.mark.slow
 def test_a_visitor_compares_two_runtimes_and_reads_the_bundle(page):
     page.locator(PROMPT).fill("an owl")
     count_is(page, PICTURES, 1)

@@ -105,6 +105,7 @@ def test_equal_texts_give_equal_files_in_another_process(tmp_path):
     assert digests(there) == digests(tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_a_synthetic_pipeline_is_the_same_bytes_in_another_process(tiny_pipeline, tmp_path):
     code = (
         "import sys; from pathlib import Path\n"
