@@ -387,13 +387,40 @@ def test_a_run_that_draws_something_else_is_not_mixed_in(run, tiny_bundle, tmp_p
     arguments = ["generate", tiny_bundle.root, "--prompts", table(tmp_path, 2)]
     assert run(*arguments)[0] == 0
     for other, says in (
-        (["--seed", "1"], "other prompts, ids, seeds or shard sizes"),
+        (["--seed", "1"], "other prompts, ids, seeds, guidance or shard sizes"),
         (["--format", "tar"], "format 'png' instead of 'tar'"),
         (["--runtime", "fake"], "runtime 'ort' instead of 'fake'"),
     ):
         code, _, error = run(*arguments, *other)
         assert code == 2
         assert f"pictures holds a run with {says}" in error
+
+
+def test_guidance_and_a_negative_prompt_hold_for_the_whole_table(
+    run, faster_bundle, tiny_bundle, tmp_path
+) -> None:
+    steering = ("--guidance", "2", "--negative", "blue")
+    arguments = ["generate", faster_bundle.root, "--prompts", table(tmp_path, 2)]
+    code, _, error = run(*arguments, *steering)
+    assert code == 0, error
+    code, _, error = run(*arguments, "--guidance", "3", "--negative", "blue")
+    assert (code, "other prompts, ids, seeds, guidance" in error) == (2, True)
+    with Pipeline.open(faster_bundle) as pipeline:
+        how = {"guidance": 2.0, "negative_prompt": "blue"}
+        prompts = [f"a picture of thing {i}" for i in range(2)]
+        alone = [pipeline(text, seed=i, **how).images[0] for i, text in enumerate(prompts)]
+    for number, expected in enumerate(alone):
+        file = tmp_path / "pictures" / f"c{number:03d}.png"
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(expected))
+        written = parameters_from_png(file)
+        assert (written["guidance"], written["negative_prompt"]) == (2.0, "blue")
+    student = ["generate", tiny_bundle.root, "--prompts", table(tmp_path, 2), "--out", "other"]
+    for option, value, named in (
+        ("--guidance", "2", "guidance"),
+        ("--negative", "blue", "negative prompt"),
+    ):
+        code, _, error = run(*student, option, value)
+        assert (code, f"it takes no {named}, its guidance is part of" in error) == (2, True)
 
 
 def test_a_second_run_into_the_same_folder_waits_its_turn(run, tiny_bundle, tmp_path) -> None:

@@ -18,6 +18,7 @@ from tiue_export.faster.teacher import load_teacher
 from tiue_export.graphs import ExportOptions, build_graphs
 from tiue_export.manifest import Manifest
 from tiue_export.parity import PROMPTS, load_reference, measure_runtime
+from tiue_export.pipeline import Job
 from tiue_export.reference import capture, measure_half_arithmetic
 from tiue_export.registry import open_runtime
 from tiue_export.specs import (
@@ -146,6 +147,22 @@ def test_a_distilled_student_takes_neither(tiny_bundle, options):
     with Pipeline.open(tiny_bundle, "fake") as student, pytest.raises(UsageError) as caught:
         student(FOX, **options)
     assert "is a distilled student: it takes no" in caught.value.message
+
+
+def test_pictures_drawn_together_are_each_steered_by_their_own_job(pipeline):
+    jobs = [Job(FOX, 0), Job(FOX, 0, "blue", 2.0)]
+    plain, steered = pipeline.draw(jobs).pictures
+    assert (plain.guidance, steered.guidance, steered.negative_prompt) == (5.0, 2.0, "blue")
+    alone = pipeline(FOX, guidance=2.0, negative_prompt="blue").pictures[0]
+    assert psnr_db(alone.latents, steered.latents) > 100
+
+
+def test_jobs_of_a_student_are_not_steered(tiny_bundle):
+    with Pipeline.open(tiny_bundle, "fake") as student:
+        with pytest.raises(UsageError, match="it takes no negative prompt"):
+            student.draw([Job(FOX, 0, "blue")])
+        with pytest.raises(UsageError, match="it takes no guidance"):
+            student.draw([Job(FOX, 0, "", 2.0)])
 
 
 def test_the_fake_runtime_has_the_right_shapes(faster_bundle):

@@ -589,6 +589,29 @@ def test_a_limit_that_nothing_could_keep_is_refused() -> None:
         Limits(request_bytes=10).check()
 
 
+def test_a_bundle_with_a_plan_takes_guidance_and_a_negative_prompt(faster_bundle) -> None:
+    steering = {"guidance": 2, "negative_prompt": "blue"}
+    with served(lambda: Pipeline.open(faster_bundle, "ort", ONE_THREAD)) as client:
+        body = {"prompt": "a red fox", "seed": 7}
+        plain, steered = (
+            client.post(GENERATIONS, json=asked).json() for asked in (body, {**body, **steering})
+        )
+        refused = client.post(GENERATIONS, json={**body, "guidance": 0.5}).json()["error"]
+        fields = client.get("/openapi.json").json()["components"]["schemas"]["ImagesRequest"]
+    assert (refused["param"], refused["code"]) == ("guidance", "invalid_value")
+    assert "left out, 5." in fields["properties"]["guidance"]["description"]
+    with Pipeline.open(faster_bundle, "ort", ONE_THREAD) as pipeline:
+        expected = [pipeline("a red fox", seed=7, **how).images[0] for how in ({}, steering)]
+    for answer, picture in zip((plain, steered), expected, strict=True):
+        assert np.array_equal(pixels(base64.b64decode(answer["data"][0]["b64_json"])), picture)
+    assert not np.array_equal(*map(np.asarray, expected))
+
+
+def test_a_student_has_no_guidance_to_choose(live) -> None:
+    error = live.post(GENERATIONS, json={"prompt": "a red fox", "guidance": 2}).json()["error"]
+    assert (error["param"], error["code"]) == ("guidance", "unknown_parameter")
+
+
 @pytest.mark.slow
 def test_the_same_application_answers_on_ray_serve(tiny_bundle, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:

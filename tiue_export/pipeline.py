@@ -199,13 +199,7 @@ class Pipeline:
         """Guidance and negative prompt of each prompt; refused where guidance is distilled in."""
         if guidance is None and negative_prompt is None:
             return [None] * count, [""] * count
-        if self.bundle.manifest.faster is None:
-            given = "guidance" if guidance is not None else "a negative prompt"
-            raise UsageError(
-                f"{self.bundle.root} is a distilled student: it takes no {given}, its guidance is "
-                "part of its weights",
-                "Leave it out, or export the teacher with --method faster.",
-            )
+        check_steering(self.bundle, guidance is not None)
         if guidance is None or isinstance(guidance, (int, float)):
             scales: list[float | None] = [guidance] * count
         else:
@@ -226,15 +220,17 @@ class Pipeline:
 
     def draw(
         self,
-        jobs: Sequence[tuple[str, int]],
+        jobs: Sequence[tuple[str, int] | Job],
         on_picture: Callable[[Picture], None] = lambda picture: None,
     ) -> Result:
-        """Draw one picture for each (prompt, seed), as many in a run as the batch allows."""
+        """Draw one picture for each (prompt, seed) or `Job`, as many a run as the batch allows."""
         if not jobs:
             raise UsageError("no prompt was given")
         listed = [Job(*job) for job in jobs]
         for job in listed:
             check_seeds(job.seed, 1)
+            if job.guidance is not None or job.negative:
+                self._steering(job.guidance, job.negative, 1)
         return self._draw_all(listed, None, on_picture, Loop(control=self._control(None, 1.0)))
 
     def _draw_all(
@@ -395,3 +391,13 @@ class Pipeline:
 
 
 _DYNAMIC_BATCH = 4
+
+
+def check_steering(bundle: Bundle, guided: bool) -> None:
+    """Refuse guidance (`guided`) or a negative prompt where guidance is distilled in."""
+    if bundle.manifest.faster is None:
+        raise UsageError(
+            f"{bundle.root} is a distilled student: it takes no "
+            f"{'guidance' if guided else 'negative prompt'}, its guidance is part of its weights",
+            "Leave it out, or export the teacher with --method faster.",
+        )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiue_export.picture import png_bytes
+from tiue_export.pipeline import Job as DrawnJob
 from tiue_export.pipeline import Picture, Pipeline
 from tiue_export.specs import RuntimeOptions
 
@@ -40,7 +41,8 @@ class Sample:
 
 def draw_jobs(pipeline: Pipeline, jobs: Sequence[Job]) -> list[Sample]:
     """Draw and encode; equal jobs give equal bytes."""
-    result = pipeline.draw([(job.prompt, job.seed) for job in jobs])
+    drawn = [DrawnJob(j.prompt, j.seed, j.negative, j.guidance) for j in jobs]
+    result = pipeline.draw(drawn)
     return [
         _sample(job, picture, pipeline) for job, picture in zip(jobs, result.pictures, strict=True)
     ]

@@ -15,6 +15,8 @@ from rich.console import Console
 
 from tiue_export.bundle import disk_errors, open_bundle
 from tiue_export.errors import UsageError, unknown_name
+from tiue_export.faster.plan import check_guidance
+from tiue_export.pipeline import check_steering
 from tiue_export.specs import RuntimeOptions
 
 from ..tables import console, print_json
@@ -34,7 +36,7 @@ _WRITERS: Mapping[str, Callable[[Path, BulkPlan], PictureWriter]] = {
 _RECORD = "bulk.json"
 _LOCK = ".lock"
 _DIFFERENCES = {
-    "jobs_sha256": "other prompts, ids, seeds or shard sizes",
+    "jobs_sha256": "other prompts, ids, seeds, guidance or shard sizes",
     "bundle_sha256": "another bundle",
 }
 
@@ -49,6 +51,8 @@ class BulkRequest:
     prompt_column: str = "prompt"
     count: int = 1
     seed: int = 0
+    negative_prompt: str | None = None
+    guidance: float | None = None
     file_format: str = "png"
     shard_pictures: int = 1000
     workers: int = 1
@@ -62,8 +66,13 @@ def run(request: BulkRequest) -> None:
     """Draw every picture of the table that is not there yet."""
     _check(request)
     rows = read_rows(request.prompts_file, request.prompt_column)
-    jobs = plan_jobs(rows, request.count, request.seed)
     bundle = open_bundle(request.bundle)
+    if request.guidance is not None or request.negative_prompt is not None:
+        check_steering(bundle, request.guidance is not None)
+    if request.guidance is not None:
+        check_guidance(request.guidance)
+    negative = request.negative_prompt or ""
+    jobs = plan_jobs(rows, request.count, request.seed, negative, request.guidance)
     plan = BulkPlan(jobs, chunk_pictures(bundle), request.shard_pictures)
     options = request.options
     runtime = {

@@ -42,8 +42,6 @@ def bulk_request(request: GenerateRequest, options: BulkOptions) -> BulkRequest:
         "--sheet": request.sheet is not None,
         "--latents": request.latents is not None,
         "--time": request.time_stages,
-        "--guidance": request.guidance is not None,
-        "--negative": request.negative_prompt is not None,
         "--max-decoder-rows": request.max_decoder_rows is not None,
         "--control": request.control is not None,
         "--control-scale": request.control_scale is not None,
@@ -72,6 +70,8 @@ def bulk_request(request: GenerateRequest, options: BulkOptions) -> BulkRequest:
         out=request.out,
         count=request.count,
         seed=request.seed or 0,
+        negative_prompt=request.negative_prompt,
+        guidance=request.guidance,
         runtime=request.runtime,
         options=RuntimeOptions(
             device=request.device,

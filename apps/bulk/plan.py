@@ -34,6 +34,8 @@ class Job:
     prompt: str
     seed: int
     columns: Mapping[str, Any] = field(default_factory=dict)
+    negative: str = ""
+    guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,18 @@ class BulkPlan:
         """Over everything that decides what is drawn and where it lies."""
         digest = hashlib.sha256(f"{self.chunk_pictures} {self.shard_pictures}\n".encode())
         for job in self.jobs:
-            record = [job.key, job.prompt, job.seed, job.columns]
+            record = [job.key, job.prompt, job.seed, job.columns, job.negative, job.guidance]
             digest.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
 
 
-def plan_jobs(rows: Sequence[PromptRow], count: int, seed: int) -> tuple[Job, ...]:
+def plan_jobs(
+    rows: Sequence[PromptRow],
+    count: int,
+    seed: int,
+    negative: str = "",
+    guidance: float | None = None,
+) -> tuple[Job, ...]:
     """`count` pictures a row. A row's own seed counts on from itself, else picture i of all from
     `seed` + i: no two rows start from the same noise, which would tie an evaluation's pictures.
     """
@@ -90,7 +98,7 @@ def plan_jobs(rows: Sequence[PromptRow], count: int, seed: int) -> tuple[Job, ..
             )
         for i in range(count):
             key = row.key if count == 1 else f"{row.key}-{i}"
-            jobs.append(Job(key, row.prompt, first + i, row.columns))
+            jobs.append(Job(key, row.prompt, first + i, row.columns, negative, guidance))
     seen: set[str] = set()
     for job in jobs:
         # Some file systems take A.png and a.png for one file.

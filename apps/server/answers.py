@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
+from tiue_export.faster.plan import GUIDANCE_RANGE, FasterPlan
+
 from .settings import ServerSettings
 
 
@@ -115,9 +117,12 @@ def _integer(least: int, most: int) -> Any:
 
 
 def image_request_model(
-    settings: ServerSettings, model_names: tuple[str, ...], size: str
+    settings: ServerSettings, model_names: tuple[str, ...], size: str, plan: FasterPlan | None
 ) -> type[BaseModel]:
-    """The request of this server's bundle, with its bounds: they show in the OpenAPI page too."""
+    """The request of this server's bundle, with its bounds: they show in the OpenAPI page too.
+
+    A student has its guidance in its weights; with a plan of Faster Diffusion it may be chosen.
+    """
     limits = settings.limits
     formats: Any = Literal["b64_json", "url"] if settings.urls else Literal["b64_json"]
     names: Any = Literal[model_names]
@@ -140,6 +145,16 @@ def image_request_model(
         "background": (Literal["auto", "opaque"] | None, Field("auto")),
         "user": (str | None, Field(None, max_length=256, description="Accepted, not kept.")),
     }
+    if plan is not None:
+        least, most = GUIDANCE_RANGE
+        fields["guidance"] = (
+            Annotated[float, Field(ge=least, le=most)] | None,
+            Field(None, description=f"1 is none; left out, {plan.guidance:g}."),
+        )
+        fields["negative_prompt"] = (
+            Annotated[str, Field(max_length=limits.prompt_characters)] | None,
+            Field(None, description="What the picture shall not show."),
+        )
     # Strict: "2" is no number of pictures. Unknown fields are refused, never ignored in silence.
     config = ConfigDict(
         extra="forbid",

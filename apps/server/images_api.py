@@ -21,7 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tiue_export._version import __version__
 from tiue_export.errors import TiueError
 from tiue_export.picture import png_bytes
-from tiue_export.pipeline import Picture
+from tiue_export.pipeline import Job, Picture
 
 from ..picture_parameters import picture_parameters
 from .answers import (
@@ -124,7 +124,11 @@ class ImagesApi:
         seed = asked.seed
         if seed is None:
             seed = secrets.randbelow(self.settings.limits.max_seed + 1)
-        pictures = await self._drawn([(asked.prompt, seed + i) for i in range(count)], request)
+        # Only bundles with a plan of Faster Diffusion have these fields.
+        negative = getattr(asked, "negative_prompt", None) or ""
+        guidance = getattr(asked, "guidance", None)
+        jobs = [Job(asked.prompt, seed + i, negative, guidance) for i in range(count)]
+        pictures = await self._drawn(jobs, request)
         files = await asyncio.to_thread(self._files, pictures)
         if asked.response_format == "url":
             names = [self.store.add(png) for png in files]
@@ -145,7 +149,7 @@ class ImagesApi:
             warnings=self._warnings(asked.prompt),
         )
 
-    async def _drawn(self, jobs: list[tuple[str, int]], request: Request) -> list[Picture]:
+    async def _drawn(self, jobs: list[Job], request: Request) -> list[Picture]:
         try:
             order = self.worker.submit(jobs)
         except QueueFull as full:
@@ -237,7 +241,9 @@ def create_app(worker: DrawingWorker, settings: ServerSettings) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, api: ImagesApi) -> None:
-    asked_type = image_request_model(api.settings, api.names, api.size)
+    asked_type = image_request_model(
+        api.settings, api.names, api.size, api.worker.pipeline.bundle.manifest.faster
+    )
 
     @app.post(
         "/v1/images/generations",

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from tiue_export.errors import RuntimeFailure
-from tiue_export.pipeline import Picture, Pipeline, Result
+from tiue_export.pipeline import Job, Picture, Pipeline, Result
 
 from .metrics import ServerMetrics
 from .settings import ServerLimits
@@ -43,7 +43,7 @@ class Closing(Exception):
 class Order:
     """The pictures of one request; `future` holds them, in order, once all are drawn."""
 
-    jobs: tuple[tuple[str, int], ...]
+    jobs: tuple[Job, ...]
     future: Future[list[Picture]] = field(default_factory=Future)
     cancelled: bool = False
     accepted_s: float = 0.0
@@ -58,7 +58,7 @@ class _Item:
     index: int
 
     @property
-    def job(self) -> tuple[str, int]:
+    def job(self) -> Job:
         return self.order.jobs[self.index]
 
 
@@ -112,9 +112,9 @@ class DrawingWorker:
             return "failing"
         return None
 
-    def submit(self, jobs: Sequence[tuple[str, int]]) -> Order:
-        """Queue pictures, given as (prompt, seed); `QueueFull` or `Closing` when they are not."""
-        order = Order(tuple(jobs))
+    def submit(self, jobs: Sequence[tuple[str, int] | Job]) -> Order:
+        """Queue pictures; `QueueFull` or `Closing` when they are not."""
+        order = Order(tuple(Job(*job) for job in jobs))
         # A future that is running cannot be cancelled by whoever awaits it: `cancel` does that.
         order.future.set_running_or_notify_cancel()
         with self._changed:

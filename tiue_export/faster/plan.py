@@ -28,7 +28,7 @@ SCHEDULERS = ("ddim", "dpmpp", "pndm")
 DEFAULT_STEPS = {"ddim": 50, "dpmpp": 20, "pndm": 50}
 PLACEMENTS = ("parallel", "sequential")
 DEFAULT_GUIDANCE = 7.5
-_LARGEST_GUIDANCE = 1000
+GUIDANCE_RANGE = (1.0, 1000.0)
 INJECTION_STRENGTH = 0.003
 INJECTION_BELOW = 0.5
 _NONUNIFORM = (0, 1, 2, 3, 5, 10, 15, 25, 35)
@@ -181,7 +181,8 @@ def check_scheduler(name: str) -> None:
 
 def check_guidance(scale: float) -> None:
     """Refuse a scale that is no number of 1 (off) to 1000."""
-    if not 1 <= scale <= _LARGEST_GUIDANCE:
+    least, most = GUIDANCE_RANGE
+    if not least <= scale <= most:
         raise UsageError(f"guidance is {scale:g}; expected 1 (off) to 1000, usually 7.5")
 
 
