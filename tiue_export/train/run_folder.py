@@ -116,7 +116,12 @@ class RunFolder:
 
     def journal(self) -> Iterator[dict[str, Any]]:
         """The logged lines in order; a line cut off by a kill is left out."""
-        file = self.path / JOURNAL_FILE
+        return self.lines_of(self.path)
+
+    @staticmethod
+    def lines_of(folder: Path) -> Iterator[dict[str, Any]]:
+        """The same of a run that is only read."""
+        file = folder / JOURNAL_FILE
         if not file.is_file():
             return
         for line in file.read_text("utf-8").splitlines():
