@@ -1453,6 +1453,29 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 @explained
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete instead of listing.")] = False,
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="Only this kind, as the list names it.")
+    ] = None,
+    unused_days: Annotated[
+        float | None, typer.Option("--unused-days", help="Only what was not used for so long.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is kept on this machine for quicker starts, or delete it.
+
+    Example:  tiue-export cache
+
+    Example:  tiue-export cache --clear --kind openvino --unused-days 30
+    """
+    from .cache import run
+
+    run(clear, kind, unused_days, as_json)
+
+
+@app.command()
+@explained
 def distill(
     config: Annotated[
         Path | None, typer.Argument(help="TOML file; see docs/training.md.", show_default=False)

@@ -101,7 +101,7 @@ def _cache() -> str:
     """Compiled models and what was measured here: as large as the weights, for each precision."""
     folder = user_cache_folder()
     size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return f"{folder}, {megabytes(size_bytes)}; can be deleted at any time"
+    return f"{folder}, {megabytes(size_bytes)}; can be deleted at any time (tiue-export cache)"
 
 
 def installed_packages() -> dict[str, str | None]:

@@ -21,7 +21,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     ),
     "Draw": ("generate", "studio", "serve"),
     "Check": ("inspect", "parity", "bench"),
-    "Carry": ("bundle", "triton"),
+    "Carry": ("bundle", "triton", "cache"),
     "Train": ("distill",),
 }  # fmt: skip
 

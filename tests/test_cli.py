@@ -167,7 +167,10 @@ def test_doctor_tells_how_much_the_cache_holds(run, monkeypatch, tmp_path):
     kept.write_bytes(bytes(3_000_000))
     _, out, _ = run("doctor", "--json")
     told = json.loads(out)["machine"]["cache"]
-    assert told == f"{tmp_path / 'tiue-export'}, 3.00 MB; can be deleted at any time"
+    assert (
+        told
+        == f"{tmp_path / 'tiue-export'}, 3.00 MB; can be deleted at any time (tiue-export cache)"
+    )
 
 
 def test_demo_refuses_to_overwrite_what_it_did_not_make(run, tmp_path):
