@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,12 +33,6 @@ def pytest_collection_finish() -> None:
         # torch parses its whole library of ONNX functions again for every graph.
         operators = _lazy_import.onnxscript_apis
         operators.get_torchlib_ops = functools.cache(operators.get_torchlib_ops)
-    if "coremltools" in sys.modules:
-        from coremltools.converters.mil import Program
-
-        # It looks a program over after each of a hundred passes, a third of a conversion; what
-        # the passes made is judged by evaluating it.
-        Program.validate = lambda *_, **__: None
 
 
 @pytest.fixture(autouse=True)

@@ -173,7 +173,7 @@ def test_the_weighted_sum_stays_in_float32_in_half_precision(plain):
 @pytest.mark.parametrize(
     "profile",
     [
-        # One without and one with the Neural Engine's layout; the others differ by their weights.
+        # Those that compress weights take longest.
         pytest.param(name, marks=() if name in ("mac-gpu", "mac-ane") else pytest.mark.slow)
         for name in PROFILES
     ],
