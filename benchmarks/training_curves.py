@@ -54,6 +54,8 @@ def read_curves(folder: Path) -> Curves:
         and isinstance(value, (int, float))
         and all(name in line for line in lines)
     ]
+    if not names:
+        raise UsageError(f"{folder} logged no figure with every line; there is no curve to draw")
     return Curves(
         folder.resolve().name,
         np.array([line["step"] for line in lines]),

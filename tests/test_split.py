@@ -61,8 +61,8 @@ def students(draw) -> Student:
 def request(student: Student, batch: int, height: int = 8, width: int = 8):
     random = torch.Generator().manual_seed(batch)
     noise = torch.randn(batch, 4, height, width, generator=random, dtype=torch.float64)
-    width = student.unet.config.cross_attention_dim
-    text = torch.randn(batch, 5, width, generator=random, dtype=torch.float64)
+    channels = student.unet.config.cross_attention_dim
+    text = torch.randn(batch, 5, channels, generator=random, dtype=torch.float64)
     return noise, text
 
 

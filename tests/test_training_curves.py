@@ -71,3 +71,5 @@ def test_a_folder_without_a_journal_and_one_without_a_curve_are_refused(tmp_path
         curves.read_curves(tmp_path)
     with pytest.raises(UsageError, match="logged 1 time"):
         curves.read_curves(run_of(tmp_path / "short", [{"step": 1, "loss": 2.0}]))
+    with pytest.raises(UsageError, match="logged no figure with every line"):
+        curves.read_curves(run_of(tmp_path / "bare", [{"step": 1}, {"step": 2, "loss": 2.0}]))
