@@ -26,10 +26,10 @@ from tiue_export.train.distill import distill
 from tiue_export.vocabulary import write_tokenizer
 
 from .autoencoder import DECODER, DRAFT, FINAL, train_autoencoder
-from .corpus import Emoji, is_taught, load_corpus
+from .corpus import Emoji, demo_names, is_taught, load_corpus
 from .drawing import BACKGROUNDS, PICTURE_SIZE, caption
 from .latents import LatentSet, encode_pictures
-from .teacher import BROAD, LARGE, SMALL, Teacher, TeacherSettings, train_teacher
+from .teacher import BROAD, DEMO, LARGE, SMALL, Teacher, TeacherSettings, train_teacher
 
 _HERE = Path(__file__).parent
 _DRAWS_PER_EMOJI = 32
@@ -87,14 +87,18 @@ class Family:
         )
 
     def teacher(self) -> Path:
-        """All names at 64 px, the taught ones, those at 128 px; returns its pipeline folder."""
+        """All names at 64 px, the taught ones, those at 128 px, the demo's; its pipeline folder."""
         size = _SMALL_SIZE
         broad = self._teacher("teacher-64", BROAD, self.latents(size), size, None)
         part = self.latents(size).only(self.corpus, is_taught)
         small = self._teacher("teacher-64-taught", SMALL, part, size, broad)
-        part = self.latents(PICTURE_SIZE).only(self.corpus, is_taught)
-        large = self._teacher("teacher-128", LARGE, part, PICTURE_SIZE, small)
-        return self._write(large, self.out / "teacher", self.decoder(), force=True)
+        size = PICTURE_SIZE
+        part = self.latents(size).only(self.corpus, is_taught)
+        large = self._teacher("teacher-128", LARGE, part, size, small)
+        names = demo_names()
+        part = self.latents(size).only(self.corpus, lambda emoji: emoji.name in names)
+        last = self._teacher("teacher-demo", DEMO, part, size, large)
+        return self._write(last, self.out / "teacher", self.decoder(), force=True)
 
     def student(self) -> Path:
         """The TiUE student."""
@@ -143,8 +147,7 @@ class Family:
     def _distill(self, config: str, name: str) -> Path:
         prompts = self.out / "prompts.txt"
         grounds = [None, *BACKGROUNDS]
-        taught = [emoji for emoji in self.corpus if is_taught(emoji)]
-        lines = [caption(emoji.name, ground) for emoji in taught for ground in grounds]
+        lines = [caption(name, ground) for name in sorted(demo_names()) for ground in grounds]
         prompts.write_text("\n".join(lines) + "\n", "utf-8")
         settings = {
             "teacher": str(self.out / "teacher"),

@@ -2,7 +2,7 @@
 
 Epsilon prediction on SD's own noise schedule, with null captions for guidance. It learns on 64 px
 pictures first, where a step costs a third, and goes on at 128 px; first all names, then those that
-are taught (`corpus.is_taught`).
+are taught (`corpus.is_taught`), then the demo's own (`corpus.demo_names`).
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class TeacherSettings:
 BROAD = TeacherSettings(steps=4000, batch=64, learning_rate=1e-3, final_rate=0.5)
 SMALL = TeacherSettings(steps=2500, batch=64, learning_rate=8e-4, final_rate=0.5, seed=2)
 LARGE = TeacherSettings(steps=3600, batch=40, learning_rate=7e-4, final_rate=0.01, seed=1)
+DEMO = TeacherSettings(steps=2000, batch=40, learning_rate=4e-4, final_rate=0.01, seed=3)
 
 
 class Teacher(nn.Module):
