@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 from emoji_family import feature_network, quality_files, text_alignment
-from emoji_family.corpus import FONT, GROUPS, NAMES, PACKAGES, Emoji, fingerprint, load_corpus
+from emoji_family.corpus import (
+    FONT,
+    GROUPS,
+    NAMES,
+    PACKAGES,
+    Emoji,
+    demo_names,
+    fingerprint,
+    is_taught,
+    load_corpus,
+)
 from emoji_family.drawing import BACKGROUNDS, caption, compose, directed, draw
 from emoji_family.feature_network import FeatureSettings
 from emoji_family.text_alignment import AlignmentSettings, Maps, Pairs
@@ -62,6 +72,12 @@ def test_every_emoji_has_a_name_of_its_own_and_a_coloured_picture(whole_corpus):
     assert len({emoji.name for emoji in whole_corpus}) == len(whole_corpus)
     assert all(emoji.sprite.shape == (128, 136, 4) for emoji in whole_corpus)
     assert all(emoji.sprite[..., 3].any() for emoji in whole_corpus)
+
+
+def test_the_demo_draws_144_emoji_that_the_teacher_was_taught(whole_corpus):
+    names = demo_names()
+    assert len(names) == 144
+    assert names <= {emoji.name for emoji in whole_corpus if is_taught(emoji)}
 
 
 def test_missing_sources_name_the_packages_to_install(monkeypatch, tmp_path):
@@ -262,11 +278,11 @@ def test_a_pipeline_without_a_text_encoder_is_refused(tmp_path):
 def test_an_alignment_can_be_trained_resumed_and_measured(corpus, tiny_pipeline, tmp_path):
     torch.manual_seed(0)
     network = FeatureNetwork().eval().requires_grad_(False)
-    prompts = quality_files.fixed_prompts(corpus)
+    prompts = quality_files.fixed_prompts(corpus, WANTED)
     settings = AlignmentSettings(drawings=3, steps=40, names=8, learning_rate=1e-2)
     arguments = (corpus, network, tiny_pipeline, tmp_path / "run", settings, prompts)
     first = text_alignment.train_alignment(*arguments)
-    assert first.text.shape == (8, 128)
+    assert first.text.shape == (24, 128)
     np.testing.assert_allclose(np.linalg.norm(first.text, axis=1), 1, atol=1e-5)
     again = text_alignment.train_alignment(*arguments)
     np.testing.assert_array_equal(first.text, again.text)
@@ -279,9 +295,12 @@ def test_an_alignment_can_be_trained_resumed_and_measured(corpus, tiny_pipeline,
 
 
 def test_every_prompt_is_a_caption_of_its_emoji_and_real_pictures_keep_to_it(corpus):
-    prompts = quality_files.fixed_prompts(corpus)
-    assert prompts == quality_files.fixed_prompts(corpus)
-    assert [prompt.name for prompt in prompts] == list(range(8))
+    shown = WANTED[:5]
+    prompts = quality_files.fixed_prompts(corpus, shown)
+    assert prompts == quality_files.fixed_prompts(corpus, shown)
+    asked = [corpus[prompt.name].name for prompt in prompts]
+    assert {name: asked.count(name) for name in asked} == dict.fromkeys(shown, 3)
+    assert len({prompt.text for prompt in prompts}) == 15
     assert all(corpus[prompt.name].name in prompt.text for prompt in prompts)
     for prompt in prompts:
         pictures = quality_files.real_pictures(corpus, prompt, 2)
@@ -294,7 +313,7 @@ def test_every_prompt_is_a_caption_of_its_emoji_and_real_pictures_keep_to_it(cor
 def test_the_written_data_can_be_measured_with(corpus, tmp_path):
     torch.manual_seed(0)
     network = FeatureNetwork().eval().requires_grad_(False)
-    save_quality_data(quality_files.quality_data(corpus, network), tmp_path)
+    save_quality_data(quality_files.quality_data(corpus, network, WANTED[:5]), tmp_path)
     data = load_quality_data(tmp_path)
     assert data.corpus_sha256 == fingerprint(corpus)
     assert data.grounds == BACKGROUNDS

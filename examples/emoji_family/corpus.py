@@ -28,8 +28,8 @@ SPRITE_SIZE = (136, 128)
 _VARIATION_SELECTOR = "\ufe0f"
 # Skin tones and hair styles are parts, not pictures.
 _EXCLUDED_GROUPS = ("Component",)
-# What the teacher is taught at first: things, animals and food, 500 pictures. All 1,356 need more hours
-# than two cores have in a day: after 190 sights of each, at 64 px, most were still blots.
+# What the teacher is taught at first: things, animals and food, 500 pictures. All 1,356 need more
+# hours than two cores have in a day: after 190 sights of each, at 64 px, most were still blots.
 _TAUGHT_GROUPS = ("Animals & Nature", "Food & Drink", "Activities")
 _TAUGHT_SUBGROUPS = (
     "face-smiling",
@@ -39,8 +39,8 @@ _TAUGHT_SUBGROUPS = (
     "transport-ground",
     "transport-water",
 )
-# What it ends with, and what the students draw: 144 of those. After 290 sights of each of the 500 at
-# 128 px a fox had no eyes yet, and a student's guitar was a blot.
+# What it ends with, and what the students draw: 144 of those. After 290 sights of each of the 500
+# at 128 px a fox had no eyes yet, and a student's guitar was a blot.
 _DEMO_NAMES = Path(__file__).parent / "demo_names.txt"
 
 

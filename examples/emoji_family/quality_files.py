@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from tiue_export.errors import TiueError, UsageError
 from tiue_export.quality_data import FeatureNetwork, Prompt, QualityData, save_quality_data
 from tiue_export.specs import Array
 
-from .corpus import Emoji, fingerprint
+from .corpus import Emoji, demo_names, fingerprint
 from .drawing import BACKGROUNDS, draw
 from .feature_network import (
     PROTOTYPE_STREAMS,
@@ -38,19 +38,31 @@ from .text_alignment import AlignmentSettings, train_alignment
 
 _PROMPTS, _REAL = 6, 7  # streams, beside those of the trainings
 REAL_PER_PROMPT = 2
+CAPTIONS_PER_NAME = 3
 _PROBE_PX = 8
 
 
-def fixed_prompts(corpus: tuple[Emoji, ...]) -> tuple[Prompt, ...]:
-    """One caption for every emoji, distributed as in training: about 60 % name a ground."""
+def fixed_prompts(corpus: tuple[Emoji, ...], names: Collection[str]) -> tuple[Prompt, ...]:
+    """Three different captions of each emoji in `names`, distributed as in training.
+
+    About 60 % name a ground. The other emoji are what a picture can be mistaken for.
+    """
     generator = np.random.default_rng(_PROMPTS)
-    prompts = []
+    prompts: list[Prompt] = []
     for index, emoji in enumerate(corpus):
+        if emoji.name in names:
+            prompts += _captions(emoji, index, generator)
+    return tuple(prompts)
+
+
+def _captions(emoji: Emoji, index: int, generator: np.random.Generator) -> list[Prompt]:
+    captions: dict[str, Prompt] = {}
+    while len(captions) < CAPTIONS_PER_NAME:
         drawn = draw(emoji, generator, _PROBE_PX)
         ground = list(BACKGROUNDS)[drawn.ground]
         named = drawn.caption.endswith(f" {ground} background")
-        prompts.append(Prompt(drawn.caption, index, ground if named else None))
-    return tuple(prompts)
+        captions[drawn.caption] = Prompt(drawn.caption, index, ground if named else None)
+    return list(captions.values())
 
 
 def real_pictures(corpus: tuple[Emoji, ...], prompt: Prompt, count: int) -> Array:
@@ -66,9 +78,11 @@ def _captioned(emoji: Emoji, prompt: Prompt) -> Iterator[Array]:
             yield draw(emoji, np.random.default_rng(seed)).picture
 
 
-def quality_data(corpus: tuple[Emoji, ...], network: FeatureNetwork) -> QualityData:
+def quality_data(
+    corpus: tuple[Emoji, ...], network: FeatureNetwork, shown: Collection[str]
+) -> QualityData:
     """Everything but the text side; a few minutes for the whole corpus."""
-    prompts = fixed_prompts(corpus)
+    prompts = fixed_prompts(corpus, shown)
     features = held_out_features(network, corpus, PROTOTYPE_STREAMS)
     prototypes = prototypes_of(network.embeddings_of(features), len(corpus))
     reference = held_out_features(network, corpus, REFERENCE_STREAMS)
@@ -102,7 +116,7 @@ def main() -> None:
             raise UsageError("--pipeline and --alignment go together", "Give both or neither.")
         corpus, settings = corpus_and_settings(arguments)
         network = load_feature_network(corpus, arguments.network, settings)
-        data = quality_data(corpus, network)
+        data = quality_data(corpus, network, demo_names())
         if arguments.pipeline is not None:
             alignment = train_alignment(
                 corpus,
