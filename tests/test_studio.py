@@ -97,6 +97,26 @@ def test_what_was_drawn_before_is_not_drawn_again(offer, drawer):
     assert other.path != again[0].path
 
 
+def test_guidance_and_negative_prompt_are_drawn_with_and_brought_back(faster_bundle, drawer):
+    offer = choices.find_choices([faster_bundle], ("ort",), RuntimeOptions())
+    steering = drawing.Steering("blue", 2.0)
+    (choice,) = offer.choices
+    plain = next(drawer.draw(choice, "a red fox", 7))
+    steered = next(drawer.draw(choice, "a red fox", 7, steering=steering))
+    assert steered.path != plain.path  # a draft of other steering is another picture
+    assert (steered.parameters["guidance"], steered.parameters["negative_prompt"]) == (2.0, "blue")
+    assert recovery.recover(steered.path, offer).steering == steering
+    assert recovery.recover(plain.path, offer).steering == drawing.Steering("", 5.0)
+
+
+@pytest.mark.parametrize("given", [True, "7", None, [7]])
+def test_a_guidance_that_is_no_number_is_not_brought_back(offer, drawer, tmp_path, given):
+    drawn = next(drawer.draw(offer.choices[0], "a red fox", 7))
+    with Image.open(drawn.path) as picture:
+        save_png(picture, tmp_path / "x.png", {**drawn.parameters, "guidance": given})
+    assert recovery.recover(tmp_path / "x.png", offer).steering == drawing.NOT_STEERED
+
+
 @pytest.mark.parametrize(
     ("seed", "count", "message"),
     [(0, 0, "count is 0"), (0, 17, "expected 1 to 16"), (2**32, 1, "out of range")],

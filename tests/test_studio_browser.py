@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,11 @@ def kept(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("studio") / "kept"
 
 
-@pytest.fixture(scope="module")
-def studio(compiled_bundle, kept) -> Iterator[str]:
+@contextmanager
+def started(folder: Path, *arguments: object) -> Iterator[str]:
     """A studio as a user starts it, in a process of its own: its address."""
-    folder = kept.parent
-    command = [sys.executable, "-m", "tiue_export", "studio", str(compiled_bundle.root)]
-    options = ["--port", "0", "--out", "kept", "--runtime", "ort", "--runtime", "openvino"]
+    command = [sys.executable, "-m", "tiue_export", "studio", *map(str, arguments)]
+    options = ["--port", "0", "--out", "kept"]
     with (
         (folder / "stderr").open("w") as errors,
         subprocess.Popen(
@@ -66,10 +66,20 @@ def studio(compiled_bundle, kept) -> Iterator[str]:
             if line == "}\n":
                 break
         assert lines, (folder / "stderr").read_text()
-        yield json.loads("".join(lines))["url"]
-        process.send_signal(signal.SIGINT)
+        try:
+            yield json.loads("".join(lines))["url"]
+        finally:  # a test that failed must not wait for a studio that nobody stops
+            process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     assert (folder / "stderr").read_text() == ""
+
+
+@pytest.fixture(scope="module")
+def studio(compiled_bundle, kept) -> Iterator[str]:
+    """A student's, with two runtimes. Shared."""
+    runtimes = ("--runtime", "ort", "--runtime", "openvino")
+    with started(kept.parent, compiled_bundle.root, *runtimes) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +93,14 @@ def chromium():
 
 @pytest.fixture(params=[(1280, 860), (390, 844)], ids=["desktop", "phone"])
 def page(request, chromium, studio):
-    """The studio, open at a width; ends by checking that nothing was fetched from elsewhere."""
-    width, height = request.param
+    """The studio, open at a width."""
+    with opened(chromium, studio, *request.param) as page:
+        yield page
+
+
+@contextmanager
+def opened(chromium, url: str, width: int, height: int):
+    """A page of that size; ends by checking that nothing was fetched from elsewhere."""
     context = chromium.new_context(viewport={"width": width, "height": height})
     context.set_default_timeout(TIMEOUT_MS)
     page = context.new_page()
@@ -92,12 +108,12 @@ def page(request, chromium, studio):
     page.on("request", lambda sent: foreign.append(sent.url))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda said: said.type == "error" and complaints.append(said.text))
-    page.goto(studio)
+    page.goto(url)
     page.wait_for_selector(PROMPT)
     yield page
     context.close()
-    own = (studio, studio.replace("http:", "ws:"), "data:", "blob:")
-    assert [url for url in foreign if not url.startswith(own)] == []
+    own = (url, url.replace("http:", "ws:"), "data:", "blob:")
+    assert [sent for sent in foreign if not sent.startswith(own)] == []
     assert complaints == []
 
 
@@ -170,6 +186,40 @@ def test_a_visitor_draws_keeps_downloads_and_brings_a_picture_back(page, kept, t
     expect(page.locator(PROMPT)).to_have_value(prompt, timeout=TIMEOUT_MS)
     expect(page.locator("#tiue-note")).to_contain_text("Recovered: seed 0", timeout=TIMEOUT_MS)
     count_is(page, PICTURES, 1)
+
+
+def test_guidance_is_asked_for_where_it_is_not_in_the_weights(
+    page, chromium, faster_bundle, tiny_bundle, tmp_path
+):
+    expect(page.locator("#tiue-steering")).to_be_hidden()
+    width, height = page.viewport_size.values()
+    with (
+        started(tmp_path, faster_bundle.root, tiny_bundle.root, "--runtime", "ort") as url,
+        opened(chromium, url, width, height) as both,
+    ):
+        both.locator("#tiue-negative textarea, #tiue-negative input").fill("blue")
+        both.locator("#tiue-guidance input").fill("2")
+        both.locator(PROMPT).fill("a red fox")
+        expect(both.locator(STATUS)).to_contain_text("1 picture", timeout=TIMEOUT_MS)
+        both.locator(PROMPT).press("Enter")
+        count_is(both, HISTORY, 1)
+        picture(both, "guidance")
+        (file,) = (tmp_path / "kept").glob("*.png")
+        written = parameters_from_png(file)
+        assert (written["guidance"], written["negative_prompt"]) == (2.0, "blue")
+
+        # The student among the bundles has no such fields; the picture brings them back.
+        both.locator("#tiue-runtime input").click()
+        both.get_by_role("option", name="tiny-fp32: ort fp32").click()
+        expect(both.locator("#tiue-steering")).to_be_hidden(timeout=TIMEOUT_MS)
+        expect(both.locator(STATUS)).to_contain_text("1 picture", timeout=TIMEOUT_MS)
+        both.locator("#tiue-drop input[type=file]").set_input_files(file)
+        expect(both.locator("#tiue-guidance input")).to_have_value("2", timeout=TIMEOUT_MS)
+        expect(both.locator("#tiue-steering")).to_be_visible(timeout=TIMEOUT_MS)
+
+        # What cannot be is said where the picture would be.
+        both.locator("#tiue-guidance input").fill("0.5")
+        expect(both.locator(STATUS)).to_contain_text("guidance is 0.5", timeout=TIMEOUT_MS)
 
 
 def test_a_visitor_compares_two_runtimes_and_reads_the_bundle(page):

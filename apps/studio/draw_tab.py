@@ -16,7 +16,7 @@ from tiue_export.noise import MAX_SEED
 
 from . import markup
 from .choices import Offer
-from .drawing import MAX_COUNT, Drawer, Drawn
+from .drawing import MAX_COUNT, NOT_STEERED, Drawer, Drawn, Steering
 from .recovery import Recovered, recover
 from .stoppable import Stale
 from .turns import Turns, still_wanted
@@ -33,6 +33,29 @@ class Studio:
     offer: Offer
     drawer: Drawer
     turns: Turns
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The form when an event came."""
+
+    prompt: str
+    seed: int
+    count: int
+    label: str
+    steering: Steering
+
+
+def _asked(
+    prompt: str,
+    seed: float | None,
+    count: float,
+    label: str,
+    guidance: float | None,
+    negative: str | None,
+) -> _Asked:
+    """What the fields hold; those that were emptied hold None."""
+    return _Asked(prompt, int(seed or 0), int(count), label, Steering(negative or "", guidance))
 
 
 class DrawTab:
@@ -120,6 +143,25 @@ class DrawTab:
                 scale=2,
                 elem_id="tiue-runtime",
             )
+        with gr.Row(visible=self._takes_guidance(labels[0]), elem_id="tiue-steering") as steering:
+            self._guidance = gr.Number(
+                None,
+                label="Guidance",
+                info="Empty: the bundle's own",
+                min_width=110,
+                scale=1,
+                elem_id="tiue-guidance",
+            )
+            self._negative = gr.Textbox(
+                label="Negative prompt",
+                info="What the picture shall not show",
+                lines=1,
+                max_length=2000,
+                min_width=150,
+                scale=2,
+                elem_id="tiue-negative",
+            )
+        self._steering = steering
         self._drop = gr.File(
             label="Bring a PNG back: its parameters return",
             file_types=[".png"],
@@ -131,13 +173,19 @@ class DrawTab:
 
     def connect(self, page: Any) -> None:
         """Attach the events; called once, inside the page."""
-        form = [self.prompt, self.seed, self._count, self._runtime]
+        form = [self.prompt, self.seed, self._count, self._runtime, self._guidance, self._negative]
         shown = [self._gallery, self._status, self._download, self._shown]
         kept = [self._history, self._kept]
         quiet = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
         # Gradio's "input" misses pasting, dictation and the keyboards of phones; "change" does not.
         for field in form:
             field.change(self._live, form, shown, **quiet)
+        self._runtime.change(
+            lambda label: gr.Row(visible=self._takes_guidance(label)),
+            self._runtime,
+            self._steering,
+            show_progress="hidden",
+        )
         self.prompt.submit(self._final, form, [*shown, *kept], **quiet)
         moves: tuple[tuple[Any, Callable[..., Any]], ...] = (
             (self._previous, lambda seed: max(0, int(seed or 0) - 1)),
@@ -148,30 +196,53 @@ class DrawTab:
             button.click(move, self.seed, self.seed, show_progress="hidden")
         self._size.input(self._sized, self._size, self._runtime, show_progress="hidden")
         self._gallery.select(self._selected, self._shown, self._download, show_progress="hidden")
-        filled = [self.prompt, self.seed, self._count, self._size, self._runtime, self._note]
+        filled = [
+            *(self.prompt, self.seed, self._count, self._size, self._runtime),
+            *(self._guidance, self._negative, self._note),
+        ]
         self._drop.upload(self._dropped, self._drop, [*filled, self._drop], show_progress="hidden")
         self._history.select(self._reopened, self._kept, filled, show_progress="hidden")
         page.load(self._listed, None, kept, show_progress="hidden")
 
+    def _takes_guidance(self, label: str) -> bool:
+        """Whether that choice draws by Faster Diffusion: a student's guidance is in its weights."""
+        return self._studio.offer.choice(label).bundle.manifest.faster is not None
+
     def _live(
-        self, prompt: str, seed: float | None, count: float, label: str, request: gr.Request
+        self,
+        prompt: str,
+        seed: float | None,
+        count: float,
+        label: str,
+        guidance: float | None,
+        negative: str,
+        request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
         """Draw after a pause in the typing; what is older gives up."""
         is_stale = self._studio.turns.take(str(request.session_hash))
         if still_wanted(is_stale, _PAUSE_S):
-            for _, shown in self._drawing(prompt, seed, count, label, is_stale):
+            asked = _asked(prompt, seed, count, label, guidance, negative)
+            for _, shown in self._drawing(asked, is_stale):
                 yield shown
 
     def _final(
-        self, prompt: str, seed: float | None, count: float, label: str, request: gr.Request
+        self,
+        prompt: str,
+        seed: float | None,
+        count: float,
+        label: str,
+        guidance: float | None,
+        negative: str,
+        request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
         """Draw at once, and keep what was drawn."""
         is_stale = self._studio.turns.take(str(request.session_hash))
+        asked = _asked(prompt, seed, count, label, guidance, negative)
         drawn: list[Drawn] = []
-        for so_far, shown in self._drawing(prompt, seed, count, label, is_stale):
+        for so_far, shown in self._drawing(asked, is_stale):
             drawn = so_far
             yield (*shown, gr.skip(), gr.skip())
-        if len(drawn) == int(count):
+        if len(drawn) == asked.count:
             try:
                 self._studio.drawer.keep(drawn)
             except TiueError as error:
@@ -180,19 +251,20 @@ class DrawTab:
             yield (*[gr.skip()] * 4, *self._listed())
 
     def _drawing(
-        self, prompt: str, seed: float | None, count: float, label: str, is_stale: Any
+        self, asked: _Asked, is_stale: Any
     ) -> Iterator[tuple[list[Drawn], tuple[Any, ...]]]:
         """Pictures as they come, each time with the gallery, status, download and state."""
+        prompt, wanted, drawer = asked.prompt, asked.count, self._studio.drawer
         if not prompt.strip():
             yield [], (gr.Gallery(value=[]), markup.message(_EMPTY), _no_download(), [])
             return
         drawn: list[Drawn] = []
-        wanted, drawer = int(count), self._studio.drawer
         try:
-            choice = self._studio.offer.choice(label)
+            choice = self._studio.offer.choice(asked.label)
+            steering = asked.steering if self._takes_guidance(asked.label) else NOT_STEERED
             yield drawn, (gr.skip(), markup.message("Drawing ...", "busy"), gr.skip(), gr.skip())
             cut = drawer.tokens_cut(choice, prompt)
-            for picture in drawer.draw(choice, prompt, int(seed or 0), wanted, is_stale):
+            for picture in drawer.draw(choice, prompt, asked.seed, wanted, is_stale, steering):
                 drawn = [*drawn, picture]
                 if is_stale():
                     return
@@ -239,11 +311,13 @@ class DrawTab:
         except TiueError as error:
             raise gr.Error(escape(str(error)), print_exception=False) from error
         note = markup.recovered_line(found)
+        negative, guidance = found.steering
         if found.choice is None:
-            return found.prompt, found.seed, 1, gr.skip(), gr.skip(), note
+            return found.prompt, found.seed, 1, gr.skip(), gr.skip(), guidance, negative, note
         labels = self._studio.offer.of_size(found.choice.size)
         runtime = gr.Dropdown(choices=labels, value=found.choice.label)
-        return found.prompt, found.seed, 1, found.choice.size, runtime, note
+        size = found.choice.size
+        return found.prompt, found.seed, 1, size, runtime, guidance, negative, note
 
 
 def _download(path: Path) -> Any:

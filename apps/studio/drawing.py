@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tiue_export.bundle import disk_errors
 from tiue_export.errors import UsageError
 from tiue_export.noise import check_seeds
 from tiue_export.picture import save_png
-from tiue_export.pipeline import Pipeline
+from tiue_export.pipeline import Job, Pipeline
 from tiue_export.specs import Array
 
 from ..generate import slug
@@ -46,9 +46,23 @@ class Drawn:
     latents: Array
 
 
+class Steering(NamedTuple):
+    """What only bundles of Faster Diffusion take; `guidance` None is the bundle's own."""
+
+    negative: str = ""
+    guidance: float | None = None
+
+
+NOT_STEERED = Steering()
+
+
 def never() -> bool:
     """A drawing that nothing replaces."""
     return False
+
+
+# Label of the choice, prompt, steering, seed.
+_Key = tuple[str, str, Steering, int]
 
 
 class Drawer:
@@ -59,7 +73,7 @@ class Drawer:
         self._drafts_folder = drafts
         self._device = threading.Lock()
         self._pipelines: OrderedDict[str, Pipeline] = OrderedDict()
-        self._drafts: OrderedDict[tuple[str, str, int], Drawn] = OrderedDict()
+        self._drafts: OrderedDict[_Key, Drawn] = OrderedDict()
         self._made = 0
 
     def draw(
@@ -69,6 +83,7 @@ class Drawer:
         seed: int,
         count: int = 1,
         is_stale: Callable[[], bool] = never,
+        steering: Steering = NOT_STEERED,
     ) -> Iterator[Drawn]:
         """Draw `count` pictures, seeds from `seed` up; those drawn before come from the drafts.
 
@@ -79,15 +94,17 @@ class Drawer:
         check_seeds(seed, count)
         seeds = list(range(seed, seed + count))
         while seeds:
-            known = self._drafts.get((choice.label, prompt, seeds[0]))
+            key = (choice.label, prompt, steering, seeds[0])
+            known = self._drafts.get(key)
             if known is not None:
-                self._drafts.move_to_end((choice.label, prompt, seeds[0]))
+                self._drafts.move_to_end(key)
                 seeds = seeds[1:]
                 yield known
                 continue
             with self._pipeline(choice, is_stale) as pipeline:
                 batch = seeds[: pipeline.batch_range()[1]]
-                drawn = self._run(choice, pipeline, prompt, batch)
+                jobs = [Job(prompt, each, *steering) for each in batch]
+                drawn = self._run(choice, pipeline, jobs, steering)
             seeds = seeds[len(batch) :]
             yield from drawn
 
@@ -154,24 +171,24 @@ class Drawer:
         return pipeline
 
     def _run(
-        self, choice: Choice, pipeline: Pipeline, prompt: str, seeds: Sequence[int]
+        self, choice: Choice, pipeline: Pipeline, jobs: Sequence[Job], steering: Steering
     ) -> list[Drawn]:
         """One run of the graphs, every picture of it written."""
-        result = pipeline.draw([(prompt, seed) for seed in seeds])
+        result = pipeline.draw(jobs)
         latency_ms = {stage: sum(times) for stage, times in result.stage_latency_ms.items()}
         drawn = []
-        for picture in result.pictures:
+        for job, picture in zip(jobs, result.pictures, strict=True):
             self._made += 1
             parameters = picture_parameters(picture, pipeline)
             path = self._drafts_folder / f"{self._made:05d}-{_name(parameters)}"
             with disk_errors(path):
                 save_png(picture.image, path, parameters)
-            made = Drawn(path, parameters, latency_ms, len(seeds), picture.latents)
-            self._remember((choice.label, prompt, int(parameters["seed"])), made)  # type: ignore[call-overload]
+            made = Drawn(path, parameters, latency_ms, len(jobs), picture.latents)
+            self._remember((choice.label, job.prompt, steering, job.seed), made)
             drawn.append(made)
         return drawn
 
-    def _remember(self, key: tuple[str, str, int], drawn: Drawn) -> None:
+    def _remember(self, key: _Key, drawn: Drawn) -> None:
         self._drafts[key] = drawn
         while len(self._drafts) > _DRAFTS:
             self._drafts.popitem(last=False)[1].path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from tiue_export.noise import MAX_SEED
 from tiue_export.picture import parameters_from_png
 
 from .choices import Choice, Offer
+from .drawing import NOT_STEERED, Steering
 
 # Text chunks are small; what claims more was not written by us.
 _LONGEST_PROMPT = 4000
@@ -26,6 +27,7 @@ class Recovered:
     choice: Choice | None
     parameters: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    steering: Steering = NOT_STEERED
 
 
 def recover(path: Path, offer: Offer) -> Recovered:
@@ -52,7 +54,16 @@ def recover(path: Path, offer: Offer) -> Recovered:
         notes.append(f"drawn by {model}, {parameters.get('size')}: none of the bundles here")
     elif choice.precision != parameters.get("precision"):
         notes.append(f"drawn in {parameters.get('precision')}, here in {choice.precision}")
-    return Recovered(prompt, seed, choice, parameters, tuple(notes))
+    return Recovered(prompt, seed, choice, parameters, tuple(notes), _steering(parameters))
+
+
+def _steering(parameters: Mapping[str, Any]) -> Steering:
+    negative, guidance = parameters.get("negative_prompt"), parameters.get("guidance")
+    known = isinstance(guidance, (int, float)) and not isinstance(guidance, bool)
+    return Steering(
+        negative if isinstance(negative, str) and len(negative) <= _LONGEST_PROMPT else "",
+        float(guidance) if known and guidance is not None else None,
+    )
 
 
 def _same_choice(parameters: Mapping[str, Any], offer: Offer) -> Choice | None:
