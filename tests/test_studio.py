@@ -180,6 +180,13 @@ def test_the_newest_request_of_a_window_makes_the_older_ones_stale():
     assert (first(), second(), other()) == (True, False, False)
 
 
+def test_a_request_that_was_overtaken_on_its_way_is_stale_at_once():
+    counted = turns.Turns()
+    newer = counted.take("window", sent=2)
+    older = counted.take("window", sent=1)
+    assert (older(), newer()) == (True, False)
+
+
 def test_a_pause_in_the_typing_is_waited_for():
     assert turns.still_wanted(lambda: False, 0.03)
     assert not turns.still_wanted(lambda: True, 10.0)

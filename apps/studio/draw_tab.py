@@ -23,6 +23,11 @@ from .turns import Turns, still_wanted
 
 # Long enough that a word typed at ease is one request, short enough to feel immediate.
 _PAUSE_S = 0.25
+# Runs in the page at each event: the last input becomes the count of the page's requests.
+_COUNT_REQUESTS = """(...form) => {
+  window.tiueRequests = (window.tiueRequests ?? 0) + 1;
+  return [...form.slice(0, -1), window.tiueRequests];
+}"""
 _EMPTY = "Type a prompt: the picture follows. Enter keeps it in the history."
 
 
@@ -44,6 +49,7 @@ class _Asked:
     count: int
     label: str
     steering: Steering
+    sent: float
 
 
 def _asked(
@@ -53,9 +59,11 @@ def _asked(
     label: str,
     guidance: float | None,
     negative: str | None,
+    sent: float | None,
 ) -> _Asked:
     """What the fields hold; those that were emptied hold None."""
-    return _Asked(prompt, int(seed or 0), int(count), label, Steering(negative or "", guidance))
+    steering = Steering(negative or "", guidance)
+    return _Asked(prompt, int(seed or 0), int(count), label, steering, sent or 0)
 
 
 class DrawTab:
@@ -106,6 +114,7 @@ class DrawTab:
                 buttons=[],
                 elem_id="tiue-history",
             )
+        self._sent = gr.Number(0, visible=False)
         self._kept = gr.State([])
         self._shown = gr.State([])
 
@@ -173,12 +182,19 @@ class DrawTab:
 
     def connect(self, page: Any) -> None:
         """Attach the events; called once, inside the page."""
-        form = [self.prompt, self.seed, self._count, self._runtime, self._guidance, self._negative]
+        steering = [self._guidance, self._negative]
+        fields = [self.prompt, self.seed, self._count, self._runtime, *steering]
+        form = [*fields, self._sent]
         shown = [self._gallery, self._status, self._download, self._shown]
         kept = [self._history, self._kept]
-        quiet = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "multiple"}
+        quiet: dict[str, Any] = {
+            "show_progress": "hidden",
+            "concurrency_limit": None,
+            "trigger_mode": "multiple",
+            "js": _COUNT_REQUESTS,
+        }
         # Gradio's "input" misses pasting, dictation and the keyboards of phones; "change" does not.
-        for field in form:
+        for field in fields:
             field.change(self._live, form, shown, **quiet)
         self._runtime.change(
             lambda label: gr.Row(visible=self._takes_guidance(label)),
@@ -216,12 +232,13 @@ class DrawTab:
         label: str,
         guidance: float | None,
         negative: str,
+        sent: float | None,
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
         """Draw after a pause in the typing; what is older gives up."""
-        is_stale = self._studio.turns.take(str(request.session_hash))
+        asked = _asked(prompt, seed, count, label, guidance, negative, sent)
+        is_stale = self._studio.turns.take(str(request.session_hash), asked.sent)
         if still_wanted(is_stale, _PAUSE_S):
-            asked = _asked(prompt, seed, count, label, guidance, negative)
             for _, shown in self._drawing(asked, is_stale):
                 yield shown
 
@@ -233,11 +250,12 @@ class DrawTab:
         label: str,
         guidance: float | None,
         negative: str,
+        sent: float | None,
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
         """Draw at once, and keep what was drawn."""
-        is_stale = self._studio.turns.take(str(request.session_hash))
-        asked = _asked(prompt, seed, count, label, guidance, negative)
+        asked = _asked(prompt, seed, count, label, guidance, negative, sent)
+        is_stale = self._studio.turns.take(str(request.session_hash), asked.sent)
         drawn: list[Drawn] = []
         for so_far, shown in self._drawing(asked, is_stale):
             drawn = so_far

@@ -15,14 +15,19 @@ class Turns:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._newest: OrderedDict[str, int] = OrderedDict()
+        self._newest: OrderedDict[str, tuple[float, int]] = OrderedDict()
         self._count = 0
 
-    def take(self, window: str) -> Callable[[], bool]:
-        """Begin a request; the answer says whether a newer one of the same window has begun."""
+    def take(self, window: str, sent: float = 0) -> Callable[[], bool]:
+        """Begin a request; the answer says whether a newer one of the same window has begun.
+
+        `sent` is the window's own count of its requests: they may arrive in another order, and the
+        one that arrives last need not hold what was typed last. Equal counts: the order of arrival.
+        """
         with self._lock:
             self._count += 1
-            mine = self._newest[window] = self._count
+            mine = (sent, self._count)
+            self._newest[window] = max(mine, self._newest.get(window, mine))
             self._newest.move_to_end(window)
             while len(self._newest) > _WINDOWS:
                 self._newest.popitem(last=False)
