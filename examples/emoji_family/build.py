@@ -29,7 +29,7 @@ from .autoencoder import DECODER, DRAFT, FINAL, train_autoencoder
 from .corpus import Emoji, demo_names, is_taught, load_corpus
 from .drawing import BACKGROUNDS, PICTURE_SIZE, caption
 from .latents import LatentSet, encode_pictures
-from .teacher import BROAD, DEMO, LARGE, SMALL, Teacher, TeacherSettings, train_teacher
+from .teacher import BROAD, DEMO, LARGE, LAST, SMALL, Teacher, TeacherSettings, train_teacher
 
 _HERE = Path(__file__).parent
 _DRAWS_PER_EMOJI = 32
@@ -97,7 +97,8 @@ class Family:
         large = self._teacher("teacher-128", LARGE, part, size, small)
         names = demo_names()
         part = self.latents(size).only(self.corpus, lambda emoji: emoji.name in names)
-        last = self._teacher("teacher-demo", DEMO, part, size, large)
+        demo = self._teacher("teacher-demo", DEMO, part, size, large)
+        last = self._teacher("teacher-last", LAST, part, size, demo)
         return self._write(last, self.out / "teacher", self.decoder(), force=True)
 
     def student(self) -> Path:
