@@ -29,6 +29,7 @@ ON_DEVICE = [
     *(path for path in FILES if path.startswith("tiue_export/export/trt_")),
     *(path for path in FILES if path.startswith("runtimes/") and "torch_reference" not in path),
     *(path for path in FILES if path.startswith("apps/") and path.count("/") == 1),
+    *(path for path in FILES if path.startswith("apps/commands/")),
 ]
 
 

@@ -1,0 +1,1 @@
+"""The commands, one file for each group; each imports its code when it runs: help stays fast."""
