@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import shutil
@@ -249,16 +248,7 @@ def test_manifests_written_before_packing_existed_still_open(tiny_bundle):
     assert Manifest.from_json(json.dumps(data), "tiue.json") == tiny_bundle.manifest
 
 
-def test_the_commands_pack_and_unpack(compiled, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    cli = importlib.import_module("tiue_export.apps.cli")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
+def test_the_commands_pack_and_unpack(compiled, run):
     code, out, err = run("bundle", "pack", compiled.root, "--runtime", "rtx")
     assert (code, err) == (0, "")
     assert "with trt-rtx" in out

@@ -46,21 +46,6 @@ def unbroken(tiny_distillation: DistillConfig) -> Path:
     return Path(tiny_distillation.out)
 
 
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Call the command line in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("NO_COLOR", "1")
-    cli = importlib.import_module("tiue_export.apps.cli")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 def as_toml(file: Path, config: DistillConfig) -> Path:
     """`config` as a user writes it, without what is a default."""
     default = DistillConfig(teacher="", prompts="", out="")

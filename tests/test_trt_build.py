@@ -742,24 +742,6 @@ def test_refitting_is_refused_where_it_cannot_be_done(half_bundle, tiny_bundle, 
 # --- the command line
 
 
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Call the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
-    place = tmp_path / "cwd"
-    place.mkdir()
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("NO_COLOR", "1")
-    cli = importlib.import_module("tiue_export.apps.cli")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return call
-
-
 @needs_rtx
 def test_the_command_builds_and_prints_sizes_times_and_precision(run, small):
     code, out, err = run("trt", "--bundle", small.root, "--flavor", "rtx", "--sm", "86")
