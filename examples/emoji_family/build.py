@@ -1,4 +1,4 @@
-"""Build the whole demo family from nothing: pictures -> autoencoder -> teacher -> students.
+"""Build the whole demo family from nothing: pictures -> autoencoder -> teacher -> students -> demo.
 
     python -m emoji_family.build --out RUN                  (from examples/; hours of two cores)
     python -m emoji_family.build --out RUN --stage teacher  (one stage; it needs those before it)
@@ -9,6 +9,7 @@ Every stage resumes where it was stopped, and a finished stage is only read.
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +22,17 @@ from transformers import CLIPTokenizer
 from tiue_export.components import quiet_libraries
 from tiue_export.family import load_family
 from tiue_export.pipeline_folder import write_pipeline
+from tiue_export.quality_data import FeatureNetwork, save_quality_data
 from tiue_export.train.config import read_config
 from tiue_export.train.distill import distill
 from tiue_export.vocabulary import write_tokenizer
 
 from .autoencoder import DECODER, DRAFT, FINAL, train_autoencoder
-from .corpus import Emoji, demo_names, is_taught, load_corpus
+from .corpus import Emoji, demo_names, is_taught, load_corpus, taught_corpus
 from .drawing import BACKGROUNDS, PICTURE_SIZE, caption
+from .feature_network import FeatureSettings, train_feature_network
 from .latents import LatentSet, encode_pictures
+from .quality_files import aligned, quality_data
 from .teacher import BROAD, DEMO, LARGE, LAST, SMALL, Teacher, TeacherSettings, train_teacher
 
 _HERE = Path(__file__).parent
@@ -108,6 +112,22 @@ class Family:
     def one_step(self) -> Path:
         """The one-step baseline, same teacher and budget."""
         return self._distill("one-step.toml", "one-step")
+
+    def feature_network(self) -> FeatureNetwork:
+        """What pictures are measured with; it sees drawings only."""
+        return train_feature_network(
+            taught_corpus(), self.out / "feature-network", FeatureSettings()
+        )
+
+    def demo(self) -> Path:
+        """What ships in tiue_export/demo: the student, and the data of benchmarks/quality.py."""
+        folder = self.out / "demo"
+        shutil.copytree(self.student(), folder / "student", dirs_exist_ok=True)
+        corpus = taught_corpus()
+        data = quality_data(corpus, self.feature_network(), demo_names())
+        data = aligned(data, corpus, self.out / "teacher", self.out / "alignment")
+        save_quality_data(data, folder / "quality")
+        return folder
 
     def _autoencoder(self, size: int) -> Any:
         return self.draft_autoencoder() if size == _SMALL_SIZE else self.autoencoder()
@@ -199,7 +219,10 @@ def main() -> None:
     """Build one stage, or all of them in order."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder for all runs")
-    stages = ("draft-autoencoder", "autoencoder", "decoder", "teacher", "student", "one-step")
+    stages = (
+        *("draft-autoencoder", "autoencoder", "decoder", "teacher"),
+        *("student", "one-step", "feature-network", "demo"),
+    )
     parser.add_argument("--stage", choices=stages, help="only this one [default: all]")
     parser.add_argument("--threads", type=int, help="CPU threads [default: all cores]")
     arguments = parser.parse_args()

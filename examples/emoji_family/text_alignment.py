@@ -37,7 +37,7 @@ _DRAWINGS, _BATCHES = 4, 5  # streams of one seed, beside those of feature_netwo
 class AlignmentSettings:
     """What decides the outcome; `names` emoji a step, two drawings of each."""
 
-    drawings: int = 8
+    drawings: int = 24
     steps: int = 1000
     names: int = 128
     learning_rate: float = 2e-3
