@@ -32,6 +32,24 @@ from .shared_options import (
 
 app = typer.Typer()
 
+# Options of two commands here.
+ConvertedStudent = Annotated[
+    str | None, typer.Option("--ckpt", help="Student; needed with --bundle too.")
+]
+ConvertedBundle = Annotated[
+    Path | None, typer.Option("--bundle", help="Bundle of it \\[default: one is exported].")
+]
+ConvertedOut = Annotated[
+    Path | None,
+    typer.Option("--out", help="Without --bundle: bundle to write \\[default: NAME-fp32]."),
+]
+ComputePrecision = Annotated[
+    str, typer.Option("--compute-precision", "--precision", help="fp16 or fp32.")
+]
+StudentFirst = Annotated[
+    str | None, typer.Option("--ckpt", help="Student to export first; or give --bundle.")
+]
+
 
 @app.command()
 @explained
@@ -149,9 +167,7 @@ def onnx(
 @app.command()
 @explained
 def openvino(
-    ckpt: Annotated[
-        str | None, typer.Option("--ckpt", help="Student to export first; or give --bundle.")
-    ] = None,
+    ckpt: StudentFirst = None,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Bundle to add OpenVINO graphs to.")
     ] = None,
@@ -232,16 +248,9 @@ def openvino(
 @app.command()
 @explained
 def coreml(
-    ckpt: Annotated[
-        str | None, typer.Option("--ckpt", help="Student; needed with --bundle too.")
-    ] = None,
-    bundle: Annotated[
-        Path | None, typer.Option("--bundle", help="Bundle of it \\[default: one is exported].")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Without --bundle: bundle to write \\[default: NAME-fp32]."),
-    ] = None,
+    ckpt: ConvertedStudent = None,
+    bundle: ConvertedBundle = None,
+    out: ConvertedOut = None,
     base: Base = None,
     vae: Vae = None,
     profile: Annotated[
@@ -267,9 +276,7 @@ def coreml(
         int | None,
         typer.Option("--decoder-batch", help="Timesteps decoded at once: 1, 2 or 4; all exact."),
     ] = None,
-    precision: Annotated[
-        str, typer.Option("--compute-precision", "--precision", help="fp16 or fp32.")
-    ] = "fp16",
+    precision: ComputePrecision = "fp16",
     compress: Annotated[
         str | None,
         typer.Option(
@@ -373,21 +380,12 @@ def coreml(
 @app.command()
 @explained
 def coreai(
-    ckpt: Annotated[
-        str | None, typer.Option("--ckpt", help="Student; needed with --bundle too.")
-    ] = None,
-    bundle: Annotated[
-        Path | None, typer.Option("--bundle", help="Bundle of it \\[default: one is exported].")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Without --bundle: bundle to write \\[default: NAME-fp32]."),
-    ] = None,
+    ckpt: ConvertedStudent = None,
+    bundle: ConvertedBundle = None,
+    out: ConvertedOut = None,
     base: Base = None,
     vae: Vae = None,
-    precision: Annotated[
-        str, typer.Option("--compute-precision", "--precision", help="fp16 or fp32.")
-    ] = "fp16",
+    precision: ComputePrecision = "fp16",
     height: Height = None,
     width: Width = None,
     allow_parity_loss: Annotated[
@@ -424,9 +422,7 @@ def coreai(
 @app.command()
 @explained
 def trt(
-    ckpt: Annotated[
-        str | None, typer.Option("--ckpt", help="Student to export first; or give --bundle.")
-    ] = None,
+    ckpt: StudentFirst = None,
     bundle: Annotated[
         Path | None, typer.Option("--bundle", help="Bundle to add engines to; needs no torch.")
     ] = None,

@@ -30,6 +30,9 @@ _COUNT_REQUESTS = """(...form) => {
 }"""
 _EMPTY = "Type a prompt: the picture follows. Enter keeps it in the history."
 
+# What a generator shows, one value for each output.
+_Outputs = Iterator[tuple[Any, ...]]
+
 
 @dataclass(frozen=True)
 class Studio:
@@ -49,21 +52,6 @@ class _Asked:
     count: int
     label: str
     steering: Steering
-    sent: float
-
-
-def _asked(
-    prompt: str,
-    seed: float | None,
-    count: float,
-    label: str,
-    guidance: float | None,
-    negative: str | None,
-    sent: float | None,
-) -> _Asked:
-    """What the fields hold; those that were emptied hold None."""
-    steering = Steering(negative or "", guidance)
-    return _Asked(prompt, int(seed or 0), int(count), label, steering, sent or 0)
 
 
 class DrawTab:
@@ -195,14 +183,14 @@ class DrawTab:
         }
         # Gradio's "input" misses pasting, dictation and the keyboards of phones; "change" does not.
         for field in fields:
-            field.change(self._live, form, shown, **quiet)
+            field.change(self._answered(self._live), form, shown, **quiet)
         self._runtime.change(
             lambda label: gr.Row(visible=self._takes_guidance(label)),
             self._runtime,
             self._steering,
             show_progress="hidden",
         )
-        self.prompt.submit(self._final, form, [*shown, *kept], **quiet)
+        self.prompt.submit(self._answered(self._final), form, [*shown, *kept], **quiet)
         moves: tuple[tuple[Any, Callable[..., Any]], ...] = (
             (self._previous, lambda seed: max(0, int(seed or 0) - 1)),
             (self._next, lambda seed: min(MAX_SEED, int(seed or 0) + 1)),
@@ -224,38 +212,33 @@ class DrawTab:
         """Whether that choice draws by Faster Diffusion: a student's guidance is in its weights."""
         return self._studio.offer.choice(label).bundle.manifest.faster is not None
 
-    def _live(
-        self,
-        prompt: str,
-        seed: float | None,
-        count: float,
-        label: str,
-        guidance: float | None,
-        negative: str,
-        sent: float | None,
-        request: gr.Request,
-    ) -> Iterator[tuple[Any, ...]]:
+    def _answered(self, answer: Callable[[_Asked, Callable[[], bool]], _Outputs]) -> Any:
+        """`answer` as Gradio calls it, with the form's fields; emptied ones hold None."""
+
+        def event(
+            prompt: str,
+            seed: float | None,
+            count: float,
+            label: str,
+            guidance: float | None,
+            negative: str | None,
+            sent: float | None,
+            request: gr.Request,
+        ) -> _Outputs:
+            steering = Steering(negative or "", guidance)
+            asked = _Asked(prompt, int(seed or 0), int(count), label, steering)
+            yield from answer(asked, self._studio.turns.take(str(request.session_hash), sent or 0))
+
+        return event
+
+    def _live(self, asked: _Asked, is_stale: Callable[[], bool]) -> _Outputs:
         """Draw after a pause in the typing; what is older gives up."""
-        asked = _asked(prompt, seed, count, label, guidance, negative, sent)
-        is_stale = self._studio.turns.take(str(request.session_hash), asked.sent)
         if still_wanted(is_stale, _PAUSE_S):
             for _, shown in self._drawing(asked, is_stale):
                 yield shown
 
-    def _final(
-        self,
-        prompt: str,
-        seed: float | None,
-        count: float,
-        label: str,
-        guidance: float | None,
-        negative: str,
-        sent: float | None,
-        request: gr.Request,
-    ) -> Iterator[tuple[Any, ...]]:
+    def _final(self, asked: _Asked, is_stale: Callable[[], bool]) -> _Outputs:
         """Draw at once, and keep what was drawn."""
-        asked = _asked(prompt, seed, count, label, guidance, negative, sent)
-        is_stale = self._studio.turns.take(str(request.session_hash), asked.sent)
         drawn: list[Drawn] = []
         for so_far, shown in self._drawing(asked, is_stale):
             drawn = so_far

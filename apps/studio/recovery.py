@@ -59,10 +59,11 @@ def recover(path: Path, offer: Offer) -> Recovered:
 
 def _steering(parameters: Mapping[str, Any]) -> Steering:
     negative, guidance = parameters.get("negative_prompt"), parameters.get("guidance")
-    known = isinstance(guidance, (int, float)) and not isinstance(guidance, bool)
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float)):
+        guidance = None
     return Steering(
         negative if isinstance(negative, str) and len(negative) <= _LONGEST_PROMPT else "",
-        float(guidance) if known and guidance is not None else None,
+        None if guidance is None else float(guidance),
     )
 
 

@@ -49,6 +49,7 @@ BROAD = TeacherSettings(steps=4000, batch=64, learning_rate=1e-3, final_rate=0.5
 SMALL = TeacherSettings(steps=2500, batch=64, learning_rate=8e-4, final_rate=0.5, seed=2)
 LARGE = TeacherSettings(steps=3600, batch=40, learning_rate=7e-4, final_rate=0.01, seed=1)
 DEMO = TeacherSettings(steps=2000, batch=40, learning_rate=4e-4, final_rate=0.01, seed=3)
+# The same again: right emoji of 200 prompts 94.5 % before, 97.5 % after.
 LAST = TeacherSettings(steps=3000, batch=40, learning_rate=4e-4, final_rate=0.01, seed=4)
 
 
