@@ -144,7 +144,7 @@ class DrawTab:
             self._guidance = gr.Number(
                 None,
                 label="Guidance",
-                info="Empty: the bundle's own",
+                info="Empty: default",
                 min_width=110,
                 scale=1,
                 elem_id="tiue-guidance",
