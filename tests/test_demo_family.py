@@ -17,10 +17,11 @@ from emoji_family.corpus import (
     NAMES,
     PACKAGES,
     Emoji,
+    demo_corpus,
     demo_names,
     fingerprint,
-    is_taught,
     load_corpus,
+    told_apart,
 )
 from emoji_family.drawing import BACKGROUNDS, caption, compose, directed, draw
 from emoji_family.feature_network import FeatureSettings
@@ -74,10 +75,11 @@ def test_every_emoji_has_a_name_of_its_own_and_a_coloured_picture(whole_corpus):
     assert all(emoji.sprite[..., 3].any() for emoji in whole_corpus)
 
 
-def test_the_demo_draws_144_emoji_that_the_teacher_was_taught(whole_corpus):
+def test_the_demo_draws_48_emoji_that_the_feature_network_tells_apart(whole_corpus):
     names = demo_names()
-    assert len(names) == 144
-    assert names <= {emoji.name for emoji in whole_corpus if is_taught(emoji)}
+    assert len(names) == 48
+    assert {emoji.name for emoji in demo_corpus()} == names
+    assert names <= {emoji.name for emoji in told_apart()}
 
 
 def test_missing_sources_name_the_packages_to_install(monkeypatch, tmp_path):
@@ -282,7 +284,7 @@ def test_an_alignment_can_be_trained_resumed_and_measured(corpus, tiny_pipeline,
     settings = AlignmentSettings(drawings=3, steps=40, names=8, learning_rate=1e-2)
     arguments = (corpus, network, tiny_pipeline, tmp_path / "run", settings, prompts)
     first = text_alignment.train_alignment(*arguments)
-    assert first.text.shape == (24, 128)
+    assert first.text.shape == (len(WANTED) * quality_files.CAPTIONS_PER_NAME, 128)
     np.testing.assert_allclose(np.linalg.norm(first.text, axis=1), 1, atol=1e-5)
     again = text_alignment.train_alignment(*arguments)
     np.testing.assert_array_equal(first.text, again.text)
@@ -295,12 +297,12 @@ def test_an_alignment_can_be_trained_resumed_and_measured(corpus, tiny_pipeline,
 
 
 def test_every_prompt_is_a_caption_of_its_emoji_and_real_pictures_keep_to_it(corpus):
-    shown = WANTED[:5]
+    shown, count = WANTED[:5], quality_files.CAPTIONS_PER_NAME
     prompts = quality_files.fixed_prompts(corpus, shown)
     assert prompts == quality_files.fixed_prompts(corpus, shown)
     asked = [corpus[prompt.name].name for prompt in prompts]
-    assert {name: asked.count(name) for name in asked} == dict.fromkeys(shown, 3)
-    assert len({prompt.text for prompt in prompts}) == 15
+    assert {name: asked.count(name) for name in asked} == dict.fromkeys(shown, count)
+    assert len({prompt.text for prompt in prompts}) == 5 * count
     assert all(corpus[prompt.name].name in prompt.text for prompt in prompts)
     for prompt in prompts:
         pictures = quality_files.real_pictures(corpus, prompt, 2)

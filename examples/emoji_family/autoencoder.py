@@ -1,9 +1,4 @@
-"""The demo family's autoencoder: diffusers' AutoencoderTiny, 128 px <-> (4, 16, 16) latents.
-
-Encoder and decoder together first (a draft, then the final one), then the decoder alone behind the
-frozen encoder, with more noise on the latents. A teacher's
-first phase needs no more than the draft, so the two can be trained side by side.
-"""
+"""The demo family's autoencoder: diffusers' AutoencoderTiny, 128 px <-> (4, 16, 16) latents."""
 
 from __future__ import annotations
 
@@ -17,37 +12,31 @@ from diffusers import AutoencoderTiny
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from tiue_export.train.cpu_precision import cpu_autocast, cpu_precision
 from tiue_export.train.loop import train
 from tiue_export.train.run_folder import RunFolder
 
 from .corpus import Emoji, fingerprint
-from .drawing import draw
+from .drawing import PICTURE_SIZE, draw
 
 WIDTH = 48
 
 
 @dataclass(frozen=True)
 class AutoencoderSettings:
-    """What decides the outcome of one phase. Pictures are 128 px, `batch` of them a step."""
+    """What decides the outcome: `batch` windows of `window_px` a step, cut from 128 px pictures.
 
-    steps: int
-    batch: int
-    learning_rate: float
-    # Phase two: the encoder is frozen, the decoder learns on.
-    decoder_only: bool
+    Many small steps: this network learns by their number, hardly by the pixels in each.
+    """
+
+    steps: int = 5000
+    batch: int = 4
+    window_px: int = 64
+    learning_rate: float = 1e-3
     edge_weight: float = 1.0
     # Standard deviation, in units of the latents' own, that the decoder learns to forgive.
     latent_noise: float = 0.05
     seed: int = 0
-
-
-# Many small steps: this network learns by their number, hardly by the batch. The draft is good
-# enough to pretrain a teacher on, while the final one still learns from where the draft ended.
-DRAFT = AutoencoderSettings(steps=2500, batch=8, learning_rate=1e-3, decoder_only=False)
-FINAL = AutoencoderSettings(steps=4500, batch=8, learning_rate=8e-4, decoder_only=False, seed=2)
-DECODER = AutoencoderSettings(
-    steps=2000, batch=16, learning_rate=5e-4, decoder_only=True, latent_noise=0.1, seed=1
-)
 
 
 def build_autoencoder() -> Any:
@@ -64,20 +53,13 @@ def train_autoencoder(
     corpus: tuple[Emoji, ...],
     out: Path,
     settings: AutoencoderSettings,
-    start_from: Any | None = None,
 ) -> Any:
-    """Train, or go on training, in `out`; returns the averaged AutoencoderTiny.
-
-    `start_from` is the phase before's result; None starts from random weights.
-    """
-    run = RunFolder(out, {**asdict(settings), "corpus": fingerprint(corpus), "width": WIDTH})
+    """Train, or go on training, in `out`; returns the averaged AutoencoderTiny."""
+    decides = {"corpus": fingerprint(corpus), "width": WIDTH, "precision": cpu_precision()}
+    run = RunFolder(out, {**asdict(settings), **decides})
     torch.manual_seed(settings.seed)
     model = build_autoencoder()
-    if start_from is not None:
-        model.load_state_dict(start_from.state_dict())
-    if settings.decoder_only:
-        model.encoder.requires_grad_(False)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = list(model.parameters())
     average = EMAModel(trained, decay=0.999)
     optimizer = torch.optim.Adam(trained, settings.learning_rate, betas=(0.9, 0.99))
 
@@ -93,8 +75,7 @@ def train_autoencoder(
         return figures
 
     parts = {"model": model, "average": average, "optimizer": optimizer}
-    title = "decoder" if settings.decoder_only else "autoencoder"
-    train(run, parts, settings.steps, one_step, title=title)
+    train(run, parts, settings.steps, one_step, title="autoencoder")
     average.copy_to(trained)
     return model.eval()
 
@@ -103,15 +84,14 @@ def _loss(
     model: Any, pictures: Tensor, settings: AutoencoderSettings, step: int
 ) -> tuple[Tensor, dict[str, float]]:
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    with torch.autocast("cpu", torch.bfloat16):
+    with cpu_autocast():
         latents = model.encoder(pictures).float()  # (B, 4, 16, 16)
         noise = torch.randn(latents.shape, generator=generator) * latents.detach().std()
         drawn = model.decoder(latents + settings.latent_noise * noise).float()
     loss, error = reconstruction_loss(drawn, pictures, settings.edge_weight)
-    if not settings.decoder_only:
-        # Keeps each channel near zero mean and unit variance, as a diffusion model wants it.
-        mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
-        loss = loss + 0.01 * (variance.log().square().mean() + mean.square().mean())
+    # Keeps each channel near zero mean and unit variance, as a diffusion model wants it.
+    mean, variance = latents.mean((0, 2, 3)), latents.var((0, 2, 3))
+    loss = loss + 0.01 * (variance.log().square().mean() + mean.square().mean())
     figures = {
         "loss": float(loss.detach()),
         "psnr_db": float(-10 * error.log10()),
@@ -125,7 +105,7 @@ def reconstruction_loss(
 ) -> tuple[Tensor, Tensor]:
     """L1 plus an edge term (L1 of neighbouring pixels' differences), and the mean squared error.
 
-    Both are (B, 3, 128, 128) in [-1, 1]; the results are in units of [0, 1].
+    Both are (B, 3, W, W) in [-1, 1]; the results are in units of [0, 1].
     """
     error = (drawn - pictures) / 2
     edges = (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
@@ -138,9 +118,12 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _batch(corpus: tuple[Emoji, ...], settings: AutoencoderSettings, step: int) -> Tensor:
-    """(B, 3, 128, 128) in [-1, 1], the same for the same step."""
+    """(B, 3, W, W) in [-1, 1], W = window_px; the same for the same step."""
     generator = np.random.default_rng([settings.seed, 1, step])
-    chosen = generator.choice(len(corpus), settings.batch, replace=False)
-    pictures = np.stack([draw(corpus[index], generator).picture for index in chosen])
-    tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    windows = []
+    for index in generator.choice(len(corpus), settings.batch, replace=False):
+        picture = draw(corpus[index], generator).picture
+        top, left = generator.integers(PICTURE_SIZE - settings.window_px + 1, size=2)
+        windows.append(picture[top : top + settings.window_px, left : left + settings.window_px])
+    tensor = torch.from_numpy(np.stack(windows)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return tensor.to(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Build the whole demo family from nothing: pictures -> autoencoder -> teacher -> students -> demo.
+"""Build the demo family from nothing: pictures -> autoencoder -> teacher -> students -> demo.
 
     python -m emoji_family.build --out RUN                  (from examples/; hours of two cores)
     python -m emoji_family.build --out RUN --stage teacher  (one stage; it needs those before it)
@@ -24,20 +24,22 @@ from tiue_export.family import load_family
 from tiue_export.pipeline_folder import write_pipeline
 from tiue_export.quality_data import FeatureNetwork, save_quality_data
 from tiue_export.train.config import read_config
+from tiue_export.train.cpu_precision import cpu_precision
 from tiue_export.train.distill import distill
 from tiue_export.vocabulary import write_tokenizer
 
-from .autoencoder import DECODER, DRAFT, FINAL, train_autoencoder
-from .corpus import Emoji, demo_names, is_taught, load_corpus, taught_corpus
+from .autoencoder import AutoencoderSettings, train_autoencoder
+from .corpus import demo_corpus, demo_names, load_corpus, told_apart
 from .drawing import BACKGROUNDS, PICTURE_SIZE, caption
 from .feature_network import FeatureSettings, train_feature_network
 from .latents import LatentSet, encode_pictures
 from .quality_files import aligned, quality_data
-from .teacher import BROAD, DEMO, LARGE, LAST, SMALL, Teacher, TeacherSettings, train_teacher
+from .teacher import LARGE, SMALL, Teacher, TeacherSettings, train_teacher
 
 _HERE = Path(__file__).parent
-_DRAWS_PER_EMOJI = 32
+_DRAWS_PER_EMOJI = 128
 _SMALL_SIZE = 64
+_SAMPLE_EVERY = 600
 _SHOWN_PROMPTS = (
     "a red apple",
     "a red apple on a light blue background",
@@ -55,55 +57,51 @@ class Family:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.corpus: tuple[Emoji, ...] = load_corpus()
+        self.corpus = demo_corpus()
         out.mkdir(parents=True, exist_ok=True)
 
     def tokenizer(self) -> CLIPTokenizer:
-        """A vocabulary over all names and grounds."""
+        """A vocabulary over the names of all emoji, drawn or not, and the grounds."""
         folder = self.out / "tokenizer"
         if not (folder / "tokenizer_config.json").is_file():
-            texts = [caption(emoji.name) for emoji in self.corpus]
+            texts = [caption(emoji.name) for emoji in load_corpus()]
             # As often as names, so that every word of a ground is one piece.
-            texts += [caption("thing", ground) for ground in BACKGROUNDS] * len(self.corpus)
+            texts += [caption("thing", ground) for ground in BACKGROUNDS] * len(texts)
             write_tokenizer(folder, texts, load_family("demo").text_encoder)
         with quiet_libraries():
             return CLIPTokenizer.from_pretrained(folder)
 
     def autoencoder(self) -> Any:
-        """Encoder and decoder together, to the end."""
-        draft = self.draft_autoencoder()
-        return train_autoencoder(self.corpus, self.out / "autoencoder", FINAL, draft)
-
-    def draft_autoencoder(self) -> Any:
-        """Good enough for a teacher's first phase."""
-        return train_autoencoder(self.corpus, self.out / "draft-autoencoder", DRAFT)
-
-    def decoder(self) -> Any:
-        """The same encoder, a sharper decoder."""
-        return train_autoencoder(self.corpus, self.out / "decoder", DECODER, self.autoencoder())
+        """Encoder and decoder."""
+        return train_autoencoder(self.corpus, self.out / "autoencoder", AutoencoderSettings())
 
     def latents(self, size: int) -> LatentSet:
-        """Latents of drawn pictures at `size` px; the small ones are the draft's."""
-        file = self.out / f"latents-{size}.safetensors"
-        autoencoder = self._autoencoder(size)
+        """Latents of drawn pictures at `size` px."""
         return encode_pictures(
-            autoencoder, self.corpus, file, size=size, draws=_DRAWS_PER_EMOJI, seed=0
+            self.autoencoder(),
+            self.corpus,
+            self.out / f"latents-{size}.safetensors",
+            size=size,
+            draws=_DRAWS_PER_EMOJI,
+            seed=0,
         )
 
     def teacher(self) -> Path:
-        """All names at 64 px, the taught ones, those at 128 px, the demo's; its pipeline folder."""
-        size = _SMALL_SIZE
-        broad = self._teacher("teacher-64", BROAD, self.latents(size), size, None)
-        part = self.latents(size).only(self.corpus, is_taught)
-        small = self._teacher("teacher-64-taught", SMALL, part, size, broad)
-        size = PICTURE_SIZE
-        part = self.latents(size).only(self.corpus, is_taught)
-        large = self._teacher("teacher-128", LARGE, part, size, small)
-        names = demo_names()
-        part = self.latents(size).only(self.corpus, lambda emoji: emoji.name in names)
-        demo = self._teacher("teacher-demo", DEMO, part, size, large)
-        last = self._teacher("teacher-last", LAST, part, size, demo)
-        return self._write(last, self.out / "teacher", self.decoder(), force=True)
+        """At 64 px, then at 128 px; its pipeline folder."""
+        small = self._teacher("teacher-64", SMALL, _SMALL_SIZE, None)
+        large = self._teacher("teacher-128", LARGE, PICTURE_SIZE, small)
+        vae = self.autoencoder()
+        vae.register_to_config(scaling_factor=self.latents(PICTURE_SIZE).scaling_factor)
+        return write_pipeline(
+            self.out / "teacher",
+            unet=large.unet,
+            text_encoder=large.text_encoder,
+            vae=vae,
+            tokenizer=self.out / "tokenizer",
+            scheduler_config=load_family("demo").scheduler,
+            dtype=torch.float32,
+            force=True,
+        )
 
     def student(self) -> Path:
         """The TiUE student."""
@@ -115,55 +113,33 @@ class Family:
 
     def feature_network(self) -> FeatureNetwork:
         """What pictures are measured with; it sees drawings only."""
-        return train_feature_network(
-            taught_corpus(), self.out / "feature-network", FeatureSettings()
-        )
+        return train_feature_network(told_apart(), self.out / "feature-network", FeatureSettings())
 
     def demo(self) -> Path:
         """What ships in tiue_export/demo: the student, and the data of benchmarks/quality.py."""
         folder = self.out / "demo"
         shutil.copytree(self.student(), folder / "student", dirs_exist_ok=True)
-        corpus = taught_corpus()
+        corpus = told_apart()
         data = quality_data(corpus, self.feature_network(), demo_names())
         data = aligned(data, corpus, self.out / "teacher", self.out / "alignment")
         save_quality_data(data, folder / "quality")
         return folder
 
-    def _autoencoder(self, size: int) -> Any:
-        return self.draft_autoencoder() if size == _SMALL_SIZE else self.autoencoder()
-
     def _teacher(
-        self,
-        name: str,
-        settings: TeacherSettings,
-        data: LatentSet,
-        size: int,
-        start_from: Teacher | None,
+        self, name: str, settings: TeacherSettings, size: int, start_from: Teacher | None
     ) -> Teacher:
         """One phase of the teacher, in the folder `name`."""
-        tokenizer, vae = self.tokenizer(), self._autoencoder(size)
+        tokenizer, vae, data = self.tokenizer(), self.autoencoder(), self.latents(size)
+        vae.register_to_config(scaling_factor=data.scaling_factor)
 
         def after_save(step: int, teacher: Teacher) -> None:
-            if step % 1000 == 0 or step == settings.steps:
-                vae.register_to_config(scaling_factor=data.scaling_factor)
-                file = self.out / name / "samples" / f"step-{step:06d}.png"
-                _save_samples(teacher, vae, tokenizer, size, file)
+            if step % _SAMPLE_EVERY and step != settings.steps:
+                return
+            file = self.out / name / "samples" / f"step-{step:06d}.png"
+            _save_samples(teacher, vae, tokenizer, size, file)
 
         folder = self.out / name
         return train_teacher(data, tokenizer, folder, settings, start_from, after_save)
-
-    def _write(self, teacher: Teacher, folder: Path, vae: Any, *, force: bool) -> Path:
-        vae.register_to_config(scaling_factor=self.latents(PICTURE_SIZE).scaling_factor)
-        return write_pipeline(
-            folder,
-            unet=teacher.unet,
-            text_encoder=teacher.text_encoder,
-            vae=vae,
-            tokenizer=self.out / "tokenizer",
-            scheduler_config=load_family("demo").scheduler,
-            dtype=torch.float32,
-            force=force,
-        )
 
     def _distill(self, config: str, name: str) -> Path:
         prompts = self.out / "prompts.txt"
@@ -175,6 +151,7 @@ class Family:
             "prompts": str(prompts),
             "out": str(self.out / name),
             "sample_prompts": _SHOWN_PROMPTS,
+            "precision": cpu_precision(),
         }
         return distill(replace(read_config(_HERE / config, settings)), print)
 
@@ -220,8 +197,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder for all runs")
     stages = (
-        *("draft-autoencoder", "autoencoder", "decoder", "teacher"),
-        *("student", "one-step", "feature-network", "demo"),
+        *("autoencoder", "teacher", "student", "one-step"),
+        *("feature-network", "demo"),
     )
     parser.add_argument("--stage", choices=stages, help="only this one [default: all]")
     parser.add_argument("--threads", type=int, help="CPU threads [default: all cores]")

@@ -26,10 +26,11 @@ from torch.nn import functional
 from tiue_export.errors import TiueError, UsageError
 from tiue_export.quality_data import FEATURE_WIDTH, FeatureNetwork, network_input
 from tiue_export.specs import Array
+from tiue_export.train.cpu_precision import cpu_autocast, cpu_precision
 from tiue_export.train.loop import Stateful, train
 from tiue_export.train.run_folder import RunFolder
 
-from .corpus import Emoji, fingerprint, taught_corpus
+from .corpus import Emoji, fingerprint, told_apart
 from .drawing import draw
 
 _TRAINING, _NOISE, _HELD_OUT = 1, 2, 3  # streams of one seed
@@ -102,7 +103,7 @@ def train_feature_network(
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, settings)
         batch = training_batch(corpus, settings, step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu_autocast():
             features = network(batch.seen)
         loss, figures = feature_loss(network, heads, features, batch, settings)
         optimizer.zero_grad(set_to_none=True)
@@ -126,7 +127,8 @@ def train_feature_network(
 
 def open_run(corpus: tuple[Emoji, ...], out: Path, settings: FeatureSettings) -> RunFolder:
     """The run's folder; another corpus or other settings in it are refused."""
-    return RunFolder(out, {**asdict(settings), "corpus": fingerprint(corpus)})
+    decides = {"corpus": fingerprint(corpus), "precision": cpu_precision()}
+    return RunFolder(out, {**asdict(settings), **decides})
 
 
 def load_feature_network(
@@ -262,7 +264,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
 
 def corpus_and_settings(arguments: Any) -> tuple[tuple[Emoji, ...], FeatureSettings]:
     """What the options of `add_corpus_arguments` mean."""
-    corpus = taught_corpus()
+    corpus = told_apart()
     if arguments.emoji is not None:
         corpus = corpus[:: max(1, len(corpus) // arguments.emoji)][: arguments.emoji]
     return corpus, FeatureSettings(steps=arguments.steps, batch=arguments.batch)

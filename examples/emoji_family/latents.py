@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from tiue_export.train.cpu_precision import cpu_autocast
 
 from .corpus import Emoji
 from .drawing import draw
@@ -28,12 +29,6 @@ class LatentSet:
     latents: Tensor
     captions: list[str]
     scaling_factor: float
-
-    def only(self, corpus: tuple[Emoji, ...], wanted: Callable[[Emoji], bool]) -> LatentSet:
-        """The draws of some emoji; `corpus` is the one that was encoded."""
-        rows = [row for row in range(len(self.captions)) if wanted(corpus[row % len(corpus)])]
-        captions = [self.captions[row] for row in rows]
-        return LatentSet(self.latents[rows], captions, self.scaling_factor)
 
 
 def encode_pictures(
@@ -71,7 +66,7 @@ def _encode(
             captions += [one.caption for one in drawn]
             pictures = torch.from_numpy(np.stack([one.picture for one in drawn]))
             pictures = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1  # (64, 3, size, size)
-            with torch.autocast("cpu", torch.bfloat16):
+            with cpu_autocast():
                 encoded = autoencoder.encoder(pictures.to(memory_format=torch.channels_last))
             latents.append(encoded.half())
     return torch.cat(latents), captions

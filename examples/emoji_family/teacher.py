@@ -1,8 +1,7 @@
 """The demo's teacher: a small Stable Diffusion, text encoder and UNet trained together.
 
 Epsilon prediction on SD's own noise schedule, with null captions for guidance. It learns on 64 px
-pictures first, where a step costs a third, and goes on at 128 px; first all names, then those that
-are taught (`corpus.is_taught`), then the demo's own (`corpus.demo_names`).
+pictures first, where a step costs a third, and goes on at 128 px.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tiue_export.family import load_family
+from tiue_export.train.cpu_precision import cpu_autocast, cpu_precision
 from tiue_export.train.loop import train
 from tiue_export.train.run_folder import RunFolder
 
@@ -45,12 +45,8 @@ class TeacherSettings:
     seed: int = 0
 
 
-BROAD = TeacherSettings(steps=4000, batch=64, learning_rate=1e-3, final_rate=0.5)
-SMALL = TeacherSettings(steps=2500, batch=64, learning_rate=8e-4, final_rate=0.5, seed=2)
-LARGE = TeacherSettings(steps=3600, batch=40, learning_rate=7e-4, final_rate=0.01, seed=1)
-DEMO = TeacherSettings(steps=2000, batch=40, learning_rate=4e-4, final_rate=0.01, seed=3)
-# The same again: right emoji of 200 prompts 94.5 % before, 97.5 % after.
-LAST = TeacherSettings(steps=3000, batch=40, learning_rate=4e-4, final_rate=0.01, seed=4)
+SMALL = TeacherSettings(steps=1300, batch=32, learning_rate=1e-3, final_rate=0.5)
+LARGE = TeacherSettings(steps=1500, batch=24, learning_rate=7e-4, final_rate=0.01, seed=1)
 
 
 class Teacher(nn.Module):
@@ -80,7 +76,8 @@ def train_teacher(
     after_save: Callable[[int, Teacher], None] = lambda step, teacher: None,
 ) -> Teacher:
     """Train, or go on training, in `out`; returns the averaged teacher."""
-    run = RunFolder(out, {**asdict(settings), "pictures": len(data.captions)})
+    decides = {"pictures": len(data.captions), "precision": cpu_precision()}
+    run = RunFolder(out, {**asdict(settings), **decides})
     torch.manual_seed(settings.seed)
     teacher = Teacher()
     if start_from is not None:
@@ -106,7 +103,7 @@ def train_teacher(
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(1000, (settings.batch,), generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with cpu_autocast():
             predicted = teacher(noisy, timesteps, tokens).float()
         errors = functional.mse_loss(predicted, noise, reduction="none").mean((1, 2, 3))  # (B,)
         weights = compute_snr(scheduler, timesteps).clamp(max=_SNR_CEILING)

@@ -18,6 +18,7 @@ from tiue_export.pipeline_folder import write_pipeline
 
 from .clip_term import clip_sha256
 from .config import DistillConfig
+from .cpu_precision import has_native_bf16
 from .distillation import Distillation
 from .loop import train
 from .networks import Networks, load_networks
@@ -42,6 +43,11 @@ def distill(config: DistillConfig, on_stage: Callable[[str], None] = lambda stag
     out = Path(config.out)
     with _accelerator(config) as accelerator:
         writes = accelerator.is_main_process
+        if writes and config.precision == "bf16" and accelerator.device.type == "cpu":
+            if not has_native_bf16():
+                on_stage(
+                    'this CPU has no bf16 instructions: precision = "fp32" is many times faster'
+                )
         if writes:
             on_stage("reading prompts")
         prompts = read_prompts(Path(config.prompts), config.prompt_column)
