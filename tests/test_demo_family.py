@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from emoji_family import feature_network, quality_files, text_alignment
+from emoji_family.build import Family
 from emoji_family.corpus import (
     FONT,
     GROUPS,
@@ -25,9 +27,14 @@ from emoji_family.corpus import (
 )
 from emoji_family.drawing import BACKGROUNDS, caption, compose, directed, draw
 from emoji_family.feature_network import FeatureSettings
+from emoji_family.teacher import Teacher
 from emoji_family.text_alignment import AlignmentSettings, Maps, Pairs
 
 from tiue_export.errors import MissingExtraError, UsageError
+from tiue_export.family import load_family
+from tiue_export.faster.scheduler import FasterOptions
+from tiue_export.faster.teacher import load_teacher
+from tiue_export.pipeline_folder import write_pipeline
 from tiue_export.quality_data import FeatureNetwork, load_quality_data, save_quality_data
 
 metrics = importlib.import_module("tiue_export.benchmarks.quality_metrics")
@@ -43,6 +50,7 @@ WANTED = (
     "key",
     "umbrella",
 )
+EMOJI_TEACHER = Path(__file__).parents[1] / "examples" / "emoji-teacher"
 SETTINGS = FeatureSettings(steps=6, batch=4)
 
 
@@ -135,6 +143,49 @@ def test_a_mirrored_upright_picture_is_the_flipped_one(corpus):
 )
 def test_captions_read_as_people_write(name, ground, bare, expected):
     assert caption(name, ground, bare=bare) == expected
+
+
+# The teacher
+
+
+def test_the_teacher_in_the_repository_is_an_ordinary_model_of_the_family():
+    teacher = load_teacher(EMOJI_TEACHER, options=FasterOptions(steps=5, key_steps=(0, 2)))
+    assert (teacher.source.family, teacher.source.dtype) == ("demo", "float16")
+    files = [file for file in EMOJI_TEACHER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 40_000_000
+
+
+def test_a_teacher_is_read_back_from_its_pipeline_folder_to_the_bit(tmp_path):
+    teacher = Teacher.from_pipeline(EMOJI_TEACHER)
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+    folder = write_pipeline(
+        tmp_path / "again",
+        unet=teacher.unet,
+        text_encoder=teacher.text_encoder,
+        vae=AutoencoderTiny.from_pretrained(EMOJI_TEACHER / "vae"),
+        tokenizer=EMOJI_TEACHER / "tokenizer",
+        scheduler_config=load_family("demo").scheduler,
+        dtype=torch.float32,
+    )
+    assert Teacher.from_pipeline(folder).sha256 == teacher.sha256
+    with torch.no_grad():
+        next(teacher.parameters()).add_(1e-3)
+    assert Teacher.from_pipeline(folder).sha256 != teacher.sha256
+
+
+def test_a_run_that_starts_from_a_teacher_keeps_its_vocabulary_and_autoencoder(
+    whole_corpus, tmp_path
+):
+    family = Family(tmp_path, EMOJI_TEACHER)
+    words = EMOJI_TEACHER / "tokenizer" / "vocab.json"
+    assert (tmp_path / "tokenizer" / "vocab.json").read_bytes() == words.read_bytes()
+    picture = draw(family.corpus[0], np.random.default_rng(0)).picture
+    with torch.no_grad():
+        shown = torch.tensor(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
+        vae = family.autoencoder()
+        again = vae.decoder(vae.encoder(shown))
+    error = float((again - shown).div(2).square().mean())
+    assert -10 * np.log10(error) > 22
 
 
 # The feature network

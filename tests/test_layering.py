@@ -77,7 +77,7 @@ EXPORT_LAYERS = (  # torch, diffusers, transformers, onnx: imported on use
 )
 TRAIN_LAYERS = (  # torch too, with accelerate and peft
     ("train",),  # only a docstring, as it runs before its modules
-    ("train.config", "train.losses", "train.prompts", "train.run_folder"),
+    ("train.config", "train.cpu_precision", "train.losses", "train.prompts", "train.run_folder"),
     ("quality_data", "train.clip_term", "train.loop", "train.score_networks"),
     ("train.networks",),
     ("train.distillation", "train.sample_grid"),

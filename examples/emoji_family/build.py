@@ -2,6 +2,7 @@
 
     python -m emoji_family.build --out RUN                  (from examples/; hours of two cores)
     python -m emoji_family.build --out RUN --stage teacher  (one stage; it needs those before it)
+    python -m emoji_family.build --out RUN --start-from emoji-teacher  (train on from that teacher)
 
 Every stage resumes where it was stopped, and a finished stage is only read.
 """
@@ -19,7 +20,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from tiue_export.components import quiet_libraries
+from tiue_export.components import load_vae, quiet_libraries
 from tiue_export.family import load_family
 from tiue_export.pipeline_folder import write_pipeline
 from tiue_export.quality_data import FeatureNetwork, save_quality_data
@@ -55,10 +56,13 @@ _SHOWN_PROMPTS = (
 class Family:
     """The stages and where each keeps its files below `out`."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, start_from: Path | None = None) -> None:
+        """`start_from`: a teacher in a pipeline folder; autoencoder and vocabulary stay its own."""
+        self.out, self.start_from = out, start_from
         self.corpus = demo_corpus()
         out.mkdir(parents=True, exist_ok=True)
+        if start_from is not None:
+            shutil.copytree(start_from / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
 
     def tokenizer(self) -> CLIPTokenizer:
         """A vocabulary over the names of all emoji, drawn or not, and the grounds."""
@@ -73,6 +77,8 @@ class Family:
 
     def autoencoder(self) -> Any:
         """Encoder and decoder."""
+        if self.start_from is not None:
+            return load_vae(self.start_from / "vae").float()
         return train_autoencoder(self.corpus, self.out / "autoencoder", AutoencoderSettings())
 
     def latents(self, size: int) -> LatentSet:
@@ -88,8 +94,11 @@ class Family:
 
     def teacher(self) -> Path:
         """At 64 px, then at 128 px; its pipeline folder."""
-        small = self._teacher("teacher-64", SMALL, _SMALL_SIZE, None)
-        large = self._teacher("teacher-128", LARGE, PICTURE_SIZE, small)
+        if self.start_from is not None:
+            start = Teacher.from_pipeline(self.start_from)
+        else:
+            start = self._teacher("teacher-64", SMALL, _SMALL_SIZE, None)
+        large = self._teacher("teacher-128", LARGE, PICTURE_SIZE, start)
         vae = self.autoencoder()
         vae.register_to_config(scaling_factor=self.latents(PICTURE_SIZE).scaling_factor)
         return write_pipeline(
@@ -201,11 +210,12 @@ def main() -> None:
         *("feature-network", "demo"),
     )
     parser.add_argument("--stage", choices=stages, help="only this one [default: all]")
+    parser.add_argument("--start-from", type=Path, help="a teacher to train on, a pipeline folder")
     parser.add_argument("--threads", type=int, help="CPU threads [default: all cores]")
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    family = Family(arguments.out)
+    family = Family(arguments.out, arguments.start_from)
     for stage in stages if arguments.stage is None else (arguments.stage,):
         build: Callable[[], Any] = getattr(family, stage.replace("-", "_"))
         build()

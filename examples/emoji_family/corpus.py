@@ -38,8 +38,8 @@ _TOLD_APART_SUBGROUPS = (
     "transport-ground",
     "transport-water",
 )
-# What the family draws: some of those. How many is a question of hours: a teacher wants 700 sights
-# of each at 128 px. After 290 a fox had no eyes yet, and a student's guitar was a blot.
+# What the family draws: some of those. How many is a question of hours: after 290 sights of each at
+# 128 px a fox had no eyes yet; after 900 it has, and guitars are still blots.
 _DEMO_NAMES = Path(__file__).parent / "demo_names.txt"
 
 
