@@ -74,6 +74,14 @@ def save_part(folder: Path, model: Any, dtype: torch.dtype) -> None:
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+        _forget_origin(folder / "config.json")
+
+
+def _forget_origin(config: Path) -> None:
+    """Drop the path that a model was loaded from: nobody else has it, and it names its owner."""
+    content = json.loads(config.read_text("utf-8"))
+    if content.pop("_name_or_path", None) is not None:
+        write_json(config, content)
 
 
 def write_scheduler(folder: Path, config: dict[str, Any], steps: int | None) -> None:
