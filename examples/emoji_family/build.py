@@ -38,7 +38,7 @@ from .quality_files import aligned, quality_data
 from .teacher import LARGE, SMALL, Teacher, TeacherSettings, train_teacher
 
 _HERE = Path(__file__).parent
-_DRAWS_PER_EMOJI = 128
+_DRAWS_PER_EMOJI = 192
 _SMALL_SIZE = 64
 _SAMPLE_EVERY = 600
 _SHOWN_PROMPTS = (
@@ -49,7 +49,7 @@ _SHOWN_PROMPTS = (
     "a birthday cake on a pink background",
     "a rocket on a dark blue background",
     "a grinning face on a white background",
-    "a guitar on a lavender background",
+    "a penguin on a lavender background",
 )
 
 
