@@ -20,6 +20,7 @@ from .corpus import Emoji, fingerprint
 from .drawing import PICTURE_SIZE, draw
 
 WIDTH = 48
+_NEW_DRAWINGS = 8  # a stream that no training draws from
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,18 @@ def train_autoencoder(
     train(run, parts, settings.steps, one_step, title="autoencoder")
     average.copy_to(trained)
     return model.eval()
+
+
+@torch.no_grad()
+def reconstruction_psnr_db(model: Any, corpus: tuple[Emoji, ...]) -> float:
+    """Mean over one new drawing of each emoji: encoded, decoded, compared, in dB of [0, 255]."""
+    ratios_db = []
+    for index, emoji in enumerate(corpus):
+        picture = draw(emoji, np.random.default_rng([_NEW_DRAWINGS, index])).picture
+        pixels = torch.from_numpy(picture.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+        drawn = model.decoder(model.encoder(pixels)).clamp(-1, 1)  # (1, 3, 128, 128)
+        ratios_db.append(-10 * float(((drawn - pixels) / 2).square().mean().log10()))
+    return float(np.mean(ratios_db))
 
 
 def _loss(

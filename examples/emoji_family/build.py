@@ -29,7 +29,7 @@ from tiue_export.train.cpu_precision import cpu_precision
 from tiue_export.train.distill import distill
 from tiue_export.vocabulary import write_tokenizer
 
-from .autoencoder import AutoencoderSettings, train_autoencoder
+from .autoencoder import AutoencoderSettings, reconstruction_psnr_db, train_autoencoder
 from .corpus import demo_corpus, demo_names, load_corpus, told_apart
 from .drawing import BACKGROUNDS, PICTURE_SIZE, caption
 from .feature_network import FeatureSettings, train_feature_network
@@ -81,6 +81,11 @@ class Family:
             return load_vae(self.start_from / "vae").float()
         return train_autoencoder(self.corpus, self.out / "autoencoder", AutoencoderSettings())
 
+    def report_autoencoder(self) -> None:
+        """Print how well it draws what it encoded."""
+        psnr_db = reconstruction_psnr_db(self.autoencoder(), self.corpus)
+        print(f"autoencoder: {psnr_db:.1f} dB, mean over a new drawing of each emoji")
+
     def latents(self, size: int) -> LatentSet:
         """Latents of drawn pictures at `size` px."""
         return encode_pictures(
@@ -93,7 +98,7 @@ class Family:
         )
 
     def teacher(self) -> Path:
-        """At 64 px, then at 128 px; its pipeline folder."""
+        """At 64 px, then at 128 px: "teacher" is distilled from, "emoji-teacher" (fp16) ships."""
         if self.start_from is not None:
             start = Teacher.from_pipeline(self.start_from)
         else:
@@ -101,16 +106,8 @@ class Family:
         large = self._teacher("teacher-128", LARGE, PICTURE_SIZE, start)
         vae = self.autoencoder()
         vae.register_to_config(scaling_factor=self.latents(PICTURE_SIZE).scaling_factor)
-        return write_pipeline(
-            self.out / "teacher",
-            unet=large.unet,
-            text_encoder=large.text_encoder,
-            vae=vae,
-            tokenizer=self.out / "tokenizer",
-            scheduler_config=load_family("demo").scheduler,
-            dtype=torch.float32,
-            force=True,
-        )
+        self._write_teacher("emoji-teacher", large, vae, torch.float16)
+        return self._write_teacher("teacher", large, vae, torch.float32)
 
     def student(self) -> Path:
         """The TiUE student."""
@@ -127,12 +124,24 @@ class Family:
     def demo(self) -> Path:
         """What ships in tiue_export/demo: the student, and the data of benchmarks/quality.py."""
         folder = self.out / "demo"
-        shutil.copytree(self.student(), folder / "student", dirs_exist_ok=True)
+        shutil.copytree(self.student(), folder / "emoji-student", dirs_exist_ok=True)
         corpus = told_apart()
         data = quality_data(corpus, self.feature_network(), demo_names())
         data = aligned(data, corpus, self.out / "teacher", self.out / "alignment")
         save_quality_data(data, folder / "quality")
         return folder
+
+    def _write_teacher(self, name: str, teacher: Teacher, vae: Any, dtype: torch.dtype) -> Path:
+        return write_pipeline(
+            self.out / name,
+            unet=teacher.unet,
+            text_encoder=teacher.text_encoder,
+            vae=vae,
+            tokenizer=self.out / "tokenizer",
+            scheduler_config=load_family("demo").scheduler,
+            dtype=dtype,
+            force=True,
+        )
 
     def _teacher(
         self, name: str, settings: TeacherSettings, size: int, start_from: Teacher | None
@@ -201,24 +210,29 @@ def _save_samples(
     save_png(sheet, file, {"prompt": " | ".join(_SHOWN_PROMPTS)})
 
 
+_STAGES: dict[str, Callable[[Family], object]] = {
+    "autoencoder": Family.report_autoencoder,
+    "teacher": Family.teacher,
+    "student": Family.student,
+    "one-step": Family.one_step,
+    "feature-network": Family.feature_network,
+    "demo": Family.demo,
+}
+
+
 def main() -> None:
     """Build one stage, or all of them in order."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder for all runs")
-    stages = (
-        *("autoencoder", "teacher", "student", "one-step"),
-        *("feature-network", "demo"),
-    )
-    parser.add_argument("--stage", choices=stages, help="only this one [default: all]")
+    parser.add_argument("--stage", choices=_STAGES, help="only this one [default: all]")
     parser.add_argument("--start-from", type=Path, help="a teacher to train on, a pipeline folder")
     parser.add_argument("--threads", type=int, help="CPU threads [default: all cores]")
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     family = Family(arguments.out, arguments.start_from)
-    for stage in stages if arguments.stage is None else (arguments.stage,):
-        build: Callable[[], Any] = getattr(family, stage.replace("-", "_"))
-        build()
+    for stage in _STAGES if arguments.stage is None else (arguments.stage,):
+        _STAGES[stage](family)
 
 
 if __name__ == "__main__":

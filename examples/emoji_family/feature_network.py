@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import cos, pi
 from pathlib import Path
@@ -99,10 +100,12 @@ def train_feature_network(
     weights = [*network.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(weights, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
 
+    batches = _DrawnAhead(corpus, settings)
+
     def one_step(step: int) -> Mapping[str, float]:
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step, settings)
-        batch = training_batch(corpus, settings, step)
+        batch = batches.of(step)
         with cpu_autocast():
             features = network(batch.seen)
         loss, figures = feature_loss(network, heads, features, batch, settings)
@@ -123,6 +126,23 @@ def train_feature_network(
         save_every=save_every,
     )
     return network.eval().requires_grad_(False)
+
+
+class _DrawnAhead:
+    """Batches, the next one drawn while this one is learnt: drawing is half of the time."""
+
+    def __init__(self, corpus: tuple[Emoji, ...], settings: FeatureSettings) -> None:
+        self._corpus, self._settings = corpus, settings
+        self._thread = ThreadPoolExecutor(1)
+        self._drawing: dict[int, Future[Batch]] = {}
+
+    def of(self, step: int) -> Batch:
+        batch = self._drawing.pop(step, None) or self._draw(step)
+        self._drawing = {step + 1: self._draw(step + 1)}
+        return batch.result()
+
+    def _draw(self, step: int) -> Future[Batch]:
+        return self._thread.submit(training_batch, self._corpus, self._settings, step)
 
 
 def open_run(corpus: tuple[Emoji, ...], out: Path, settings: FeatureSettings) -> RunFolder:

@@ -38,12 +38,12 @@ from .text_alignment import AlignmentSettings, train_alignment
 
 _PROMPTS, _REAL = 6, 7  # streams, beside those of the trainings
 REAL_PER_PROMPT = 2
-CAPTIONS_PER_NAME = 9
+CAPTIONS_PER_NAME = 13
 _PROBE_PX = 8
 
 
 def fixed_prompts(corpus: tuple[Emoji, ...], names: Collection[str]) -> tuple[Prompt, ...]:
-    """Nine different captions of each emoji in `names`, distributed as in training.
+    """Thirteen different captions of each emoji in `names`, distributed as in training.
 
     About 60 % name a ground. The other emoji are what a picture can be mistaken for.
     """
