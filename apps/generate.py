@@ -17,7 +17,7 @@ from tiue_export.contact_sheet import contact_sheet
 from tiue_export.errors import UsageError
 from tiue_export.noise import check_seeds, noise_from_file
 from tiue_export.picture import picture_from_file, save_png
-from tiue_export.pipeline import Picture, Pipeline
+from tiue_export.pipeline import Picture, Pipeline, Result
 from tiue_export.specs import RuntimeOptions
 
 from .fastest_runtime import choice_facts, resolved_runtime
@@ -61,8 +61,11 @@ class GenerateRequest:
     as_json: bool = False
 
 
-def run(request: GenerateRequest) -> None:
-    """Draw and write every picture; existing files are refused before anything is drawn."""
+def run(request: GenerateRequest) -> dict[str, object]:
+    """Draw and write every picture; existing files are refused before anything is drawn.
+
+    Returns what `as_json` prints: files, prompts, seeds and latencies.
+    """
     prompts = [*request.prompts, *prompts_in(request.prompts_file)]
     if not prompts:
         raise UsageError(
@@ -120,27 +123,35 @@ def run(request: GenerateRequest) -> None:
     drawn = time.perf_counter()
     if request.sheet is not None:
         _write_sheet(request.sheet, result.pictures, request.count)
+    facts = {
+        "runtime": device,
+        **({} if chosen is None else {"runtime_choice": choice_facts(chosen)}),
+        **_drawn_facts(request, result, written),
+        "open_ms": round((opened - start) * 1e3, 1),
+        "draw_ms": round((drawn - opened) * 1e3, 1),
+    }
     if request.as_json:
-        print_json(
-            {
-                "runtime": device,
-                **({} if chosen is None else {"runtime_choice": choice_facts(chosen)}),
-                "pictures": [
-                    {"path": str(path), "prompt": picture.prompt, "seed": picture.seed}
-                    for path, picture in zip(written, result.pictures, strict=True)
-                ],
-                **({} if request.sheet is None else {"sheet": str(request.sheet)}),
-                "open_ms": round((opened - start) * 1e3, 1),
-                "draw_ms": round((drawn - opened) * 1e3, 1),
-                "stage_latency_ms": result.stage_latency_ms,
-            }
-        )
+        print_json(facts)
     elif request.time_stages:
         console.print(_time_table(result.stage_latency_ms, device))
         console.print(
             f"opened in {opened - start:.2f} s (hashes verified), "
             f"{len(written)} picture(s) in {drawn - opened:.2f} s"
         )
+    return facts
+
+
+def _drawn_facts(
+    request: GenerateRequest, result: Result, written: Sequence[Path]
+) -> dict[str, object]:
+    return {
+        "pictures": [
+            {"path": str(path), "prompt": picture.prompt, "seed": picture.seed}
+            for path, picture in zip(written, result.pictures, strict=True)
+        ],
+        **({} if request.sheet is None else {"sheet": str(request.sheet)}),
+        "stage_latency_ms": result.stage_latency_ms,
+    }
 
 
 def _with_decoder_rows(bundle: Bundle, rows: int) -> Bundle:

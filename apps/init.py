@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tiue_export.demo_student import checkpoint_place
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.weight_container import check_checkpoint_path, is_hub_id
 
@@ -82,7 +83,7 @@ def look_at(ckpt: str, base: str | None) -> Checkpoint:
     check_checkpoint_path(ckpt)
     if base is not None:
         check_checkpoint_path(base)
-    return Checkpoint(ckpt, base, base is not None or _is_whole(Path(ckpt)))
+    return Checkpoint(ckpt, base, base is not None or _is_whole(checkpoint_place(ckpt)))
 
 
 def _is_whole(path: Path) -> bool:

@@ -128,6 +128,21 @@ def compiled_bundle(tiny_bundle, made_once, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
+def demo_bundle(made_once):
+    """The student that ships, as a verified fp32 bundle with OpenVINO graphs. Shared."""
+    from tiue_export import export_onnx, load_student, open_bundle
+    from tiue_export.export.openvino_ir import compile_openvino
+    from tiue_export.registry import missing_modules
+
+    def make(folder: Path) -> None:
+        bundle = export_onnx(load_student("demo"), folder)
+        if not missing_modules(("openvino",)):
+            compile_openvino(bundle)
+
+    return open_bundle(made_once("emoji-fp32", make))
+
+
+@pytest.fixture(scope="session")
 def coreml_bundle(compiled_bundle, tiny_pipeline, made_once):
     """A copy of the compiled bundle with Core ML packages in fp32 too. Shared."""
     pytest.importorskip("coremltools", reason="coremltools is not installed")

@@ -21,7 +21,8 @@ SPOKES = ("runtimes", "calibration", "benchmarks", "apps")
 # The hub, lowest first: a module imports only from lines above its own.
 LIGHT_LAYERS = (  # numpy only: what runs a bundle on a device, without torch
     ("_version", "errors", "faster"),  # the last is only a docstring
-    ("atomic_file", "cache_folder", "specs", "schedule", "family", "weight_container"),
+    ("atomic_file", "cache_folder", "demo_student", "specs", "schedule", "family"),
+    ("weight_container",),
     ("faster.plan", "faster.key_steps"),
     ("faster.sampler",),
     (

@@ -206,9 +206,12 @@ def test_the_demo_as_json_is_one_object_its_files_exist_and_are_not_overwritten(
     code, out, err = run("demo", "--json")
     assert code == 0
     data = json.loads(out)
-    assert (tmp_path / data["picture"]).is_file()
-    assert open_bundle(data["bundle"]).manifest.source.family
-    assert "a tiny student" in err
+    assert (tmp_path / data["sheet"]).is_file()
+    assert len(data["pictures"]) == 16
+    assert all((tmp_path / picture["path"]).is_file() for picture in data["pictures"])
+    assert all(record["value"] >= record["gate"] for record in data["parity"] if record["gate"])
+    assert set(data["stage_latency_ms"]) >= {"unet_encoder", "unet_decoder", "vae_decoder"}
+    assert open_bundle(data["bundle"]).manifest.source.family == "demo"
     assert "tiue-export inspect" in err
     code, _, err = run("demo")
     assert (code, "holds an earlier demo" in err) == (6, True)

@@ -75,10 +75,10 @@ def started(folder: Path, *arguments: object) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def studio(compiled_bundle, kept) -> Iterator[str]:
+def studio(demo_bundle, kept) -> Iterator[str]:
     """A student's, with two runtimes. Shared."""
     runtimes = ("--runtime", "ort", "--runtime", "openvino")
-    with started(kept.parent, compiled_bundle.root, *runtimes) as url:
+    with started(kept.parent, demo_bundle.root, *runtimes) as url:
         yield url
 
 
@@ -131,7 +131,9 @@ def picture(page, name: str) -> None:
 
 def test_a_visitor_draws_keeps_downloads_and_brings_a_picture_back(page, kept, tmp_path):
     # Typing draws by itself; nothing is kept yet.
-    prompt = f"a red fox {page.viewport_size['width']}"  # kept once, whoever draws it again
+    # One prompt a width: it is kept once, whoever draws it again.
+    ground = {1280: "light blue", 390: "pink"}[page.viewport_size["width"]]
+    prompt = f"a fox on a {ground} background"
     before = len(list(kept.glob("*.png")))
     count_is(page, HISTORY, before)
     page.locator(PROMPT).press_sequentially(prompt, delay=20)
@@ -223,12 +225,12 @@ def test_guidance_is_asked_for_where_it_is_not_in_the_weights(
 
 
 def test_a_visitor_compares_two_runtimes_and_reads_the_bundle(page):
-    page.locator(PROMPT).fill("an owl")
+    page.locator(PROMPT).fill("a panda on a light green background")
     count_is(page, PICTURES, 1)
 
     # The prompt comes along to the other tab.
     page.keyboard.press("Alt+2")
-    expect(page.locator("#tiue-compare-prompt textarea")).to_have_value("an owl")
+    expect(page.locator("#tiue-compare-prompt textarea")).to_have_value("a panda on a light green background")
     expect(page.locator("#tiue-right input")).to_have_value(re.compile("openvino"))
     page.locator("#tiue-compare").click()
     report = page.locator("#tiue-report")

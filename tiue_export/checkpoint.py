@@ -1,7 +1,8 @@
 """Checkpoint on disk -> Student. Strict: whatever does not fit is named, nothing is guessed.
 
 Accepted: a diffusers pipeline folder, a UNet folder, or one `.safetensors` file in diffusers or
-LDM names. What a UNet alone lacks comes from `base`, a pipeline folder.
+LDM names; the word "demo" is the student that ships. What a UNet alone lacks comes from `base`, a
+pipeline folder.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tiue_export.components import (
     parse_json,
     read_json,
 )
+from tiue_export.demo_student import checkpoint_place
 from tiue_export.errors import (
     CheckpointError,
     ScheduleError,
@@ -168,8 +170,8 @@ class _Checkpoint:
 
 
 def _locate(path: str | Path) -> _Checkpoint:
-    check_checkpoint_path(str(path))
-    root = Path(path)
+    root = checkpoint_place(path)
+    check_checkpoint_path(root)
     if not root.exists():
         root = _download(str(path), with_unet=True)
     if root.is_file():

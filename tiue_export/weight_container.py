@@ -7,19 +7,20 @@ import re
 import shlex
 from pathlib import Path
 
+from tiue_export.demo_student import checkpoint_place
 from tiue_export.errors import CheckpointError, UsageError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
 
 
-def check_checkpoint_path(path: str) -> None:
+def check_checkpoint_path(path: str | Path) -> None:
     """Refuse at once what no loader could use: nothing there, a pickle, a damaged container."""
-    place = Path(path)
+    place = checkpoint_place(path)
     if place.is_file():
         check_container(place)
     elif not place.exists():
-        if not is_hub_id(path):
+        if not is_hub_id(str(path)):
             refuse_pickle(place)
             raise UsageError(
                 f"{path} does not exist", "Give a .safetensors file or a diffusers folder."

@@ -10,7 +10,11 @@ import typer
 from ..completion import bundle_folders, runtime_names
 
 Checkpoint = Annotated[
-    str, typer.Option("--ckpt", help="Student: .safetensors file, diffusers folder or hub id.")
+    str,
+    typer.Option(
+        "--ckpt",
+        help='Student: .safetensors file, diffusers folder, hub id; "demo": the one that ships.',
+    ),
 ]
 Base = Annotated[
     str | None,

@@ -48,7 +48,7 @@ def demo(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """See it all in a minute: make a tiny student, export it, prove it, draw a picture.
+    """See it all in a minute: export the student that ships, prove it, draw 16 pictures.
 
     Example:  tiue-export demo
     """

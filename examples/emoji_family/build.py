@@ -35,7 +35,7 @@ from .drawing import BACKGROUNDS, PICTURE_SIZE, caption
 from .feature_network import FeatureSettings, train_feature_network
 from .latents import LatentSet, encode_pictures
 from .quality_files import aligned, quality_data
-from .teacher import LARGE, SMALL, Teacher, TeacherSettings, train_teacher
+from .teacher import AGAIN, LARGE, SMALL, Teacher, TeacherSettings, train_teacher
 
 _HERE = Path(__file__).parent
 _DRAWS_PER_EMOJI = 192
@@ -102,8 +102,9 @@ class Family:
         if self.start_from is not None:
             start = Teacher.from_pipeline(self.start_from)
         else:
-            start = self._teacher("teacher-64", SMALL, _SMALL_SIZE, None)
-        large = self._teacher("teacher-128", LARGE, PICTURE_SIZE, start)
+            small = self._teacher("teacher-64", SMALL, _SMALL_SIZE, None)
+            start = self._teacher("teacher-128", LARGE, PICTURE_SIZE, small)
+        large = self._teacher("teacher-128-again", AGAIN, PICTURE_SIZE, start)
         vae = self.autoencoder()
         vae.register_to_config(scaling_factor=self.latents(PICTURE_SIZE).scaling_factor)
         self._write_teacher("emoji-teacher", large, vae, torch.float16)
