@@ -230,7 +230,9 @@ def test_a_visitor_compares_two_runtimes_and_reads_the_bundle(page):
 
     # The prompt comes along to the other tab.
     page.keyboard.press("Alt+2")
-    expect(page.locator("#tiue-compare-prompt textarea")).to_have_value("a panda on a light green background")
+    expect(page.locator("#tiue-compare-prompt textarea")).to_have_value(
+        "a panda on a light green background"
+    )
     expect(page.locator("#tiue-right input")).to_have_value(re.compile("openvino"))
     page.locator("#tiue-compare").click()
     report = page.locator("#tiue-report")
