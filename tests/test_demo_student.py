@@ -8,22 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emoji_family.corpus import FONT, GROUPS, NAMES, PACKAGES, demo_corpus
-from emoji_family.drawing import BACKGROUNDS, caption, compose
-from PIL import Image
+from emoji_family.drawing import BACKGROUNDS, caption
 
 from tiue_export import Pipeline, load_student
 from tiue_export.demo_student import checkpoint_place, demo_student
 from tiue_export.errors import CheckpointError, UsageError
 from tiue_export.export.onnx_bundle import export_onnx
 from tiue_export.graphs import ExportOptions
+from tiue_export.quality_data import load_quality_data
 from tiue_export.weight_container import check_checkpoint_path
 
 metrics = importlib.import_module("tiue_export.benchmarks.quality_metrics")
 
 MEGABYTE = 1_000_000
-DRAWINGS = 60
-RIGHT_SHARE = 0.8
 
 
 @pytest.fixture(scope="module")
@@ -79,37 +76,19 @@ def test_its_bundle_passes_every_gate(bundle, request):
 
 
 def test_it_draws_what_is_asked_for(demo_bundle):
-    """Of 32 drawn on white, most are nearest a drawing of their own emoji, pixel by pixel."""
-    missing = [str(path) for path in (FONT, NAMES, GROUPS) if not path.is_file()]
-    if missing:
-        pytest.skip(f"no {', '.join(missing)}: install the Debian packages {', '.join(PACKAGES)}")
-    corpus, generator, side = demo_corpus(), np.random.default_rng(0), 32
-    white = list(BACKGROUNDS).index("white")
-    known = np.stack(
-        [
-            compose(
-                emoji,
-                white,
-                generator.uniform(0.72, 0.92),
-                generator.uniform(-12, 12),
-                bool(generator.random() < 0.5),
-                tuple(generator.uniform(-1, 1, 2)),
-                side,
-            )
-            for emoji in corpus
-            for _ in range(DRAWINGS)
-        ]
-    )
-    prompts = [caption(emoji.name, "white") for emoji in corpus]
+    """One prompt of each name, judged by the yardstick that ships: 500 emoji to mistake it for."""
+    data = load_quality_data()
+    prompts = list({prompt.name: prompt for prompt in reversed(data.prompts)}.values())
+    assert len(prompts) == 32
     with Pipeline.open(demo_bundle, "ort") as pipeline:
-        drawn = pipeline(prompts, seed=0).images
-    small = np.stack(
-        [np.asarray(image.resize((side, side), Image.Resampling.BOX)) for image in drawn]
-    )
-    flat, templates = (a.reshape(len(a), -1).astype(np.float32) / 255 for a in (small, known))
-    distances = (templates**2).sum(1) - 2 * flat @ templates.T
-    nearest = distances.argmin(1) // DRAWINGS
-    assert np.mean(nearest == np.arange(len(corpus))) >= RIGHT_SHARE
+        drawn = pipeline([prompt.text for prompt in prompts], seed=0).images
+    pictures = np.stack([np.asarray(image) for image in drawn])
+    embeddings = data.network.embeddings_of(data.network.features_of(pictures))
+    names = np.array([prompt.name for prompt in prompts])
+    assert len(data.prototypes) == 500
+    # 90 and 99.5 % over 400 prompts (docs/emoji-family.md); 32 of them vary by 10 points.
+    assert metrics.retrieval_share(embeddings, data.prototypes, names, 1) >= 0.75
+    assert metrics.retrieval_share(embeddings, data.prototypes, names, 5) >= 0.9
 
 
 def test_the_ground_is_the_one_that_is_asked_for(demo_bundle):
