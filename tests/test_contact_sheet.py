@@ -38,11 +38,22 @@ def test_rows_go_down_and_columns_across_at_full_size():
 
 
 def test_labels_are_drawn_above_their_row_and_never_over_a_picture():
-    bare = contact_sheet([("", [plain("red")])], [""])
-    labelled = contact_sheet([("a red apple", [plain("red")])], ["seed 0"])
+    bare = contact_sheet([("", [plain("red", 64)])], [""])
+    labelled = contact_sheet([("a red apple", [plain("red", 64)])], ["seed 0"])
     changed = np.nonzero((np.asarray(bare) != np.asarray(labelled)).any(-1))[0]
     assert changed.size > 0
     assert changed.max() < places(labelled, (255, 0, 0))[1]
+
+
+def test_long_titles_wrap_within_their_columns():
+    titles = ["teacher, 50 steps, guidance 2", "teacher, 4 steps, guidance 2"]
+    sheet = contact_sheet([("", [plain("red", 96), plain("lime", 96)])], titles)
+    red, lime = (places(sheet, c) for c in ((255, 0, 0), (0, 255, 0)))
+    between = np.asarray(sheet)[:, red[2] : lime[0]]
+    assert between.shape[1] > 0
+    assert (between == 255).all()
+    above = np.asarray(sheet)[: red[1], lime[0] : lime[2]]
+    assert (above < 200).any()
 
 
 def test_a_sheet_of_many_large_pictures_stays_within_4096_pixels():
