@@ -54,6 +54,11 @@ def test_a_folder_named_demo_is_reached_by_a_path(tmp_path, monkeypatch):
         load_student("./demo")
     with pytest.raises(CheckpointError, match="demo is neither a diffusers pipeline"):
         load_student(Path("demo"))
+    (Path("demo") / "model_index.json").touch()
+    with pytest.raises(CheckpointError, match="and also a model folder here") as caught:
+        check_checkpoint_path("demo")
+    assert "./demo for the folder here" in str(caught.value.next_step)
+    (Path("demo") / "model_index.json").unlink()
     Path("demo").rmdir()
     with pytest.raises(UsageError, match=r"\./demo does not exist"):
         check_checkpoint_path("./demo")

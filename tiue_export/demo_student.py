@@ -27,6 +27,14 @@ def demo_student() -> Path:
 def checkpoint_place(given: str | Path) -> Path:
     """Where a checkpoint lies: the word "demo" means the one that ships, anything else is a path.
 
-    A folder of that name in the current one is `./demo`, or any `Path` object.
+    A folder of that name in the current one is `./demo`, or any `Path` object; where it is a model,
+    the bare word could mean either and raises `CheckpointError`.
     """
-    return demo_student() if given == NAME else Path(given)
+    if given != NAME:
+        return Path(given)
+    if (Path(NAME) / "model_index.json").is_file():
+        raise CheckpointError(
+            f'"{NAME}" is the student that ships, and also a model folder here',
+            f"Type ./{NAME} for the folder here, or run this in another folder.",
+        )
+    return demo_student()
