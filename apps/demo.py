@@ -74,7 +74,7 @@ def _tell(out: Path, force: bool) -> dict[str, object]:
     console.print(f"\n[bold green]Done in {seconds:.0f} s.[/] Look at {sheet}. Next:")
     for line in (
         f"tiue-export studio {bundle} --open          # draw while you type, in the browser",
-        f'tiue-export generate {bundle} "an owl" --count 4',
+        f'tiue-export generate {bundle} "a penguin" --count 4',
         f"tiue-export inspect {bundle}                # graphs, constants, parity",
         f"tiue-export parity {bundle}                 # prove the runtime on this machine",
         "tiue-export onnx --ckpt YOUR_STUDENT        # a real one",

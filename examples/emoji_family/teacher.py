@@ -33,8 +33,9 @@ _NULL_SHARE = 0.1
 # Hang et al. 2023 (arXiv 2303.09556): weights min(SNR, 5) / SNR let all noise levels learn at once.
 _SNR_CEILING = 5.0
 # SD's schedule leaves 7 % of the picture in its noisiest step: of 16x16 latents the mean can be
-# read there, and a teacher that reads it finds no dark ground in pure noise, whatever the prompt
-# says. Noise with a mean of its own hides it ("offset noise", Guttenberg 2023).
+# read there, and a teacher that relies on it finds no dark ground in pure noise. Noise with a mean
+# of its own hides it ("offset noise", Guttenberg 2023). Dark grounds were missed before and are
+# right since; more training came with it, so what each did was not told apart.
 _NOISE_MEAN_STD = 0.1
 
 
@@ -53,7 +54,8 @@ class TeacherSettings:
 
 SMALL = TeacherSettings(steps=1000, batch=32, learning_rate=1e-3, final_rate=0.5)
 LARGE = TeacherSettings(steps=2700, batch=16, learning_rate=7e-4, final_rate=0.01, seed=1)
-# Again from the full rate: after one round rockets and owls are blots, after two they are not.
+# Again from the full rate: after one round (of 48 names) rockets and owls were blots, after two
+# (the second of 32) they are told at a glance.
 AGAIN = replace(LARGE, seed=2)
 
 
