@@ -34,6 +34,7 @@ from tiue_export.quality_data import (
 metrics = importlib.import_module("tiue_export.benchmarks.quality_metrics")
 quality = importlib.import_module("tiue_export.benchmarks.quality")
 checkpoints = importlib.import_module("tiue_export.benchmarks.quality_checkpoints")
+steps_sweep = importlib.import_module("tiue_export.benchmarks.quality_steps")
 
 GROUNDS = {"white": (255, 255, 255), "black": (18, 18, 20), "pink": (250, 196, 214)}
 POINTS = arrays(np.float64, (12, 3), elements=st.floats(-3, 3))
@@ -547,6 +548,59 @@ def test_the_command_for_checkpoints_compares_all_kinds(
         "TiUE K=4",
         "TiUE K=4, 3 rows",
     ]
+
+
+def test_the_student_at_another_k_is_that_k_of_its_own_schedule(pipeline_128px):
+    checkpoint = checkpoints.open_checkpoint(pipeline_128px)
+    two, four = steps_sweep.students(checkpoint, [2, 4])
+    assert (two.contender.name, four.contender.name) == (
+        "student, K=2",
+        "student, K=4, as trained",
+    )
+    other = checkpoints.open_checkpoint(pipeline_128px, steps=2).student
+    drawn = two.contender.draw(["a red apple"], [3])
+    noise = torch.from_numpy(quality.noise_from_seed(3, (1, 4, 16, 16)))
+    expected = other.sample(noise, checkpoint.embed(["a red apple"])).detach()
+    np.testing.assert_allclose(drawn.latents, expected.numpy(), atol=1e-4)
+    assert drawn.row_norms.shape == (1, 2)
+
+
+def test_the_command_for_steps_draws_each_and_plots_them(
+    pipeline_128px, data_folder, tmp_path, monkeypatch, capsys
+):
+    out, plot = tmp_path / "steps.json", tmp_path / "plots" / "steps.png"
+    options = ["--student", pipeline_128px, "--student-rows", 2, 4]
+    options += ["--teacher", pipeline_128px, "--teacher-steps", 2, "--guidance", 1]
+    options += ["--data", data_folder, "--prompts", 5, "--json", out, "--plot", plot]
+    run_main(steps_sweep, monkeypatch, *options)
+    names = [entry["name"] for entry in json.loads(out.read_text())["scores"]]
+    assert names == [
+        "real pictures",
+        "student, K=2",
+        "student, K=4, as trained",
+        "teacher, 2 steps, guidance 1",
+    ]
+    with Image.open(plot) as picture:
+        assert picture.width > 1000
+
+
+def test_an_impossible_k_is_refused_before_anything_is_drawn(
+    pipeline_128px, data_folder, monkeypatch, capsys
+):
+    options = ["--student", pipeline_128px, "--student-rows", 4, 0, "--data", data_folder]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(steps_sweep, monkeypatch, *options, "--prompts", 5)
+    assert stopped.value.code != 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert "pictures in" not in captured.err
+
+
+def test_no_steps_to_compare_are_refused(data_folder, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_main(steps_sweep, monkeypatch, "--data", data_folder, "--prompts", 6)
+    assert stopped.value.code == 2
+    assert "Give --student, --teacher or both." in capsys.readouterr().err
 
 
 def test_a_user_error_ends_with_its_code_and_no_traceback(
