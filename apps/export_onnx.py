@@ -19,6 +19,7 @@ from tiue_export.specs import CONTROLNET, GRAPH_NAMES
 from tiue_export.weight_container import check_checkpoint_path
 
 from .method_options import LoadRequest, MethodRequest, load
+from .next_line import draw_line
 from .prompt_file import prompts_in
 from .stages import stage_bar
 from .tables import (
@@ -110,10 +111,8 @@ def run(request: ExportRequest) -> None:
     if missing:
         console.print(f"Without {' and '.join(missing)}, which --base would bring.")
     else:
-        quoted = shlex.quote(str(out))
-        more = "--control edges.png " if CONTROLNET in bundle.manifest.graphs else ""
-        line = f'tiue-export generate {quoted} "a red fox" {more}--time'
-        console.print(f"next:  {line}", markup=False)
+        more = ["--control edges.png"] if CONTROLNET in bundle.manifest.graphs else []
+        console.print(f"next:  {draw_line(bundle, *more, '--time')}", markup=False)
 
 
 def _steps(bundle: Bundle) -> str:

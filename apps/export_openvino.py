@@ -17,6 +17,7 @@ from tiue_export.registry import require
 
 from .export_onnx import ExportRequest, export_first
 from .method_options import MethodRequest
+from .next_line import draw_line
 from .stages import stage_bar
 from .tables import console, megabytes, parity_table, print_json
 
@@ -78,11 +79,7 @@ def run(request: OpenvinoRequest) -> None:
         return
     console.print(compiled_table(bundle, FOLDER))
     console.print(parity_table(compiled.parity, f"OpenVINO {compiled.version} against the student"))
-    console.print(
-        f"[bold green]Done.[/] tiue-export generate {escape(str(path))} "
-        '"a red fox" --runtime openvino',
-        highlight=False,
-    )
+    console.print(f"next:  {draw_line(bundle, '--runtime openvino')}", markup=False)
 
 
 def _refuse_export_options(request: OpenvinoRequest) -> None:

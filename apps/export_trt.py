@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from tiue_export.manifest import Compiled, CompiledGraph
 from tiue_export.tensorrt_flavor import FOLDERS, TITLES
 
 from .export_onnx import ExportRequest, export_first
+from .next_line import draw_line
 from .stages import StageBar, stage_bar
 from .tables import console, megabytes, print_json
 
@@ -320,8 +320,7 @@ def _print_result(
             "the engine itself opens on its GPU only.",
             highlight=False,
         )
-    quoted = shlex.quote(str(bundle.root))
-    console.print(f'next:  tiue-export generate {quoted} "a red fox" --runtime trt', markup=False)
+    console.print(f"next:  {draw_line(bundle, '--runtime trt')}", markup=False)
 
 
 def _print_plan(bundle: Bundle, plan: TrtPlan, *, as_json: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from tiue_export.atomic_file import write_atomically
 from tiue_export.bundle import check_target, open_bundle, require_one_pass
 from tiue_export.errors import UsageError
 
+from .next_line import draw_line
 from .stages import StageBar, stage_bar
 from .tables import console, megabytes, print_json
 
@@ -229,11 +229,8 @@ def _print(
         f"{escape(verdict.runtime)}, {verdict.latents_psnr_db:.1f} dB, in {seconds:.0f} s",
         highlight=False,
     )
-    quoted = shlex.quote(str(out))
     runtime = verdict.runtime.partition(" ")[0]
-    console.print(
-        f'next:  tiue-export generate {quoted} "a red fox" --runtime {runtime}', markup=False
-    )
+    console.print(f"next:  {draw_line(made.bundle, f'--runtime {runtime}')}", markup=False)
 
 
 def _plan_table(plan: Any) -> Table:

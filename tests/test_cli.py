@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from tiue_export import open_bundle
 from tiue_export.errors import BundleError
 from tiue_export.picture import parameters_from_png
+
+draw_line = importlib.import_module("tiue_export.apps.next_line").draw_line
 
 
 @pytest.fixture(scope="module")
@@ -421,3 +424,15 @@ def test_low_vram_frees_graphs_between_stages_and_draws_the_same(
     assert seen == [False, True]
     pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png")]
     np.testing.assert_array_equal(*pictures)
+
+
+def test_the_line_to_type_next_names_something_that_the_demo_can_draw(tiny_bundle):
+    assert draw_line(tiny_bundle, "--time").endswith('"a red fox" --time')
+    source = replace(tiny_bundle.manifest.source, family="demo")
+    demo = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, source=source))
+    assert draw_line(demo).endswith('"a red apple"')
+
+
+def test_the_line_to_type_next_quotes_a_folder_with_a_space(tiny_bundle):
+    spaced = replace(tiny_bundle, root=Path("my fox"))
+    assert draw_line(spaced) == "tiue-export generate 'my fox' \"a red fox\""
