@@ -50,7 +50,8 @@ class Backend:
 
 def run(as_json: bool) -> None:
     """Print machine, packages and backends."""
-    machine, packages, backends = describe_machine(), installed_packages(), check_backends()
+    machine = {**describe_machine(), "cache": _cache()}
+    packages, backends = installed_packages(), check_backends()
     problems, choices = conflicts(packages), choice_rows()
     if as_json:
         print_json(
@@ -86,14 +87,16 @@ def run(as_json: bool) -> None:
 
 
 def describe_machine() -> dict[str, str]:
-    """Operating system, Python, CPU with the instruction sets that matter, memory, GPU, cache."""
+    """Operating system, Python, CPU with the instruction sets that matter, memory, GPU.
+
+    Goes into records that are passed on: nothing here names a user or a folder.
+    """
     return {
         "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
         "python": platform.python_version(),
         "cpu": _cpu(),
         "memory": _memory(),
         "gpu": _gpu() or "none found (nvidia-smi)",
-        "cache": _cache(),
     }
 
 

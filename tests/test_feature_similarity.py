@@ -314,6 +314,7 @@ def test_the_command_writes_numbers_table_words_and_plot(run, tiny_pipeline, tmp
     assert set(data["runs"][0]["blocks"]) == {*ENCODER, "mid_block", *DECODER}
     assert data["paper"]["encoder"] == list(words.PAPER.encoder)
     assert data["environment"]["packages"]["torch"]
+    assert str(Path.home()) not in json.dumps(data["environment"])
     encoder = [np.mean(data["runs"][1]["blocks"][name]["all_pairs"]) for name in ENCODER]
     assert data["summary"][1]["encoder"]["all_pairs"] == pytest.approx(np.mean(encoder), abs=1e-6)
     assert str(tmp_path) not in json.dumps(data)
