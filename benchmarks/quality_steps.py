@@ -82,8 +82,8 @@ def plot_steps(stepped: Sequence[Stepped], scores: Sequence[Scores], path: Path)
                 panel.plot(*zip(*line, strict=True), "o-", color=colour, label=name)
         for entry, at in points:
             if entry.is_trained_k:
-                panel.plot(*at, "o", color=_STUDENT, markersize=12, fillstyle="none")
-                panel.annotate("as trained", at, xytext=(8, 8), textcoords="offset points")
+                ring = {"markersize": 12, "fillstyle": "none", "linestyle": "none"}
+                panel.plot(*at, "o", color=_STUDENT, label="the K it was trained with", **ring)
         panel.axhline(value(scores[0]), color=_REAL, linestyle="--", label="real pictures")
         panel.set_xscale("log", base=2)
         panel.set_xticks(ticks, [str(tick) for tick in ticks])
