@@ -21,6 +21,9 @@ from .stages import StageBar, stage_bar
 from .tables import console, megabytes, print_json
 
 _PACKAGE = "tiue_export.calibration"
+_KIND = "w8a8"
+# Sets of layers that --plots has measured beside those the search needs: a curve, not a point.
+_CURVE_SETS = 6
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,14 @@ class QuantizeRequest:
     bundle: Path
     calibration: Path
     out: Path | None = None
-    kind: str = "w8a8"
+    kind: str | None = None
     backend: str = "onnx"
     target_psnr: float | None = None
-    ranges: str = "percentile"
+    ranges: str | None = None
     percentile: float | None = None
     smooth: float | None = None
     no_smooth: bool = False
-    sensitivity: str = "layer"
+    sensitivity: str | None = None
     plan: Path | None = None
     scales: str = "auto"
     held_out: int | None = None
@@ -64,7 +67,7 @@ def run(request: QuantizeRequest) -> None:
     options = _options(request, quantizer)
     bundle = open_bundle(request.bundle)
     require_one_pass(bundle, "quantize")
-    out = request.out or Path(f"{request.bundle.resolve().name}-{request.kind}")
+    out = request.out or Path(f"{request.bundle.resolve().name}-{request.kind or _KIND}")
     if not request.plan_only:
         check_target(out, force=request.force)
     data = dataset.open_calibration(request.calibration, bundle)
@@ -102,8 +105,10 @@ def _options(request: QuantizeRequest, quantizer: Any) -> Any:
     histogram = importlib.import_module(f"{_PACKAGE}.histogram")
     analysis = importlib.import_module(f"{_PACKAGE}.analysis")
     verdict = importlib.import_module(f"{_PACKAGE}.verdict")
-    if request.percentile is not None and request.ranges != "percentile":
-        raise UsageError(f"--percentile belongs to --ranges percentile, not {request.ranges}")
+    _refuse_beside_plan(request)
+    ranges = request.ranges or "percentile"
+    if request.percentile is not None and ranges != "percentile":
+        raise UsageError(f"--percentile belongs to --ranges percentile, not {ranges}")
     if request.smooth is not None and request.no_smooth:
         raise UsageError("--smooth and --no-smooth contradict each other", "Leave one out.")
     given: dict[str, float | int | None] = {
@@ -118,18 +123,19 @@ def _options(request: QuantizeRequest, quantizer: Any) -> Any:
         chosen["smoothing_alpha"] = None
     if request.held_out is not None:
         chosen["probed"] = min(request.held_out, analysis.AnalysisOptions().probed)
-    method: dict[str, str | float] = {"name": request.ranges}
+    method: dict[str, str | float] = {"name": ranges}
     if request.percentile is not None:
         method["percentile"] = request.percentile
     runtime = request.runtime or ("openvino" if request.backend == "openvino" else "ort")
     judged = {"rounds": request.rounds} if request.rounds is not None else {}
     return quantizer.QuantizeOptions(
-        kind=request.kind,
+        kind=request.kind or _KIND,
         backend=request.backend,
         analysis=analysis.AnalysisOptions(
             ranges=histogram.RangeMethod(**method),
-            sensitivity=request.sensitivity,
+            sensitivity=request.sensitivity or "layer",
             threads=request.threads,
+            curve_sets=0 if request.plots is None else _CURVE_SETS,
             **chosen,
         ),
         judged=verdict.VerdictOptions(
@@ -146,6 +152,28 @@ def _options(request: QuantizeRequest, quantizer: Any) -> Any:
         allow_loss=request.allow_parity_loss,
         allow_slower=request.allow_slower,
     )
+
+
+def _refuse_beside_plan(request: QuantizeRequest) -> None:
+    """A plan says of each layer what it becomes, and with which range: nothing else may."""
+    if request.plan is None:
+        return
+    given = {
+        # NNCF takes the layers from the plan, and from the kind what becomes of linear ones.
+        "--kind": None if request.backend == "openvino" else request.kind,
+        "--target-psnr": request.target_psnr,
+        "--ranges": request.ranges,
+        "--percentile": request.percentile,
+        "--smooth": request.smooth,
+        "--no-smooth": request.no_smooth or None,
+        "--sensitivity": request.sensitivity,
+    }
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(
+                f"{option} has no say beside --plan: {request.plan} decides for every layer",
+                f"Leave {option} out, edit the plan, or leave --plan out to make another.",
+            )
 
 
 def _progress(bar: StageBar) -> Any:

@@ -66,7 +66,8 @@ class AnalysisOptions:
 
     `kind` w8a8; hybrid: convolutions w8a8, linear layers int8 weights; int8-weights: no range is
     needed. `smoothing_alpha` None folds nothing. `held_out` runs judge sets of layers, `probed` of
-    them single layers.
+    them single layers. `curve_sets` further sets are measured for the curve of quality against
+    operations in int8.
     """
 
     kind: str = W8A8
@@ -77,6 +78,7 @@ class AnalysisOptions:
     held_out: int = 4
     probed: int = 2
     threads: int | None = None
+    curve_sets: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -272,7 +274,8 @@ class Analyser:
             self._progress.on_note(f"{len(names)} layers in int8: {value:.2f} dB")
             return value
 
-        return select(units, self.options.target_psnr_db, self.total_flops, measure)
+        options = self.options
+        return select(units, options.target_psnr_db, self.total_flops, measure, options.curve_sets)
 
     @contextmanager
     def _written(self, names: set[tuple[str, str]]) -> Iterator[dict[str, Path]]:
@@ -377,7 +380,7 @@ class Analyser:
     def _kept(self, what: str, **more: str) -> Path:
         """Where a measurement is kept; its name says what decides it."""
         options = dataclasses.asdict(self.options)
-        for undecided in ("target_psnr_db", "threads", "sensitivity"):
+        for undecided in ("target_psnr_db", "threads", "sensitivity", "curve_sets"):
             del options[undecided]
         if what == "ranges":
             del options["probed"]

@@ -93,12 +93,14 @@ def select(
     target_psnr_db: float,
     total_flops: int,
     measure: Callable[[Sequence[Unit]], float],
+    curve_sets: int = 0,
 ) -> Selection:
     """Take units in order of noise per operation, as many as the measured PSNR allows.
 
     Errors of different layers are about independent, so their noises add up: that says where to
     look first. `measure` tells the truth of a set; the border is found by bisection, as each unit
-    more can only make it worse, up to chance.
+    more can only make it worse, up to chance. Then `curve_sets` further sets are measured, at even
+    shares of the operations: they tell what another target would buy, and choose nothing.
     """
     order = sorted(units, key=lambda unit: unit.noise / max(unit.flops, 1))
     result = Selection(order, 0)
@@ -111,9 +113,18 @@ def select(
 
     if order and good(len(order)):
         result.count = len(order)
-        return result
-    low, high = 0, len(order)
-    guess = _predicted(order, target_psnr_db)
+    else:
+        result.count = _border(len(order), _predicted(order, target_psnr_db), good)
+    measured = {point.units for point in result.points}
+    for count in _even_shares(order, curve_sets):
+        if count not in measured:
+            good(count)
+    return result
+
+
+def _border(count: int, guess: int, good: Callable[[int], bool]) -> int:
+    """The largest number below `count` that is good, by bisection; `guess` is tried first."""
+    low, high = 0, count
     while high - low > 1:
         middle = guess if low < guess < high else (low + high) // 2
         guess = -1
@@ -121,8 +132,18 @@ def select(
             low = middle
         else:
             high = middle
-    result.count = low
-    return result
+    return low
+
+
+def _even_shares(order: Sequence[Unit], sets: int) -> list[int]:
+    """Numbers of first units that hold 1, 2, ... of `sets` + 1 equal parts of all operations."""
+    total, reached = sum(unit.flops for unit in order), 0
+    counts: list[int] = []
+    for count, unit in enumerate(order, start=1):
+        reached += unit.flops
+        while len(counts) < sets and reached * (sets + 1) >= total * (len(counts) + 1):
+            counts.append(count)
+    return sorted({count for count in counts if count < len(order)})
 
 
 def _predicted(order: Sequence[Unit], target_psnr_db: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -373,6 +374,31 @@ def test_the_chosen_set_meets_the_target_and_one_unit_more_would_not(pairs, targ
     assert len(found.points) <= 1 + np.ceil(np.log2(len(order) + 1)) + 1
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 100), st.floats(20, 90)), min_size=1, max_size=12),
+    st.floats(20, 90),
+    st.integers(1, 6),
+)
+def test_sets_for_the_curve_are_spread_and_change_no_choice(pairs, target, sets):
+    units = [unit(f"u{i}/Conv", flops, psnr) for i, (flops, psnr) in enumerate(pairs)]
+
+    def measure(chosen):
+        return -10 * np.log10(sum(u.noise for u in chosen))
+
+    plain = placement.select(units, target, 1000, measure)
+    curve = placement.select(units, target, 1000, measure, sets)
+    assert curve.chosen == plain.chosen
+    assert curve.points[: len(plain.points)] == plain.points
+    counts = [point.units for point in curve.points]
+    assert len(counts) == len(set(counts))
+    # Nowhere is the gap wider than one part of the operations and the unit that crosses its border.
+    shares = sorted([0.0, *(point.int8_share for point in curve.points)])
+    total, widest = sum(f for f, _ in pairs) / 1000, max(f for f, _ in pairs) / 1000
+    gaps = [b - a for a, b in itertools.pairwise(shares)]
+    assert max(gaps) <= total / (sets + 1) + widest + 1e-9
+
+
 def test_blocks_hold_what_belongs_together():
     names = (
         "down_blocks.0.resnets.0.conv1/Conv",
@@ -514,6 +540,28 @@ def test_what_cannot_be_made_is_refused_before_any_work(
 ):
     with pytest.raises(UsageError, match=message):
         quantizer.quantize(tiny_bundle, data, tmp_path / "out", replace(ANY_SPEED, **changes))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--kind", "hybrid"),
+        ("--target-psnr", "40"),
+        ("--ranges", "entropy"),
+        ("--percentile", "99"),
+        ("--smooth", "0.7"),
+        ("--no-smooth",),
+        ("--sensitivity", "block"),
+    ],
+)
+def test_what_a_plan_decides_cannot_be_asked_for_beside_it(run, made, tiny_bundle, data, option):
+    plan = made.bundle.root / PLAN_FILE
+    code, _, err = run(
+        "quantize", tiny_bundle.root, "--calibration", data.root, "--plan", plan, *option
+    )
+    assert code == UsageError.exit_code
+    assert f"{option[0]} has no say beside --plan: {plan} decides for every layer" in err
+    assert f"Leave {option[0]} out, edit the plan, or leave --plan out" in err
 
 
 def test_too_few_runs_to_hold_some_out_are_refused(tiny_bundle, data):

@@ -84,11 +84,13 @@ def quantize(
         Path | None, typer.Option("--out", help="Bundle to write \\[default: NAME-KIND].")
     ] = None,
     kind: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--kind", help="w8a8, hybrid (linear layers: weights only), int8-weights, 4-bit."
+            "--kind",
+            help="w8a8, hybrid (linear layers: weights only), int8-weights, 4-bit "
+            "\\[default: w8a8].",
         ),
-    ] = "w8a8",
+    ] = None,
     backend: Annotated[
         str,
         typer.Option("--backend", help="onnx: Q/DQ for ort, trt, openvino; openvino: by NNCF."),
@@ -98,8 +100,9 @@ def quantize(
         typer.Option("--target-psnr", help="dB that the latents shall keep \\[default: 35]."),
     ] = None,
     ranges: Annotated[
-        str, typer.Option("--ranges", help="min-max, percentile or entropy.")
-    ] = "percentile",
+        str | None,
+        typer.Option("--ranges", help="min-max, percentile or entropy \\[default: percentile]."),
+    ] = None,
     percentile: Annotated[
         float | None, typer.Option("--percentile", help="In percent \\[default: 99.99].")
     ] = None,
@@ -109,9 +112,12 @@ def quantize(
     ] = None,
     no_smooth: Annotated[bool, typer.Option("--no-smooth", help="Fold nothing.")] = False,
     sensitivity: Annotated[
-        str,
-        typer.Option("--sensitivity", help="Quantize alone: each layer, each block, or none."),
-    ] = "layer",
+        str | None,
+        typer.Option(
+            "--sensitivity",
+            help="Quantize alone: each layer, each block, or none \\[default: layer].",
+        ),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Replay this plan, edited or not.")
     ] = None,
@@ -147,7 +153,8 @@ def quantize(
         bool, typer.Option("--allow-slower", help="Keep a bundle that is no gain here.")
     ] = False,
     plots: Annotated[
-        Path | None, typer.Option("--plots", help="Folder for two pictures (.png).")
+        Path | None,
+        typer.Option("--plots", help="Folder for two pictures; measures six sets more."),
     ] = None,
     force: Force = False,
     as_json: Json = False,
