@@ -15,6 +15,7 @@ from rich.table import Table
 from tiue_export.atomic_file import write_atomically
 from tiue_export.bundle import check_target, open_bundle, require_one_pass
 from tiue_export.errors import UsageError
+from tiue_export.quantization_plan import read_plan
 
 from .next_line import draw_line
 from .stages import StageBar, stage_bar
@@ -24,6 +25,7 @@ _PACKAGE = "tiue_export.calibration"
 _KIND = "w8a8"
 # Sets of layers that --plots has measured beside those the search needs: a curve, not a point.
 _CURVE_SETS = 6
+_NO_SENSITIVITY = "--plots needs a sensitivity, which this plan does not have"
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def _options(request: QuantizeRequest, quantizer: Any) -> Any:
     analysis = importlib.import_module(f"{_PACKAGE}.analysis")
     verdict = importlib.import_module(f"{_PACKAGE}.verdict")
     _refuse_beside_plan(request)
+    _refuse_plots_of_nothing(request)
     ranges = request.ranges or "percentile"
     if request.percentile is not None and ranges != "percentile":
         raise UsageError(f"--percentile belongs to --ranges percentile, not {ranges}")
@@ -176,6 +179,23 @@ def _refuse_beside_plan(request: QuantizeRequest) -> None:
             )
 
 
+def _refuse_plots_of_nothing(request: QuantizeRequest) -> None:
+    """Pictures show what single layers cost, which not every recipe measures."""
+    if request.plots is None:
+        return
+    if request.plan is not None:
+        if all(layer.psnr_db is None for layer in read_plan(request.plan).layers):
+            raise UsageError(_NO_SENSITIVITY, "Leave --plots out.")
+        return
+    if request.sensitivity == "none":
+        raise UsageError(_NO_SENSITIVITY, "Leave out --sensitivity none.")
+    if request.kind in ("int8-weights", "4-bit"):
+        raise UsageError(
+            f"--plots shows what single layers cost; --kind {request.kind} measures none",
+            "Leave --plots out.",
+        )
+
+
 def _progress(bar: StageBar) -> Any:
     analysis = importlib.import_module(f"{_PACKAGE}.analysis")
     return analysis.Progress(
@@ -199,11 +219,6 @@ def _pictures(request: QuantizeRequest, plan: Any, curve: Any) -> list[str]:
     if request.plots is None:
         return []
     plots = importlib.import_module(f"{_PACKAGE}.plots")
-    if not any(layer.psnr_db is not None for layer in plan.layers):
-        raise UsageError(
-            "--plots needs a sensitivity, which this plan does not have",
-            "Leave out --sensitivity none.",
-        )
     made = [plots.plot_sensitivity(plan, request.plots / "sensitivity.png")]
     if curve:
         made.append(plots.plot_curve(plan, curve, request.plots / "int8-share.png"))

@@ -123,6 +123,8 @@ def open_checkpoint(
 
 def teacher_contender(checkpoint: Checkpoint, steps: int, guidance: float) -> Contender:
     """`steps` of DDIM with classifier-free guidance; 1.0 runs without the null prompt."""
+    if steps < 1:
+        raise UsageError(f"--teacher-steps is {steps}; expected 1 or more")
     settings = ddim_settings(checkpoint.student.scheduler_config)
     known = inspect.signature(DDIMScheduler.__init__).parameters
     scheduler: Any = DDIMScheduler(**{k: v for k, v in settings.items() if k in known})

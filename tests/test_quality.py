@@ -596,6 +596,11 @@ def test_an_impossible_k_is_refused_before_anything_is_drawn(
     assert "pictures in" not in captured.err
 
 
+def test_a_teacher_without_a_step_is_refused(pipeline_128px):
+    with pytest.raises(UsageError, match="--teacher-steps is 0; expected 1 or more"):
+        checkpoints.teacher_contender(checkpoints.open_checkpoint(pipeline_128px), 0, 1.0)
+
+
 def test_no_steps_to_compare_are_refused(data_folder, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_main(steps_sweep, monkeypatch, "--data", data_folder, "--prompts", 6)

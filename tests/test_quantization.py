@@ -564,6 +564,24 @@ def test_what_a_plan_decides_cannot_be_asked_for_beside_it(run, made, tiny_bundl
     assert f"Leave {option[0]} out, edit the plan, or leave --plan out" in err
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--sensitivity", "none"), "--plots needs a sensitivity, which this plan does not have"),
+        (("--kind", "int8-weights"), "--kind int8-weights measures none"),
+    ],
+)
+def test_pictures_of_what_is_not_measured_are_refused_before_any_work(
+    run, tiny_bundle, data, tmp_path, option, message
+):
+    out = tmp_path / "out"
+    options = ("--calibration", data.root, "--plots", tmp_path / "plots", "--out", out, *option)
+    code, _, err = run("quantize", tiny_bundle.root, *options)
+    assert code == UsageError.exit_code
+    assert message in err
+    assert not out.exists()
+
+
 def test_too_few_runs_to_hold_some_out_are_refused(tiny_bundle, data):
     with pytest.raises(UsageError, match=r"has 3 run\(s\); expected more than the 4 held out"):
         analysis.Analyser(tiny_bundle, data, replace(BY_RULE, held_out=4))
