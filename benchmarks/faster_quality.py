@@ -11,6 +11,7 @@ injection of prior noise. Time is a picture's, from tokens to pixels, while it i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,8 @@ PLAIN_STEPS = (50, 25, 9)
 UNIFORM = (2, 4, 6)
 _STEPS = PLAIN_STEPS[0]
 _PLAIN, _ON, _OFF = "#000000", "#0072B2", "#D55E00"  # Okabe-Ito
+_SHAPES = "ov^DP*X"
+_NO_INJECTION = ", no injection"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def plans(guidance: float, further: Sequence[tuple[str, tuple[int, ...]]]) -> li
     for inject in ("on", "off"):
         found += [
             Planned(
-                name if inject == "on" else f"{name}, no injection",
+                name if inject == "on" else f"{name}{_NO_INJECTION}",
                 FasterOptions(steps=_STEPS, key_steps=keys, inject=inject, guidance=guidance),
             )
             for name, keys in chosen
@@ -95,12 +98,19 @@ def planned_contender(planned: Planned, pipeline: Pipeline) -> Contender:
     return pipeline_contender(planned.name, replace(pipeline, bundle=Bundle(bundle.root, manifest)))
 
 
+def _listed(planned: Planned) -> str:
+    """The name of its key steps, whether noise is injected or not."""
+    return planned.name.removesuffix(_NO_INJECTION)
+
+
 def plot_quality(
     chosen: Sequence[Planned], scores: Sequence[Scores], path: Path, title: str
 ) -> None:
     """Fréchet distance and retrieval against time; `scores` are those of `chosen`, in order."""
     figure = new_figure((12.5, 4.8))
     distance, retrieval = figure.subplots(1, 2)
+    lists = dict.fromkeys(_listed(planned) for planned in chosen if not planned.is_plain)
+    shapes = dict(zip(lists, itertools.cycle(_SHAPES), strict=False))
     measures: tuple[tuple[Any, str, Callable[[Scores], float]], ...] = (
         (distance, "Fréchet distance, lower is better", lambda s: s.frechet),
         (retrieval, "right emoji %, higher is better", lambda s: 100 * s.top1),
@@ -113,23 +123,23 @@ def plot_quality(
         plain = sorted(at for planned, at in points if planned.is_plain)
         panel.plot(*zip(*plain, strict=True), color=_PLAIN, linewidth=0.8, alpha=0.5)
         for planned, at in points:
-            colour = _ON if planned.options.inject == "on" else _OFF
-            style = {"marker": "o", "color": colour}
             if planned.is_plain:
-                style = {"marker": "s", "color": _PLAIN}
-            panel.plot(*at, **style)
-            shown = planned.name.removesuffix(", no injection")
-            panel.annotate(shown, at, xytext=(5, 3), textcoords="offset points", fontsize=7.5)
+                panel.plot(*at, "s", color=_PLAIN)
+                panel.annotate(
+                    planned.name, at, xytext=(5, 3), textcoords="offset points", fontsize=8
+                )
+            else:
+                colour = _ON if planned.options.inject == "on" else _OFF
+                panel.plot(*at, shapes[_listed(planned)], color=colour, markersize=8, alpha=0.8)
         panel.margins(x=0.14)  # the last name needs room
         panel.set(xlabel="ms a picture", ylabel=label)
         panel.grid(alpha=0.3)
-    for name, mark, colour in (
-        ("ordinary sampling", "s", _PLAIN),
-        ("Faster Diffusion", "o", _ON),
-        ("without injection", "o", _OFF),
-    ):
-        distance.plot([], [], mark, color=colour, label=name)
-    distance.legend(fontsize=8)
+    entries = [("ordinary sampling", "s", _PLAIN)]
+    entries += [(name, shape, _ON) for name, shape in shapes.items()]
+    entries.append(("no injection", "o", _OFF))
+    for name, mark, colour in entries:
+        retrieval.plot([], [], mark, color=colour, label=name)
+    retrieval.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title)
     save_figure(figure, path)
 
