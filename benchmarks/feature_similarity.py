@@ -42,7 +42,6 @@ from tiue_export.atomic_file import write_atomically
 from tiue_export.bundle import disk_errors
 from tiue_export.errors import RuntimeFailure, UsageError, first_line
 from tiue_export.noise import check_seeds, noise_from_seed
-from tiue_export.registry import require
 from tiue_export.schedule import schedule_from_config
 
 from .ddim_features import LoadedPipeline, block_outputs, load_pipeline
@@ -57,6 +56,7 @@ from .feature_similarity_report import (
     statements,
     summarise,
 )
+from .figure import check_file, check_plot
 
 DEFAULT_PROMPTS = (
     "a red fox sitting in fresh snow, soft morning light",
@@ -219,8 +219,6 @@ def write_result(path: Path, request: Mapping[str, Any], runs: Mapping[int, Step
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure what is missing, print the table and the verdict, write JSON and plot."""
-    if arguments.plot is not None:
-        require("--plot", ("matplotlib",), "bench")
     _check(arguments)
     prompts = read_prompts(arguments.prompts)
     settings = Settings(
@@ -303,11 +301,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"--guidance is {arguments.guidance}; expected 1 (none) or more, 7.5 is usual"
         )
-    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
-        if path is not None and path.is_dir():
-            raise UsageError(f"{option} {path} is a folder", "Give the name of a file.")
-    if arguments.plot is not None and arguments.plot.suffix.lower() != ".png":
-        raise UsageError(f"--plot {arguments.plot} is no .png file", "Give it the ending .png.")
+    check_file("--json", arguments.json)
+    check_plot(arguments.plot)
 
 
 def _device(name: str) -> str:

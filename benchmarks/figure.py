@@ -5,6 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tiue_export.errors import UsageError
+from tiue_export.registry import require
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse before the work what `--plot` could not write after it; None asks for nothing."""
+    if path is None:
+        return
+    require("--plot", ("matplotlib",), "bench")
+    check_file("--plot", path)
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--plot {path} is no .png file", "Give it the ending .png.")
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Refuse a folder where a file is to be written."""
+    if path is not None and path.is_dir():
+        raise UsageError(f"{option} {path} is a folder", "Give the name of a file.")
+
 
 def new_figure(size: tuple[float, float]) -> Any:
     """An empty figure of (width, height) inches, drawn without a display."""

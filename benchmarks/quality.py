@@ -41,6 +41,7 @@ from tiue_export.registry import require
 from tiue_export.specs import Array, RuntimeOptions
 
 from .explained import run_explained
+from .figure import check_file
 from .quality_metrics import (
     diversity,
     frechet_distance,
@@ -418,6 +419,12 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sheet", type=Path, help=".png to write: prompts by contenders")
 
 
+def check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse before the work what these options could not write after it."""
+    check_file("--json", arguments.json)
+    check_file("--sheet", arguments.sheet)
+
+
 def main() -> None:
     """Compare bundles; print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -431,6 +438,7 @@ def main() -> None:
 
 
 def _compare_bundles(arguments: Any) -> None:
+    check_outputs(arguments)
     data = load_quality_data(arguments.data)
     request = choose_prompts(data, arguments.prompts, arguments.seeds)
     first = arguments.reference_bundle

@@ -39,6 +39,7 @@ from .quality import (
     Contender,
     Draws,
     add_request_arguments,
+    check_outputs,
     choose_prompts,
     compare,
     report,
@@ -215,6 +216,7 @@ def main() -> None:
 
 
 def _compare_checkpoints(arguments: Any) -> None:
+    check_outputs(arguments)
     data = load_quality_data(arguments.data)
     request = choose_prompts(data, arguments.prompts, arguments.seeds)
     contenders: list[Contender] = []

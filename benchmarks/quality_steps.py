@@ -17,16 +17,16 @@ from typing import Any
 
 from tiue_export.errors import UsageError
 from tiue_export.quality_data import load_quality_data
-from tiue_export.registry import require
 from tiue_export.schedule import schedule_from_config
 
 from .explained import run_explained
-from .figure import new_figure, save_figure
+from .figure import check_plot, new_figure, save_figure
 from .quality import (
     ComparisonSheet,
     Contender,
     Scores,
     add_request_arguments,
+    check_outputs,
     choose_prompts,
     compare,
     report,
@@ -110,8 +110,8 @@ def main() -> None:
 
 
 def _compare_steps(arguments: Any) -> None:
-    if arguments.plot is not None:
-        require("the plot", ("matplotlib",), "bench")
+    check_plot(arguments.plot)
+    check_outputs(arguments)
     data = load_quality_data(arguments.data)
     request = choose_prompts(data, arguments.prompts, arguments.seeds)
     stepped: list[Stepped] = []

@@ -25,6 +25,7 @@ from tiue_export.specs import UNET_DECODER, UNET_ENCODER
 
 from .ceiling import ceilings_in_child, parse_ceilings
 from .explained import run_explained
+from .figure import check_file, check_plot
 from .latency.bench import counted, ready, work_folder
 from .latency.contenders import Contender
 from .latency.environment import describe_environment
@@ -290,6 +291,8 @@ def main() -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    check_plot(arguments.plot)
+    check_file("--out", arguments.out)
     if arguments.record is not None:
         record = read_record(arguments.record)
     else:

@@ -21,7 +21,7 @@ from tiue_export.specs import Array
 from tiue_export.train.run_folder import JOURNAL_FILE, RunFolder
 
 from .explained import run_explained
-from .figure import new_figure, save_figure
+from .figure import check_plot, new_figure, save_figure
 
 _WINDOW_SHARE = 0.05
 _NO_CURVE = ("step", "seconds")
@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of training runs")
     parser.add_argument("--plot", type=Path, required=True, help="the picture, a PNG file")
     asked = parser.parse_args(arguments)
+    check_plot(asked.plot)
     runs = [read_curves(folder) for folder in asked.runs]
     save_curves_plot(runs, asked.plot)
     sys.stdout.write(f"{_table(runs)}\n\n{asked.plot}\n")

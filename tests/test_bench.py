@@ -869,6 +869,18 @@ def test_an_axis_without_numbers_is_refused(text):
         scaling.parse_axis("colour=1")
 
 
+@pytest.mark.parametrize("option", ["--plot", "--out"])
+def test_a_sweep_that_could_not_be_written_is_refused_at_its_start(
+    tmp_path, monkeypatch, capsys, option
+):
+    arguments = ["scaling", "--ckpt", "nowhere", "--axis", "steps=2", option, str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        scaling.main()
+    assert stopped.value.code == UsageError.exit_code
+    assert capsys.readouterr().err.startswith(f"error: {option} {tmp_path} is a folder")
+
+
 @pytest.mark.slow
 def test_a_sweep_in_torch_is_measured_written_and_drawn(micro_pipeline, tmp_path):
     command = [sys.executable, "-m", f"{PACKAGE}.scaling"]

@@ -601,6 +601,28 @@ def test_a_teacher_without_a_step_is_refused(pipeline_128px):
         checkpoints.teacher_contender(checkpoints.open_checkpoint(pipeline_128px), 0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--plot", "curve.pdf", "curve.pdf is no .png file"),
+        ("--plot", "", "is a folder"),
+        ("--json", "", "is a folder"),
+        ("--sheet", "", "is a folder"),
+    ],
+)
+def test_what_could_not_be_written_at_the_end_is_refused_at_the_start(
+    pipeline_128px, data_folder, tmp_path, monkeypatch, capsys, option, name, message
+):
+    options = ["--student", pipeline_128px, "--data", data_folder, "--prompts", 5]
+    with pytest.raises(SystemExit) as stopped:
+        run_main(steps_sweep, monkeypatch, *options, option, tmp_path / name)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {option} ")
+    assert message in error
+    assert "pictures in" not in error
+
+
 def test_no_steps_to_compare_are_refused(data_folder, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_main(steps_sweep, monkeypatch, "--data", data_folder, "--prompts", 6)

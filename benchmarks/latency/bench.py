@@ -11,7 +11,7 @@ from pathlib import Path
 from tiue_export.bundle import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.errors import RuntimeFailure, UsageError
 from tiue_export.manifest import Manifest
-from tiue_export.registry import missing_modules, require
+from tiue_export.registry import missing_modules
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_DECODER,
@@ -21,6 +21,7 @@ from tiue_export.specs import (
 )
 
 from ..ceiling import ceilings_in_child, parse_ceilings
+from ..figure import check_file, check_plot
 from ..flops import bundle_flops
 from ..made_bundle import is_made, made
 from .contenders import Contender, Request, bundle_titles, expand
@@ -126,8 +127,9 @@ def check_settings(plan: Plan) -> None:
     threads = plan.request.threads
     if threads is not None and threads < 1:
         raise UsageError(f"--threads is {threads}; expected 1 or more")
-    if plan.outputs.plot is not None:
-        require("the plot", ("matplotlib",), "bench")
+    check_plot(plan.outputs.plot)
+    check_file("--out", plan.outputs.record)
+    check_file("--markdown", plan.outputs.markdown)
 
 
 def write_outputs(outcome: Outcome, outputs: Outputs) -> None:
