@@ -22,21 +22,17 @@ from tiue_export.bundle import Bundle, open_bundle
 from tiue_export.errors import UsageError
 from tiue_export.faster.scheduler import FasterOptions, plan_from_config
 from tiue_export.pipeline import Pipeline
-from tiue_export.quality_data import load_quality_data
 from tiue_export.specs import RuntimeOptions
 
 from .explained import run_explained
 from .figure import check_plot, new_figure, save_figure
 from .quality import (
-    ComparisonSheet,
     Contender,
     Scores,
     add_request_arguments,
-    check_outputs,
-    choose_prompts,
-    compare,
+    asked_for,
+    judge,
     pipeline_contender,
-    report,
     require_family,
 )
 
@@ -166,9 +162,7 @@ def main() -> None:
 
 def _compare_plans(arguments: Any) -> None:
     check_plot(arguments.plot)
-    check_outputs(arguments)
-    data = load_quality_data(arguments.data)
-    request = choose_prompts(data, arguments.prompts, arguments.seeds)
+    data, request = asked_for(arguments)
     bundle = open_bundle(arguments.bundle)
     require_family(bundle, data)
     if bundle.manifest.faster is None:
@@ -182,12 +176,9 @@ def _compare_plans(arguments: Any) -> None:
         [_named_list(text) for text in arguments.key_steps],
     )
     options = RuntimeOptions(threads=arguments.threads)
-    sheet = ComparisonSheet(arguments.sheet, request)
     with Pipeline.open(bundle, arguments.runtime, options) as pipeline:
         contenders = [planned_contender(planned, pipeline) for planned in chosen]
-        scores = compare(contenders, request, data, keep=arguments.keep, on_draws=sheet.add)
-    sheet.write()
-    report(scores, request, data, arguments.json)
+        scores = judge(contenders, request, data, arguments)
     if arguments.plot is not None:
         title = f"{bundle.manifest.source.name}: {len(request.jobs)} pictures, {arguments.runtime}"
         plot_quality(chosen, scores[1:], arguments.plot, title)  # the first are real pictures

@@ -419,10 +419,29 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sheet", type=Path, help=".png to write: prompts by contenders")
 
 
-def check_outputs(arguments: argparse.Namespace) -> None:
-    """Refuse before the work what these options could not write after it."""
+def asked_for(arguments: argparse.Namespace) -> tuple[QualityData, Request]:
+    """What the options of `add_request_arguments` ask for.
+
+    Raises `UsageError` for what cannot be asked, or could not be written after the work.
+    """
     check_file("--json", arguments.json)
     check_file("--sheet", arguments.sheet)
+    data = load_quality_data(arguments.data)
+    return data, choose_prompts(data, arguments.prompts, arguments.seeds)
+
+
+def judge(
+    contenders: Sequence[Contender],
+    request: Request,
+    data: QualityData,
+    arguments: argparse.Namespace,
+) -> list[Scores]:
+    """`compare` with a command's options: sheet and JSON are written, the table is printed."""
+    sheet = ComparisonSheet(arguments.sheet, request)
+    scores = compare(contenders, request, data, keep=arguments.keep, on_draws=sheet.add)
+    sheet.write()
+    report(scores, request, data, arguments.json)
+    return scores
 
 
 def main() -> None:
@@ -438,17 +457,12 @@ def main() -> None:
 
 
 def _compare_bundles(arguments: Any) -> None:
-    check_outputs(arguments)
-    data = load_quality_data(arguments.data)
-    request = choose_prompts(data, arguments.prompts, arguments.seeds)
+    data, request = asked_for(arguments)
     first = arguments.reference_bundle
     paths = [*([first] if first else []), *(path for path in arguments.bundle if path != first)]
     options = RuntimeOptions(threads=arguments.threads)
     contenders = [bundle_contender(path, data, arguments.runtime, options) for path in paths]
-    sheet = ComparisonSheet(arguments.sheet, request)
-    scores = compare(contenders, request, data, keep=arguments.keep, on_draws=sheet.add)
-    sheet.write()
-    report(scores, request, data, arguments.json)
+    judge(contenders, request, data, arguments)
 
 
 def _kept_file(keep: Path, contender: Contender, request: Request) -> Path:

@@ -27,7 +27,7 @@ from tiue_export.export.tokenizer_files import tokenizer_of
 from tiue_export.graphs import ExportOptions, latent_shape, vae_scale, vae_scaling_factor
 from tiue_export.noise import noise_from_seed
 from tiue_export.picture import pixels_from_sample
-from tiue_export.quality_data import PICTURE_SIZE_PX, load_quality_data
+from tiue_export.quality_data import PICTURE_SIZE_PX
 from tiue_export.schedule import Schedule, ddim_settings, schedule_from_config
 from tiue_export.specs import Array, check_finite
 from tiue_export.student import Student
@@ -35,14 +35,11 @@ from tiue_export.tokenizer import Tokenizer
 
 from .explained import run_explained
 from .quality import (
-    ComparisonSheet,
     Contender,
     Draws,
     add_request_arguments,
-    check_outputs,
-    choose_prompts,
-    compare,
-    report,
+    asked_for,
+    judge,
 )
 
 MERGE_BELOW = 0.02
@@ -216,9 +213,7 @@ def main() -> None:
 
 
 def _compare_checkpoints(arguments: Any) -> None:
-    check_outputs(arguments)
-    data = load_quality_data(arguments.data)
-    request = choose_prompts(data, arguments.prompts, arguments.seeds)
+    data, request = asked_for(arguments)
     contenders: list[Contender] = []
     if arguments.teacher is not None:
         teacher = open_checkpoint(arguments.teacher, arguments.precision)
@@ -236,10 +231,7 @@ def _compare_checkpoints(arguments: Any) -> None:
         contenders += student_contenders(checkpoint)
     if not contenders:
         raise UsageError("nothing to compare", "Give --teacher, --one-step or --student.")
-    sheet = ComparisonSheet(arguments.sheet, request)
-    scores = compare(contenders, request, data, keep=arguments.keep, on_draws=sheet.add)
-    sheet.write()
-    report(scores, request, data, arguments.json)
+    judge(contenders, request, data, arguments)
 
 
 if __name__ == "__main__":

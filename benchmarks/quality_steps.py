@@ -16,20 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from tiue_export.errors import UsageError
-from tiue_export.quality_data import load_quality_data
 from tiue_export.schedule import schedule_from_config
 
 from .explained import run_explained
 from .figure import check_plot, new_figure, save_figure
 from .quality import (
-    ComparisonSheet,
     Contender,
     Scores,
     add_request_arguments,
-    check_outputs,
-    choose_prompts,
-    compare,
-    report,
+    asked_for,
+    judge,
 )
 from .quality_checkpoints import Checkpoint, open_checkpoint, student_contender, teacher_contender
 
@@ -100,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--teacher", type=Path, help="pipeline folder")
     parser.add_argument("--teacher-steps", type=int, nargs="+", default=list(TEACHER_STEPS))
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=2.0, help="of the teacher [2]")
     parser.add_argument("--student", type=Path, help="pipeline folder of the TiUE student")
     parser.add_argument("--student-rows", type=int, nargs="+", default=list(STUDENT_ROWS))
     parser.add_argument("--plot", type=Path, help=".png to write")
@@ -111,9 +107,7 @@ def main() -> None:
 
 def _compare_steps(arguments: Any) -> None:
     check_plot(arguments.plot)
-    check_outputs(arguments)
-    data = load_quality_data(arguments.data)
-    request = choose_prompts(data, arguments.prompts, arguments.seeds)
+    data, request = asked_for(arguments)
     stepped: list[Stepped] = []
     if arguments.student is not None:
         stepped += students(open_checkpoint(arguments.student), arguments.student_rows)
@@ -125,11 +119,7 @@ def _compare_steps(arguments: Any) -> None:
         ]
     if not stepped:
         raise UsageError("nothing to compare", "Give --student, --teacher or both.")
-    sheet = ComparisonSheet(arguments.sheet, request)
-    contenders = [entry.contender for entry in stepped]
-    scores = compare(contenders, request, data, keep=arguments.keep, on_draws=sheet.add)
-    sheet.write()
-    report(scores, request, data, arguments.json)
+    scores = judge([entry.contender for entry in stepped], request, data, arguments)
     if arguments.plot is not None:
         plot_steps(stepped, scores, arguments.plot)
 
