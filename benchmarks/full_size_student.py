@@ -1,8 +1,10 @@
 """Make a full-size student with seeded random weights: fp16 pipeline folder and LDM-layout file.
 
     python -m tiue_export.benchmarks.full_size_student OUT --family sd21-base
+    python -m tiue_export.benchmarks.full_size_student OUT --teacher
 
 The two hold the same weights, so bundles exported from them must be identical. 2.6 + 1.7 GB.
+--teacher writes the folder's weights again as OUT/teacher, which records no K: an ordinary model.
 """
 
 from __future__ import annotations
@@ -16,16 +18,26 @@ from tiue_export.synthetic import write_ldm_file, write_synthetic_pipeline
 
 
 def main() -> None:
-    """Write OUT/pipeline and OUT/student-ldm.safetensors."""
+    """Write OUT/pipeline and OUT/student-ldm.safetensors, or OUT/teacher."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", type=Path)
     parser.add_argument("--family", default="sd21-base", choices=("sd15", "sd21-base", "sd21-v"))
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    pipeline = arguments.out / "pipeline"
-    write_synthetic_pipeline(pipeline, arguments.family, seed=arguments.seed, dtype=torch.float16)
-    print(pipeline)
-    print(write_ldm_file(pipeline, arguments.out / "student-ldm.safetensors"))
+    parser.add_argument(
+        "--teacher", action="store_true", help="the same weights as an ordinary model, without K"
+    )
+    asked = parser.parse_args()
+    if asked.teacher:
+        teacher = asked.out / "teacher"
+        print(
+            write_synthetic_pipeline(
+                teacher, asked.family, seed=asked.seed, dtype=torch.float16, steps=None
+            )
+        )
+        return
+    pipeline = asked.out / "pipeline"
+    print(write_synthetic_pipeline(pipeline, asked.family, seed=asked.seed, dtype=torch.float16))
+    print(write_ldm_file(pipeline, asked.out / "student-ldm.safetensors"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import fcntl
 import functools
 import gc
 import importlib
-import json
 import os
 import shutil
 import signal
@@ -84,14 +83,12 @@ def tiny_student(tiny_pipeline: Path):
 
 
 @pytest.fixture(scope="session")
-def teacher_folder(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline as an ordinary model: it records no K."""
+    from tiue_export.synthetic import write_synthetic_pipeline
+
     folder = tmp_path_factory.mktemp("teacher") / "tiny"
-    shutil.copytree(tiny_pipeline, folder)
-    file = folder / "scheduler" / "scheduler_config.json"
-    config = {k: v for k, v in json.loads(file.read_text("utf-8")).items() if k != "tiue_steps"}
-    file.write_text(json.dumps(config), "utf-8")
-    return folder
+    return write_synthetic_pipeline(folder, "tiny", steps=None)
 
 
 @pytest.fixture(scope="session")

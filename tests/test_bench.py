@@ -375,6 +375,25 @@ def test_guidance_runs_on_graphs_of_twice_the_batch(tiny_bundle):
     assert "3 passes timed at batch 2, scaled to 50" in entry.what
 
 
+def test_contenders_of_two_runtimes_share_the_graphs_that_are_made_for_them(tiny_bundle):
+    names = ("one-step/ort/fp32", "four-step/openvino/fp32", "fifty-step/ort/fp32")
+    one, four, fifty = contenders.expand(
+        contenders.Request((tiny_bundle,), names, checkpoint="x", unet_only=True)
+    )
+    assert one.made["bundle"] == four.made["bundle"] == fifty.made["bundle"]
+    assert one.made["bundle"].openvino == ("fp32",)
+    assert fifty.made["unet_bundle"].openvino == ()  # of another batch: nobody shares it
+
+
+@pytest.mark.parametrize(
+    ("runtime", "forms"), [("ort", ()), ("openvino", ("fp32",))], ids=["ort", "openvino"]
+)
+def test_graphs_are_made_only_in_the_forms_that_are_measured(runtime, forms):
+    asked = contenders.Request(contenders=(f"one-step/{runtime}/fp32",), checkpoint="x")
+    (entry,) = contenders.expand(asked)
+    assert entry.made["bundle"].openvino == forms
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

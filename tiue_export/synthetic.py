@@ -38,12 +38,17 @@ old young small large tiny giant highly detailed cinematic studio digital art st
 
 
 def write_synthetic_pipeline(
-    folder: Path, family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    folder: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    steps: int | None = DEFAULT_STEPS,
 ) -> Path:
     """Write a whole diffusers pipeline of `family` with random weights; returns `folder`.
 
-    UNet, text encoder, VAE, tokenizer and scheduler, as safetensors in `dtype`. Equal arguments
-    give equal files.
+    UNet, text encoder, VAE, tokenizer and scheduler, as safetensors in `dtype`. `steps` is the K
+    that a student records; None makes an ordinary model. Equal arguments give equal files.
     """
     config = load_family(family)
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +63,7 @@ def write_synthetic_pipeline(
             built.save_pretrained(folder / part, safe_serialization=True)
         del built
     write_tokenizer(folder / "tokenizer", [PROMPT_WORDS], config.text_encoder)
-    write_scheduler(folder, config.scheduler, DEFAULT_STEPS)
+    write_scheduler(folder, config.scheduler, steps)
     write_model_index(folder, config.scheduler, config.vae["_class_name"])
     return folder
 

@@ -157,7 +157,22 @@ def expand(asked: Request) -> list[Contender]:
         raise UsageError(
             "there is nothing to measure", "Give a bundle, or --ckpt with --contenders."
         )
-    return list(found.values())
+    return _sharing_graphs(list(found.values()))
+
+
+def _sharing_graphs(contenders: Sequence[Contender]) -> list[Contender]:
+    """Of bundles that differ only in the forms they have, one with all: an export takes minutes."""
+    forms: dict[MadeBundle, set[str]] = {}
+    for bundle in (bundle for entry in contenders for bundle in entry.made.values()):
+        forms.setdefault(replace(bundle, openvino=()), set()).update(bundle.openvino)
+
+    def whole(bundle: MadeBundle) -> MadeBundle:
+        return replace(bundle, openvino=tuple(sorted(forms[replace(bundle, openvino=())])))
+
+    return [
+        replace(entry, made={name: whole(bundle) for name, bundle in entry.made.items()})
+        for entry in contenders
+    ]
 
 
 def bundle_lanes(asked: Request, bundle: Bundle) -> list[Lane]:
