@@ -204,11 +204,22 @@ def _contenders(
     )
     if not RUNTIMES[options.runtime].chooses_precision:
         return {"float": (base, plain), QUANTIZED: (new, plain)}
-    found = {"float fp32": (base, replace(plain, precision="fp32"))}
-    if options.precision != "fp32":
-        found[f"float {options.precision}"] = (base, plain)
+    plain = replace(plain, precision=_chosen_precision(base, options.runtime, plain))
+    found = {
+        f"float {precision}": (base, replace(plain, precision=precision))
+        for precision in dict.fromkeys(("fp32", plain.precision))
+    }
     found[QUANTIZED] = (new, plain)
     return found
+
+
+def _chosen_precision(bundle: Bundle, runtime: str, options: RuntimeOptions) -> str:
+    """What "auto" stands for on this device: it may be fp32, which needs no second contender."""
+    opened = open_runtime(runtime, bundle, options)
+    try:
+        return opened.precision
+    finally:
+        opened.close()
 
 
 def _run_all(bundle: Bundle, graph: str, runtime: Runtime, pool: list[dict[str, Array]]) -> None:

@@ -22,7 +22,7 @@ from tiue_export.errors import BundleError, ParityError, RegressionError, UsageE
 from tiue_export.export.onnx_layers import find_folds, find_layers
 from tiue_export.export.qdq_onnx import quantize_weight, scale_in, write_qdq
 from tiue_export.export.quantized_bundle import check_quantizable
-from tiue_export.openvino_core import openvino_core
+from tiue_export.openvino_core import native_precisions, openvino_core
 from tiue_export.parity import load_reference, measure_runtime
 from tiue_export.pipeline import Pipeline
 from tiue_export.quantization_plan import (
@@ -651,6 +651,17 @@ def test_openvino_reads_the_same_pairs(compiled_bundle, data, made, tmp_path, mo
     assert set(result.bundle.manifest.compiled) == {"openvino"}
     assert result.verdict.runtime == "openvino cpu fp32"
     assert result.verdict.latents_psnr_db == pytest.approx(made.verdict.latents_psnr_db, abs=3)
+
+
+def test_float_contenders_are_called_by_the_precision_they_run_in(
+    compiled_bundle, data, made, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    judged = replace(QUICK, runtime="openvino")
+    options = replace(ANY_SPEED, plan=made.bundle.root / PLAN_FILE, judged=judged, allow_loss=True)
+    verdict = quantizer.quantize(compiled_bundle, data, tmp_path / "out", options).verdict
+    floats = [f"float {precision}" for precision in native_precisions()]
+    assert list(verdict.latency_ms) == [*floats, "quantized"]
 
 
 # The command
