@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from PIL import Image
 
 from tiue_export import load_student
 from tiue_export.bundle import open_bundle
-from tiue_export.errors import RegressionError, RuntimeFailure, UsageError
+from tiue_export.errors import CheckpointError, RegressionError, RuntimeFailure, UsageError
 from tiue_export.openvino_core import native_precisions
 from tiue_export.schedule import schedule_from_config
 
@@ -965,6 +966,40 @@ def test_bars_far_longer_than_the_others_are_cut(tmp_path):
 def test_an_empty_record_is_drawn_too(tmp_path):
     plot.plot_record(made_record(measured("a", reason="no")), None, tmp_path / "p.svg")
     assert "not measured: a" in (tmp_path / "p.svg").read_text("utf-8")
+
+
+def test_stable_diffusion_cpp_reads_a_folder_that_transformers_5_wrote(tiny_pipeline):
+    sd_cpp = module("latency.sd_cpp_session")
+    own = safetensors.numpy.load_file(tiny_pipeline / "text_encoder" / "model.safetensors")
+    assert not any(name.startswith("text_model.") for name in own)  # what it cannot read
+    with sd_cpp.readable_checkpoint(str(tiny_pipeline)) as lent:
+        renamed = safetensors.numpy.load_file(lent / "text_encoder" / "model.safetensors")
+        assert {name.removeprefix("text_model.") for name in renamed} == set(own)
+        assert all(name.startswith("text_model.") for name in renamed)
+        assert (lent / "unet" / "config.json").is_file()
+    assert not lent.exists()
+    assert (tiny_pipeline / "unet" / "config.json").is_file()
+
+
+def test_stable_diffusion_cpp_reads_a_folder_with_the_old_names_where_it_lies(
+    tiny_pipeline, tmp_path
+):
+    sd_cpp = module("latency.sd_cpp_session")
+    folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "old"))
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({f"text_model.{n}": t for n, t in tensors.items()}, file)
+    with sd_cpp.readable_checkpoint(str(folder)) as found:
+        assert found == folder
+
+
+def test_stable_diffusion_cpp_needs_a_whole_pipeline(tiny_pipeline):
+    sd_cpp = module("latency.sd_cpp_session")
+    with (
+        pytest.raises(CheckpointError, match="needs a whole pipeline"),
+        sd_cpp.readable_checkpoint(str(tiny_pipeline / "unet")),
+    ):
+        pass
 
 
 def test_stage_times_are_read_from_the_log_of_stable_diffusion_cpp():

@@ -82,11 +82,12 @@ def run(plan: Plan, tell: Tell = lambda line: None) -> Outcome:
     fails later is a row of the record with its reason.
     """
     check_settings(plan)
+    # Before the bundles are opened: to check the hashes of some takes half a minute of all cores.
+    environment = describe_environment()
     request = replace(plan.request, bundles=tuple(open_bundle(path) for path in plan.bundles))
     contenders = expand(request)
     asked = full_names([contender.name for contender in contenders], plan.ratios_to)
     given = parse_ceilings(plan.peaks)
-    environment = describe_environment()
     if environment.is_busy:
         tell(f"warning: the machine is busy: load {environment.load_average[0]:.1f}")
     with work_folder(plan.work) as work:

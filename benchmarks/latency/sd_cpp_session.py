@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import re
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiue_export.bundle import disk_errors
 from tiue_export.errors import CheckpointError, RuntimeFailure
 from tiue_export.parity import PROMPTS
 from tiue_export.specs import TEXT_ENCODER, VAE_DECODER
@@ -27,6 +31,9 @@ _STAGE_LINES = {
 }
 _TAKING = re.compile(r"taking\s+([0-9.]+)\s*(ms|s)\b")
 _GUIDANCE = 7.5
+_OLD_PREFIX = "text_model."
+# SD_LOG_ERROR of its enum.
+_ERROR_LEVEL = 3
 
 
 @dataclass(frozen=True)
@@ -58,15 +65,17 @@ class SdCppSession:
         self._threads = settings.threads or usable_cores()
         self._size_px = (settings.width or 512, settings.height or 512)
         self._lines: list[str] = []
+        self._errors: list[str] = []
         # ctypes keeps no reference to a callback: it must live as long as the model.
         self._callback = stable_diffusion_cpp.sd_log_callback(self._heard)
-        self._model = stable_diffusion_cpp.StableDiffusion(
-            model_path=str(_whole_checkpoint(settings.checkpoint)),
-            taesd_path=_taesd_file(settings.vae),
-            vae_decode_only=True,
-            n_threads=self._threads,
-            wtype=settings.weights,
-        )
+        with readable_checkpoint(settings.checkpoint) as model_path:
+            self._model = stable_diffusion_cpp.StableDiffusion(
+                model_path=str(model_path),
+                taesd_path=_taesd_file(settings.vae),
+                vae_decode_only=True,
+                n_threads=self._threads,
+                wtype=settings.weights,
+            )
         stable_diffusion_cpp.sd_set_log_callback(self._callback, ctypes.c_void_p(0))
 
     @property
@@ -86,19 +95,23 @@ class SdCppSession:
         """One drawing; milliseconds by stage."""
         settings = self._settings
         self._lines.clear()
+        self._errors.clear()
         start = time.perf_counter()
-        images = self._model.generate_image(
-            prompt=PROMPTS[0],
-            width=self._size_px[0],
-            height=self._size_px[1],
-            cfg_scale=_GUIDANCE if settings.guided else 1.0,
-            sample_method="euler",
-            sample_steps=settings.timed_passes,
-            seed=0,
-        )
+        try:
+            images = self._model.generate_image(
+                prompt=PROMPTS[0],
+                width=self._size_px[0],
+                height=self._size_px[1],
+                cfg_scale=_GUIDANCE if settings.guided else 1.0,
+                sample_method="euler",
+                sample_steps=settings.timed_passes,
+                seed=0,
+            )
+        except ValueError:  # what its package makes of a null pointer
+            images = []
         whole_ms = (time.perf_counter() - start) * 1e3
         if not images:
-            raise RuntimeFailure("stable-diffusion.cpp drew nothing")
+            raise RuntimeFailure(f"stable-diffusion.cpp drew nothing{self._said()}")
         times = stage_times_ms(self._lines)
         if UNET not in times:
             raise RuntimeFailure("stable-diffusion.cpp's log does not tell how long sampling took")
@@ -115,8 +128,16 @@ class SdCppSession:
     def close(self) -> None:
         """The process ends next."""
 
+    def _said(self) -> str:
+        """ ": " and what its log called an error, or its last line; empty if it said nothing."""
+        lines = [" ".join(line.split()) for line in self._errors or self._lines[-1:]]
+        return ": " + "; ".join(lines) if lines else ""
+
     def _heard(self, level: int, text: bytes, data: Any) -> None:
-        self._lines.append(text.decode("utf-8", "replace"))
+        line = text.decode("utf-8", "replace")
+        self._lines.append(line)
+        if level >= _ERROR_LEVEL:
+            self._errors.append(line)
 
 
 def open_session(settings: dict[str, Any]) -> SdCppSession:
@@ -136,15 +157,45 @@ def stage_times_ms(lines: list[str]) -> dict[str, float]:
     return times
 
 
-def _whole_checkpoint(path: str) -> Path:
-    """A pipeline folder or a file; a UNet alone has nothing to read prompts with."""
+@contextmanager
+def readable_checkpoint(path: str) -> Iterator[Path]:
+    """A pipeline folder or a file that it can read; a UNet alone has nothing to read prompts with.
+
+    It knows the text encoder's tensors as "text_model.*", which transformers 5 leaves out when it
+    saves: such a folder is lent under the old names until the weights are loaded.
+    """
     place = Path(path)
-    if place.is_file() or (place / "model_index.json").is_file():
-        return place
-    raise CheckpointError(
-        f"stable-diffusion.cpp needs a whole pipeline; {path} is none",
-        "Give a diffusers pipeline folder, or one file with UNet, text encoder and VAE.",
-    )
+    if place.is_file():
+        yield place
+        return
+    if not (place / "model_index.json").is_file():
+        raise CheckpointError(
+            f"stable-diffusion.cpp needs a whole pipeline; {path} is none",
+            "Give a diffusers pipeline folder, or one file with UNet, text encoder and VAE.",
+        )
+    encoder = place / "text_encoder" / "model.safetensors"
+    if not encoder.is_file() or _has_old_names(encoder):
+        yield place
+        return
+    from safetensors.torch import load_file, save_file
+
+    with tempfile.TemporaryDirectory(prefix="tiue-export-bench-") as lent:
+        for part in place.iterdir():
+            if part.name != "text_encoder":
+                (Path(lent) / part.name).symlink_to(part.resolve())
+        renamed = Path(lent) / "text_encoder" / "model.safetensors"
+        with disk_errors(renamed):
+            renamed.parent.mkdir()
+            tensors = load_file(encoder)
+            save_file({_OLD_PREFIX + name: tensors[name] for name in tensors}, renamed)
+        yield Path(lent)
+
+
+def _has_old_names(encoder: Path) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(encoder, "numpy") as tensors:
+        return any(name.startswith(_OLD_PREFIX) for name in tensors.keys())  # noqa: SIM118
 
 
 def _taesd_file(vae: str | None) -> str:
