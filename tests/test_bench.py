@@ -1002,6 +1002,21 @@ def test_stable_diffusion_cpp_needs_a_whole_pipeline(tiny_pipeline):
         pass
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("stable_diffusion_cpp") is None,
+    reason="stable-diffusion-cpp-python is not installed",
+)
+def test_what_stable_diffusion_cpp_cannot_load_is_told_with_what_its_log_says(
+    tiny_pipeline, tmp_path
+):
+    sd_cpp = module("latency.sd_cpp_session")
+    folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "cut"))
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(RuntimeFailure, match=r"cannot load .*cut: .*unet") as caught:
+        sd_cpp.open_session({"checkpoint": str(folder)})
+    assert "safetensors" in caught.value.message
+
+
 def test_stage_times_are_read_from_the_log_of_stable_diffusion_cpp():
     sd_cpp = module("latency.sd_cpp_session")
     lines = [

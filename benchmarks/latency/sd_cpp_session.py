@@ -68,6 +68,7 @@ class SdCppSession:
         self._errors: list[str] = []
         # ctypes keeps no reference to a callback: it must live as long as the model.
         self._callback = stable_diffusion_cpp.sd_log_callback(self._heard)
+        stable_diffusion_cpp.sd_set_log_callback(self._callback, ctypes.c_void_p(0))
         with readable_checkpoint(settings.checkpoint) as model_path:
             self._model = stable_diffusion_cpp.StableDiffusion(
                 model_path=str(model_path),
@@ -76,7 +77,10 @@ class SdCppSession:
                 n_threads=self._threads,
                 wtype=settings.weights,
             )
-        stable_diffusion_cpp.sd_set_log_callback(self._callback, ctypes.c_void_p(0))
+        if not self._model.model:  # a null pointer, which its package lets pass
+            raise RuntimeFailure(
+                f"stable-diffusion.cpp cannot load {settings.checkpoint}{self._said()}"
+            )
 
     @property
     def facts(self) -> Facts:
