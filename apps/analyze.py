@@ -56,7 +56,7 @@ def run(request: AnalyzeRequest) -> None:
     prompts = _prompts(request)
     analysis = importlib.import_module(_ANALYSIS)
     from tiue_export.faster.errors import torch_model
-    from tiue_export.faster.scheduler import FasterOptions
+    from tiue_export.faster.planning import FasterOptions
 
     with stage_bar(quiet=request.as_json) as bar:
         bar.begin("load model")

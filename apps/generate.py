@@ -6,18 +6,19 @@ import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle import Bundle, disk_errors, open_bundle
+from tiue_export.bundle import disk_errors, open_bundle
 from tiue_export.contact_sheet import contact_sheet
 from tiue_export.errors import UsageError
+from tiue_export.faster.planning import PlanChange
 from tiue_export.noise import check_seeds, noise_from_file
 from tiue_export.picture import picture_from_file, save_png
-from tiue_export.pipeline import Picture, Pipeline, Result
+from tiue_export.pipeline import Picture, Pipeline, Result, replanned
 from tiue_export.specs import RuntimeOptions
 
 from .fastest_runtime import choice_facts, resolved_runtime
@@ -54,7 +55,7 @@ class GenerateRequest:
     vae: str | None = None
     guidance: float | None = None
     negative_prompt: str | None = None
-    max_decoder_rows: int | None = None
+    plan_change: PlanChange = field(default_factory=PlanChange)
     control: Path | None = None
     control_scale: float | None = None
     force: bool = False
@@ -76,9 +77,7 @@ def run(request: GenerateRequest) -> dict[str, object]:
     paths = _paths(request, prompts)
     _check_sheet(request)
     start = time.perf_counter()
-    bundle = open_bundle(request.bundle)
-    if request.max_decoder_rows is not None:
-        bundle = _with_decoder_rows(bundle, request.max_decoder_rows)
+    bundle = replanned(open_bundle(request.bundle), request.plan_change)
     noise = None
     if request.latents is not None:
         shape = (1, *(int(side) for side in bundle.manifest.latent_shape[1:]))
@@ -152,20 +151,6 @@ def _drawn_facts(
         **({} if request.sheet is None else {"sheet": str(request.sheet)}),
         "stage_latency_ms": result.stage_latency_ms,
     }
-
-
-def _with_decoder_rows(bundle: Bundle, rows: int) -> Bundle:
-    """The bundle drawn with at most so many decoder rows at a time, which changes no picture."""
-    plan = bundle.manifest.faster
-    if plan is None:
-        raise UsageError(
-            f"{bundle.root} is a distilled student: its decoder has a fixed number of rows",
-            "Leave --max-decoder-rows out.",
-        )
-    if rows < 1:
-        raise UsageError(f"--max-decoder-rows is {rows}; expected 1 or more")
-    plan = replace(plan, max_decoder_rows=rows)
-    return replace(bundle, manifest=replace(bundle.manifest, faster=plan))
 
 
 def with_resolved_runtime(request: GenerateRequest) -> GenerateRequest:

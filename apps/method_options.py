@@ -90,7 +90,7 @@ def load(asked: LoadRequest, method: MethodRequest, on_stage: Callable[[str], No
             on_stage=on_stage,
         )
         return _with_loras(student, method.lora, on_stage)
-    from tiue_export.faster.scheduler import FasterOptions
+    from tiue_export.faster.planning import FasterOptions
     from tiue_export.faster.teacher import load_teacher, with_controlnet, with_plan
 
     auto = method.key_steps == AUTO

@@ -35,7 +35,8 @@ from tiue_export.faster.errors import (
 )
 from tiue_export.faster.key_steps import choose_key_steps, cost_of, encoder_runs_within
 from tiue_export.faster.plan import key_steps_from
-from tiue_export.faster.scheduler import FasterOptions, diffusers_scheduler, plan_from_config
+from tiue_export.faster.planning import FasterOptions
+from tiue_export.faster.scheduler import diffusers_scheduler, plan_from_config
 from tiue_export.specs import Array
 
 from .ddim_features import named_blocks

@@ -20,7 +20,8 @@ from typing import Any
 
 from tiue_export.bundle import Bundle, open_bundle
 from tiue_export.errors import UsageError
-from tiue_export.faster.scheduler import FasterOptions, plan_from_config
+from tiue_export.faster.planning import FasterOptions
+from tiue_export.faster.scheduler import plan_from_config
 from tiue_export.pipeline import Pipeline
 from tiue_export.specs import RuntimeOptions
 

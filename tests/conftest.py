@@ -249,7 +249,7 @@ def faster_bundle(teacher_folder: Path, made_once):
     """Six DDIM steps, the encoder at 0, 1 and 3; with OpenVINO graphs where it is installed."""
     from tiue_export import export_onnx, open_bundle
     from tiue_export.export.openvino_ir import compile_openvino
-    from tiue_export.faster.scheduler import FasterOptions
+    from tiue_export.faster.planning import FasterOptions
     from tiue_export.faster.teacher import load_teacher
     from tiue_export.registry import missing_modules
 

@@ -16,7 +16,8 @@ from tiue_export.bundle import Bundle
 from tiue_export.errors import UsageError
 from tiue_export.family import load_family
 from tiue_export.faster.plan import make_plan
-from tiue_export.faster.scheduler import FasterOptions, trajectory_of
+from tiue_export.faster.planning import FasterOptions
+from tiue_export.faster.scheduler import trajectory_of
 from tiue_export.faster.teacher import load_teacher
 from tiue_export.flops import count_flops
 from tiue_export.graphs import ExportOptions

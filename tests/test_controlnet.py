@@ -17,9 +17,10 @@ from tiue_export import Pipeline
 from tiue_export.bundle import Bundle
 from tiue_export.compare import psnr_db
 from tiue_export.errors import CheckpointError, UnsupportedModelError, UsageError
+from tiue_export.faster.planning import FasterOptions
 from tiue_export.faster.reference import control_to_check
 from tiue_export.faster.sampler import sample_latents
-from tiue_export.faster.scheduler import FasterOptions, diffusers_scheduler, plan_from_config
+from tiue_export.faster.scheduler import diffusers_scheduler, plan_from_config
 from tiue_export.faster.teacher import load_teacher, with_controlnet
 from tiue_export.graphs import ExportOptions, build_graphs, run_graph
 from tiue_export.manifest import GraphRecord

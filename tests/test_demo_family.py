@@ -34,7 +34,7 @@ from emoji_family.text_alignment import AlignmentSettings, Maps, Pairs
 
 from tiue_export.errors import MissingExtraError, UsageError
 from tiue_export.family import load_family
-from tiue_export.faster.scheduler import FasterOptions
+from tiue_export.faster.planning import FasterOptions
 from tiue_export.faster.teacher import load_teacher
 from tiue_export.pipeline_folder import write_pipeline
 from tiue_export.quality_data import FeatureNetwork, load_quality_data, save_quality_data

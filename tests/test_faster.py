@@ -24,8 +24,9 @@ from tiue_export.faster.plan import (
     key_steps_from,
     make_plan,
 )
+from tiue_export.faster.planning import FasterOptions, PlanChange, changed_plan
 from tiue_export.faster.sampler import combination, guidance_rows, sample_latents
-from tiue_export.faster.scheduler import FasterOptions, diffusers_scheduler, plan_from_config
+from tiue_export.faster.scheduler import diffusers_scheduler, plan_from_config
 from tiue_export.faster.teacher import load_teacher
 from tiue_export.graphs import ExportOptions, build_graphs, run_graph
 from tiue_export.noise import noise_from_seed
@@ -360,6 +361,38 @@ def test_any_rising_list_makes_a_plan_that_agrees_with_its_schedule(data, steps)
     )
     assert plan.problem(schedule) is None
     assert plan.key_steps == (0, *sorted(rest))
+
+
+@given(
+    steps=st.integers(1, 60),
+    key_steps=st.sampled_from(["nonuniform", "uniform:1", "uniform:4", (0,)]),
+    inject=st.sampled_from(["off", "parallel", "sequential"]),
+    guidance=st.floats(1, 20),
+    chosen_by=st.sampled_from(["", "auto, 2 prompts"]),
+)
+def test_a_plan_asked_for_what_it_is_stays_itself(**options):
+    schedule, plan = plan_from_config(SD, FasterOptions(**options))
+    named = PlanChange(steps=schedule.steps, inject=options["inject"])
+    for change in (PlanChange(), named):
+        assert changed_plan(SD, schedule, plan, change) == (schedule, plan)
+
+
+@given(st.integers(1, 60), st.sampled_from(["nonuniform", "uniform:4"]))
+def test_key_steps_by_a_rule_follow_the_number_of_steps(steps, rule):
+    schedule, plan = plan_from_config(SD, FasterOptions(key_steps=rule))
+    changed = changed_plan(SD, schedule, plan, PlanChange(steps=steps))
+    assert changed == plan_from_config(SD, FasterOptions(steps=steps, key_steps=rule))
+
+
+def test_the_plan_of_a_multistep_sampler_is_fixed_but_for_the_rows():
+    schedule, plan = plan_from_config(SD, FasterOptions(scheduler="dpmpp"))
+    with pytest.raises(UsageError) as caught:
+        changed_plan(SD, schedule, plan, PlanChange(key_steps="uniform:1"))
+    assert "the bundle draws by dpmpp, whose coefficients were found at its export" in str(
+        caught.value
+    )
+    bounded = changed_plan(SD, schedule, plan, PlanChange(max_decoder_rows=4))
+    assert bounded == (schedule, replace(plan, max_decoder_rows=4))
 
 
 def test_a_long_schedule_stretches_the_published_list():

@@ -9,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tiue_export import Pipeline, export_onnx, open_bundle
 from tiue_export.compare import GATES_PSNR_DB, psnr_db
 from tiue_export.errors import BundleError, UsageError
-from tiue_export.faster.scheduler import FasterOptions
+from tiue_export.faster.planning import FasterOptions, PlanChange
 from tiue_export.faster.teacher import load_teacher
 from tiue_export.graphs import ExportOptions, build_graphs
 from tiue_export.manifest import Manifest
@@ -253,17 +254,73 @@ def test_generate_tells_guidance_and_bounds_the_rows(run, faster_bundle):
     assert code == 0
     shown = json.loads(out)
     assert len(shown["stage_latency_ms"]["unet_decoder"]) == STEPS
-    from PIL import Image
-
     with Image.open(shown["pictures"][0]["path"]) as picture:
         written = json.loads(picture.text["tiue"])
     assert (written["guidance"], written["negative_prompt"]) == (3.0, "blue")
 
 
-def test_generate_refuses_rows_for_a_student(run, tiny_bundle):
-    code, _, err = run("generate", tiny_bundle.root, "fox", "--max-decoder-rows", 2)
+def test_generate_draws_ordinary_sampling_from_the_same_bundle(run, faster_bundle, pipeline):
+    code, out, _ = run(
+        "generate", faster_bundle.root, FOX, "--steps", 4, "--key-steps", "uniform:1",
+        "--inject", "off", "--json",
+    )  # fmt: skip
+    assert code == 0
+    shown = json.loads(out)
+    assert len(shown["stage_latency_ms"]["unet_encoder"]) == 4
+    with Image.open(shown["pictures"][0]["path"]) as picture:
+        written = json.loads(picture.text["tiue"])
+        drawn = np.asarray(picture)
+    told = {name: written[name] for name in ("steps", "scheduler", "key_steps", "inject")}
+    assert told == {"steps": 4, "scheduler": "ddim", "key_steps": "0,1,2,3", "inject": "off"}
+    change = PlanChange(steps=4, key_steps=(0, 1, 2, 3), inject="off")
+    np.testing.assert_array_equal(drawn, pipeline.replanned(change)(FOX).images[0])
+    assert not np.array_equal(drawn, pipeline(FOX).images[0])
+
+
+def test_another_plan_leaves_the_bundle_as_it_is(pipeline, faster_bundle):
+    before = pipeline(FOX).pictures[0]
+    other = pipeline.replanned(PlanChange(steps=3, key_steps=(0,)))
+    assert other.bundle.manifest.schedule.steps == 3
+    assert open_bundle(faster_bundle.root).manifest == faster_bundle.manifest
+    np.testing.assert_array_equal(before.latents, pipeline(FOX).pictures[0].latents)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--max-decoder-rows", 2), ("--steps", 2), ("--key-steps", "uniform:1")]
+)
+def test_generate_refuses_another_plan_for_a_student(run, tiny_bundle, arguments):
+    code, _, err = run("generate", tiny_bundle.root, "fox", *arguments)
     assert code == 2
-    assert "its decoder has a fixed number of rows" in err
+    assert "is a distilled student: its steps are part of its weights and graphs" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (
+            ("--steps", 5),
+            "the bundle's key steps 0,1,3 were chosen for 6 steps, not for 5",
+            "Add --key-steps nonuniform, uniform:N or a list.",
+        ),
+        (("--key-steps", "1,2"), "--key-steps 1,2 does not start at 0", "Type --key-steps 0,1,2"),
+        (("--key-steps", "auto"), "--key-steps auto measures a checkpoint", "analyze chose"),
+        (("--steps", 0, "--key-steps", "0"), "--steps is 0; expected 1 to 1000", ""),
+        (("--inject", "often"), "injection", "parallel"),
+    ],
+)
+def test_generate_refuses_a_plan_that_cannot_be(run, faster_bundle, arguments, message, hint):
+    code, _, err = run("generate", faster_bundle.root, "fox", *arguments)
+    assert code == 2
+    assert message in err
+    assert hint in err
+
+
+def test_generate_in_bulk_takes_no_other_plan(run, faster_bundle, tmp_path):
+    prompts = tmp_path / "prompts.tsv"
+    prompts.write_text("prompt\nfox\n")
+    code, _, err = run("generate", faster_bundle.root, "--prompts", prompts, "--steps", 4)
+    assert code == 2
+    assert "in bulk takes no --steps" in err
 
 
 def test_inspect_shows_the_groups(run, faster_bundle):

@@ -15,7 +15,7 @@ from test_quality import made_up_data
 from tiue_export import Pipeline, export_onnx
 from tiue_export.compare import psnr_db
 from tiue_export.errors import UsageError
-from tiue_export.faster.scheduler import FasterOptions
+from tiue_export.faster.planning import FasterOptions
 from tiue_export.faster.teacher import load_teacher
 from tiue_export.graphs import ExportOptions
 from tiue_export.quality_data import save_quality_data

@@ -19,7 +19,8 @@ from tiue_export.faster.errors import (
     torch_model,
 )
 from tiue_export.faster.key_steps import choose_key_steps, cost_of, encoder_runs_within, loss_of
-from tiue_export.faster.scheduler import FasterOptions, plan_from_config
+from tiue_export.faster.planning import FasterOptions
+from tiue_export.faster.scheduler import plan_from_config
 from tiue_export.faster.teacher import load_teacher
 
 STEPS = 6

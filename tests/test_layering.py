@@ -24,7 +24,7 @@ LIGHT_LAYERS = (  # numpy only: what runs a bundle on a device, without torch
     ("atomic_file", "cache_folder", "demo_student", "specs", "schedule", "family"),
     ("weight_container",),
     ("faster.plan", "faster.key_steps"),
-    ("faster.sampler",),
+    ("faster.planning", "faster.sampler"),
     (
         "compare",
         "contact_sheet",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tiue_export.checkpoint import load_student
     from tiue_export.errors import TiueError
     from tiue_export.export.onnx_bundle import export_onnx
+    from tiue_export.faster.planning import PlanChange
     from tiue_export.graphs import ExportOptions
     from tiue_export.pipeline import Pipeline
     from tiue_export.schedule import Schedule, schedule_from_config
@@ -35,6 +36,7 @@ _HOMES = {
     "export_onnx": "export.onnx_bundle",
     "ExportOptions": "graphs",
     "Pipeline": "pipeline",
+    "PlanChange": "faster.planning",
     "Schedule": "schedule",
     "schedule_from_config": "schedule",
     "RuntimeOptions": "specs",
@@ -44,6 +46,7 @@ __all__ = [
     "Bundle",
     "ExportOptions",
     "Pipeline",
+    "PlanChange",
     "RuntimeOptions",
     "Schedule",
     "Student",

@@ -9,9 +9,10 @@ never a backend; tensors travel between graphs by name.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +21,7 @@ import numpy as np
 from tiue_export.bundle import Bundle, open_bundle
 from tiue_export.errors import UsageError
 from tiue_export.faster.plan import FasterPlan, check_guidance
+from tiue_export.faster.planning import PlanChange, changed_plan
 from tiue_export.faster.sampler import OnStep, sample_latents
 from tiue_export.noise import check_seeds, noise_from_seed
 from tiue_export.picture import image_from_pixels, pixels_from_sample
@@ -119,6 +121,14 @@ class Pipeline:
         if isinstance(runtime, str):
             runtime = open_runtime(runtime, opened, options or RuntimeOptions())
         return Pipeline(opened, runtime, tokenizer)
+
+    def replanned(self, change: PlanChange) -> Pipeline:
+        """The same graphs under another plan of Faster Diffusion; the runtime is shared.
+
+        >>> plain = pipeline.replanned(PlanChange(steps=25, key_steps="uniform:1", inject="off"))
+        ... # doctest: +SKIP
+        """
+        return replace(self, bundle=replanned(self.bundle, change))
 
     def __call__(
         self,
@@ -391,6 +401,21 @@ class Pipeline:
 
 
 _DYNAMIC_BATCH = 4
+
+
+def replanned(bundle: Bundle, change: PlanChange) -> Bundle:
+    """The bundle with another plan for its graphs, which depend on none; nothing is written."""
+    manifest = bundle.manifest
+    if change == PlanChange():
+        return bundle
+    if manifest.faster is None:
+        raise UsageError(
+            f"{bundle.root} is a distilled student: its steps are part of its weights and graphs",
+            "Leave --steps, --key-steps, --inject and --max-decoder-rows out.",
+        )
+    config = json.loads(bundle.file("scheduler/scheduler_config.json").read_text("utf-8"))
+    schedule, plan = changed_plan(config, manifest.schedule, manifest.faster, change)
+    return replace(bundle, manifest=replace(manifest, schedule=schedule, faster=plan))
 
 
 def check_steering(bundle: Bundle, guided: bool) -> None:

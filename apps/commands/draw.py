@@ -87,6 +87,21 @@ def generate(
     negative: Annotated[
         str | None, typer.Option("--negative", help="faster: what the picture shall not show.")
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="faster: steps of the sampler \\[default: the bundle's]."),
+    ] = None,
+    key_steps: Annotated[
+        str | None,
+        typer.Option(
+            "--key-steps",
+            help="faster: nonuniform, uniform:N or 0,1,2,...; uniform:1 is ordinary sampling.",
+        ),
+    ] = None,
+    inject: Annotated[
+        str | None,
+        typer.Option("--inject", help="faster: prior noise: off, on, parallel, sequential."),
+    ] = None,
     max_decoder_rows: DecoderRows = None,
     control: Annotated[
         Path | None, typer.Option("--control", help="Picture a ControlNet follows (edges, depth).")
@@ -102,7 +117,11 @@ def generate(
     Example:  tiue-export generate fox "a red fox in the snow" --seed 7 --count 4
 
     Example:  tiue-export generate fox --prompts coco.tsv --format tar --workers 2 --out coco
+
+    Example:  tiue-export generate teacher "a red fox" --steps 25 --key-steps uniform:1 --inject off
     """
+    from tiue_export.faster.planning import PlanChange
+
     from ..bulk.options import BulkOptions, bulk_request, in_bulk
     from ..generate import GenerateRequest, run, with_resolved_runtime
 
@@ -129,7 +148,7 @@ def generate(
         vae=vae,
         guidance=guidance,
         negative_prompt=negative,
-        max_decoder_rows=max_decoder_rows,
+        plan_change=PlanChange(steps, key_steps, inject, max_decoder_rows),
         control=control,
         control_scale=control_scale,
         force=force,

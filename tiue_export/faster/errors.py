@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tiue_export.export.tokenizer_files import tokenizer_of
 from tiue_export.faster.key_steps import Choice, choose_key_steps, encoder_runs_within
 from tiue_export.faster.plan import FasterPlan, Group, key_steps_from
+from tiue_export.faster.planning import FasterOptions
 from tiue_export.faster.sampler import (
     combination,
     encoder_feeds,
@@ -25,7 +26,7 @@ from tiue_export.faster.sampler import (
     pieces,
     sample_latents,
 )
-from tiue_export.faster.scheduler import FasterOptions, plan_from_config
+from tiue_export.faster.scheduler import plan_from_config
 from tiue_export.graphs import (
     ExportOptions,
     Graph,

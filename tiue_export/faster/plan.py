@@ -186,6 +186,12 @@ def check_guidance(scale: float) -> None:
         raise UsageError(f"guidance is {scale:g}; expected 1 (off) to 1000, usually 7.5")
 
 
+def check_decoder_rows(rows: int | None) -> None:
+    """Refuse a bound that leaves no row."""
+    if rows is not None and rows < 1:
+        raise UsageError(f"--max-decoder-rows is {rows}; expected 1 or more")
+
+
 def injection_from(text: str) -> Injection | None:
     """`--inject`: off, on (as parallel), parallel, sequential."""
     if text == "off":
@@ -266,8 +272,7 @@ def make_plan(
     count = len(trajectory.timesteps)
     starts = checked_key_steps(key_steps, count)
     check_guidance(guidance)
-    if max_decoder_rows is not None and max_decoder_rows < 1:
-        raise UsageError(f"--max-decoder-rows is {max_decoder_rows}; expected 1 or more")
+    check_decoder_rows(max_decoder_rows)
     seen = injection is not None and injection.placement == "sequential"
     groups = []
     for start, end in zip(starts, (*starts[1:], count), strict=True):

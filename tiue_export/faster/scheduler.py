@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,6 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from tiue_export.components import quiet_libraries
 from tiue_export.errors import ScheduleError, UsageError
 from tiue_export.faster.plan import (
-    DEFAULT_GUIDANCE,
-    DEFAULT_STEPS,
     FasterPlan,
     Injection,
     Trajectory,
@@ -27,10 +24,9 @@ from tiue_export.faster.plan import (
     check_scheduler,
     ddim_trajectory,
     injection_from,
-    key_steps_from,
-    make_plan,
     trace,
 )
+from tiue_export.faster.planning import FasterOptions, ddim_plan, planned
 from tiue_export.schedule import Schedule, ddim_settings
 
 _CLASSES = {
@@ -42,28 +38,6 @@ _CLASSES = {
 _LINEAR_WITHIN = 1e-4
 
 
-@dataclass(frozen=True)
-class FasterOptions:
-    """What the user chose for Faster Diffusion; `steps` None is the usual number of the sampler.
-
-    `key_steps` and `inject` are spelled as on the command line; `key_steps` may also be numbers.
-    """
-
-    scheduler: str = "ddim"
-    steps: int | None = None
-    key_steps: str | tuple[int, ...] = "nonuniform"
-    inject: str = "on"
-    guidance: float = DEFAULT_GUIDANCE
-    max_decoder_rows: int | None = None
-    chosen_by: str = ""
-
-    @property
-    def asked_steps(self) -> int:
-        """The steps asked for, or the sampler's usual number."""
-        check_scheduler(self.scheduler)
-        return DEFAULT_STEPS[self.scheduler] if self.steps is None else self.steps
-
-
 def plan_from_config(
     config: Mapping[str, Any], options: FasterOptions
 ) -> tuple[Schedule, FasterPlan]:
@@ -72,24 +46,15 @@ def plan_from_config(
     Raises `ScheduleError` for a sampler that is stochastic or scales its input, `UsageError` for
     key steps that do not fit.
     """
+    if options.scheduler == "ddim":
+        return ddim_plan(config, options)
     injection = injection_from(options.inject)
-    steps = options.asked_steps
-    settings = ddim_settings(config)
-    trajectory = trajectory_of(config, options.scheduler, steps, injection)
-    count = len(trajectory.timesteps)
-    chosen = options.key_steps
-    key_steps = key_steps_from(chosen, count) if isinstance(chosen, str) else chosen
-    return make_plan(
-        options.scheduler,
+    trajectory = trajectory_of(config, options.scheduler, options.asked_steps, injection)
+    return planned(
+        options,
         trajectory,
-        key_steps,
-        steps=steps,
-        prediction_type=str(settings["prediction_type"]),
-        timestep_spacing=_spacing(config, options.scheduler, settings),
-        guidance=options.guidance,
-        injection=injection,
-        max_decoder_rows=options.max_decoder_rows,
-        chosen_by=options.chosen_by or (chosen if isinstance(chosen, str) else "list"),
+        prediction_type=str(ddim_settings(config)["prediction_type"]),
+        timestep_spacing=_spacing(config, options.scheduler),
     )
 
 
@@ -130,9 +95,7 @@ def diffusers_scheduler(config: Mapping[str, Any], scheduler: str, steps: int) -
     return made
 
 
-def _spacing(config: Mapping[str, Any], scheduler: str, settings: Mapping[str, Any]) -> str:
-    if scheduler == "ddim":
-        return str(settings["timestep_spacing"])
+def _spacing(config: Mapping[str, Any], scheduler: str) -> str:
     with quiet_libraries():
         return str(_CLASSES[scheduler].from_config(dict(config)).config.timestep_spacing)
 

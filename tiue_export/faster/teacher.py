@@ -9,7 +9,8 @@ from pathlib import Path
 from tiue_export.checkpoint import load_student
 from tiue_export.components import WEIGHTS_STEM, load_controlnet
 from tiue_export.errors import CheckpointError, UnsupportedModelError
-from tiue_export.faster.scheduler import FasterOptions, plan_from_config
+from tiue_export.faster.planning import FasterOptions
+from tiue_export.faster.scheduler import plan_from_config
 from tiue_export.student import Student
 from tiue_export.weights import sha256_of_files, weight_files
 
