@@ -645,6 +645,22 @@ def test_reloading_keeps_one_process_at_a_time(tiny_bundle):
     assert set(alive) == ({1} if sys.platform == "linux" else {0})
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("mapped_bytes", "most_alive"), [(0, 2), (10**10, 1)])
+def test_weights_that_are_mapped_are_not_taken_for_free_memory(
+    tiny_bundle, monkeypatch, mapped_bytes, most_alive
+):
+    monkeypatch.setattr(turns, "available_memory_bytes", lambda: 10**10)
+    monkeypatch.setattr(turns, "mapped_file_bytes", lambda pid: mapped_bytes)
+    alive = []
+    pair = [of_bundle(tiny_bundle, name) for name in ("a", "b")]
+    rows = turns.measure(
+        pair, FEW, timeout_s=120, on_turn=lambda number, row: alive.append(len(children()))
+    )
+    assert max(alive) == most_alive
+    assert [row.reason for row in rows] == [None, None]
+
+
 def test_an_answer_that_takes_too_long_ends_the_contender(tiny_bundle):
     (row,) = turns.measure([of_bundle(tiny_bundle)], FEW, timeout_s=0.01)
     assert row.reason == "it gave no answer within 0 s"
@@ -1052,6 +1068,17 @@ def test_memory_is_seen_to_grow_and_its_peak_begins_anew(size):
     del block
     if environment.forget_peak():
         assert environment.process_memory_bytes()[1] < peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_pages_of_a_mapped_file_are_told_apart(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(os.urandom(1 << 20) * 32)
+    before = environment.mapped_file_bytes(os.getpid())
+    weights = np.memmap(file, np.uint8, "r")
+    assert int(weights.max()) == 255  # reads every page
+    assert environment.mapped_file_bytes(os.getpid()) >= before + (16 << 20)
+    assert environment.mapped_file_bytes(2**30) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")

@@ -109,6 +109,16 @@ def process_memory_bytes() -> tuple[int, int]:
     return peak_bytes, peak_bytes
 
 
+def mapped_file_bytes(pid: int) -> int:
+    """Resident memory of a process that is pages of files, such as weights it has mapped (Linux).
+
+    The system counts them as available: it may drop them at any time, and the process then waits
+    for the disk.
+    """
+    found = re.search(r"^RssFile:\s+(\d+) kB", _text(f"/proc/{pid}/status") or "", re.MULTILINE)
+    return 0 if found is None else int(found[1]) * 1024
+
+
 def forget_peak() -> bool:
     """Let the peak memory begin anew (Linux); whether that was possible."""
     try:

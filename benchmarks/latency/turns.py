@@ -14,7 +14,7 @@ from typing import Any
 from tiue_export.manifest import structured
 
 from .contenders import Contender
-from .environment import available_memory_bytes, busy_core_seconds
+from .environment import available_memory_bytes, busy_core_seconds, mapped_file_bytes
 from .process import ContenderFailure, WorkerProcess
 from .record import Facts, Measurement, Settings, Turn
 
@@ -68,20 +68,37 @@ class WorkerPool:
         return list(self._workers)
 
     def load(self, contender: Contender) -> dict[str, Any] | None:
-        """See that the contender's process is there; what it said if it was loaded just now."""
+        """See that the contender's process is there, with room for its peak.
+
+        Returns what it said if it was loaded just now.
+        """
         name = contender.name
-        if name in self._workers:
-            self._workers[name] = self._workers.pop(name)
+        own = self._workers.pop(name, None)
+        if own is not None:
+            self._workers[name] = own  # now the latest used
+        self.unload(self._in_the_way(name))
+        if own is not None:
             return None
-        if self._reload:
-            self.unload(list(self._workers))
-        # One that was never seen is taken to need as much as the largest so far.
-        needed = self._peak_bytes.get(name, max(self._peak_bytes.values(), default=0))
-        resident = [(key, worker.resident_bytes) for key, worker in self._workers.items()]
-        self.unload(to_unload(resident, needed, available_memory_bytes()))
         self._workers[name] = WorkerProcess()
         settings = {"session": contender.session, "settings": dict(contender.settings)}
         return self.ask(name, {"command": "load", **settings})
+
+    def _in_the_way(self, name: str) -> list[str]:
+        """The processes to end so that the named one has room for its peak."""
+        others = {key: worker for key, worker in self._workers.items() if key != name}
+        if self._reload:
+            return list(others)
+        # One that was never seen is taken to need as much as the largest so far.
+        needed = self._peak_bytes.get(name, max(self._peak_bytes.values(), default=0))
+        if name in self._workers:
+            needed = max(0, needed - self._workers[name].resident_bytes)
+        available = available_memory_bytes()
+        if available is not None:
+            # Weights that are mapped must stay in memory, or the next turn of their process
+            # would time the disk.
+            available -= sum(mapped_file_bytes(worker.pid) for worker in self._workers.values())
+        resident = [(key, worker.resident_bytes) for key, worker in others.items()]
+        return to_unload(resident, needed, available)
 
     def ask(self, name: str, request: Mapping[str, Any]) -> dict[str, Any]:
         """Ask a loaded process."""
