@@ -70,7 +70,7 @@ def run(request: CoreaiRequest) -> None:
             CoreaiOptions(request.precision),
             force=request.force,
             allow_parity_loss=request.allow_parity_loss,
-            observer=Observer(bar.begin, on_done),
+            observer=Observer(bar.begin, on_done, bar.within),
         )
     compiled = bundle.manifest.compiled[FOLDER]
     seconds = round(time.perf_counter() - start, 1)

@@ -75,7 +75,7 @@ def run(request: CoremlRequest) -> None:
     from tiue_export.export.bundle_student import StudentPlace
     from tiue_export.export.coreml_bundle import (
         FOLDER,
-        CoremlObserver,
+        Observer,
         compile_coreml,
     )
     from tiue_export.export.onnx_bundle import StageReport
@@ -97,7 +97,7 @@ def run(request: CoremlRequest) -> None:
             options,
             force=request.force,
             allow_parity_loss=request.allow_parity_loss,
-            observer=CoremlObserver(bar.begin, on_done, bar.within),
+            observer=Observer(bar.begin, on_done, bar.within),
         )
     compiled = bundle.manifest.compiled[FOLDER]
     seconds = round(time.perf_counter() - start, 1)

@@ -212,7 +212,7 @@ def export(
             allow_parity_loss=request.allow_parity_loss,
             audit=request.audit,
             audit_prompts=prompts,
-            observer=Observer(bar.begin, on_done),
+            observer=Observer(bar.begin, on_done, bar.within),
         )
     return bundle, stages, time.perf_counter() - start
 

@@ -69,7 +69,7 @@ def run(request: OpenvinoRequest) -> None:
             options,
             force=request.force,
             allow_parity_loss=request.allow_parity_loss,
-            observer=Observer(bar.begin, on_done),
+            observer=Observer(bar.begin, on_done, bar.within),
         )
     compiled = bundle.manifest.compiled[FOLDER]
     if request.as_json:

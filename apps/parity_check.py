@@ -12,6 +12,7 @@ from tiue_export.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry import open_runtime
 from tiue_export.specs import Placed, RuntimeOptions
 
+from .stages import step_bar
 from .tables import console, parity_table, placement_table, print_json
 
 
@@ -21,7 +22,8 @@ def run(path: Path, runtime_name: str, options: RuntimeOptions, as_json: bool) -
     reference = load_reference(bundle)
     runtime = open_runtime(runtime_name, bundle, options)
     try:
-        records = measure_runtime(bundle, runtime, reference)
+        with step_bar(shown=bundle.manifest.faster is not None and not as_json) as on_step:
+            records = measure_runtime(bundle, runtime, reference, on_step)
         placement = runtime.placement() if isinstance(runtime, Placed) and not as_json else {}
     finally:
         runtime.close()

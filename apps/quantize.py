@@ -212,7 +212,7 @@ def _observer(bar: StageBar, stages: list[dict[str, object]]) -> Any:
         stages.append(dataclasses.asdict(report))
         bar.done(report.stage, report.seconds, report.peak_memory_bytes, report.size_bytes)
 
-    return Observer(bar.begin, on_done)
+    return Observer(bar.begin, on_done, bar.within)
 
 
 def _pictures(request: QuantizeRequest, plan: Any, curve: Any) -> list[str]:

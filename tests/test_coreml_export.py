@@ -38,11 +38,7 @@ from tiue_export.export import (  # noqa: E402
     coreml_job,
 )
 from tiue_export.export.bundle_student import StudentPlace, open_student  # noqa: E402
-from tiue_export.export.coreml_bundle import (  # noqa: E402
-    FOLDER,
-    CoremlObserver,
-    compile_coreml,
-)
+from tiue_export.export.coreml_bundle import FOLDER, compile_coreml  # noqa: E402
 from tiue_export.export.coreml_convert import METADATA_KEY, Conversion, convert  # noqa: E402
 from tiue_export.export.coreml_profiles import (  # noqa: E402
     COMPRESSIONS,
@@ -58,6 +54,7 @@ from tiue_export.export.coreml_recipe import (  # noqa: E402
     read_recipe,
     rounded_to,
 )
+from tiue_export.export.onnx_bundle import Observer  # noqa: E402
 from tiue_export.mil.evaluator import MilProgram  # noqa: E402
 
 from hypothesis import given, settings  # noqa: E402 isort: skip
@@ -611,7 +608,7 @@ def test_without_coremltools_the_extra_is_named(run, micro_folder, monkeypatch):
 @pytest.mark.usefixtures("remade")
 def test_an_observer_hears_every_stage(own, micro_folder):
     started, done = [], []
-    observer = CoremlObserver(started.append, lambda report: done.append(report.stage))
+    observer = Observer(started.append, lambda report: done.append(report.stage))
     compile_coreml(
         own,
         StudentPlace(str(micro_folder)),

@@ -14,6 +14,7 @@ from PIL import Image
 from tiue_export import Pipeline, export_onnx, open_bundle
 from tiue_export.compare import GATES_PSNR_DB, psnr_db
 from tiue_export.errors import BundleError, UsageError
+from tiue_export.export.onnx_bundle import Observer
 from tiue_export.faster.planning import FasterOptions, PlanChange
 from tiue_export.faster.teacher import load_teacher
 from tiue_export.graphs import ExportOptions, build_graphs
@@ -67,6 +68,18 @@ def test_every_hop_is_measured_under_its_gate(faster_bundle):
     assert gates["hoisted", "outputs / naive decoder"] == 120
     assert {gates["ONNX fp32", name] for name in GRAPH_NAMES} == {GATES_PSNR_DB["fp32"]}
     assert gates["ONNX fp32 loop", "latents"] == GATES_PSNR_DB["fp32-loop"]
+
+
+def test_the_export_tells_how_far_its_long_loops_are(teacher_folder, tmp_path):
+    heard: list[tuple[float, str]] = []
+    observer = Observer(on_progress=lambda fraction, detail: heard.append((fraction, detail)))
+    teacher = load_teacher(teacher_folder, options=FasterOptions(steps=3, key_steps=(0, 1)))
+    export_onnx(teacher, tmp_path / "b", observer=observer)
+    assert heard == [
+        (step / 3, f"{stage}: {step} of 3")
+        for stage in ("run student in fp32", "verify loop")
+        for step in (1, 3)
+    ]
 
 
 def test_a_plan_that_contradicts_its_schedule_does_not_open(faster_bundle):

@@ -16,7 +16,7 @@ from tiue_export.bundle import REFERENCE_FILE, Bundle
 from tiue_export.compare import GATES_PSNR_DB, max_abs_error, psnr_db, weakest
 from tiue_export.errors import BundleError, ParityError
 from tiue_export.faster.plan import FasterPlan
-from tiue_export.faster.sampler import added, sample_latents
+from tiue_export.faster.sampler import OnStep, added, sample_latents
 from tiue_export.manifest import ParityRecord
 from tiue_export.specs import (
     CONTROLNET,
@@ -116,8 +116,16 @@ def measure_graph(
     return min(records, key=lambda record: record.value)
 
 
-def measure_runtime(bundle: Bundle, runtime: Runtime, reference: Reference) -> list[ParityRecord]:
-    """Hold a runtime against the bundle's reference: each stage on the reference's own inputs."""
+def measure_runtime(
+    bundle: Bundle,
+    runtime: Runtime,
+    reference: Reference,
+    on_step: OnStep = lambda done, total: None,
+) -> list[ParityRecord]:
+    """Hold a runtime against the bundle's reference: each stage on the reference's own inputs.
+
+    `on_step` hears of the steps of a model in a loop.
+    """
     kind, hop = runtime.precision, f"{runtime.name} {runtime.device}"
     known, graphs, records = reference.arrays, bundle.manifest.graphs, []
 
@@ -143,13 +151,19 @@ def measure_runtime(bundle: Bundle, runtime: Runtime, reference: Reference) -> l
     final = "outputs" if faster else "latents"
     measure(UNET_DECODER, {**known, **features}, final, final)
     if faster:
-        records.append(measure_loop(bundle, runtime, reference, hop))
+        records.append(measure_loop(bundle, runtime, reference, hop, on_step))
     if VAE_DECODER in graphs:
         measure(VAE_DECODER, known, "sample", "picture")
     return records
 
 
-def measure_loop(bundle: Bundle, runtime: Runtime, reference: Reference, hop: str) -> ParityRecord:
+def measure_loop(
+    bundle: Bundle,
+    runtime: Runtime,
+    reference: Reference,
+    hop: str,
+    on_step: OnStep = lambda done, total: None,
+) -> ParityRecord:
     """Faster Diffusion's whole loop against the reference's latents; gated in fp32 alone.
 
     Guidance and the sum over all steps amplify what each graph rounds.
@@ -168,7 +182,9 @@ def measure_loop(bundle: Bundle, runtime: Runtime, reference: Reference, hop: st
     if CONTROLNET in manifest.graphs:
         control = {name: known[name] for name in ("controlnet_cond", "conditioning_scale")}
     noise = known["noise"]
-    latents = sample_latents(manifest.schedule, plan, run, noise, text, control=control)
+    latents = sample_latents(
+        manifest.schedule, plan, run, noise, text, on_step=on_step, control=control
+    )
     exact = weakest(runtime.precision, manifest.precision) == "fp32"
     kind = "fp32-loop" if exact else None
     return parity_record(

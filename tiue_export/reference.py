@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from tiue_export.errors import ParityError
 from tiue_export.faster.reference import capture_loop
+from tiue_export.faster.sampler import OnStep
 from tiue_export.graphs import (
     ExportOptions,
     Graph,
@@ -65,10 +66,12 @@ def capture(
     options: ExportOptions,
     tokenizer: Tokenizer | None,
     recorder: RangeRecorder | None = None,
+    on_step: OnStep = lambda done, total: None,
 ) -> Capture:
     """Run the student in float32 on PROMPTS and seeds 0, 1, ...; measure every torch-side hop.
 
-    `recorder` watches the graphs run: an overflow audit that costs no run of its own.
+    `recorder` watches the graphs run: an overflow audit that costs no run of its own. `on_step`
+    hears of the steps of a model in a loop.
     """
     options = float32_options(options)
     recorder = recorder or RangeRecorder(student, options, only=())
@@ -82,7 +85,7 @@ def capture(
     else:
         control = None if student.controlnet is None else copied_unet(student.controlnet)
         wide = _part_of(student, unet=copied_unet(student.unet), controlnet=control)
-        hops += capture_loop(wide, options, known, graph_io, inputs, recorder)
+        hops += capture_loop(wide, options, known, graph_io, inputs, recorder, on_step)
         known["latent_sample"] = (known["latents"] / vae_scaling_factor(student)).astype(np.float32)
     _capture_vae(student, options, known, graph_io, hops, inputs, recorder)
     return Capture(Reference(known, inputs), graph_io, hops)

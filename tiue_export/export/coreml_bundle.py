@@ -65,13 +65,6 @@ T = TypeVar("T")
 Progress = Callable[[float, str], None]
 
 
-@dataclass(frozen=True)
-class CoremlObserver(Observer):
-    """`on_progress` hears how far a long stage is, 0 to 1, and what it is at."""
-
-    on_progress: Progress = lambda fraction, detail: None
-
-
 def compile_coreml(
     bundle: Bundle,
     place: StudentPlace,
@@ -80,7 +73,7 @@ def compile_coreml(
     force: bool = False,
     allow_parity_loss: bool = False,
     in_process: bool = False,
-    observer: CoremlObserver | None = None,
+    observer: Observer | None = None,
 ) -> Bundle:
     """Make, compress and prove a package of every graph; returns the bundle with all of them.
 
@@ -91,7 +84,7 @@ def compile_coreml(
     already (unless `force`), `CheckpointError` for another student's checkpoint, `ParityError` when
     a gate fails (unless `allow_parity_loss`); then the bundle stays as it was.
     """
-    options, observer = options or CoremlOptions(), observer or CoremlObserver()
+    options, observer = options or CoremlOptions(), observer or Observer()
     plan = plan_coreml(options)
     require("Core ML export", ("coremltools", "sklearn"), "coreml")
     if FOLDER in bundle.manifest.compiled and not force:
@@ -124,7 +117,7 @@ class _Export:
     folder: Path
     work: Path
     in_process: bool
-    observer: CoremlObserver
+    observer: Observer
 
     def run(self, job: Callable[[Any], T], request: Any, progress: Path | None = None) -> T:
         """`job(request)` in a child process of its own, or here.
@@ -385,4 +378,4 @@ def _identity(export: _Export, graph: str, version: str) -> str:
     )
 
 
-__all__ = ["FOLDER", "RECIPE", "CoremlObserver", "compile_coreml"]
+__all__ = ["FOLDER", "RECIPE", "Observer", "compile_coreml"]

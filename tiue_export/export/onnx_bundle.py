@@ -25,6 +25,7 @@ from tiue_export.bundle import (
 from tiue_export.compare import weakest
 from tiue_export.export.to_onnx import MODEL_FILE, OPSET, onnx_from_graph
 from tiue_export.export.tokenizer_files import write_tokenizer
+from tiue_export.faster.sampler import OnStep
 from tiue_export.graphs import (
     ExportOptions,
     Graph,
@@ -87,10 +88,18 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Observer:
-    """How an export tells of its progress; the default tells nobody."""
+    """How an export tells of its progress; the default tells nobody.
+
+    `on_progress` hears how far a long stage is, 0 to 1, and what it is at.
+    """
 
     on_start: Callable[[str], None] = lambda stage: None
     on_done: Callable[[StageReport], None] = lambda report: None
+    on_progress: Callable[[float, str], None] = lambda fraction, detail: None
+
+    def steps_of(self, stage: str) -> OnStep:
+        """A listener for a sampler's steps that tells of them as the stage's progress."""
+        return lambda done, total: self.on_progress(done / total, f"{stage}: {done} of {total}")
 
 
 def export_onnx(
@@ -210,8 +219,9 @@ def _capture(
     recorder: RangeRecorder,
     observer: Observer,
 ) -> Capture:
-    with _stage(observer, "run student in fp32"):
-        captured = capture(student, options, tokenizer, recorder)
+    stage = "run student in fp32"
+    with _stage(observer, stage):
+        captured = capture(student, options, tokenizer, recorder, observer.steps_of(stage))
         captured.reference.save(folder / REFERENCE_FILE)
     return captured
 
@@ -264,7 +274,8 @@ def _measure(
     if bundle.manifest.faster is not None:
         with _stage(observer, "verify loop"), _ort(bundle) as runtime:
             hop = f"ONNX {overall}"
-            chain.append(measure_loop(bundle, runtime, captured.reference, hop))
+            on_step = observer.steps_of("verify loop")
+            chain.append(measure_loop(bundle, runtime, captured.reference, hop, on_step))
     return graphs + chain
 
 

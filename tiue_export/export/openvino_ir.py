@@ -133,7 +133,8 @@ def _prove(
                 "openvino", trial, RuntimeOptions(device="cpu", precision=precision)
             )
             try:
-                records += measure_runtime(trial, runtime, reference)
+                on_step = observer.steps_of(stage)
+                records += measure_runtime(trial, runtime, reference, on_step)
             finally:
                 runtime.close()
         observer.on_done(StageReport(stage, time.perf_counter() - start, memory.peak_bytes))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tiue_export.faster.plan import FasterPlan
-from tiue_export.faster.sampler import added, combination, encoder_feeds, guided_outputs
+from tiue_export.faster.sampler import OnStep, added, combination, encoder_feeds, guided_outputs
 from tiue_export.faster.scheduler import diffusers_scheduler
 from tiue_export.graphs import ExportOptions, build_graphs, run_graph
 from tiue_export.manifest import ParityRecord
@@ -29,6 +29,7 @@ def capture_loop(
     graph_io: dict[str, GraphIO],
     inputs: str,
     recorder: RangeRecorder,
+    on_step: OnStep = lambda done, total: None,
 ) -> list[ParityRecord]:
     """Run a float32 model's graphs on one group, and through all; adds to `known` and `graph_io`.
 
@@ -51,7 +52,9 @@ def capture_loop(
         control = control_to_check(graphs[CONTROLNET].example[3].shape)
         known |= control
     small = loop_to_check(plan, len(text))
-    outputs = guided_outputs(wide.schedule, small, run, noise, text, control=control)
+    outputs = guided_outputs(
+        wide.schedule, small, run, noise, text, on_step=on_step, control=control
+    )
     final = wide.schedule
     latents = combination(final.noise_coefficient, final.output_coefficients, noise, outputs)
     # One group is kept as the graphs' own check: the key step and two steps far from it.
