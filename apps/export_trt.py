@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.markup import escape
@@ -24,6 +24,7 @@ from tiue_export.manifest import Compiled, CompiledGraph
 from tiue_export.tensorrt_flavor import FOLDERS, TITLES
 
 from .export_onnx import ExportRequest, export_first
+from .method_options import MethodRequest
 from .next_line import draw_line
 from .stages import StageBar, stage_bar
 from .tables import console, megabytes, print_json
@@ -34,6 +35,7 @@ class TrtRequest:
     """The options of `tiue-export trt`: a checkpoint, or a bundle that is there.
 
     `sm` lists compute capabilities without the point, "86,89"; `batch` is "1" or "min:opt:max".
+    With a bundle, `method.max_decoder_rows` bounds the decoder's engine alone.
     """
 
     ckpt: str | None = None
@@ -48,6 +50,7 @@ class TrtRequest:
     height: int | None = None
     width: int | None = None
     steps: int | None = None
+    method: MethodRequest = field(default_factory=MethodRequest)
     optimization_level: int = 3
     workspace_mb: int = 0
     version_compatible: bool = False
@@ -55,6 +58,7 @@ class TrtRequest:
     refit: bool = False
     refit_from: str | None = None
     rebuild: bool = False
+    allow_parity_loss: bool = False
     dry_run: bool = False
     force: bool = False
     as_json: bool = False
@@ -68,6 +72,7 @@ def run(request: TrtRequest) -> None:
         compute_capabilities=_compute_capabilities(request.sm),
         precision=request.precision,
         batch=_batch(request.batch),
+        max_decoder_rows=request.method.max_decoder_rows if request.ckpt is None else None,
         optimization_level=request.optimization_level,
         workspace_mb=request.workspace_mb,
         version_compatible=request.version_compatible,
@@ -140,6 +145,8 @@ def _check_request(request: TrtRequest) -> None:
             "--width": request.width,
             "--steps": request.steps,
             "--out": request.out if request.refit_from is None else None,
+            "--method and what goes with it": _method_given(request.method),
+            "--allow-parity-loss": request.allow_parity_loss or None,
         }
         extra = [name for name, value in given.items() if value is not None]
         if extra and request.refit_from is None:
@@ -158,6 +165,13 @@ def _check_request(request: TrtRequest) -> None:
             "--refit-from takes engines that are there",
             "Name their bundle: --bundle BUNDLE --refit-from NEW.",
         )
+    else:
+        request.method.check()
+
+
+def _method_given(method: MethodRequest) -> bool | None:
+    """Whether anything was given that decides graphs; the rows of a run are an engine's too."""
+    return replace(method, max_decoder_rows=None) != MethodRequest() or None
 
 
 def _compute_capabilities(sm: str | None) -> tuple[str, ...]:
@@ -208,6 +222,8 @@ def _export(request: TrtRequest, options: TrtOptions) -> Path | None:
         batch=low,
         dynamic_batch=low != high,
         steps=request.steps,
+        method=request.method,
+        allow_parity_loss=request.allow_parity_loss,
         dry_run=request.dry_run,
         force=request.force,
         as_json=request.as_json,
@@ -273,6 +289,11 @@ def _like(old: Bundle, ckpt: str, request: TrtRequest) -> ExportRequest:
         raise UsageError(
             f"{old.root} has merged rows, whose threshold it does not keep",
             "Export the new student yourself with the same --merge-below, and name that bundle.",
+        )
+    if manifest.faster is not None:
+        raise UsageError(
+            f"{old.root} draws in a loop (Faster Diffusion); its export has options of its own",
+            "Export the new model yourself with the same options, and name that bundle.",
         )
     return ExportRequest(
         ckpt,
@@ -359,6 +380,11 @@ def _settings(plan: TrtPlan) -> str:
     parts = [
         f"{flags['precision']}",
         f"batch {batch}",
+        *(
+            [f"decoder steps {plan.decoder_steps[0]} to {plan.decoder_steps[-1]} at once"]
+            if plan.decoder_steps
+            else []
+        ),
         f"optimization level {flags['optimization_level']}",
         f"workspace {flags['workspace_mb']} MB"
         if flags["workspace_mb"]

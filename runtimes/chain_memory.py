@@ -1,4 +1,4 @@
-"""Which tensors of the four graphs share memory, and how much a device must hold: pure functions.
+"""Which tensors of a bundle's graphs share memory, and how much a device must hold: pure functions.
 
 The graphs run one after the other and a tensor has the same name where it is made and where it is
 used, so each gets one buffer: the encoder writes where the decoder reads, and nothing is copied.
@@ -16,6 +16,8 @@ import numpy as np
 
 from tiue_export.errors import BundleError, RuntimeFailure
 from tiue_export.specs import (
+    BATCH,
+    STEPS,
     TEXT_ENCODER,
     UNET_ENCODER,
     VAE_DECODER,
@@ -23,6 +25,7 @@ from tiue_export.specs import (
     Feeds,
     GraphSpec,
     TensorSpec,
+    axis_size,
 )
 
 # The bundle keeps optimum's tensor names, so two tensors are not called what they are elsewhere.
@@ -41,7 +44,7 @@ ALIGNMENT_BYTES = 256
 
 @dataclass(frozen=True)
 class Tensor:
-    """One value of a run at a fixed batch: it owns one buffer."""
+    """One value of a run, all its axes fixed: it owns one buffer."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,9 +56,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class ChainMemory:
-    """Buffers by value name, and for each graph which of its tensors lies in which buffer."""
+    """Buffers by value name, and for each graph which of its tensors lies in which buffer.
 
-    batch: int
+    `size` is that of the graphs' open axes: the batch, or in a loop the decoder's steps.
+    """
+
+    size: int
     tensors: Mapping[str, Tensor]
     places: Mapping[str, Mapping[str, str]]
 
@@ -69,19 +75,23 @@ class ChainMemory:
         return next(graph for graph, places in self.places.items() if value in places.values())
 
 
-def plan_memory(specs: Iterable[GraphSpec], batch: int) -> ChainMemory:
-    """One buffer for each distinct tensor of `specs`, its dynamic axes set to `batch`.
+def plan_memory(specs: Iterable[GraphSpec], size: int, *, in_loop: bool = False) -> ChainMemory:
+    """One buffer for each distinct tensor of `specs`, its open axes set to `size`.
 
-    Raises `BundleError` where one value is given and taken in two forms.
+    In a loop (Faster Diffusion) the UNet reads two text embeddings, of the negative prompts and
+    the prompts, each written by a run of its own: the text encoder's output lies apart. Raises
+    `BundleError` where one value is given and taken in two forms.
     """
+    apart = {(TEXT_ENCODER, "last_hidden_state")} if in_loop else set()
+    values = {tensor: value for tensor, value in _VALUES.items() if tensor not in apart}
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     places: dict[str, dict[str, str]] = {}
     for spec in specs:
         places[spec.name] = {}
         for tensor in (*spec.inputs, *spec.outputs):
-            value = _VALUES.get((spec.name, tensor.name), tensor.name)
-            here = Tensor(tensor.dtype, concrete_shape(tensor, batch))
+            value = values.get((spec.name, tensor.name), tensor.name)
+            here = Tensor(tensor.dtype, concrete_shape(tensor, size))
             there = tensors.setdefault(value, here)
             if here != there:
                 raise BundleError(
@@ -91,21 +101,29 @@ def plan_memory(specs: Iterable[GraphSpec], batch: int) -> ChainMemory:
                 )
             origin.setdefault(value, spec.name)
             places[spec.name][tensor.name] = value
-    return ChainMemory(batch, tensors, places)
+    return ChainMemory(size, tensors, places)
 
 
-def concrete_shape(tensor: TensorSpec, batch: int) -> tuple[int, ...]:
-    """The tensor's shape with `batch` for its dynamic axes."""
-    return tuple(batch if isinstance(side, str) else side for side in tensor.shape)
+def concrete_shape(tensor: TensorSpec, size: int) -> tuple[int, ...]:
+    """The tensor's shape with `size` for its open axes, such as "batch" and "2*steps"."""
+    sizes = {BATCH: size, STEPS: size}
+    return tuple(axis_size(side, sizes) for side in tensor.shape)
+
+
+def open_inputs(spec: GraphSpec) -> tuple[TensorSpec, ...]:
+    """The inputs whose first axis is open; none where a graph takes one shape only."""
+    return tuple(tensor for tensor in spec.inputs if isinstance(tensor.shape[0], str))
 
 
 def checked_feeds(spec: GraphSpec, feeds: Feeds) -> tuple[dict[str, Array], int]:
-    """The graph's inputs out of `feeds`, contiguous, and their batch.
+    """The graph's inputs out of `feeds`, contiguous, and the size of their open axis.
 
+    That is the batch, or in a loop the decoder's steps; the first input's own where none is open.
     Raises `RuntimeFailure` for a missing feed, a wrong dtype or shape, or feeds of unequal batch.
     """
     chosen = {name: np.ascontiguousarray(array) for name, array in spec.select(feeds).items()}
-    sizes = {name: array.shape[0] for name, array in chosen.items()}
+    counted = open_inputs(spec) or spec.inputs[:1]
+    sizes = {tensor.name: chosen[tensor.name].shape[0] for tensor in counted}
     if len(set(sizes.values())) != 1:
         raise RuntimeFailure(
             f"{spec.name}: the inputs have unequal batches: "
@@ -132,14 +150,14 @@ def scratch_size_bytes(sizes_bytes: Iterable[int]) -> int:
 class EngineTensor:
     """An engine's own idea of one input or output; -1 in `shape` is a dynamic axis.
 
-    `batch_range` is the smallest and largest first side that an input's profile allows.
+    `size_range` is the smallest and largest first side that an input's profile allows.
     """
 
     name: str
     is_input: bool
     dtype: str
     shape: tuple[int, ...]
-    batch_range: tuple[int, int] | None = None
+    size_range: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -150,11 +168,13 @@ class EngineDescription:
     tensors: tuple[EngineTensor, ...]
     scratch_bytes: int
 
-    @property
-    def batch_range(self) -> tuple[int, int]:
-        """The smallest and largest batch that every input allows."""
-        inputs = [tensor for tensor in self.tensors if tensor.is_input]
-        ranges = [tensor.batch_range or (tensor.shape[0],) * 2 for tensor in inputs]
+    def size_range(self, spec: GraphSpec) -> tuple[int, int] | None:
+        """The smallest and largest size of the graph's open axis; None where it has none."""
+        names = {tensor.name for tensor in open_inputs(spec)}
+        opened = [tensor for tensor in self.tensors if tensor.is_input and tensor.name in names]
+        ranges = [tensor.size_range or (tensor.shape[0],) * 2 for tensor in opened]
+        if not ranges:
+            return None
         return max(low for low, _ in ranges), min(high for _, high in ranges)
 
 
@@ -184,15 +204,22 @@ def check_engine_fits(engine: EngineDescription, spec: GraphSpec, rebuild: str) 
                 )
 
 
-def check_batch(engine: EngineDescription, batch: int, rebuild: str) -> None:
-    """Raise `RuntimeFailure` unless the engine takes this batch."""
-    low, high = engine.batch_range
-    if not low <= batch <= high:
-        takes = str(low) if low == high else f"{low} to {high}"
+def check_size(engine: EngineDescription, spec: GraphSpec, size: int, rebuild: str) -> None:
+    """Raise `RuntimeFailure` unless the engine takes this batch, or in a loop so many steps."""
+    limits = engine.size_range(spec)
+    if limits is None or limits[0] <= size <= limits[1]:
+        return
+    low, high = limits
+    takes = str(low) if low == high else f"{low} to {high}"
+    if open_inputs(spec)[0].shape[0] == STEPS:
         raise RuntimeFailure(
-            f"{engine.graph}: the batch is {batch}; this engine takes {takes}",
-            f"{rebuild} --batch {min(low, batch)}:{low}:{max(high, batch)}",
+            f"{engine.graph}: {size} steps were asked for at once; this engine takes {takes}",
+            f"{rebuild} --max-decoder-rows {concrete_shape(spec.outputs[0], size)[0]}",
         )
+    raise RuntimeFailure(
+        f"{engine.graph}: the batch is {size}; this engine takes {takes}",
+        f"{rebuild} --batch {min(low, size)}:{low}:{max(high, size)}",
+    )
 
 
 def _unfit(engine: EngineDescription, got: str, expected: str, rebuild: str) -> BundleError:

@@ -41,7 +41,7 @@ class OrtChain:
 
     @property
     def batch(self) -> int:
-        return self._plan.batch
+        return self._plan.size
 
     def run_graph(self, graph: str, feeds: Feeds) -> dict[str, Array]:
         """Run one graph of the batch this was made for; outputs are fresh arrays."""

@@ -43,10 +43,11 @@ from .chain_memory import (
     SCALED,
     TOKENS,
     ChainMemory,
-    check_batch,
     check_engine_fits,
+    check_size,
     checked_chain_feeds,
     checked_feeds,
+    open_inputs,
     plan_memory,
     scratch_size_bytes,
 )
@@ -78,9 +79,11 @@ class TrtRuntime:
         self.precision = bundle.manifest.precision
         self._bundle, self._loader = bundle, loader
         self._plans, self._batches = engines.plans, engines.batch_range
+        self._steps = engines.step_limit
         self._cuda, self._options = cuda, options
         self._stream = Stream(cuda)
-        self._specs = [bundle.spec(name) for name in GRAPH_NAMES if name in bundle.manifest.graphs]
+        self._in_loop = bundle.manifest.faster is not None
+        self._specs = [bundle.spec(name) for name in bundle.manifest.graphs]
         self._engines: dict[str, LoadedEngine] = {}
         self._bound: set[str] = set()  # graphs whose engine knows the addresses of `_memory`
         self._memory: DeviceMemory | None = None
@@ -88,18 +91,24 @@ class TrtRuntime:
         self._divide: Divide | None = None
         self._chain: Callable[[], Timers] | None = None
         self._free_chain: Callable[[], None] = _nothing
-        self._chains = not options.low_memory and set(GRAPH_NAMES) <= engines.plans.keys()
+        whole = not self._in_loop and set(GRAPH_NAMES) <= engines.plans.keys()
+        self._chains = whole and not options.low_memory
         self._closed = False
 
     def batch_range(self) -> tuple[int, int]:
         """The smallest and largest batch that the engines were built for."""
         return self._batches
 
+    def step_limit(self) -> int | None:
+        """How many steps of a loop the decoder's engine takes at once; None: it has no loop."""
+        return self._steps
+
     def run(self, graph: str, feeds: Feeds) -> dict[str, Array]:
         """Run one graph; outputs are fresh arrays."""
         spec = self._bundle.spec(graph)
-        chosen, batch = checked_feeds(spec, feeds)
-        engine, memory = self._engine(graph), self._memory_for(batch)
+        chosen, size = checked_feeds(spec, feeds)
+        engine = self._engine(graph)
+        memory = self._memory_for(size if open_inputs(spec) else None)
         self._bind(engine, memory)
         places = memory.plan.places[graph]
         for name, array in chosen.items():
@@ -169,19 +178,34 @@ class TrtRuntime:
         for engine in self._engines.values():
             engine.set_scratch(self._scratch.pointer, self._scratch.size_bytes)
 
-    def _memory_for(self, batch: int) -> DeviceMemory:
-        """The buffers for this batch; those of another batch are freed first."""
-        if self._memory is None or self._memory.plan.batch != batch:
-            self._drop_memory()
-            plan = plan_memory(self._specs, batch)
+    def _memory_for(self, size: int | None) -> DeviceMemory:
+        """The buffers for open axes of this size, or of whatever size where no axis is open.
+
+        Those of another size are freed first, which in a loop are timesteps and outputs alone: the
+        features stay where they are while the decoder takes groups of other lengths.
+        """
+        if self._memory is None:
+            plan = self._planned(self._batches[0] if size is None else size)
             self._memory = DeviceMemory(self._cuda, self._stream, plan)
+        elif size not in (None, self._memory.plan.size):
+            assert size is not None
+            self._drop_chain()
+            moved = self._memory.replan(self._planned(size))
+            places = self._memory.plan.places
+            self._bound = {
+                graph for graph in self._bound if not moved & set(places[graph].values())
+            }
         return self._memory
+
+    def _planned(self, size: int) -> ChainMemory:
+        return plan_memory(self._specs, size, in_loop=self._in_loop)
 
     def _bind(self, engine: LoadedEngine, memory: DeviceMemory) -> None:
         graph = engine.description.graph
         if graph in self._bound:
             return
-        check_batch(engine.description, memory.plan.batch, self._loader.rebuild)
+        spec = self._bundle.spec(graph)
+        check_size(engine.description, spec, memory.plan.size, self._loader.rebuild)
         places = memory.plan.places[graph]
         engine.bind(
             {name: memory.plan.tensors[value].shape for name, value in places.items()},
@@ -291,7 +315,7 @@ class TrtRuntime:
 
 
 class DeviceMemory:
-    """The buffers of one batch size, on the GPU and pinned, each allocated on first use."""
+    """The buffers of one plan, on the GPU and pinned, each allocated on first use."""
 
     def __init__(self, cuda: Cuda, stream: Stream, plan: ChainMemory) -> None:
         self.plan = plan
@@ -323,14 +347,26 @@ class DeviceMemory:
         """Enqueue the copy to the host."""
         self._stream.download(self._host(value), self.buffer(value))
 
+    def replan(self, plan: ChainMemory) -> set[str]:
+        """Hold another plan of the same graphs; returns the values whose memory was freed for it.
+
+        Those that are alike in both keep their memory, its content and its address.
+        """
+        kept = self.plan.tensors
+        moved = {value for value, tensor in plan.tensors.items() if kept.get(value) != tensor}
+        self._free(moved)
+        self.plan = plan
+        return moved
+
     def free(self) -> None:
         """Free everything; CUDA itself waits for work that uses it."""
-        for buffer in self._buffers.values():
-            buffer.free()
-        for pinned in self._pinned.values():
-            pinned.free()
-        self._buffers.clear()
-        self._pinned.clear()
+        self._free(self._buffers.keys() | self._pinned.keys())
+
+    def _free(self, values: set[str]) -> None:
+        for value in values:
+            for held in (self._buffers.pop(value, None), self._pinned.pop(value, None)):
+                if held is not None:
+                    held.free()
 
     def _host(self, value: str) -> PinnedBuffer:
         if value not in self._pinned:
@@ -371,11 +407,15 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> TrtRuntime:
 
 @dataclass(frozen=True)
 class Engines:
-    """Plans of one flavour, each certain to fit this bundle, TensorRT and GPU."""
+    """Plans of one flavour, each certain to fit this bundle, TensorRT and GPU.
+
+    `step_limit` is the most steps of a loop that the decoder takes at once, None without a loop.
+    """
 
     flavor: Flavor
     plans: Mapping[str, Plan]
     batch_range: tuple[int, int]
+    step_limit: int | None = None
 
 
 def choose_engines(bundle: Bundle, gpu: Device) -> Engines:
@@ -405,7 +445,9 @@ def checked_engines(bundle: Bundle, compiled: Compiled, flavor: Flavor, gpu: Dev
         path = check_engine(bundle, compiled, graph, flavor, gpu)
         plans[graph] = Plan(graph, path, entry.files[entry.path].sha256, portable)
     batches = [int(size) for size in str(compiled.flags.get("batch", "1")).split(":")]
-    return Engines(flavor, plans, (batches[0], batches[-1]))
+    steps = compiled.flags.get("decoder_steps")
+    limit = None if steps is None else int(str(steps).rpartition(":")[2])
+    return Engines(flavor, plans, (batches[0], batches[-1]), limit)
 
 
 def _warn(message: str) -> None:

@@ -181,13 +181,13 @@ def describe_engine(engine: Any, trt: Any, graph: str) -> EngineDescription:
         name = engine.get_tensor_name(index)
         is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
         shape = tuple(engine.get_tensor_shape(name))
-        batches = None
+        sizes = None
         # A profile speaks of inputs only.
         if is_input and -1 in shape:
             smallest, _, largest = engine.get_tensor_profile_shape(name, 0)
-            batches = (int(smallest[0]), int(largest[0]))
+            sizes = (int(smallest[0]), int(largest[0]))
         dtype = _dtype_name(engine.get_tensor_dtype(name), trt)
-        tensors.append(EngineTensor(name, is_input, dtype, shape, batches))
+        tensors.append(EngineTensor(name, is_input, dtype, shape, sizes))
     return EngineDescription(graph, tuple(tensors), int(engine.device_memory_size_v2))
 
 

@@ -264,6 +264,14 @@ def faster_bundle(teacher_folder: Path, made_once):
 
 
 @pytest.fixture
+def faster_copy(faster_bundle, tmp_path: Path):
+    """The same in a folder of one's own."""
+    from tiue_export import open_bundle
+
+    return open_bundle(shutil.copytree(faster_bundle.root, tmp_path / "faster"))
+
+
+@pytest.fixture
 def bundle_copy(tiny_bundle, tmp_path: Path) -> Path:
     """A bundle folder of one's own."""
     return Path(shutil.copytree(tiny_bundle.root, tmp_path / "bundle"))

@@ -48,6 +48,7 @@ from tiue_export.export.trt_engine import (
 from tiue_export.export.trt_plan import TrtOptions, TrtPlan, plan_trt
 from tiue_export.export.trt_precision import Census, engine_census, network_census
 from tiue_export.manifest import Compiled, CompiledGraph, FileRecord
+from tiue_export.specs import GRAPH_NAMES, UNET_DECODER
 from tiue_export.tensorrt_flavor import (
     BEYOND_CORE,
     FOLDERS,
@@ -394,6 +395,71 @@ def test_an_open_batch_axis_becomes_a_profile_of_every_input(half_bundle, tmp_pa
     profile = plan.request(dynamic, "vae_decoder", tmp_path / "x").profile
     assert profile == {"latent_sample": [[1, 4, 8, 8], [2, 4, 8, 8], [4, 4, 8, 8]]}
     assert plan_trt(dynamic, ADA).flags["batch"] == "1:1:1"
+
+
+# --- a model in a loop ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps"),
+    [(None, "1:3:3"), (4, "1:2:2"), (5, "1:2:2"), (2, "1:1:1"), (100, "1:3:3")],
+)
+@needs_rtx
+def test_a_loops_decoder_takes_one_step_up_to_its_longest_run(faster_bundle, tmp_path, rows, steps):
+    plan = plan_trt(faster_bundle, replace(ADA, max_decoder_rows=rows))
+    assert plan.flags["decoder_steps"] == steps
+    sizes = [[int(size)] for size in steps.split(":")]
+    assert plan.request(faster_bundle, UNET_DECODER, tmp_path / "x").profile == {"timesteps": sizes}
+    for graph in set(faster_bundle.manifest.graphs) - {UNET_DECODER}:
+        assert plan.request(faster_bundle, graph, tmp_path / "x").profile == {}
+
+
+@needs_rtx
+def test_engines_of_a_loop_are_really_built_and_listed(faster_copy):
+    bundle = compile_trt(faster_copy, replace(ADA, max_decoder_rows=4, optimization_level=1))
+    compiled = open_bundle(bundle.root).manifest.compiled["trt-rtx"]
+    assert list(compiled.graphs) == list(GRAPH_NAMES)
+    assert compiled.flags["decoder_steps"] == "1:2:2"
+    assert compiled.graphs[UNET_DECODER].report["products_float"] > 0  # of an fp32 bundle
+
+
+@needs_rtx
+def test_decoder_rows_that_cannot_be_are_refused(half_bundle, faster_bundle):
+    for bundle, rows, part in (
+        (half_bundle, 4, "--max-decoder-rows is for a model in a loop"),
+        (faster_bundle, 1, "at most 1 decoder rows were allowed; one step takes 2"),
+    ):
+        options = replace(ADA, max_decoder_rows=rows)
+        assert part in refusal(lambda b=bundle, o=options: plan_trt(b, o), UsageError).message
+
+
+@needs_rtx
+def test_text_attention_of_one_head_and_several_rows_is_built(tmp_path):
+    """TensorRT-RTX 1.7.1 ends in a MyelinCheckException where a permutation moves an axis of 1."""
+    import torch
+    from diffusers.models.attention_processor import Attention
+
+    from tiue_export.hoisting import TIME, TimedTextAttention
+
+    attention = Attention(16, 16, heads=1, dim_head=16)
+
+    class OneHead(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.processor = attention, TimedTextAttention("a", upcast=False)
+
+        def forward(self, time, hidden, key, value):
+            text = {TIME: time, "a_key": key, "a_value": value}
+            return self.processor(self.attention, hidden, text)
+
+    steps, rows, text = torch.zeros(3, 8), torch.zeros(6, 64, 16), torch.zeros(2, 7, 16)
+    example = tuple(tensor.half() for tensor in (steps, rows, text, text))
+    path = tmp_path / "attention.onnx"
+    torch.onnx.export(OneHead().half().eval(), example, path, dynamo=True, verbose=False)
+    request = EngineRequest(str(path), str(tmp_path / "plan"), "rtx", compute_capabilities=("8.6",))
+    (tmp_path / "request.json").write_text(request.to_json())
+    done = run_child(tmp_path / "request.json")
+    assert done.returncode == 0, done.stdout[-500:]
 
 
 def test_a_timing_cache_is_one_for_each_version_gpu_and_cuda(small, tmp_path, monkeypatch):

@@ -35,6 +35,7 @@ from tiue_export.errors import (
     UsageError,
 )
 from tiue_export.manifest import Compiled, CompiledGraph
+from tiue_export.parity import load_reference, measure_runtime
 from tiue_export.registry import open_runtime
 from tiue_export.runtimes.chain_memory import (
     LATENTS,
@@ -45,17 +46,19 @@ from tiue_export.runtimes.chain_memory import (
     TOKENS,
     EngineDescription,
     EngineTensor,
-    check_batch,
     check_engine_fits,
+    check_size,
     checked_chain_feeds,
     checked_feeds,
+    concrete_shape,
     plan_memory,
     scratch_size_bytes,
 )
 from tiue_export.runtimes.cuda_device import Cuda, cuda_failure
 from tiue_export.runtimes.cuda_divide import PTX
 from tiue_export.runtimes.fake import FakeRuntime
-from tiue_export.runtimes.trt import ONE_GRAPH_STAGE, choose_engines
+from tiue_export.runtimes.ort import OrtRuntime
+from tiue_export.runtimes.trt import ONE_GRAPH_STAGE, DeviceMemory, choose_engines
 from tiue_export.runtimes.trt_engine import EngineLoader, Plan, RuntimeCache
 from tiue_export.specs import (
     BATCH,
@@ -116,13 +119,13 @@ def dynamic(specs):
     return [GraphSpec(s.name, opened(s.inputs), opened(s.outputs)) for s in specs]
 
 
-def described(spec: GraphSpec, batch_range=None, scratch_bytes=0) -> EngineDescription:
-    """The engine that TensorRT would build from a spec; dynamic with a range of batches."""
+def described(spec: GraphSpec, size_range=None, scratch_bytes=0) -> EngineDescription:
+    """The engine that TensorRT would build from a spec; dynamic with a range of sizes."""
     tensors = []
     for is_input, group in ((True, spec.inputs), (False, spec.outputs)):
         for t in group:
             shape = tuple(-1 if isinstance(side, str) else side for side in t.shape)
-            limits = batch_range if is_input and -1 in shape else None
+            limits = size_range if is_input and -1 in shape else None
             tensors.append(EngineTensor(t.name, is_input, t.dtype, shape, limits))
     return EngineDescription(spec.name, tuple(tensors), scratch_bytes)
 
@@ -295,16 +298,141 @@ def test_an_engine_with_another_input_is_refused(specs):
     ],
 )
 def test_a_batch_outside_the_engine_is_refused_with_the_option(specs, limits, batch, takes, option):
-    engine = described(dynamic(specs)[1], limits)
-    assert engine.batch_range == limits
+    spec = dynamic(specs)[1]
+    engine = described(spec, limits)
+    assert engine.size_range(spec) == limits
     for legal in limits:
-        check_batch(engine, legal, REBUILD)
+        check_size(engine, spec, legal, REBUILD)
     with pytest.raises(RuntimeFailure) as caught:
-        check_batch(engine, batch, REBUILD)
+        check_size(engine, spec, batch, REBUILD)
     assert caught.value.message == (
         f"unet_encoder: the batch is {batch}; this engine takes {takes}"
     )
     assert caught.value.next_step == f"{REBUILD} {option}"
+
+
+# --- a model in a loop ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loop_specs(faster_bundle) -> dict[str, GraphSpec]:
+    return {graph: faster_bundle.spec(graph) for graph in faster_bundle.manifest.graphs}
+
+
+def test_in_a_loop_the_text_of_both_prompts_lies_apart_from_the_text_encoders(loop_specs):
+    memory = plan_memory(loop_specs.values(), 3, in_loop=True)
+    text = memory.places[TEXT_ENCODER]["last_hidden_state"]
+    both = memory.places[UNET_ENCODER]["encoder_hidden_states"]
+    assert memory.places[UNET_DECODER]["encoder_hidden_states"] == both
+    assert (memory.tensors[text].shape[0], memory.tensors[both].shape[0]) == (1, 2)
+    assert memory.places[UNET_DECODER]["mid_sample"] == memory.places[UNET_ENCODER]["mid_sample"]
+
+
+@given(steps=st.integers(1, 30))
+def test_in_a_loop_the_decoder_has_two_rows_for_each_step_and_a_picture(loop_specs, steps):
+    tensors = plan_memory(loop_specs.values(), steps, in_loop=True).tensors
+    assert tensors["timesteps"].shape == (steps,)
+    assert tensors["outputs"].shape == (2 * steps, 4, 8, 8)
+
+
+def test_the_size_of_a_loops_graph_is_counted_where_its_axis_is_open(loop_specs):
+    for graph, size in ((UNET_ENCODER, 2), (UNET_DECODER, 5)):
+        spec = loop_specs[graph]
+        feeds = {t.name: np.zeros(concrete_shape(t, 5), t.dtype) for t in spec.inputs}
+        assert checked_feeds(spec, feeds)[1] == size
+
+
+def test_a_group_longer_than_the_engine_takes_is_refused_with_the_rows_to_ask_for(loop_specs):
+    encoder, decoder = loop_specs[UNET_ENCODER], loop_specs[UNET_DECODER]
+    check_size(described(encoder), encoder, 99, REBUILD)  # it has no open axis
+    engine = described(decoder, (1, 4))
+    check_size(engine, decoder, 4, REBUILD)
+    with pytest.raises(RuntimeFailure) as caught:
+        check_size(engine, decoder, 6, REBUILD)
+    assert caught.value.message == (
+        "unet_decoder: 6 steps were asked for at once; this engine takes 1 to 4"
+    )
+    assert caught.value.next_step == f"{REBUILD} --max-decoder-rows 12"
+
+
+class HostBuffer:
+    """Memory that stands for the GPU's: it has an address of its own and knows when it is freed."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes, self.freed = size_bytes, False
+
+    def free(self) -> None:
+        assert not self.freed
+        self.freed = True
+
+
+class HostCuda:
+    def allocate(self, size_bytes, purpose):
+        return HostBuffer(size_bytes)
+
+
+def test_groups_of_other_lengths_move_timesteps_and_outputs_alone(loop_specs):
+    one, many = (plan_memory(loop_specs.values(), n, in_loop=True) for n in (1, 5))
+    memory = DeviceMemory(HostCuda(), None, one)
+    before = {value: memory.buffer(value) for value in one.tensors}
+    assert memory.replan(many) == {"timesteps", "outputs"}
+    after = {value: memory.buffer(value) for value in many.tensors}
+    assert {v for v in after if after[v] is not before[v]} == {"timesteps", "outputs"}
+    assert {v for v in before if before[v].freed} == {"timesteps", "outputs"}
+    assert after["outputs"].size_bytes == 5 * before["outputs"].size_bytes
+    assert memory.replan(many) == set()
+    memory.free()
+    assert all(buffer.freed for buffer in after.values())
+
+
+@needs_rtx
+def test_the_longest_run_of_a_loops_decoder_is_read_from_its_engines(faster_copy):
+    version, flags = load_flavor("rtx").version, {"batch": "1:1:1", "decoder_steps": "1:5:5"}
+    bundle = with_plans(faster_copy, "rtx", version, rtx_target(("8.9",)), flags)
+    assert choose_engines(bundle, RTX_4090).step_limit == 5
+
+
+@needs_rtx
+def test_engines_of_a_student_have_no_longest_run(bundle_copy):
+    version = load_flavor("rtx").version
+    bundle = with_plans(open_bundle(bundle_copy), "rtx", version, rtx_target(("8.9",)))
+    assert choose_engines(bundle, RTX_4090).step_limit is None
+
+
+class LimitedOrt(OrtRuntime):
+    """ONNX Runtime, refusing longer decoder runs than an engine for `limit` steps would take."""
+
+    def __init__(self, bundle, limit):
+        super().__init__(bundle, "cpu", RuntimeOptions(device="cpu"))
+        self._limit, self.taken = limit, []
+
+    def step_limit(self):
+        return self._limit
+
+    def run(self, graph, feeds):
+        if graph == UNET_DECODER:
+            assert len(feeds["timesteps"]) <= self._limit
+            self.taken.append(len(feeds["timesteps"]))
+        return super().run(graph, feeds)
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(1, [1] * 6), (2, [1, 2, 2, 1]), (9, [1, 2, 3])])
+def test_a_group_is_cut_into_pieces_that_the_engine_takes(faster_bundle, limit, taken):
+    runtime = LimitedOrt(faster_bundle, limit)
+    with Pipeline.open(faster_bundle, runtime) as pipeline:
+        picture = pipeline("a red fox", seed=3).pictures[0]
+    with Pipeline.open(faster_bundle, "ort") as pipeline:
+        expected = pipeline("a red fox", seed=3).pictures[0]
+    assert runtime.taken == taken
+    assert psnr_db(expected.latents, picture.latents) >= GATES_PSNR_DB["fp32-loop"]
+
+
+def test_parity_asks_no_more_of_an_engine_than_it_takes(faster_bundle):
+    runtime = LimitedOrt(faster_bundle, 2)
+    records = measure_runtime(faster_bundle, runtime, load_reference(faster_bundle))
+    assert {"outputs", "latents"} <= {record.subject for record in records}
+    assert all(record.passed for record in records)
+    assert runtime.taken[0] == 2
 
 
 # --- refusals before anything is deserialized -----------------------------------------------------
@@ -740,3 +868,15 @@ def test_single_graphs_between_drawings_change_nothing(gpu_bundle):
         kept = text.copy()
         assert_same_pictures(pipeline("a red fox", seed=1), first)
         np.testing.assert_array_equal(text, kept)
+
+
+@on_gpu
+def test_a_loop_on_a_gpu_agrees_with_onnx_runtime(faster_copy):
+    from tiue_export.export.trt_bundle import compile_trt
+    from tiue_export.export.trt_plan import TrtOptions
+
+    bundle = compile_trt(faster_copy, TrtOptions(max_decoder_rows=4))
+    with Pipeline.open(bundle, "ort", RuntimeOptions(device="cpu")) as pipeline:
+        expected = pipeline(["a red fox", "a dog"], seed=5)
+    for one, other in zip(drawn(bundle).pictures, expected.pictures, strict=True):
+        assert psnr_db(other.latents, one.latents) >= GATES_PSNR_DB["fp32-loop"]

@@ -355,6 +355,14 @@ class SharedTextAttention(Attention):
             query = split_heads(query.reshape(1, steps * length, width), heads)
             mixed = self.attend(query, key, value)  # (1, heads, K*T, d)
             mixed = mixed.transpose(1, 2).reshape(steps, length, width)
+        elif heads == 1:
+            # TensorRT-RTX 1.7's builder fails on the permutation below where it moves an axis of
+            # one (Myelin, "new_stride_order[i1] != new_stride_order[i2]").
+            query = query.reshape(steps, batch, length, width).transpose(0, 1)
+            query = split_heads(query.reshape(batch, steps * length, width), heads)
+            mixed = self.attend(query, key, value)  # (B, 1, K*T, d)
+            mixed = mixed.reshape(batch, steps, length, width).transpose(0, 1)
+            mixed = mixed.reshape(rows, length, width)
         else:
             query = query.reshape(steps, batch, length, heads, width // heads)
             query = query.permute(1, 3, 0, 2, 4).flatten(2, 3)  # (B, heads, K*T, d)

@@ -38,6 +38,7 @@ from tiue_export.specs import (
     Runtime,
     RuntimeOptions,
     check_finite,
+    step_limit,
 )
 from tiue_export.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.vae_tiles import decode_in_tiles, is_tiled, tile_size
@@ -363,6 +364,7 @@ class Pipeline:
             return self._run(graph, pool, stages)
 
         schedule = self.bundle.manifest.schedule
+        plan = plan.bounded(step_limit(self.runtime), len(text))
         return sample_latents(schedule, plan, run, noise, text, guidance, *loop)
 
     def decode(self, latents: Array, stages: dict[str, list[float]] | None = None) -> Array:

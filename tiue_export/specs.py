@@ -164,12 +164,26 @@ class BatchLimited(Protocol):
 
 
 @runtime_checkable
+class StepLimited(Protocol):
+    """A runtime whose compiled decoder may take fewer of a loop's steps at once than a plan has."""
+
+    def step_limit(self) -> int | None:
+        """The most steps of one decoder run; None: any number, or no loop."""
+        ...
+
+
+@runtime_checkable
 class Placed(Protocol):
     """A runtime that can tell on which units of the device each graph's operations run."""
 
     def placement(self) -> Mapping[str, Mapping[str, int]]:
         """By graph, how many operations run on each unit, the most first; empty: unknown here."""
         ...
+
+
+def step_limit(runtime: Runtime) -> int | None:
+    """The most steps of a loop that a runtime's decoder takes at once; None is any number."""
+    return runtime.step_limit() if isinstance(runtime, StepLimited) else None
 
 
 def check_finite(graph: str, outputs: Feeds) -> None:

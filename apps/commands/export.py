@@ -455,7 +455,18 @@ def trt(
     ] = None,
     height: Annotated[int | None, typer.Option("--height", help="Pixels, with --ckpt.")] = None,
     width: Annotated[int | None, typer.Option("--width", help="Pixels, with --ckpt.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="K, with --ckpt.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="With --ckpt: K, or the loop's steps.")
+    ] = None,
+    method: Method = "tiue",
+    scheduler: SchedulerName = None,
+    key_steps: KeySteps = None,
+    inject: Inject = None,
+    guidance: Guidance = None,
+    max_decoder_rows: DecoderRows = None,
+    budget: Budget = None,
+    controlnet: ControlNet = None,
+    lora: Lora = None,
     optimization_level: Annotated[
         int, typer.Option("--optimization-level", help="0 to 5: build time against speed.")
     ] = 3,
@@ -478,6 +489,10 @@ def trt(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Build again what is valid already.")
     ] = False,
+    allow_parity_loss: Annotated[
+        bool,
+        typer.Option("--allow-parity-loss", help="With --ckpt: keep graphs that fail a gate."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, write nothing.")
     ] = False,
@@ -492,9 +507,12 @@ def trt(
 
     Example:  tiue-export trt --bundle fox --flavor rtx --sm 86,89,120
 
+    Example:  tiue-export trt --ckpt sd21-base/ --method faster --max-decoder-rows 10 --out fox
+
     Example:  tiue-export trt --bundle fox --refit-from tuned.safetensors --out tuned
     """
     from ..export_trt import TrtRequest, run
+    from ..method_options import MethodRequest
 
     run(
         TrtRequest(
@@ -510,6 +528,17 @@ def trt(
             height=height,
             width=width,
             steps=steps,
+            method=MethodRequest(
+                method=method,
+                scheduler=scheduler,
+                key_steps=key_steps,
+                inject=inject,
+                guidance=guidance,
+                max_decoder_rows=max_decoder_rows,
+                budget=budget,
+                controlnet=controlnet,
+                lora=tuple(lora or ()),
+            ),
             optimization_level=optimization_level,
             workspace_mb=workspace_mb,
             version_compatible=version_compatible,
@@ -517,6 +546,7 @@ def trt(
             refit=refit,
             refit_from=refit_from,
             rebuild=rebuild,
+            allow_parity_loss=allow_parity_loss,
             dry_run=dry_run,
             force=force,
             as_json=as_json,

@@ -44,7 +44,6 @@ from tiue_export.export.trt_engine import (
 )
 from tiue_export.export.trt_plan import TrtOptions, TrtPlan, plan_trt
 from tiue_export.manifest import Compiled, CompiledGraph
-from tiue_export.specs import GRAPH_NAMES
 from tiue_export.tensorrt_flavor import FOLDERS, Flavor, load_flavor, this_device
 
 CHILD = "tiue_export.export.trt_engine"
@@ -159,7 +158,7 @@ def _build_group(
             version=plan.flavor.version,
             target=plan.target,
             flags=plan.flags,
-            graphs={name: graphs[name] for name in GRAPH_NAMES if name in graphs},
+            graphs={name: graphs[name] for name in plan.identities if name in graphs},
         )
         return add_compiled(bundle, where, folder, compiled)
 

@@ -10,15 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiue_export.bundle import Bundle, require_one_pass
+from tiue_export.bundle import Bundle
 from tiue_export.cache_folder import user_cache_folder
 from tiue_export.engine_identity import Flags, graph_identity, rtx_target, tensorrt_target
 from tiue_export.errors import RuntimeFailure, UsageError, unknown_name
 from tiue_export.export.trt_engine import EngineRequest
+from tiue_export.faster.plan import check_decoder_rows
+from tiue_export.faster.sampler import pieces
 from tiue_export.manifest import Compiled
 from tiue_export.quantization_plan import QUANTIZED, W8A8
 from tiue_export.registry import require
-from tiue_export.specs import GRAPH_NAMES, TensorSpec
+from tiue_export.specs import BATCH, STEPS, TensorSpec, axis_size
 from tiue_export.tensorrt_flavor import Device, Flavor, load_flavor, this_device
 
 _LEVELS = range(6)
@@ -32,12 +34,14 @@ class TrtOptions:
     `compute_capabilities` ("8.6") are what RTX builds for; none means this GPU, or Ampere and newer
     where there is none. `precision` None takes the bundle's, as TensorRT takes it from the ONNX.
     `batch` is (min, opt, max) images. `workspace_mb` 0 means what free memory allows.
+    `max_decoder_rows` bounds a loop's decoder runs; None takes the plan's longest group.
     """
 
     flavor: str = "auto"
     compute_capabilities: tuple[str, ...] = ()
     precision: str | None = None
     batch: tuple[int, int, int] | None = None
+    max_decoder_rows: int | None = None
     optimization_level: int = 3
     workspace_mb: int = 0
     version_compatible: bool = False
@@ -55,6 +59,7 @@ class TrtOptions:
             )
         if self.workspace_mb < 0:
             raise UsageError(f"--workspace-mb is {self.workspace_mb}; expected 0 or more")
+        check_decoder_rows(self.max_decoder_rows)
         if self.batch is not None:
             smallest, usual, largest = self.batch
             if not 1 <= smallest <= usual <= largest:
@@ -67,7 +72,10 @@ class TrtOptions:
 
 @dataclass(frozen=True)
 class TrtPlan:
-    """What a build will do: for whom, with what, and which graphs lack a valid engine."""
+    """What a build will do: for whom, with what, and which graphs lack a valid engine.
+
+    `decoder_steps` is (min, opt, max) of a loop's decoder runs, None for a distilled student.
+    """
 
     flavor: Flavor
     device: Device | None
@@ -76,6 +84,7 @@ class TrtPlan:
     batch: tuple[int, int, int]
     identities: Mapping[str, str]
     to_build: tuple[str, ...]
+    decoder_steps: tuple[int, int, int] | None = None
 
     def request(self, bundle: Bundle, graph: str, plan: Path) -> EngineRequest:
         """What the child process is asked for, to write the engine of `graph` to `plan`."""
@@ -85,7 +94,7 @@ class TrtPlan:
             onnx=str(bundle.graph_path(graph).resolve()),
             plan=str(plan),
             flavor=self.flavor.name,
-            profile=_profile(bundle.spec(graph).inputs, self.batch),
+            profile=_profile(bundle.spec(graph).inputs, self.batch, self.decoder_steps),
             optimization_level=int(flags["optimization_level"]),
             workspace_mb=int(flags["workspace_mb"]),
             version_compatible=bool(flags["version_compatible"]),
@@ -112,10 +121,9 @@ def plan_trt(bundle: Bundle, options: TrtOptions) -> TrtPlan:
     Raises `MissingExtraError`, `UsageError` for what cannot be honoured, `RuntimeFailure` where
     the GPU is missing that a build needs, `BundleError` for a bundle without its ONNX files.
     """
-    require_one_pass(bundle, "TensorRT")
     flavor, device, target = resolve_target(options)
     _check_precision(bundle, options)
-    batch = _batch(bundle, options)
+    batch, decoder_steps = _batch(bundle, options), _decoder_steps(bundle, options)
     precision = bundle.manifest.precision
     flags: dict[str, str | bool | int | float] = {
         "precision": "int8" if _is_quantized(bundle) else precision,
@@ -128,18 +136,18 @@ def plan_trt(bundle: Bundle, options: TrtOptions) -> TrtPlan:
         # TF32 keeps 10 bits of a product: fine beside half, not in what is meant to be exact.
         "tf32": precision != "fp32",
     }
-    graphs = bundle.manifest.graphs
+    if decoder_steps is not None:
+        flags["decoder_steps"] = ":".join(map(str, decoder_steps))
     identities = {
-        name: graph_identity(graphs[name], flavor.name, flavor.version, target, flags)
-        for name in GRAPH_NAMES
-        if name in graphs
+        name: graph_identity(record, flavor.name, flavor.version, target, flags)
+        for name, record in bundle.manifest.graphs.items()
     }
     existing = bundle.manifest.compiled.get(flavor.folder)
     valid = {} if existing is None or options.rebuild else existing.graphs
     to_build = [n for n, key in identities.items() if n not in valid or valid[n].identity != key]
     for name in to_build:
         bundle.graph_path(name)
-    return TrtPlan(flavor, device, target, flags, batch, identities, tuple(to_build))
+    return TrtPlan(flavor, device, target, flags, batch, identities, tuple(to_build), decoder_steps)
 
 
 def resolve_target(options: TrtOptions) -> tuple[Flavor, Device | None, dict[str, str]]:
@@ -195,12 +203,37 @@ def _batch(bundle: Bundle, options: TrtOptions) -> tuple[int, int, int]:
     return fixed, fixed, fixed
 
 
+def _decoder_steps(bundle: Bundle, options: TrtOptions) -> tuple[int, int, int] | None:
+    """Decoder runs of one step, and most of all of the longest piece: most steps are in such."""
+    plan = bundle.manifest.faster
+    if plan is None:
+        if options.max_decoder_rows is not None:
+            raise UsageError(
+                f"--max-decoder-rows is for a model in a loop; {bundle.root} is a distilled "
+                "student, whose decoder takes all its steps at once",
+                "Leave it out.",
+            )
+        return None
+    rows_per_step = 2 * (bundle.manifest.batch or 1)
+    rows = options.max_decoder_rows or plan.max_decoder_rows
+    longest = max(
+        len(piece) for group in plan.groups for piece in pieces(group, rows, rows_per_step)
+    )
+    return 1, longest, longest
+
+
 def _profile(
-    inputs: tuple[TensorSpec, ...], batch: tuple[int, int, int]
+    inputs: tuple[TensorSpec, ...],
+    batch: tuple[int, int, int],
+    decoder_steps: tuple[int, int, int] | None,
 ) -> dict[str, list[list[int]]]:
-    """Min, opt and max shape of each input with a dynamic axis, which is the batch."""
+    """Min, opt and max shape of each input with an open axis: the batch, or a loop's steps."""
+    sizes = [
+        {BATCH: size, STEPS: steps}
+        for size, steps in zip(batch, decoder_steps or (1, 1, 1), strict=True)
+    ]
     return {
-        spec.name: [[size if isinstance(s, str) else s for s in spec.shape] for size in batch]
+        spec.name: [[axis_size(side, each) for side in spec.shape] for each in sizes]
         for spec in inputs
         if any(isinstance(side, str) for side in spec.shape)
     }

@@ -14,7 +14,7 @@ is the case with a single group. The key steps of the paper are its Table 5 and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -103,6 +103,17 @@ class FasterPlan:
     def key_steps(self) -> tuple[int, ...]:
         """Numbers of the steps that run the encoder, counted from 0."""
         return tuple(group.first_step for group in self.groups)
+
+    def bounded(self, steps: int | None, rows_per_step: int) -> FasterPlan:
+        """The same plan for a decoder that takes at most `steps` steps at once; None is any number.
+
+        Longer groups are cut, which is exact.
+        """
+        if steps is None:
+            return self
+        rows = steps * rows_per_step
+        own = rows if self.max_decoder_rows is None else self.max_decoder_rows
+        return replace(self, max_decoder_rows=min(rows, own))
 
     def problem(self, schedule: Schedule) -> str | None:
         """What makes plan and schedule contradict each other, or None."""
