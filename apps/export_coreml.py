@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle import Bundle, open_bundle, require_one_pass
+from tiue_export.bundle import Bundle, open_bundle
 from tiue_export.errors import BundleError, UsageError
 from tiue_export.export.coreml_profiles import (
     CoremlOptions,
@@ -23,6 +23,7 @@ from tiue_export.registry import EXPORT_NEEDS, require
 from tiue_export.weight_container import check_checkpoint_path
 
 from .export_onnx import ExportRequest, export_first
+from .method_options import MethodRequest
 from .prompt_file import prompts_in
 from .stages import stage_bar
 from .tables import console, megabytes, parity_table, print_json
@@ -40,6 +41,7 @@ class CoremlRequest:
     base: str | None = None
     vae: str | None = None
     steps: int | None = None
+    method: MethodRequest = field(default_factory=MethodRequest)
     profile: str = "mac-gpu"
     target: str | None = None
     attention: str | None = None
@@ -67,6 +69,7 @@ class CoremlRequest:
 def run(request: CoremlRequest) -> None:
     """Export the bundle first where there is none, then convert, prove, and print."""
     checkpoint = _checkpoint(request)
+    request.method.check()
     options = _options(request)
     plan_coreml(options)  # a wrong word is refused before any work
     require("Core ML export", ("coremltools", "sklearn"), "coreml")
@@ -88,12 +91,11 @@ def run(request: CoremlRequest) -> None:
             bar.done(report.stage, report.seconds, report.peak_memory_bytes, report.size_bytes)
 
         opened = open_bundle(path)
-        require_one_pass(opened, "coreml")
         searched = options.target_psnr_db is not None or options.target_mb is not None
         bar.expect(len(opened.manifest.graphs) + searched)
         bundle = compile_coreml(
             opened,
-            StudentPlace(checkpoint, request.base, request.vae),
+            StudentPlace(checkpoint, request.base, request.vae, request.method.lora),
             options,
             force=request.force,
             allow_parity_loss=request.allow_parity_loss,
@@ -205,6 +207,9 @@ def _bundle_path(request: CoremlRequest, checkpoint: str, options: CoremlOptions
         height=height,
         width=width,
         steps=request.steps,
+        # One step at a time shares nothing with others in its own graph; the encoder's runs do.
+        hoist="encoder" if request.method.method == "faster" else "decoder",
+        method=request.method,
         force=request.force,
         as_json=request.as_json,
     )
@@ -221,6 +226,7 @@ def _refuse_export_options(request: CoremlRequest, height: int | None, width: in
         "--steps": request.steps is not None,
         "--height": manifest is not None and height not in (None, manifest.height_px),
         "--width": manifest is not None and width not in (None, manifest.width_px),
+        "--method and what goes with it": replace(request.method, lora=()) != MethodRequest(),
     }
     named = [flag for flag, was_given in given.items() if was_given]
     if named:

@@ -20,7 +20,17 @@ from tiue_export.compare import GATES_PSNR_DB, weakest
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, unknown_name
 from tiue_export.mil.package import MilPackage, TensorType
 from tiue_export.registry import require
-from tiue_export.specs import UNET_ENCODER, Array, Feeds, GraphSpec, RuntimeOptions, check_finite
+from tiue_export.specs import (
+    STEPS,
+    UNET_DECODER,
+    UNET_ENCODER,
+    Array,
+    Feeds,
+    GraphSpec,
+    RuntimeOptions,
+    axis_size,
+    check_finite,
+)
 
 from .coreml_device import CoremlDevice, PackageFile, missing_core_ml, open_device
 
@@ -69,22 +79,33 @@ class CoremlRuntime:
         if self._closed:
             raise RuntimeFailure("the coreml runtime is closed", "Open it again.")
         spec, package = self._bundle.spec(graph), self._package(graph)
-        pool = spec.select(feeds)
+        pool, rows = spec.select(feeds), None
+        limit = self.step_limit() if graph == UNET_DECODER else None
+        if limit is not None:
+            pool, rows = _filled_up(spec, pool, limit)
         if graph not in self._models:
             self._models[graph] = self._engine.load(package)
         outputs = self._models[graph].run({name: pool[name] for name in package.inputs})
         if not self._keep:
             self._models.clear()
         fresh = {
-            tensor.name: np.array(outputs[tensor.name], tensor.dtype) for tensor in spec.outputs
+            tensor.name: np.array(outputs[tensor.name][:rows], tensor.dtype)
+            for tensor in spec.outputs
         }
         check_finite(graph, fresh)
         return fresh
 
     def batch_range(self) -> tuple[int, int]:
         """Packages are made for one batch."""
-        batch = int(self._package(UNET_ENCODER).inputs["sample"].shape[0])
+        rows = int(self._package(UNET_ENCODER).inputs["sample"].shape[0])
+        batch = rows if self.step_limit() is None else rows // 2
         return batch, batch
+
+    def step_limit(self) -> int | None:
+        """How many steps of a loop the decoder's package takes at once; None: it has no loop."""
+        if self._bundle.manifest.faster is None:
+            return None
+        return int(self._package(UNET_DECODER).inputs["timesteps"].shape[0])
 
     def placement(self) -> dict[str, dict[str, int]]:
         """By graph, how many ops Core ML plans to run on which unit; empty where it cannot say."""
@@ -103,6 +124,22 @@ class CoremlRuntime:
         if graph not in self._packages:
             self._packages[graph] = package_of(self._bundle, graph)
         return self._packages[graph]
+
+
+def _filled_up(spec: GraphSpec, pool: Feeds, steps: int) -> tuple[dict[str, Array], int]:
+    """A loop's decoder feeds with the last timestep repeated up to `steps`; the rows that count.
+
+    Raises `RuntimeFailure` for more steps than the package takes.
+    """
+    given = pool["timesteps"]
+    if len(given) > steps:
+        raise RuntimeFailure(
+            f"{spec.name}: {len(given)} steps were asked for at once; this package takes {steps}"
+        )
+    (outputs,) = spec.outputs
+    rows = axis_size(outputs.shape[0], {STEPS: len(given)})
+    filled = np.concatenate([given, np.repeat(given[-1:], steps - len(given))])
+    return {**pool, "timesteps": filled}, rows
 
 
 class EvaluatorEngine:

@@ -317,8 +317,15 @@ def coreml(
     latent_h: Annotated[int | None, typer.Option("--latent-h", help="Height / 8.")] = None,
     latent_w: Annotated[int | None, typer.Option("--latent-w", help="Width / 8.")] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="K \\[default: what the checkpoint records].")
+        int | None, typer.Option("--steps", help="K \\[default: as recorded], or the loop's steps.")
     ] = None,
+    method: Method = "tiue",
+    scheduler: SchedulerName = None,
+    key_steps: KeySteps = None,
+    inject: Inject = None,
+    guidance: Guidance = None,
+    budget: Budget = None,
+    lora: Lora = None,
     swift_bundle: Annotated[
         bool,
         typer.Option(
@@ -340,8 +347,11 @@ def coreml(
     Example:  tiue-export coreml --ckpt student.safetensors --base sd21-base/ --profile iphone
 
     Example:  tiue-export coreml --ckpt student.safetensors --bundle fox --target-mb 450
+
+    Example:  tiue-export coreml --ckpt sd21-base/ --method faster --steps 50 --out fox
     """
     from ..export_coreml import CoremlRequest, run
+    from ..method_options import MethodRequest
 
     run(
         CoremlRequest(
@@ -351,6 +361,15 @@ def coreml(
             base=base,
             vae=vae,
             steps=steps,
+            method=MethodRequest(
+                method=method,
+                scheduler=scheduler,
+                key_steps=key_steps,
+                inject=inject,
+                guidance=guidance,
+                budget=budget,
+                lora=tuple(lora or ()),
+            ),
             profile=profile,
             target=target,
             attention=attention,

@@ -28,6 +28,7 @@ from tiue_export.specs import (
     Array,
     RuntimeOptions,
     check_finite,
+    step_limit,
 )
 from tiue_export.vae_tiles import decode_in_tiles, tile_size
 
@@ -92,7 +93,9 @@ class FasterSession:
         )
         self._runtime = open_runtime(settings.runtime, self._bundle, options)
         self._known = _inputs(self._bundle)
-        self._runs = loop_runs(plan_of(self._bundle), settings.loop, len(self._known["noise"]))
+        batch = len(self._known["noise"])
+        plan = plan_of(self._bundle).bounded(step_limit(self._runtime), 2 * batch)
+        self._runs = loop_runs(plan, settings.loop, batch)
 
     @property
     def facts(self) -> Facts:

@@ -1,4 +1,4 @@
-"""A bundle's own student, for backends that read no ONNX: from the checkpoint it was made from."""
+"""A bundle's own model, for backends that read no ONNX: from the checkpoint it was made from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from tiue_export.checkpoint import load_student
 from tiue_export.errors import CheckpointError
 from tiue_export.graphs import ExportOptions
+from tiue_export.lora import merge_lora
+from tiue_export.lora_file import lora_from
 from tiue_export.manifest import Manifest
 from tiue_export.specs import TEXT_ENCODER, VAE_DECODER
 from tiue_export.student import Student
@@ -16,15 +18,18 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class StudentPlace:
-    """Where the checkpoint of a bundle is: as `--ckpt`, `--base` and `--vae` say."""
+    """Where the checkpoint of a bundle is: as `--ckpt`, `--base`, `--vae` and `--lora` say."""
 
     ckpt: str
     base: str | None = None
     vae: str | None = None
+    lora: tuple[str, ...] = ()
 
 
 def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = None) -> Student:
-    """The bundle's own student, with the parts that `graph` needs (None: all).
+    """The bundle's own model, with the parts that `graph` needs (None: all), adapters merged.
+
+    A student, or what the bundle's plan draws with in a loop (Faster Diffusion).
 
     Raises `CheckpointError` when its weights are not those that the bundle was made from, and when
     it lacks the part of a graph.
@@ -37,7 +42,10 @@ def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = No
         allow_other_steps=True,
         without=_unneeded(manifest, graph),
         vae=place.vae if graph in (None, VAE_DECODER) else None,
+        distilled=manifest.faster is None,
     )
+    for text in place.lora:
+        student = merge_lora(student, *lora_from(text))
     ours = {"unet": student.source.sha256, **student.source.part_sha256}
     theirs = {"unet": manifest.source.sha256, **manifest.source.part_sha256}
     for part, found in ours.items():
@@ -45,7 +53,8 @@ def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = No
             raise CheckpointError(
                 f"{place.ckpt} is not the student of this bundle: the SHA-256 of its {part} is "
                 f"{found[:12]}..., the bundle's {str(theirs.get(part))[:12]}...",
-                f"Give the checkpoint named {manifest.source.name}, or export this one.",
+                f"Give the checkpoint named {manifest.source.name} (and --lora as at the export), "
+                "or export this one.",
             )
     for name, part, model in (
         (TEXT_ENCODER, "text encoder", student.text_encoder),
@@ -56,7 +65,7 @@ def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = No
                 f"{place.ckpt} has no {part}; the bundle's {name} came from elsewhere",
                 "Give --base (or --vae) as when the bundle was exported.",
             )
-    student.schedule = manifest.schedule
+    student.schedule, student.plan = manifest.schedule, manifest.faster
     return student
 
 

@@ -37,6 +37,7 @@ from tiue_export.export.coreml_job import (
     GraphResult,
     run_job,
     start_pool,
+    start_pool_of_loop,
 )
 from tiue_export.export.coreml_profiles import (
     RECIPE,
@@ -48,10 +49,10 @@ from tiue_export.export.coreml_profiles import (
 from tiue_export.export.coreml_recipe import MixedRecipe, RecipeJob, find_recipe
 from tiue_export.export.coreml_swift import check_swift, write_swift_resources
 from tiue_export.export.onnx_bundle import Observer, StageReport
-from tiue_export.manifest import Compiled, CompiledGraph, FileRecord, ParityRecord
+from tiue_export.manifest import Compiled, CompiledGraph, FileRecord, Manifest, ParityRecord
 from tiue_export.parity import load_reference, require_passed
 from tiue_export.registry import require
-from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
+from tiue_export.specs import CONTROLNET, TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
 
 FOLDER = "coreml"
 RECIPE_FILE = "recipe.json"
@@ -85,7 +86,7 @@ def compile_coreml(
     a gate fails (unless `allow_parity_loss`); then the bundle stays as it was.
     """
     options, observer = options or CoremlOptions(), observer or Observer()
-    plan = plan_coreml(options)
+    plan = plan_for(bundle.manifest, options)
     require("Core ML export", ("coremltools", "sklearn"), "coreml")
     if FOLDER in bundle.manifest.compiled and not force:
         raise BundleError(
@@ -137,15 +138,43 @@ def _sizes(bundle: Bundle, options: CoremlOptions) -> tuple[Size, ...]:
     return (own, *dict.fromkeys(size for size in options.sizes if size != own))
 
 
+def plan_for(manifest: Manifest, options: CoremlOptions) -> CoremlPlan:
+    """The plan for a bundle. Raises what `plan_coreml` raises.
+
+    A package takes one number of steps, and the groups of a loop have many lengths: one step at a
+    time, in the two rows of guidance, wastes none, so there it is the default.
+    """
+    plan = plan_coreml(options)
+    if manifest.faster is None or options.decoder_batch is not None:
+        return plan
+    return replace(plan, decoder_batch=1)
+
+
+def _check_loop(bundle: Bundle, plan: CoremlPlan, options: CoremlOptions) -> None:
+    """Refuse what packages of a model in a loop cannot be."""
+    searched = options.target_psnr_db is not None or options.target_mb is not None
+    for named, given in (
+        ("a ControlNet", CONTROLNET in bundle.manifest.graphs),
+        ("--size with more sizes than the bundle's", len(_sizes(bundle, options)) > 1),
+        ("w8a8", plan.compress == "w8a8"),
+        ("--target-psnr and --target-mb", searched),
+        ("--swift-bundle", options.swift_bundle),
+    ):
+        if given:
+            raise UsageError(
+                f"{bundle.root} draws in a loop (Faster Diffusion); Core ML packages of such a "
+                f"model come without {named}",
+                "Leave it out."
+                if CONTROLNET not in bundle.manifest.graphs
+                else "ONNX Runtime, OpenVINO and TensorRT take bundles with a ControlNet.",
+            )
+
+
 def _check_bundle(bundle: Bundle, plan: CoremlPlan, options: CoremlOptions) -> None:
     manifest = bundle.manifest
-    if getattr(manifest, "faster", None) is not None:
-        raise UsageError(
-            f"{bundle.root} draws in a loop (--method faster), whose decoder takes any number of "
-            "rows; a Core ML package takes one",
-            "Core ML export is for distilled students: leave --method out.",
-        )
-    if plan.decoder_batch < manifest.schedule.rows and manifest.hoisted == "none":
+    if manifest.faster is not None:
+        _check_loop(bundle, plan, options)
+    elif plan.decoder_batch < manifest.schedule.rows and manifest.hoisted == "none":
         raise UsageError(
             f"--decoder-batch {plan.decoder_batch} needs a bundle with the time-independent part "
             "hoisted; this one was exported with --no-hoist",
@@ -180,6 +209,10 @@ def _work_folder(folder: Path) -> Iterator[Path]:
 def _recipe(export: _Export) -> MixedRecipe | None:
     """Start the captured arrays, and get the recipe: the user's, or one found for the target."""
     reference, manifest = load_reference(export.bundle), export.bundle.manifest
+    if manifest.faster is not None:
+        steps, size = export.plan.decoder_batch, export.sizes[0]
+        start_pool_of_loop(reference.arrays, steps, size, export.work)
+        return MixedRecipe(bits=export.options.recipe) if export.options.recipe else None
     for index, size in enumerate(export.sizes):
         start_pool(manifest, reference.arrays, size, export.work, own=index == 0)
     options = export.options
@@ -242,7 +275,9 @@ def _metadata(export: _Export, graph: str) -> dict[str, Any]:
     """What each package says of itself: enough to run it without our manifest."""
     manifest, plan = export.bundle.manifest, export.plan
     schedule = manifest.schedule
+    loop = {} if manifest.faster is None else {"key_steps": list(manifest.faster.key_steps)}
     return {
+        **loop,
         "created_by": f"tiue-export {__version__}",
         "graph": graph,
         "source": manifest.source.name,

@@ -34,8 +34,11 @@ _HALF = "_cast_fp16"
 # Torch operations that coremltools lacks, each with an equivalent that it has. 9.0 lacks `alias`,
 # which torch.export writes since 2.9; 9.1 has it (apple/coremltools#2659).
 _SHIMS = {"alias": "alias_copy"}
-# Eq. 11 stays in float32: its coefficients amplify rounding fivefold.
-_COMBINE = "combine"
+# Modules that stay in float32: Eq. 11, whose coefficients amplify rounding fivefold, and a loop's
+# time embedding, which takes sines of up to 999 radians.
+_EXACT = ("combine", "time")
+# Inputs and outputs that are float32 at any precision.
+_FLOAT32 = ("sample", "latents", "latent_sample", "timestep", "timesteps", "outputs")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def convert(conversion: Conversion, package: Path) -> dict[str, int]:
     """
     with quiet_coremltools() as ct:
         add_missing_operations()
-        program, combine = _exported(conversion)
+        program, exact = _exported(conversion)
         try:
             model = ct.convert(
                 program,
@@ -89,7 +92,7 @@ def convert(conversion: Conversion, package: Path) -> dict[str, int]:
                     for spec in conversion.spec.outputs
                 ],
                 minimum_deployment_target=getattr(ct.target, conversion.plan.target),
-                compute_precision=_precision(ct, conversion, combine),
+                compute_precision=_precision(ct, conversion, exact),
                 compute_units=ct.ComputeUnit.CPU_ONLY,  # said by whoever loads the package
                 skip_model_load=True,
             )
@@ -140,7 +143,8 @@ def describe(model: Any, conversion: Conversion) -> None:
     model.author = f"tiue-export {__version__}"
     model.version = __version__
     model.license = str(metadata.get("licence") or "that of the weights")
-    model.short_description = _PURPOSES.get(spec.name, spec.name)
+    purposes = _LOOP_PURPOSES if metadata.get("key_steps") else _PURPOSES
+    model.short_description = purposes.get(spec.name, spec.name)
     known_inputs = {feature.name for feature in model.get_spec().description.input}
     for tensor in spec.inputs:
         if tensor.name in known_inputs:
@@ -155,6 +159,12 @@ _PURPOSES = {
     "unet_encoder": "UNet encoder of a one-pass student: runs once, at the first timestep.",
     UNET_DECODER: "UNet decoder of a one-pass student: all timesteps at once, combined to latents.",
     VAE_DECODER: "VAE decoder: scaled latents to a picture in [-1, 1].",
+}
+# Faster Diffusion's.
+_LOOP_PURPOSES = {
+    **_PURPOSES,
+    "unet_encoder": "UNet encoder: runs at the key steps, for both halves of the guidance.",
+    UNET_DECODER: "UNet decoder: some timesteps on the features of the last key step.",
 }
 
 
@@ -194,7 +204,7 @@ def add_missing_operations() -> None:
 
 
 def _exported(conversion: Conversion) -> tuple[Any, frozenset[int]]:
-    """The exported program in the ATen dialect, and the numbers of the nodes of Eq. 11.
+    """The exported program in the ATen dialect, and the numbers of the nodes to keep exact.
 
     Each node is numbered; coremltools hands the number on to every operation it makes of it.
     """
@@ -202,33 +212,34 @@ def _exported(conversion: Conversion) -> tuple[Any, frozenset[int]]:
         program: Any = torch.export.export(conversion.module, conversion.example, strict=False)
         # coremltools reads the ATen dialect only; an empty table keeps layers whole.
         program = program.run_decompositions({})
-    combine = set()
+    exact = set()
     for number, node in enumerate(program.graph.nodes):
         node.meta["debug_handle"] = number
         stack = node.meta.get("nn_module_stack") or {}
         paths = [path for path, _ in stack.values()]
-        if any(path.rpartition(".")[2] == _COMBINE for path in paths):
-            combine.add(number)
-    return program, frozenset(combine)
+        if any(path.rpartition(".")[2] in _EXACT for path in paths):
+            exact.add(number)
+    return program, frozenset(exact)
 
 
-def _precision(ct: Any, conversion: Conversion, combine: frozenset[int]) -> Any:
+def _precision(ct: Any, conversion: Conversion, exact: frozenset[int]) -> Any:
     if conversion.plan.precision == "fp32":
         return ct.precision.FLOAT32
-    selector = _half_selector(combine, _base_names(conversion.float32_ops))
+    selector = _half_selector(exact, _base_names(conversion.float32_ops))
     return ct.transform.FP16ComputePrecision(op_selector=selector)
 
 
-def _half_selector(combine: frozenset[int], large: frozenset[str]) -> Callable[[Any], bool]:
+def _half_selector(exact: frozenset[int], large: frozenset[str]) -> Callable[[Any], bool]:
     """True for operations that compute in half precision.
 
-    Not Eq. 11, and neither what produces a large value nor what reads one, as half cannot hold it.
+    Not those of `exact`, and neither what produces a large value nor what reads one, as half cannot
+    hold it.
     """
     from coremltools.converters.mil.mil.scope import ScopeSource
 
     def in_half(op: Any) -> bool:
         handles = op.scopes.get(ScopeSource.EXIR_DEBUG_HANDLE) or ()
-        if any(handle in combine for handle in handles):
+        if any(handle in exact for handle in handles):
             return False
         touched = {var.name for var in (*_inputs(op), *op.outputs) if var is not None}
         return not touched & large
@@ -253,5 +264,6 @@ def _tensor_type(ct: Any, spec: TensorSpec, conversion: Conversion) -> Any:
 def _io_dtype(spec: TensorSpec, conversion: Conversion) -> Any:
     if spec.dtype.startswith("int"):
         return np.int32  # Core ML has no int64
-    outer = spec.name in ("sample", "latents", "latent_sample")
-    return np.float32 if outer or conversion.plan.precision == "fp32" else np.float16
+    return (
+        np.float32 if spec.name in _FLOAT32 or conversion.plan.precision == "fp32" else np.float16
+    )

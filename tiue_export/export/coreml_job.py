@@ -33,12 +33,15 @@ from tiue_export.noise import noise_from_seed
 from tiue_export.overflow import HALF_MAX
 from tiue_export.parity import parity_record
 from tiue_export.specs import (
+    STEPS,
     TEXT_ENCODER,
     UNET_DECODER,
     UNET_ENCODER,
     UNET_GRAPHS,
     VAE_DECODER,
     Array,
+    TensorSpec,
+    axis_size,
 )
 from tiue_export.student import Student
 from tiue_export.tokenizer import open_tokenizer
@@ -55,6 +58,8 @@ _SUBJECTS = {
     UNET_DECODER: "latents",
     VAE_DECODER: "picture",
 }
+# In a loop the decoder's outputs are rows, and a text is embedded for each half of the guidance.
+_LOOP_SUBJECTS = {**_SUBJECTS, TEXT_ENCODER: "prompt_embeds", UNET_DECODER: "outputs"}
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,26 @@ def merge_functions(parts: Mapping[Size, Path], package: Path) -> None:
 def _graph(job: GraphJob, student: Student, size: Size) -> Graph:
     only = UNET_GRAPHS if job.graph in UNET_GRAPHS else (job.graph,)
     graphs = build_graphs(student, fp32_options(job.manifest, size), only=only)
-    return next(graph for graph in graphs if graph.spec.name == job.graph)
+    graph = next(graph for graph in graphs if graph.spec.name == job.graph)
+    return graph if job.manifest.faster is None else _at_steps(graph, job.plan.decoder_batch)
+
+
+def _at_steps(graph: Graph, steps: int) -> Graph:
+    """A loop's graph with its open axis closed: a package takes one number of steps."""
+
+    def closed(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        sizes = {STEPS: steps}
+        return tuple(
+            replace(each, shape=tuple(axis_size(side, sizes) for side in each.shape))
+            for each in tensors
+        )
+
+    spec = replace(graph.spec, inputs=closed(graph.spec.inputs), outputs=closed(graph.spec.outputs))
+    example = tuple(
+        tensor.new_zeros(steps) if each.name == "timesteps" else tensor
+        for each, tensor in zip(spec.inputs, graph.example, strict=True)
+    )
+    return replace(graph, spec=spec, example=example)
 
 
 # ---- arrays that pass between graphs
@@ -215,27 +239,25 @@ def _capture(job: GraphJob, graph: Graph, size: Size) -> None:
     outputs = {
         spec.name: pool[known]
         for spec in graph.spec.outputs
-        if (known := _reference_name(job.graph, spec.name)) in pool
+        if (known := _reference_name(job, spec.name)) in pool
     }
     if len(outputs) < len(graph.spec.outputs):
         outputs = run_graph(graph, pool)[1]
     save_pool(job.work, f"expected-{job.graph}", size, outputs)
     if job.graph == VAE_DECODER:
         return
-    more = {_reference_name(job.graph, name): array for name, array in outputs.items()}
-    if job.graph == UNET_DECODER:
+    more = {_reference_name(job, name): array for name, array in outputs.items()}
+    if job.graph == UNET_DECODER and job.manifest.faster is None:
         latents = outputs["latents"]
         more["latent_sample"] = (latents / job.manifest.vae_scaling_factor).astype(np.float32)
     save_pool(job.work, "student", size, {**pool, **more})
 
 
-def _reference_name(graph: str, output: str) -> str:
+def _reference_name(job: GraphJob, output: str) -> str:
     """What a stored reference calls a graph's output."""
-    names = {
-        (TEXT_ENCODER, "last_hidden_state"): "encoder_hidden_states",
-        (VAE_DECODER, "sample"): "picture",
-    }
-    return names.get((graph, output), output)
+    text = "encoder_hidden_states" if job.manifest.faster is None else "prompt_embeds"
+    names = {(TEXT_ENCODER, "last_hidden_state"): text, (VAE_DECODER, "sample"): "picture"}
+    return names.get((job.graph, output), output)
 
 
 def _feeds(job: GraphJob, size: Size) -> dict[str, Array]:
@@ -247,6 +269,17 @@ def _feeds(job: GraphJob, size: Size) -> dict[str, Array]:
     if job.graph == UNET_DECODER:
         pool |= load_pool(job.work, "features", size)
     return pool
+
+
+def start_pool_of_loop(reference: Mapping[str, Array], steps: int, size: Size, work: Path) -> None:
+    """What the graphs of a loop begin with: the bundle's reference, for `steps` steps at once.
+
+    The reference's decoder run has steps of its own: as many are taken, the last one repeated.
+    """
+    pool = {name: array for name, array in reference.items() if name != "outputs"}
+    listed = pool["timesteps"]
+    pool["timesteps"] = listed[np.minimum(np.arange(steps), len(listed) - 1)]
+    save_pool(work, "student", size, pool)
 
 
 def start_pool(
@@ -333,13 +366,14 @@ def _judged(job: GraphJob, size: Size, evaluation: Evaluation) -> ParityRecord:
     if job.graph == UNET_ENCODER and job.plan.compression_of(job.graph).kind != "none":
         kind = None
     shown = "" if len(job.sizes) == 1 else f" {size[0]}x{size[1]}"
+    subjects = _SUBJECTS if job.manifest.faster is None else _LOOP_SUBJECTS
     hop = f"Core ML {job.plan.precision}"
     if job.plan.compression_of(job.graph).kind != "none":
         hop += f" {job.plan.compression_of(job.graph).name}"
     records = [
         parity_record(
             hop,
-            f"{_SUBJECTS[job.graph]}{shown}",
+            f"{subjects[job.graph]}{shown}",
             expected[name],
             evaluation.outputs[name].astype(np.float32),
             kind,

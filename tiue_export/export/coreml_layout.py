@@ -281,9 +281,10 @@ class ChannelsAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Any) -> Tensor:
         if self.shared is not None:
+            steps = self.shared.steps_in(text)
             # 77 tokens: repeating them for each row costs less than turning the queries.
             key, value = (
-                to_channels(text[f"{self.shared.name}_{kind}"]).repeat(self.shared.steps, 1, 1, 1)
+                to_channels(text[f"{self.shared.name}_{kind}"]).repeat(steps, 1, 1, 1)
                 for kind in ("key", "value")
             )
         else:
