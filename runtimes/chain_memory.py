@@ -17,6 +17,7 @@ import numpy as np
 from tiue_export.errors import BundleError, RuntimeFailure
 from tiue_export.specs import (
     BATCH,
+    CONTROLNET,
     STEPS,
     TEXT_ENCODER,
     UNET_ENCODER,
@@ -79,15 +80,19 @@ def plan_memory(specs: Iterable[GraphSpec], size: int, *, in_loop: bool = False)
     """One buffer for each distinct tensor of `specs`, its open axes set to `size`.
 
     In a loop (Faster Diffusion) the UNet reads two text embeddings, of the negative prompts and
-    the prompts, each written by a run of its own: the text encoder's output lies apart. Raises
-    `BundleError` where one value is given and taken in two forms.
+    the prompts, each written by a run of its own: the text encoder's output lies apart. So does
+    what a ControlNet adds to the encoder's outputs, under their names. Raises `BundleError` where
+    one value is given and taken in two forms.
     """
-    apart = {(TEXT_ENCODER, "last_hidden_state")} if in_loop else set()
-    values = {tensor: value for tensor, value in _VALUES.items() if tensor not in apart}
+    values = dict(_VALUES)
+    if in_loop:
+        del values[TEXT_ENCODER, "last_hidden_state"]
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     places: dict[str, dict[str, str]] = {}
     for spec in specs:
+        if spec.name == CONTROLNET:
+            values |= {(CONTROLNET, t.name): f"{CONTROLNET} {t.name}" for t in spec.outputs}
         places[spec.name] = {}
         for tensor in (*spec.inputs, *spec.outputs):
             value = values.get((spec.name, tensor.name), tensor.name)

@@ -28,8 +28,8 @@ from tiue_export.specs import GRAPH_NAMES, UNET_DECODER, UNET_ENCODER, RuntimeOp
 pytest.importorskip("coremltools", reason="coremltools is not installed: tiue-export[coreml]")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: tiue-export[coreml]")
 
-from tiue_export.export.coreml_bundle import FOLDER, compile_coreml, plan_for  # noqa: E402
-from tiue_export.mil.evaluator import MilProgram  # noqa: E402
+from tiue_export.export.coreml_bundle import FOLDER, compile_coreml, plan_for
+from tiue_export.mil.evaluator import MilProgram
 
 
 def packages(bundle: Bundle, teacher_folder: Path, **options: object) -> Bundle:
@@ -169,9 +169,7 @@ def test_an_adapter_merged_at_the_export_is_merged_for_the_packages_too(
     }
     save_file(layers, adapter)
     merged = merge_lora(teacher, adapter, 0.5)
-    ours = replace(
-        own.manifest, source=replace(own.manifest.source, sha256=merged.source.sha256)
-    )
+    ours = replace(own.manifest, source=replace(own.manifest.source, sha256=merged.source.sha256))
     again = open_student(StudentPlace(str(teacher_folder), lora=(f"{adapter}:0.5",)), ours)
     assert again.source.sha256 == merged.source.sha256
     assert again.plan == own.manifest.faster

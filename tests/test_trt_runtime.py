@@ -62,6 +62,7 @@ from tiue_export.runtimes.trt import ONE_GRAPH_STAGE, DeviceMemory, choose_engin
 from tiue_export.runtimes.trt_engine import EngineLoader, Plan, RuntimeCache
 from tiue_export.specs import (
     BATCH,
+    CONTROLNET,
     GRAPH_NAMES,
     TEXT_ENCODER,
     UNET_DECODER,
@@ -326,6 +327,17 @@ def test_in_a_loop_the_text_of_both_prompts_lies_apart_from_the_text_encoders(lo
     assert memory.places[UNET_DECODER]["encoder_hidden_states"] == both
     assert (memory.tensors[text].shape[0], memory.tensors[both].shape[0]) == (1, 2)
     assert memory.places[UNET_DECODER]["mid_sample"] == memory.places[UNET_ENCODER]["mid_sample"]
+
+
+def test_what_a_controlnet_adds_lies_apart_from_what_it_is_added_to(loop_specs):
+    encoder = loop_specs[UNET_ENCODER]
+    half = tuple(replace(tensor, dtype="float16") for tensor in encoder.outputs)
+    control = GraphSpec(CONTROLNET, encoder.inputs, half)
+    places = plan_memory([control, *loop_specs.values()], 1, in_loop=True).places
+    assert places[CONTROLNET]["sample"] == places[UNET_ENCODER]["sample"]
+    added = {places[CONTROLNET][tensor.name] for tensor in half}
+    assert not added & set(places[UNET_ENCODER].values())
+    assert len(added) == len(half)
 
 
 @given(steps=st.integers(1, 30))

@@ -40,7 +40,8 @@ def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = No
         family=None if manifest.source.family == "custom" else manifest.source.family,
         steps=manifest.schedule.steps,
         allow_other_steps=True,
-        without=_unneeded(manifest, graph),
+        # An adapter may want to be merged into all of them.
+        without=() if place.lora else _unneeded(manifest, graph),
         vae=place.vae if graph in (None, VAE_DECODER) else None,
         distilled=manifest.faster is None,
     )
