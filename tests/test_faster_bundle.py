@@ -357,6 +357,8 @@ def test_a_dry_run_shows_the_plan(run, teacher_folder):
         (("--method", "faster", "--key-steps", "0,5,2"), 2, "is not in rising order"),
         (("--method", "faster", "--key-steps", "0,50"), 2, "ends at 50; there are 50 steps"),
         (("--method", "faster", "--max-decoder-rows", "0"), 2, "--max-decoder-rows is 0"),
+        (("--method", "faster", "--max-decoder-rows", "1"), 2, "1 decoder rows were allowed; one"),
+        (("--method", "faster", "--batch", "2", "--max-decoder-rows", "3"), 2, "one step takes 4"),
         (("--method", "faster", "--inject", "never"), 2, "unknown injection 'never'"),
     ],
 )

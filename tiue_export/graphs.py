@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tiue_export.errors import UsageError, unknown_name
+from tiue_export.faster.plan import FasterPlan, steps_within
 from tiue_export.faster.split import (
     ControlNet,
     GroupDecoder,
@@ -213,7 +214,7 @@ def build_graphs(
 ) -> list[Graph]:
     """The graphs this student has the parts for, in running order; `only` leaves others unbuilt."""
     if student.plan is not None:
-        _check_faster(options)
+        _check_faster(student.plan, options)
     latents, text = latent_shape(student, options), text_shape(student, options)
     graphs = []
     if student.text_encoder is not None and TEXT_ENCODER in only:
@@ -285,7 +286,9 @@ def _feature_names(unet: Any) -> list[str]:
     return ["mid_sample", *(f"down_res_{i}" for i in range(skips))]
 
 
-def _check_faster(options: ExportOptions) -> None:
+def _check_faster(plan: FasterPlan, options: ExportOptions) -> None:
+    if plan.max_decoder_rows is not None:
+        steps_within(plan.max_decoder_rows, 2 * options.batch)
     for name, wrong in (("--merge-below", options.merge_below > 0),):
         if wrong:
             raise UsageError(

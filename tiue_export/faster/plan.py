@@ -203,6 +203,16 @@ def check_decoder_rows(rows: int | None) -> None:
         raise UsageError(f"--max-decoder-rows is {rows}; expected 1 or more")
 
 
+def steps_within(rows: int, rows_per_step: int) -> int:
+    """How many steps fit into a decoder run of at most so many rows; refuses a bound below one."""
+    if rows < rows_per_step:
+        raise UsageError(
+            f"at most {rows} decoder rows were allowed; one step takes {rows_per_step}",
+            f"Allow {rows_per_step} or more, or draw fewer pictures at a time.",
+        )
+    return rows // rows_per_step
+
+
 def injection_from(text: str) -> Injection | None:
     """`--inject`: off, on (as parallel), parallel, sequential."""
     if text == "off":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from tiue_export.errors import UsageError
-from tiue_export.faster.plan import FasterPlan, Group, check_guidance
+from tiue_export.faster.plan import FasterPlan, Group, check_guidance, steps_within
 from tiue_export.schedule import Schedule
 from tiue_export.specs import CONTROLNET, UNET_DECODER, UNET_ENCODER, Array, Feeds
 
@@ -88,12 +88,7 @@ def pieces(group: Group, max_rows: int | None, rows_per_step: int) -> Iterator[A
     timesteps = np.array(group.timesteps, np.float32)
     size = len(timesteps)
     if max_rows is not None:
-        size = max_rows // rows_per_step
-        if size < 1:
-            raise UsageError(
-                f"at most {max_rows} decoder rows were allowed; one step takes {rows_per_step}",
-                f"Allow {rows_per_step} or more, or draw fewer pictures at a time.",
-            )
+        size = steps_within(max_rows, rows_per_step)
     for first in range(0, len(timesteps), size):
         yield timesteps[first : first + size]
 
