@@ -15,6 +15,7 @@ from tiue_export.bundle import Bundle, open_bundle
 from tiue_export.errors import BundleError, UsageError
 from tiue_export.export.coreml_profiles import (
     CoremlOptions,
+    check_loop,
     in_our_words,
     plan_coreml,
     size_named,
@@ -72,6 +73,8 @@ def run(request: CoremlRequest) -> None:
     request.method.check()
     options = _options(request)
     plan_coreml(options)  # a wrong word is refused before any work
+    if request.method.method == "faster":
+        check_loop(options)
     require("Core ML export", ("coremltools", "sklearn"), "coreml")
     require("exporting", EXPORT_NEEDS, "export")
     check_checkpoint_path(checkpoint)
@@ -207,7 +210,7 @@ def _bundle_path(request: CoremlRequest, checkpoint: str, options: CoremlOptions
         height=height,
         width=width,
         steps=request.steps,
-        # One step at a time shares nothing with others in its own graph; the encoder's runs do.
+        # A package of few steps would compute the shared part again for each of its runs.
         hoist="encoder" if request.method.method == "faster" else "decoder",
         method=request.method,
         force=request.force,

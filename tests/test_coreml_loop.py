@@ -23,7 +23,7 @@ from tiue_export.lora import merge_lora
 from tiue_export.parity import load_reference, measure_runtime
 from tiue_export.registry import open_runtime
 from tiue_export.runtimes.coreml import package_of
-from tiue_export.specs import GRAPH_NAMES, UNET_DECODER, UNET_ENCODER, RuntimeOptions
+from tiue_export.specs import CONTROLNET, GRAPH_NAMES, UNET_DECODER, UNET_ENCODER, RuntimeOptions
 
 pytest.importorskip("coremltools", reason="coremltools is not installed: tiue-export[coreml]")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: tiue-export[coreml]")
@@ -139,17 +139,25 @@ def test_the_time_embedding_stays_in_float32_in_half_precision(own, teacher_fold
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"compress": "w8a8", "prompts": ("a fox",), "precision": "fp16"}, "without w8a8"),
-        ({"target_mb": 1.0, "precision": "fp16"}, "without --target-psnr and --target-mb"),
+        ({"compress": "w8a8", "prompts": ("a fox",), "precision": "fp16"}, "--compress w8a8"),
+        ({"target_mb": 1.0, "precision": "fp16"}, "without --target-mb"),
+        ({"target_psnr_db": 40.0, "precision": "fp16"}, "without --target-psnr"),
         ({"swift_bundle": True}, "without --swift-bundle"),
-        ({"sizes": ((64, 64), (128, 64)), "target": "iOS18"}, "more sizes than the bundle's"),
+        ({"sizes": ((64, 64), (128, 64)), "target": "iOS18"}, "without several --size"),
+        ({"sizes": ((128, 64),), "target": "iOS18"}, "--size differs from the 64x64 of"),
     ],
 )
 def test_what_packages_of_a_loop_cannot_be_is_refused(own, teacher_folder, options, part):
     with pytest.raises(UsageError) as caught:
         packages(own, teacher_folder, **options)
-    assert "draws in a loop (Faster Diffusion)" in caught.value.message
     assert part in caught.value.message
+
+
+def test_packages_come_without_a_controlnet(own, teacher_folder):
+    graphs = {**own.manifest.graphs, CONTROLNET: own.manifest.graphs[UNET_ENCODER]}
+    with_control = Bundle(own.root, replace(own.manifest, graphs=graphs))
+    with pytest.raises(UsageError, match="has a ControlNet"):
+        packages(with_control, teacher_folder)
 
 
 def test_an_adapter_merged_at_the_export_is_merged_for_the_packages_too(
@@ -192,9 +200,11 @@ def test_the_command_explains_what_it_cannot_do(run, own, teacher_folder):
     command = ["coreml", "--ckpt", teacher_folder]
     for arguments, part in (
         (["--key-steps", "0,1"], "--key-steps is for --method faster"),
+        (["--method", "faster", "--swift-bundle", "--out", "x"], "come without --swift-bundle"),
         (["--bundle", own.root, "--method", "faster"], "--method and what goes with it would"),
     ):
         code, _, err = run(*command, *arguments)
         assert code != 0
         assert part in err.replace("\n", " ")
         assert "Traceback" not in err
+    assert not Path("x").exists()  # refused before the export

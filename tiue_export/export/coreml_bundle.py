@@ -44,6 +44,7 @@ from tiue_export.export.coreml_profiles import (
     CoremlOptions,
     CoremlPlan,
     check_limit,
+    check_loop,
     plan_coreml,
 )
 from tiue_export.export.coreml_recipe import MixedRecipe, RecipeJob, find_recipe
@@ -150,30 +151,26 @@ def plan_for(manifest: Manifest, options: CoremlOptions) -> CoremlPlan:
     return replace(plan, decoder_batch=1)
 
 
-def _check_loop(bundle: Bundle, plan: CoremlPlan, options: CoremlOptions) -> None:
-    """Refuse what packages of a model in a loop cannot be."""
-    searched = options.target_psnr_db is not None or options.target_mb is not None
-    for named, given in (
-        ("a ControlNet", CONTROLNET in bundle.manifest.graphs),
-        ("--size with more sizes than the bundle's", len(_sizes(bundle, options)) > 1),
-        ("w8a8", plan.compress == "w8a8"),
-        ("--target-psnr and --target-mb", searched),
-        ("--swift-bundle", options.swift_bundle),
-    ):
-        if given:
-            raise UsageError(
-                f"{bundle.root} draws in a loop (Faster Diffusion); Core ML packages of such a "
-                f"model come without {named}",
-                "Leave it out."
-                if CONTROLNET not in bundle.manifest.graphs
-                else "ONNX Runtime, OpenVINO and TensorRT take bundles with a ControlNet.",
-            )
+def _check_loop(bundle: Bundle, options: CoremlOptions) -> None:
+    """Refuse what packages of a model in a loop cannot be, or cannot be for this bundle."""
+    check_loop(options)
+    if CONTROLNET in bundle.manifest.graphs:
+        raise UsageError(
+            f"{bundle.root} has a ControlNet, without which Core ML packages of a loop come",
+            "ONNX Runtime, OpenVINO and TensorRT run it.",
+        )
+    if len(_sizes(bundle, options)) > 1:
+        own = f"{bundle.manifest.height_px}x{bundle.manifest.width_px}"
+        raise UsageError(
+            f"--size differs from the {own} of {bundle.root}; a loop's packages have its size",
+            "Leave it out, or export at that size.",
+        )
 
 
 def _check_bundle(bundle: Bundle, plan: CoremlPlan, options: CoremlOptions) -> None:
     manifest = bundle.manifest
     if manifest.faster is not None:
-        _check_loop(bundle, plan, options)
+        _check_loop(bundle, options)
     elif plan.decoder_batch < manifest.schedule.rows and manifest.hoisted == "none":
         raise UsageError(
             f"--decoder-batch {plan.decoder_batch} needs a bundle with the time-independent part "

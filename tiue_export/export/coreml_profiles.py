@@ -296,6 +296,22 @@ def _check_together(plan: CoremlPlan, options: CoremlOptions) -> None:
         )
 
 
+def check_loop(options: CoremlOptions) -> None:
+    """Refuse what packages of a model in a loop (Faster Diffusion) cannot be."""
+    for named, given in (
+        ("several --size", len(set(options.sizes)) > 1),
+        ("--compress w8a8", options.compress == "w8a8"),
+        ("--target-psnr", options.target_psnr_db is not None),
+        ("--target-mb", options.target_mb is not None),
+        ("--swift-bundle", options.swift_bundle),
+    ):
+        if given:
+            raise UsageError(
+                f"Core ML packages of a model in a loop (Faster Diffusion) come without {named}",
+                "Leave it out.",
+            )
+
+
 def check_limit(plan: CoremlPlan, graph: str, weights: int) -> None:
     """Refuse a graph of `weights` numbers that the profile's device cannot hold."""
     bits = 32 if plan.precision == "fp32" else plan.compression_of(graph).weight_bits
