@@ -138,21 +138,24 @@ def _check_request(request: TrtRequest) -> None:
             "tiue-export trt --ckpt student.safetensors, or tiue-export trt --bundle BUNDLE.",
         )
     if request.ckpt is None:
+        # The student that --refit-from names may need a base, and gets a bundle of its own.
+        exports = request.refit_from is not None
         given = {
-            "--base": request.base,
-            "--vae": request.vae,
+            "--base": None if exports else request.base,
+            "--vae": None if exports else request.vae,
+            "--out": None if exports else request.out,
             "--height": request.height,
             "--width": request.width,
             "--steps": request.steps,
-            "--out": request.out if request.refit_from is None else None,
             "--method and what goes with it": _method_given(request.method),
+            "--max-decoder-rows": request.method.max_decoder_rows if exports else None,
             "--allow-parity-loss": request.allow_parity_loss or None,
         }
         extra = [name for name, value in given.items() if value is not None]
-        if extra and request.refit_from is None:
+        if extra:
             raise UsageError(
                 f"{', '.join(extra)} belongs to --ckpt; a bundle has it settled, and engines are "
-                "added to it",
+                f"{'given other weights' if exports else 'added to it'}",
                 "Leave it out, or export again with --ckpt.",
             )
     elif request.precision == "int8":
