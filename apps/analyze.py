@@ -11,19 +11,19 @@ from typing import Any
 
 from rich.table import Table
 
-from tiue_export.bundle import disk_errors
+from tiue_export.bundle.folder import disk_errors
+from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import UsageError
 from tiue_export.registry import EXPORT_NEEDS, require
-from tiue_export.weight_container import check_checkpoint_path
 
+from .draw.prompt_file import prompts_in
 from .method_options import LoadRequest, MethodRequest, load
-from .prompt_file import prompts_in
-from .stages import stage_bar
-from .tables import console, print_json
+from .report.stages import stage_bar
+from .report.tables import console, print_json
 
-_ANALYSIS = "tiue_export.benchmarks.faster_analysis"
-_PLOT = "tiue_export.benchmarks.faster_analysis_plot"
-_SIMILARITY = "tiue_export.benchmarks.feature_similarity"
+_ANALYSIS = "tiue_export.benchmarks.studies.key_steps"
+_PLOT = "tiue_export.benchmarks.studies.key_steps_plot"
+_SIMILARITY = "tiue_export.benchmarks.studies.feature_similarity"
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def run(request: AnalyzeRequest) -> None:
     check_checkpoint_path(request.ckpt)
     prompts = _prompts(request)
     analysis = importlib.import_module(_ANALYSIS)
-    from tiue_export.faster.errors import torch_model
-    from tiue_export.faster.planning import FasterOptions
+    from tiue_export.reference.sharing_cost import torch_model
+    from tiue_export.sampling.plan_options import FasterOptions
 
     with stage_bar(quiet=request.as_json) as bar:
         bar.begin("load model")
@@ -135,7 +135,7 @@ def _prompts(request: AnalyzeRequest) -> Sequence[str]:
 def _check_budget(request: AnalyzeRequest, encoder_share: float, steps: int) -> None:
     """Before an hour is spent on measuring."""
     if request.budget is not None:
-        from tiue_export.faster.key_steps import encoder_runs_within
+        from tiue_export.sampling.key_steps import encoder_runs_within
 
         encoder_runs_within(request.budget, steps, encoder_share)
 

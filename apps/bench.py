@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from tiue_export.errors import RuntimeFailure, UsageError
 
-from .tables import console, print_json
+from .report.tables import console, print_json
 
 # The benchmark is another spoke, so it is reached by name.
 _PACKAGE = "tiue_export.benchmarks.latency"

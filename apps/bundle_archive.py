@@ -7,11 +7,11 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from tiue_export.bundle import open_bundle
-from tiue_export.bundle_archive import pack_bundle, unpack_bundle
+from tiue_export.bundle.archive import pack_bundle, unpack_bundle
+from tiue_export.bundle.folder import open_bundle
 from tiue_export.errors import UsageError
 
-from .tables import console, megabytes, print_json
+from .report.tables import console, megabytes, print_json
 
 _SUFFIX = ".tar"
 

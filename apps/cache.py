@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.table import Table
 
-from tiue_export.bundle import disk_errors
-from tiue_export.cache_folder import user_cache_folder
+from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import UsageError, unknown_name
+from tiue_export.system.cache_folder import user_cache_folder
 
-from .tables import console, megabytes, print_json
+from .report.tables import console, megabytes, print_json
 
 # What lies where below the cache folder; files beside the folders are TensorRT's timings.
 _TIMINGS = "timings"

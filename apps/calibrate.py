@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle import open_bundle, require_one_pass
+from tiue_export.bundle.folder import open_bundle, require_one_pass
 from tiue_export.errors import UsageError
 from tiue_export.registry import require
 from tiue_export.specs import RuntimeOptions
 from tiue_export.train.prompts import read_prompts
 
-from .stages import stage_bar
-from .tables import console, megabytes, print_json
+from .report.stages import stage_bar
+from .report.tables import console, megabytes, print_json
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def run(request: CalibrateRequest) -> None:
     if request.dry_run:
         _print_plan(request, out, count, capture.run_bytes(bundle), bundle.manifest.batch or 1)
         return
-    from tiue_export.memory import PeakMemory
+    from tiue_export.system.memory import PeakMemory
 
     start = time.perf_counter()
     with stage_bar(quiet=request.as_json) as bar, PeakMemory() as memory:

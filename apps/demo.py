@@ -8,16 +8,16 @@ import sys
 import time
 from pathlib import Path
 
-from tiue_export.bundle import open_bundle
-from tiue_export.demo_student import NAME, demo_student
+from tiue_export.bundle.folder import open_bundle
+from tiue_export.checkpoint.demo_student import NAME, demo_student
 from tiue_export.errors import BundleError
 from tiue_export.registry import EXPORT_NEEDS, require
 
+from .draw.generate import GenerateRequest
+from .draw.generate import run as generate
 from .export_onnx import ExportRequest
 from .export_onnx import run as export_onnx
-from .generate import GenerateRequest
-from .generate import run as generate
-from .tables import console, print_json
+from .report.tables import console, print_json
 
 PROMPTS = (
     "a red apple",

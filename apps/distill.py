@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from tiue_export.registry import TRAIN_NEEDS, require
 
-from .tables import console, print_json
+from .report.tables import console, print_json
 
 
 def run(file: Path | None, overrides: dict[str, Any], list_presets: bool, as_json: bool) -> None:

@@ -14,9 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export._version import __version__
-from tiue_export.cache_folder import user_cache_folder
 from tiue_export.errors import MissingExtraError
-from tiue_export.mil.package import has_native_library
+from tiue_export.export.coreml.mil.package import has_native_library
 from tiue_export.registry import (
     EXPORT_NEEDS,
     RUNTIMES,
@@ -24,10 +23,11 @@ from tiue_export.registry import (
     TRAIN_NEEDS,
     missing_modules,
 )
-from tiue_export.tensorrt_flavor import TITLES, install_line, load_flavor, this_device
+from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.tensorrt_flavor import TITLES, install_line, load_flavor, this_device
 
-from .fastest_runtime import choice_rows, choice_table
-from .tables import console, megabytes, print_json
+from .draw.fastest_runtime import choice_rows, choice_table
+from .report.tables import console, megabytes, print_json
 
 _PACKAGES = (
     "numpy", "tokenizers", "safetensors", "pillow", "onnxruntime", "onnxruntime-gpu", "torch",

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from tiue_export.bundle import open_bundle, require_one_pass
+from tiue_export.bundle.folder import open_bundle, require_one_pass
+from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import UsageError
 from tiue_export.registry import EXPORT_NEEDS, require
-from tiue_export.weight_container import check_checkpoint_path
 
 from .export_onnx import ExportRequest, export_first
 from .export_openvino import compiled_table
-from .stages import stage_bar
-from .tables import console, parity_table, print_json
+from .report.stages import stage_bar
+from .report.tables import console, parity_table, print_json
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ def run(request: CoreaiRequest) -> None:
     require("Core AI export", ("coreai", "coreai_torch"), "coreai")
     require("exporting", EXPORT_NEEDS, "export")
     check_checkpoint_path(checkpoint)
-    from tiue_export.export.bundle_student import StudentPlace
-    from tiue_export.export.coreai_bundle import (
+    from tiue_export.export.coreai import (
         FOLDER,
         CoreaiOptions,
         check_precision,
         compile_coreai,
     )
-    from tiue_export.export.onnx_bundle import Observer, StageReport
+    from tiue_export.export.onnx.bundle import Observer, StageReport
+    from tiue_export.export.own_student import StudentPlace
 
     check_precision(request.precision)
     start = time.perf_counter()

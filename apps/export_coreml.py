@@ -11,9 +11,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle import Bundle, open_bundle
+from tiue_export.bundle.folder import Bundle, open_bundle
+from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import BundleError, UsageError
-from tiue_export.export.coreml_profiles import (
+from tiue_export.export.coreml.profiles import (
     CoremlOptions,
     check_loop,
     in_our_words,
@@ -21,13 +22,12 @@ from tiue_export.export.coreml_profiles import (
     size_named,
 )
 from tiue_export.registry import EXPORT_NEEDS, require
-from tiue_export.weight_container import check_checkpoint_path
 
+from .draw.prompt_file import prompts_in
 from .export_onnx import ExportRequest, export_first
 from .method_options import MethodRequest
-from .prompt_file import prompts_in
-from .stages import stage_bar
-from .tables import console, megabytes, parity_table, print_json
+from .report.stages import stage_bar
+from .report.tables import console, megabytes, parity_table, print_json
 
 _LATENT_PX = 8
 
@@ -78,13 +78,13 @@ def run(request: CoremlRequest) -> None:
     require("Core ML export", ("coremltools", "sklearn"), "coreml")
     require("exporting", EXPORT_NEEDS, "export")
     check_checkpoint_path(checkpoint)
-    from tiue_export.export.bundle_student import StudentPlace
-    from tiue_export.export.coreml_bundle import (
+    from tiue_export.export.coreml.bundle import (
         FOLDER,
         Observer,
         compile_coreml,
     )
-    from tiue_export.export.onnx_bundle import StageReport
+    from tiue_export.export.onnx.bundle import StageReport
+    from tiue_export.export.own_student import StudentPlace
 
     start = time.perf_counter()
     path = _bundle_path(request, checkpoint, options)
@@ -157,7 +157,7 @@ def _options(request: CoremlRequest) -> CoremlOptions:
     recipe: dict[str, dict[str, int]] = {}
     if request.recipe is not None:
         require("reading a recipe", EXPORT_NEEDS, "export")
-        from tiue_export.export.coreml_recipe import read_recipe
+        from tiue_export.export.coreml.recipe import read_recipe
 
         recipe = {graph: dict(bits) for graph, bits in read_recipe(request.recipe).items()}
     return CoremlOptions(

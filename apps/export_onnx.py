@@ -11,18 +11,18 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle import MANIFEST_FILE, Bundle, check_target
+from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, check_target
+from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import BundleError
-from tiue_export.overflow import load_audit
+from tiue_export.proof.half_range import load_audit
 from tiue_export.registry import EXPORT_NEEDS, require
 from tiue_export.specs import CONTROLNET, GRAPH_NAMES
-from tiue_export.weight_container import check_checkpoint_path
 
+from .draw.prompt_file import prompts_in
 from .method_options import LoadRequest, MethodRequest, load
-from .next_line import draw_line
-from .prompt_file import prompts_in
-from .stages import stage_bar
-from .tables import (
+from .report.next_line import draw_line
+from .report.stages import stage_bar
+from .report.tables import (
     console,
     graph_table,
     island_lines,
@@ -158,10 +158,10 @@ def export(
     request: ExportRequest, out: Path
 ) -> tuple[Bundle | None, list[dict[str, object]], float]:
     """Load and export behind a progress bar; (None, [], 0) after a dry run printed its plan."""
-    from tiue_export.export.onnx_bundle import Observer, StageReport, export_onnx
-    from tiue_export.export.plan import plan_export
-    from tiue_export.graphs import ExportOptions
-    from tiue_export.memory import PeakMemory
+    from tiue_export.export.dry_run import plan_export
+    from tiue_export.export.onnx.bundle import Observer, StageReport, export_onnx
+    from tiue_export.graphs.build import ExportOptions
+    from tiue_export.system.memory import PeakMemory
 
     options = ExportOptions(
         precision=request.precision,
@@ -218,7 +218,7 @@ def export(
 
 
 def _print_plan(plan: object, out: Path, *, as_json: bool) -> None:
-    from tiue_export.export.plan import Plan
+    from tiue_export.export.dry_run import Plan
 
     assert isinstance(plan, Plan)
     if as_json:

@@ -10,16 +10,16 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle import Bundle, open_bundle
+from tiue_export.bundle.folder import Bundle, open_bundle
 from tiue_export.errors import UsageError
-from tiue_export.openvino_core import native_precisions
 from tiue_export.registry import require
+from tiue_export.system.openvino_core import native_precisions
 
 from .export_onnx import ExportRequest, export_first
 from .method_options import MethodRequest
-from .next_line import draw_line
-from .stages import stage_bar
-from .tables import console, megabytes, parity_table, print_json
+from .report.next_line import draw_line
+from .report.stages import stage_bar
+from .report.tables import console, megabytes, parity_table, print_json
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ def run(request: OpenvinoRequest) -> None:
     if request.bundle is not None:
         _refuse_export_options(request)
     require("OpenVINO", ("openvino",), "openvino")
-    from tiue_export.export.openvino_ir import FOLDER, OpenvinoOptions, compile_openvino
+    from tiue_export.export.openvino import FOLDER, OpenvinoOptions, compile_openvino
 
     start = time.perf_counter()
     path = _bundle_path(request)
     with stage_bar(quiet=request.as_json) as bar:
-        from tiue_export.export.onnx_bundle import Observer, StageReport
+        from tiue_export.export.onnx.bundle import Observer, StageReport
 
         def on_done(report: StageReport) -> None:
             bar.done(report.stage, report.seconds, report.peak_memory_bytes, report.size_bytes)

@@ -10,24 +10,24 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle import MANIFEST_FILE, Bundle, open_bundle
-from tiue_export.engine_identity import PORTABLE
+from tiue_export.bundle.engine_identity import PORTABLE
+from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, open_bundle
+from tiue_export.bundle.manifest import Compiled, CompiledGraph
 from tiue_export.errors import UsageError
-from tiue_export.export.trt_bundle import (
+from tiue_export.export.trt.bundle import (
     TrtObserver,
     check_refittable,
     compile_trt,
     refit_from,
 )
-from tiue_export.export.trt_plan import TrtOptions, TrtPlan, plan_trt, resolve_target
-from tiue_export.manifest import Compiled, CompiledGraph
-from tiue_export.tensorrt_flavor import FOLDERS, TITLES
+from tiue_export.export.trt.plan import TrtOptions, TrtPlan, plan_trt, resolve_target
+from tiue_export.system.tensorrt_flavor import FOLDERS, TITLES
 
 from .export_onnx import ExportRequest, export_first
 from .method_options import MethodRequest
-from .next_line import draw_line
-from .stages import StageBar, stage_bar
-from .tables import console, megabytes, print_json
+from .report.next_line import draw_line
+from .report.stages import StageBar, stage_bar
+from .report.tables import console, megabytes, print_json
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _run_export(asked: ExportRequest, instead: str) -> Path | None:
 
 def _give_memory_back() -> None:
     # The builder needs what the export has used, and torch's allocator keeps what it once had.
-    from tiue_export.memory import return_freed_memory
+    from tiue_export.system.memory import return_freed_memory
 
     return_freed_memory()
 

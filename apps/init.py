@@ -13,12 +13,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tiue_export.demo_student import checkpoint_place
+from tiue_export.checkpoint.container import check_checkpoint_path, is_hub_id
+from tiue_export.checkpoint.demo_student import checkpoint_place
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.weight_container import check_checkpoint_path, is_hub_id
 
-from .generate import slug
-from .tables import print_json
+from .draw.generate import slug
+from .report.tables import print_json
 
 DEVICES: Mapping[str, str] = {
     "cpu": "Intel or AMD processor: OpenVINO",

@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle import Bundle, open_bundle
-from tiue_export.faster.plan import FasterPlan
-from tiue_export.overflow import load_audit
+from tiue_export.bundle.folder import Bundle, open_bundle
+from tiue_export.proof.half_range import load_audit
+from tiue_export.sampling.plan import FasterPlan
 
-from .tables import (
+from .report.tables import (
     console,
     graph_table,
     megabytes,

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.faster.plan import check_scheduler
+from tiue_export.sampling.plan import check_scheduler
 
 if TYPE_CHECKING:
-    from tiue_export.student import Student
+    from tiue_export.student.model import Student
 
 METHODS = ("tiue", "faster")
 AUTO = "auto"
@@ -76,7 +76,7 @@ class LoadRequest:
 
 def load(asked: LoadRequest, method: MethodRequest, on_stage: Callable[[str], None]) -> Student:
     """The checkpoint as the method wants it, adapters merged."""
-    from tiue_export.checkpoint import load_student
+    from tiue_export.student.load import load_student
 
     method.check()
     if method.method == "tiue":
@@ -90,8 +90,8 @@ def load(asked: LoadRequest, method: MethodRequest, on_stage: Callable[[str], No
             on_stage=on_stage,
         )
         return _with_loras(student, method.lora, on_stage)
-    from tiue_export.faster.planning import FasterOptions
-    from tiue_export.faster.teacher import load_teacher, with_controlnet, with_plan
+    from tiue_export.methods.teacher import load_teacher, with_controlnet, with_plan
+    from tiue_export.sampling.plan_options import FasterOptions
 
     auto = method.key_steps == AUTO
     given = {
@@ -116,7 +116,7 @@ def load(asked: LoadRequest, method: MethodRequest, on_stage: Callable[[str], No
         on_stage("ControlNet")
         teacher = with_controlnet(teacher, Path(method.controlnet))
     if auto:
-        from tiue_export.faster.errors import auto_options
+        from tiue_export.reference.sharing_cost import auto_options
 
         def told(done: int, total: int) -> None:
             on_stage(f"key steps: {done} of {total}")
@@ -129,8 +129,8 @@ def _with_loras(
     student: Student, given: tuple[str, ...], on_stage: Callable[[str], None]
 ) -> Student:
     if given:
-        from tiue_export.lora import merge_lora
-        from tiue_export.lora_file import lora_from
+        from tiue_export.checkpoint.lora_file import lora_from
+        from tiue_export.student.lora import merge_lora
 
         for text in given:
             path, scale = lora_from(text)

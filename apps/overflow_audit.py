@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import UsageError
-from tiue_export.overflow import GraphAudit, OverflowAudit
+from tiue_export.proof.half_range import GraphAudit, OverflowAudit
 from tiue_export.registry import EXPORT_NEEDS, require
-from tiue_export.weight_container import check_checkpoint_path
 
-from .prompt_file import prompts_in
-from .tables import console, island_lines, overflow_table, print_json
+from .draw.prompt_file import prompts_in
+from .report.tables import console, island_lines, overflow_table, print_json
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,16 @@ def run(request: AuditRequest) -> None:
 
 
 def _prompts(request: AuditRequest) -> list[str]:
-    from tiue_export.parity import PROMPTS
+    from tiue_export.proof.parity import PROMPTS
 
     return prompts_in(request.prompts) or list(PROMPTS)
 
 
 def _audits(request: AuditRequest, prompts: list[str]) -> Iterator[GraphAudit]:
-    from tiue_export.checkpoint import load_student
-    from tiue_export.export.tokenizer_files import tokenizer_of
-    from tiue_export.graphs import ExportOptions, text_shape
-    from tiue_export.overflow_audit import audit_student
+    from tiue_export.checkpoint.tokenizer_files import tokenizer_of
+    from tiue_export.graphs.build import ExportOptions, text_shape
+    from tiue_export.reference.half_audit import audit_student
+    from tiue_export.student.load import load_student
 
     options = ExportOptions(height=request.height, width=request.width, hoist=request.hoist)
     student = load_student(

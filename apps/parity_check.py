@@ -7,13 +7,13 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from tiue_export.bundle import open_bundle
-from tiue_export.parity import load_reference, measure_runtime, require_passed
+from tiue_export.bundle.folder import open_bundle
+from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry import open_runtime
 from tiue_export.specs import Placed, RuntimeOptions
 
-from .stages import step_bar
-from .tables import console, parity_table, placement_table, print_json
+from .report.stages import step_bar
+from .report.tables import console, parity_table, placement_table, print_json
 
 
 def run(path: Path, runtime_name: str, options: RuntimeOptions, as_json: bool) -> None:

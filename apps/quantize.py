@@ -12,14 +12,14 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.atomic_file import write_atomically
-from tiue_export.bundle import check_target, open_bundle, require_one_pass
+from tiue_export.bundle.folder import check_target, open_bundle, require_one_pass
 from tiue_export.errors import UsageError
-from tiue_export.quantization_plan import read_plan
+from tiue_export.proof.quantization_plan import read_plan
+from tiue_export.system.atomic_file import write_atomically
 
-from .next_line import draw_line
-from .stages import StageBar, stage_bar
-from .tables import console, megabytes, print_json
+from .report.next_line import draw_line
+from .report.stages import StageBar, stage_bar
+from .report.tables import console, megabytes, print_json
 
 _PACKAGE = "tiue_export.calibration"
 _KIND = "w8a8"
@@ -206,7 +206,7 @@ def _progress(bar: StageBar) -> Any:
 
 
 def _observer(bar: StageBar, stages: list[dict[str, object]]) -> Any:
-    from tiue_export.export.onnx_bundle import Observer, StageReport
+    from tiue_export.export.onnx.bundle import Observer, StageReport
 
     def on_done(report: StageReport) -> None:
         stages.append(dataclasses.asdict(report))

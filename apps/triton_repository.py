@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle import open_bundle, require_one_pass, require_whole_vae
+from tiue_export.bundle.folder import open_bundle, require_one_pass, require_whole_vae
 from tiue_export.registry import require
 
-from .tables import console, megabytes, print_json
+from .report.tables import console, megabytes, print_json
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TritonRequest:
 def run(request: TritonRequest) -> None:
     """Write the repository and show its models."""
     require("writing a Triton repository", ("onnx",), "export")
-    from tiue_export.export.triton_repository import (
+    from tiue_export.export.triton.repository import (
         TritonOptions,
         TritonRepository,
         write_triton_repository,

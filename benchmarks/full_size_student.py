@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tiue_export.synthetic import write_ldm_file, write_synthetic_pipeline
+from .synthetic import write_ldm_file, write_synthetic_pipeline
 
 
 def main() -> None:

@@ -19,13 +19,10 @@ from typing import Any
 import numpy as np
 
 from tiue_export._version import __version__
-from tiue_export.atomic_file import write_atomically
-from tiue_export.bundle import Bundle
+from tiue_export.bundle.folder import Bundle
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.export.onnx_layers import Fold, Layer, Weights, find_folds, find_layers
-from tiue_export.export.qdq_onnx import LEVELS, matched_folds, write_qdq
-from tiue_export.flops import count_flops
-from tiue_export.quantization_plan import (
+from tiue_export.graphs.flops import count_flops
+from tiue_export.proof.quantization_plan import (
     FLOAT,
     PLAN_VERSION,
     W8A8,
@@ -36,11 +33,13 @@ from tiue_export.quantization_plan import (
     student_identity,
 )
 from tiue_export.specs import UNET_GRAPHS, Array
+from tiue_export.system.atomic_file import write_atomically
 
 from .capture import choose_runs
 from .dataset import CalibrationData, graphs_sha256
 from .histogram import RangeMethod
 from .observe import Observed, observe, watched
+from .onnx_layers import Fold, Layer, Weights, find_folds, find_layers
 from .placement import (
     BY_RULE,
     SENSITIVITIES,
@@ -52,6 +51,7 @@ from .placement import (
     units_of,
 )
 from .probe import Probe
+from .qdq_onnx import LEVELS, matched_folds, write_qdq
 from .simulate import Simulated, simulated_model
 
 KINDS = (W8A8, "hybrid", WEIGHTS)

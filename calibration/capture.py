@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tiue_export.bundle import Bundle
+from tiue_export.bundle.folder import Bundle
+from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.errors import BundleError, ResourceError, UsageError
-from tiue_export.export.quantized_bundle import check_quantizable
-from tiue_export.noise import check_seeds, noise_from_seed
 from tiue_export.registry import open_runtime
+from tiue_export.sampling.noise import check_seeds, noise_from_seed
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_ENCODER,
@@ -29,7 +29,6 @@ from tiue_export.specs import (
     TensorSpec,
     check_finite,
 )
-from tiue_export.tokenizer import Tokenizer, open_tokenizer
 
 from .dataset import (
     INDEX_FILE,
@@ -43,6 +42,7 @@ from .dataset import (
     write_index,
     write_shard,
 )
+from .quantized_bundle import check_quantizable
 
 SHARD_BYTES = 256 << 20
 # NVIDIA's own recipes calibrate image models on 32 or 64 prompts.

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from tiue_export._version import __version__
-from tiue_export.atomic_file import write_atomically
-from tiue_export.bundle import Bundle, file_records
+from tiue_export.bundle.folder import Bundle, file_records
+from tiue_export.bundle.manifest import FileRecord, structured
 from tiue_export.errors import BundleError, UsageError
-from tiue_export.manifest import FileRecord, structured
-from tiue_export.quantization_plan import student_identity
+from tiue_export.proof.quantization_plan import student_identity
 from tiue_export.specs import UNET_GRAPHS, Array
+from tiue_export.system.atomic_file import write_atomically
 
 FORMAT_VERSION = 1
 INDEX_FILE = "calibration.json"

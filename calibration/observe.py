@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from tiue_export.errors import RuntimeFailure
-from tiue_export.export.onnx_layers import Layer
 from tiue_export.specs import Array, Feeds
 
 from .histogram import Histogram
+from .onnx_layers import Layer
 from .onnx_session import OnnxSession
 
 SAMPLE = 65_536

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from tiue_export.export.onnx_layers import CONV, Layer
+from .onnx_layers import CONV, Layer
 
 # Modules that NVIDIA's and Intel's recipes keep in float too: they do little work, and what they
 # lose goes through everything that follows (research in docs/int8.md).

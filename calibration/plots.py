@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle import disk_errors
-from tiue_export.quantization_plan import W8A8, QuantizationPlan
+from tiue_export.bundle.folder import disk_errors
+from tiue_export.proof.quantization_plan import W8A8, QuantizationPlan
 from tiue_export.registry import require
 from tiue_export.specs import UNET_ENCODER
 

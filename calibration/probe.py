@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from tiue_export.bundle import Bundle
-from tiue_export.compare import psnr_db
-from tiue_export.parity import with_dtypes
+from tiue_export.bundle.folder import Bundle
+from tiue_export.proof.gates import psnr_db
+from tiue_export.proof.parity import with_dtypes
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER, UNET_GRAPHS, Array
 
 from .dataset import CalibrationData

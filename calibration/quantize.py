@@ -9,24 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from tiue_export.bundle import Bundle, new_bundle, open_bundle
+from tiue_export.bundle.folder import Bundle, new_bundle, open_bundle
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.export.onnx_bundle import Observer, StageReport
-from tiue_export.export.openvino_int8 import (
-    INT4,
-    NncfOptions,
-    require_nncf,
-    write_nncf_graphs,
-)
-from tiue_export.export.openvino_ir import OpenvinoOptions, compile_openvino
-from tiue_export.export.quantized_bundle import (
-    add_verdict,
-    check_quantizable,
-    write_quantized_graphs,
-)
-from tiue_export.memory import PeakMemory, return_freed_memory
-from tiue_export.parity import with_dtypes
-from tiue_export.quantization_plan import (
+from tiue_export.export.onnx.bundle import Observer, StageReport
+from tiue_export.export.openvino import OpenvinoOptions, compile_openvino
+from tiue_export.proof.parity import with_dtypes
+from tiue_export.proof.quantization_plan import (
     W8A8,
     WEIGHTS,
     QuantizationPlan,
@@ -35,11 +23,23 @@ from tiue_export.quantization_plan import (
 )
 from tiue_export.registry import require
 from tiue_export.specs import Feeds
+from tiue_export.system.memory import PeakMemory, return_freed_memory
 
 from .analysis import KINDS, Analyser, Analysis, AnalysisOptions, Progress
 from .capture import choose_runs
 from .dataset import CalibrationData
+from .openvino_int8 import (
+    INT4,
+    NncfOptions,
+    require_nncf,
+    write_nncf_graphs,
+)
 from .placement import Point
+from .quantized_bundle import (
+    add_verdict,
+    check_quantizable,
+    write_quantized_graphs,
+)
 from .verdict import (
     FASTER,
     SMALLER,

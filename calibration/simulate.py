@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.export.onnx_layers import Layer, Weights
-from tiue_export.export.qdq_onnx import quantize_weight, scale_in
 from tiue_export.specs import Array
+
+from .onnx_layers import Layer, Weights
+from .qdq_onnx import quantize_weight, scale_in
 
 
 @dataclass(frozen=True)

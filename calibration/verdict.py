@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.bundle import Bundle
-from tiue_export.compare import max_abs_error, psnr_db
+from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.manifest import Manifest, ParityRecord
 from tiue_export.errors import ParityError, RegressionError
-from tiue_export.manifest import Manifest, ParityRecord
-from tiue_export.parity import with_dtypes
-from tiue_export.quantization_plan import (
+from tiue_export.proof.gates import max_abs_error, psnr_db
+from tiue_export.proof.parity import with_dtypes
+from tiue_export.proof.quantization_plan import (
     QuantizationPlan,
     gate_of,
     largest_losses,

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.bundle import Bundle
-from tiue_export.cache_folder import user_cache_folder
+from tiue_export.bundle.folder import Bundle
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, first_line, unknown_name
-from tiue_export.openvino_core import import_openvino, openvino_core
 from tiue_export.specs import Array, Feeds, RuntimeOptions
+from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.openvino_core import import_openvino, openvino_core
 
 ov = import_openvino()
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tiue_export.bundle import Bundle
-from tiue_export.checkpoint import load_student
+from tiue_export.bundle.folder import Bundle
 from tiue_export.errors import CheckpointError, RuntimeFailure, UsageError, unknown_name
-from tiue_export.graphs import ExportOptions, Graph, build_graphs
+from tiue_export.graphs.build import ExportOptions, Graph, build_graphs
 from tiue_export.specs import Array, Feeds, RuntimeOptions
+from tiue_export.student.load import load_student
 
 
 class TorchRuntime:

@@ -69,7 +69,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers pipeline folder of the tiny family, fp32, seeded."""
-    from tiue_export.synthetic import write_synthetic_pipeline
+    from tiue_export.benchmarks.synthetic import write_synthetic_pipeline
 
     return write_synthetic_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline", "tiny")
 
@@ -85,7 +85,7 @@ def tiny_student(tiny_pipeline: Path):
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline as an ordinary model: it records no K."""
-    from tiue_export.synthetic import write_synthetic_pipeline
+    from tiue_export.benchmarks.synthetic import write_synthetic_pipeline
 
     folder = tmp_path_factory.mktemp("teacher") / "tiny"
     return write_synthetic_pipeline(folder, "tiny", steps=None)
@@ -113,8 +113,8 @@ def half_bundle(tiny_student, made_once):
 @pytest.fixture(scope="session")
 def compiled_bundle(tiny_bundle, made_once, tmp_path_factory: pytest.TempPathFactory):
     """A copy of the tiny bundle, of its name, with every compiled form that runs here. Shared."""
-    from tiue_export.bundle import open_bundle
-    from tiue_export.export.openvino_ir import compile_openvino
+    from tiue_export.bundle.folder import open_bundle
+    from tiue_export.export.openvino import compile_openvino
 
     def make(folder: Path) -> None:
         compile_openvino(open_bundle(shutil.copytree(tiny_bundle.root, folder)))
@@ -128,7 +128,7 @@ def compiled_bundle(tiny_bundle, made_once, tmp_path_factory: pytest.TempPathFac
 def demo_bundle(made_once):
     """The student that ships, as a verified fp32 bundle with OpenVINO graphs. Shared."""
     from tiue_export import export_onnx, load_student, open_bundle
-    from tiue_export.export.openvino_ir import compile_openvino
+    from tiue_export.export.openvino import compile_openvino
     from tiue_export.registry import missing_modules
 
     def make(folder: Path) -> None:
@@ -143,10 +143,10 @@ def demo_bundle(made_once):
 def coreml_bundle(compiled_bundle, tiny_pipeline, made_once):
     """A copy of the compiled bundle with Core ML packages in fp32 too. Shared."""
     pytest.importorskip("coremltools", reason="coremltools is not installed")
-    from tiue_export.bundle import open_bundle
-    from tiue_export.export.bundle_student import StudentPlace
-    from tiue_export.export.coreml_bundle import compile_coreml
-    from tiue_export.export.coreml_profiles import CoremlOptions
+    from tiue_export.bundle.folder import open_bundle
+    from tiue_export.export.coreml.bundle import compile_coreml
+    from tiue_export.export.coreml.profiles import CoremlOptions
+    from tiue_export.export.own_student import StudentPlace
 
     def make(folder: Path) -> None:
         bundle = open_bundle(shutil.copytree(compiled_bundle.root, folder))
@@ -164,9 +164,9 @@ def coreml_bundle(compiled_bundle, tiny_pipeline, made_once):
 def coreai_bundle(coreml_bundle, tiny_pipeline, made_once):
     """A copy of that with Core AI assets in fp32 too: every form that runs here. Shared."""
     pytest.importorskip("coreai", reason="coreai-core is not installed")
-    from tiue_export.bundle import open_bundle
-    from tiue_export.export.bundle_student import StudentPlace
-    from tiue_export.export.coreai_bundle import CoreaiOptions, compile_coreai
+    from tiue_export.bundle.folder import open_bundle
+    from tiue_export.export.coreai import CoreaiOptions, compile_coreai
+    from tiue_export.export.own_student import StudentPlace
 
     def make(folder: Path) -> None:
         bundle = open_bundle(shutil.copytree(coreml_bundle.root, folder))
@@ -181,9 +181,9 @@ def micro_folder(tmp_path_factory):
     import torch
     from diffusers import UNet2DConditionModel
 
-    from tiue_export.family import load_family
-    from tiue_export.pipeline_folder import write_scheduler
-    from tiue_export.synthetic import fill
+    from tiue_export.benchmarks.synthetic import fill
+    from tiue_export.checkpoint.family import load_family
+    from tiue_export.student.pipeline_folder import write_scheduler
 
     folder = tmp_path_factory.mktemp("micro") / "student"
     unet = UNet2DConditionModel(
@@ -211,10 +211,10 @@ def micro_pipeline(micro_folder, tiny_pipeline, tmp_path_factory):
     from diffusers import AutoencoderTiny
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from tiue_export.family import load_family
-    from tiue_export.pipeline_folder import write_model_index, write_scheduler
-    from tiue_export.schedule import DEFAULT_STEPS
-    from tiue_export.synthetic import fill
+    from tiue_export.benchmarks.synthetic import fill
+    from tiue_export.checkpoint.family import load_family
+    from tiue_export.sampling.schedule import DEFAULT_STEPS
+    from tiue_export.student.pipeline_folder import write_model_index, write_scheduler
 
     folder = tmp_path_factory.mktemp("micro") / "pipeline"
     shutil.copytree(micro_folder, folder)
@@ -248,10 +248,10 @@ def micro_bundle(micro_folder, tmp_path_factory):
 def faster_bundle(teacher_folder: Path, made_once):
     """Six DDIM steps, the encoder at 0, 1 and 3; with OpenVINO graphs where it is installed."""
     from tiue_export import export_onnx, open_bundle
-    from tiue_export.export.openvino_ir import compile_openvino
-    from tiue_export.faster.planning import FasterOptions
-    from tiue_export.faster.teacher import load_teacher
+    from tiue_export.export.openvino import compile_openvino
+    from tiue_export.methods.teacher import load_teacher
     from tiue_export.registry import missing_modules
+    from tiue_export.sampling.plan_options import FasterOptions
 
     options = FasterOptions(steps=6, key_steps=(0, 1, 3), guidance=5.0)
 

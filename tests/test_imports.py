@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import typer
-from test_layering import FILES, LIGHT, ROOT
+from test_layering import FILES, LIGHT_ROOMS, MODULES, ROOT, room_of
 from typer.testing import CliRunner
 
 import tiue_export
@@ -23,13 +23,15 @@ HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "coremltoo
 OLDEST = (3, 10)  # JetPack 6
 CLI = importlib.import_module("tiue_export.apps.cli")
 COMMANDS = typer.main.get_command(CLI.app).commands  # type: ignore[attr-defined]
+# The light half without its doors, as a program loads it.
+LIGHT = [name for name in MODULES if room_of(name) in LIGHT_ROOMS and name[:2] != "__"]
 # The files that a device runs: the light half, the thin runtimes, the command line.
 ON_DEVICE = [
-    *(f"tiue_export/{name.replace('.', '/')}.py" for name in LIGHT if name != "faster"),
-    *(path for path in FILES if path.startswith("tiue_export/export/trt_")),
+    *(path for path in FILES if path.split("/")[1:] and path.split("/")[1] in LIGHT_ROOMS),
+    *(path for path in FILES if path.startswith("tiue_export/export/trt/")),
     *(path for path in FILES if path.startswith("runtimes/") and "torch_reference" not in path),
     *(path for path in FILES if path.startswith("apps/") and path.count("/") == 1),
-    *(path for path in FILES if path.startswith("apps/commands/")),
+    *(path for path in FILES if path.startswith(("apps/commands/", "apps/report/", "apps/draw/"))),
 ]
 
 
@@ -80,7 +82,7 @@ def test_an_unknown_public_name_is_an_attribute_error_that_names_it() -> None:
 
 
 def test_the_light_half_loads_without_torch() -> None:
-    names = [f"tiue_export.{name}" for name in LIGHT if not name.startswith("__")]
+    names = [f"tiue_export.{name}" for name in LIGHT]
     loaded = bare(f"import sys, json, {', '.join(names)}; print(json.dumps(sorted(sys.modules)))")
     assert set(names) <= set(loaded)
     assert not {*HEAVY, "PIL", "typer", "rich"} & set(loaded)
@@ -130,8 +132,7 @@ def test_the_light_half_loads_on_python_3_10() -> None:
     python = _oldest_python()
     if python is None:
         pytest.skip("no python3.10 with numpy on PATH or in ~/.pyenv/versions")
-    names = [name for name in LIGHT if not name.startswith("__")]
-    imports = "".join(f"import tiue_export.{name}\n" for name in names)
+    imports = "".join(f"import tiue_export.{name}\n" for name in LIGHT)
     code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{imports}import runtimes.fake\n"
     done = subprocess.run(
         [python, "-I", "-B", "-W", "error", "-c", code],

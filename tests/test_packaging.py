@@ -65,7 +65,7 @@ def in_wheel(wheel: Path, name: str) -> str:
 
 def test_the_wheel_holds_exactly_what_the_folders_hold(names, source_copy: Path) -> None:
     expected = list(shipped(source_copy))
-    assert {"tiue_export/py.typed", "tiue_export/families/tiny.json"} <= set(expected)
+    assert {"tiue_export/py.typed", "tiue_export/checkpoint/families/tiny.json"} <= set(expected)
     assert "tiue_export/train/presets/sd21-base.toml" in expected
     assert sorted(name for name in names if not name.startswith(DIST_INFO)) == sorted(expected)
 
@@ -94,7 +94,7 @@ def test_the_installed_wheel_runs_from_anywhere(installation: Installation, tmp_
     code = (
         "import tiue_export, tiue_export.runtimes.fake, tiue_export.apps.cli as cli\n"
         "import tiue_export.calibration, tiue_export.benchmarks\n"
-        "from tiue_export.family import load_family\n"
+        "from tiue_export.checkpoint.family import load_family\n"
         "load_family('tiny')\n"
         "print(tiue_export.__file__, cli.__file__)"
     )

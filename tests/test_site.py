@@ -51,7 +51,7 @@ def test_the_page_of_commands_has_every_command_with_its_options(site):
 
 def test_the_python_pages_show_signatures_and_shapes(site):
     page = (site / "api" / "pipeline" / "index.html").read_text("utf-8")
-    assert 'id="tiue_export.pipeline.Pipeline.latents_from_noise"' in page
+    assert 'id="tiue_export.drawing.pipeline.Pipeline.latents_from_noise"' in page
     assert "(B, 4, H, W)" in page
 
 

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from tiue_export._version import __version__
 
 if TYPE_CHECKING:
-    from tiue_export.bundle import Bundle, open_bundle
-    from tiue_export.checkpoint import load_student
+    from tiue_export.bundle.folder import Bundle, open_bundle
+    from tiue_export.drawing.pipeline import Pipeline
     from tiue_export.errors import TiueError
-    from tiue_export.export.onnx_bundle import export_onnx
-    from tiue_export.faster.planning import PlanChange
-    from tiue_export.graphs import ExportOptions
-    from tiue_export.pipeline import Pipeline
-    from tiue_export.schedule import Schedule, schedule_from_config
+    from tiue_export.export.onnx.bundle import export_onnx
+    from tiue_export.graphs.build import ExportOptions
+    from tiue_export.sampling.plan_options import PlanChange
+    from tiue_export.sampling.schedule import Schedule, schedule_from_config
     from tiue_export.specs import RuntimeOptions
-    from tiue_export.student import Student
+    from tiue_export.student.load import load_student
+    from tiue_export.student.model import Student
 
 # Our optimum plugin is a second distribution in optimum's namespace: diffusers says so on import.
 logging.getLogger("diffusers.utils.import_utils").addFilter(
@@ -29,18 +29,18 @@ logging.getLogger("diffusers.utils.import_utils").addFilter(
 )
 
 _HOMES = {
-    "Bundle": "bundle",
-    "open_bundle": "bundle",
-    "load_student": "checkpoint",
+    "Bundle": "bundle.folder",
+    "open_bundle": "bundle.folder",
+    "load_student": "student.load",
     "TiueError": "errors",
-    "export_onnx": "export.onnx_bundle",
-    "ExportOptions": "graphs",
-    "Pipeline": "pipeline",
-    "PlanChange": "faster.planning",
-    "Schedule": "schedule",
-    "schedule_from_config": "schedule",
+    "export_onnx": "export.onnx.bundle",
+    "ExportOptions": "graphs.build",
+    "Pipeline": "drawing.pipeline",
+    "PlanChange": "sampling.plan_options",
+    "Schedule": "sampling.schedule",
+    "schedule_from_config": "sampling.schedule",
     "RuntimeOptions": "specs",
-    "Student": "student",
+    "Student": "student.model",
 }
 __all__ = [
     "Bundle",

@@ -13,7 +13,7 @@ from tiue_export.errors import MissingExtraError, UsageError, unknown_name
 from tiue_export.specs import Runtime, RuntimeOptions
 
 if TYPE_CHECKING:
-    from tiue_export.bundle import Bundle
+    from tiue_export.bundle.folder import Bundle
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ SERVER_NEEDS = ("fastapi", "fastapi_offline", "prometheus_client", "uvicorn")
 
 RUNTIMES: Mapping[str, RuntimeEntry] = {
     "ort": RuntimeEntry(
-        "tiue_export.runtimes.ort:open_runtime",
+        "tiue_export.runtimes.ort.runtime:open_runtime",
         ("onnxruntime",),
         "ort",
         "ONNX Runtime on CPU or CUDA",
@@ -60,7 +60,7 @@ RUNTIMES: Mapping[str, RuntimeEntry] = {
         chooses_precision=True,
     ),
     "coreml": RuntimeEntry(
-        "tiue_export.runtimes.coreml:open_runtime",
+        "tiue_export.runtimes.coreml.runtime:open_runtime",
         ("coremltools",),
         "coreml",
         "Core ML on a Mac; elsewhere an evaluator of its packages, slow but exact",
@@ -78,7 +78,7 @@ RUNTIMES: Mapping[str, RuntimeEntry] = {
     ),
     # Which TensorRT it needs depends on the bundle's engines; the runtime says what is missing.
     "trt": RuntimeEntry(
-        "tiue_export.runtimes.trt:open_runtime",
+        "tiue_export.runtimes.trt.runtime:open_runtime",
         (),
         "trt",
         "TensorRT or TensorRT-RTX engines on an NVIDIA GPU; fastest there",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..failures import explained
+from ..report.failures import explained
 from ..welcome import panel_of
 from .shared_options import BundleArgument, Force, Json
 

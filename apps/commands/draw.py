@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..completion import bundle_folders, runtime_names
-from ..failures import explained
+from ..report.failures import explained
 from .shared_options import (
     Base,
     BundleArgument,
@@ -120,10 +120,10 @@ def generate(
 
     Example:  tiue-export generate teacher "a red fox" --steps 25 --key-steps uniform:1 --inject off
     """
-    from tiue_export.faster.planning import PlanChange
+    from tiue_export.sampling.plan_options import PlanChange
 
-    from ..bulk.options import BulkOptions, bulk_request, in_bulk
-    from ..generate import GenerateRequest, run, with_resolved_runtime
+    from ..draw.bulk.options import BulkOptions, bulk_request, in_bulk
+    from ..draw.generate import GenerateRequest, run, with_resolved_runtime
 
     bulk = BulkOptions(file_format, shard_size, workers, prompt_column, ray)
     request = GenerateRequest(
@@ -155,7 +155,7 @@ def generate(
         as_json=as_json,
     )
     if in_bulk(request, bulk):
-        from ..bulk.drawing_run import run as draw_in_bulk
+        from ..draw.bulk.drawing_run import run as draw_in_bulk
 
         request = with_resolved_runtime(request)
         draw_in_bulk(bulk_request(request, bulk))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..failures import explained
+from ..report.failures import explained
 from .shared_options import Json
 
 app = typer.Typer()

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from tiue_export.faster.plan import GUIDANCE_RANGE, FasterPlan
+from tiue_export.sampling.plan import GUIDANCE_RANGE, FasterPlan
 
 from .settings import ServerSettings
 

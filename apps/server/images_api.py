@@ -19,11 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tiue_export._version import __version__
+from tiue_export.drawing.picture import png_bytes
+from tiue_export.drawing.pipeline import Job, Picture
 from tiue_export.errors import TiueError
-from tiue_export.picture import png_bytes
-from tiue_export.pipeline import Job, Picture
 
-from ..picture_parameters import picture_parameters
+from ..draw.picture_parameters import picture_parameters
 from .answers import (
     ApiError,
     ErrorAnswer,

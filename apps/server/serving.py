@@ -16,13 +16,13 @@ from typing import Any
 
 from rich.console import Console
 
-from tiue_export.bundle import open_bundle
+from tiue_export.bundle.folder import open_bundle
+from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import ResourceError, UsageError
-from tiue_export.pipeline import Pipeline
 from tiue_export.registry import SERVER_NEEDS, require
 from tiue_export.specs import RuntimeOptions
 
-from ..tables import print_json
+from ..report.tables import print_json
 from .settings import ServerLimits, ServerSettings
 
 TOKEN_VARIABLE = "TIUE_EXPORT_TOKEN"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tiue_export.errors import UsageError
-from tiue_export.noise import MAX_SEED
+from tiue_export.sampling.noise import MAX_SEED
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from tiue_export.drawing.pipeline import Job, Picture, Pipeline, Result
 from tiue_export.errors import RuntimeFailure
-from tiue_export.pipeline import Job, Picture, Pipeline, Result
 
 from .metrics import ServerMetrics
 from .settings import ServerLimits

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiue_export.compare import GATES_PSNR_DB, psnr_db, weakest
 from tiue_export.errors import UsageError
+from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db, weakest
 from tiue_export.specs import Array
 
 from .choices import Choice

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from tiue_export.errors import TiueError
-from tiue_export.noise import MAX_SEED
+from tiue_export.sampling.noise import MAX_SEED
 
 from . import markup
 from .choices import Offer

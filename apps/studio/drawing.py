@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiue_export.bundle import disk_errors
+from tiue_export.bundle.folder import disk_errors
+from tiue_export.drawing.picture import save_png
+from tiue_export.drawing.pipeline import Job, Pipeline
 from tiue_export.errors import UsageError
-from tiue_export.noise import check_seeds
-from tiue_export.picture import save_png
-from tiue_export.pipeline import Job, Pipeline
+from tiue_export.sampling.noise import check_seeds
 from tiue_export.specs import Array
 
-from ..generate import slug
-from ..picture_parameters import picture_parameters
+from ..draw.generate import slug
+from ..draw.picture_parameters import picture_parameters
 from .choices import Choice
 from .stoppable import Stale, stoppable
 

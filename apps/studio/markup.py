@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from tiue_export.compare import IDENTICAL_DB
+from tiue_export.bundle.manifest import Manifest, ParityRecord
 from tiue_export.errors import TiueError
-from tiue_export.faster.plan import FasterPlan
-from tiue_export.manifest import Manifest, ParityRecord
-from tiue_export.overflow import load_audit
+from tiue_export.proof.gates import IDENTICAL_DB
+from tiue_export.proof.half_range import load_audit
+from tiue_export.sampling.plan import FasterPlan
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER, TensorSpec
 
 from ..inspection import bundle_facts
-from ..tables import island_lines, megabytes
+from ..report.tables import island_lines, megabytes
 from .choices import Choice, Offer
 from .comparison import Comparison, medians
 from .drawing import Drawn

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiue_export.drawing.picture import parameters_from_png
 from tiue_export.errors import UsageError, first_line
-from tiue_export.noise import MAX_SEED
-from tiue_export.picture import parameters_from_png
+from tiue_export.sampling.noise import MAX_SEED
 
 from .choices import Choice, Offer
 from .drawing import NOT_STEERED, Steering

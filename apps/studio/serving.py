@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle import open_bundle
+from tiue_export.bundle.folder import open_bundle
 from tiue_export.errors import UsageError
 from tiue_export.registry import require
 from tiue_export.specs import RuntimeOptions
 
-from ..tables import console, print_json
+from ..report.tables import console, print_json
 from .choices import Offer, find_choices
 from .drawing import Drawer
 from .turns import Turns

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from tiue_export.pipeline import Pipeline
+from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.specs import Array, BatchLimited, ChainResult, ChainRuntime, Feeds, Runtime
 
 

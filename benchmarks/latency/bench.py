@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tiue_export.bundle import MANIFEST_FILE, Bundle, open_bundle
+from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, open_bundle
+from tiue_export.bundle.manifest import Manifest
 from tiue_export.errors import RuntimeFailure, UsageError
-from tiue_export.manifest import Manifest
 from tiue_export.registry import missing_modules
 from tiue_export.specs import (
     TEXT_ENCODER,
@@ -20,13 +20,13 @@ from tiue_export.specs import (
     VAE_DECODER,
 )
 
-from ..ceiling import ceilings_in_child, parse_ceilings
 from ..figure import check_file, check_plot
-from ..flops import bundle_flops
-from ..made_bundle import is_made, made
+from ..studies.ceiling import ceilings_in_child, parse_ceilings
 from .contenders import Contender, Request, bundle_titles, expand
 from .environment import describe_environment
 from .faster_session import loop_runs, plan_of
+from .flops import bundle_flops
+from .made_bundle import is_made, made
 from .record import UNET, Ceiling, Measurement, Record, Settings, to_json, write_text
 from .report import first_measured, full_names, markdown, number, standing_warnings
 from .summary import RATIO_STAGES, summarized

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.openvino_core import native_precisions
 from tiue_export.registry import RUNTIMES, missing_modules
 from tiue_export.specs import CONTROLNET
+from tiue_export.system.openvino_core import native_precisions
 
-from ..made_bundle import MadeBundle
 from .faster_session import LOOPS, plan_of
+from .made_bundle import MadeBundle
 
 if TYPE_CHECKING:
-    from tiue_export.bundle import Bundle
+    from tiue_export.bundle.folder import Bundle
 
 Setting = str | int | float | bool | None
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.bundle import Bundle, open_bundle
-from tiue_export.faster.plan import FasterPlan
-from tiue_export.faster.sampler import pieces
-from tiue_export.parity import load_reference
+from tiue_export.bundle.folder import Bundle, open_bundle
+from tiue_export.drawing.vae_tiles import decode_in_tiles, tile_size
+from tiue_export.proof.parity import load_reference
 from tiue_export.registry import open_runtime
+from tiue_export.sampling.plan import FasterPlan
+from tiue_export.sampling.sampler import pieces
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_DECODER,
@@ -30,7 +31,6 @@ from tiue_export.specs import (
     check_finite,
     step_limit,
 )
-from tiue_export.vae_tiles import decode_in_tiles, tile_size
 
 from .graph_session import check_parts, runtime_versions
 from .record import END_TO_END, Facts

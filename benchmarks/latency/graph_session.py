@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.bundle import Bundle, open_bundle
+from tiue_export.bundle.folder import Bundle, open_bundle
+from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import BundleError
-from tiue_export.parity import load_reference
+from tiue_export.proof.parity import load_reference
 from tiue_export.registry import RUNTIMES, open_runtime
 from tiue_export.specs import (
     TEXT_ENCODER,
@@ -27,7 +28,6 @@ from tiue_export.specs import (
     RuntimeOptions,
     check_finite,
 )
-from tiue_export.vae_tiles import decode_in_tiles, is_tiled, tile_size
 
 from .record import END_TO_END, Facts
 from .session import StageClock

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle import disk_errors
+from tiue_export.bundle.folder import disk_errors
 
 from .record import END_TO_END, UNET, Measurement, Record
 from .report import ratio_text

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle import disk_errors
+from tiue_export.bundle.folder import disk_errors
+from tiue_export.bundle.manifest import structured
 from tiue_export.errors import BundleError, UsageError
-from tiue_export.manifest import structured
 
 from .environment import Environment
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle import disk_errors
+from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import CheckpointError, RuntimeFailure
-from tiue_export.parity import PROMPTS
+from tiue_export.proof.parity import PROMPTS
 from tiue_export.specs import TEXT_ENCODER, VAE_DECODER
 
 from .environment import usable_cores

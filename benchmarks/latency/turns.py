@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tiue_export.manifest import structured
+from tiue_export.bundle.manifest import structured
 
 from .contenders import Contender
 from .environment import available_memory_bytes, busy_core_seconds, mapped_file_bytes

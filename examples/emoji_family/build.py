@@ -20,14 +20,14 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from tiue_export.components import load_vae, quiet_libraries
-from tiue_export.family import load_family
-from tiue_export.pipeline_folder import write_pipeline
-from tiue_export.quality_data import FeatureNetwork, save_quality_data
+from tiue_export.benchmarks.quality.yardstick import FeatureNetwork, save_quality_data
+from tiue_export.benchmarks.vocabulary import write_tokenizer
+from tiue_export.checkpoint.family import load_family
+from tiue_export.checkpoint.parts import load_vae, quiet_libraries
+from tiue_export.student.pipeline_folder import write_pipeline
 from tiue_export.train.config import read_config
 from tiue_export.train.cpu_precision import cpu_precision
 from tiue_export.train.distill import distill
-from tiue_export.vocabulary import write_tokenizer
 
 from .autoencoder import AutoencoderSettings, reconstruction_psnr_db, train_autoencoder
 from .corpus import demo_corpus, demo_names, load_corpus, told_apart
@@ -123,7 +123,7 @@ class Family:
         return train_feature_network(told_apart(), self.out / "feature-network", FeatureSettings())
 
     def demo(self) -> Path:
-        """What ships in tiue_export/demo: the student, and the data of benchmarks/quality.py."""
+        """What ships in tiue_export/demo: the student, and the data of benchmarks/quality."""
         folder = self.out / "demo"
         shutil.copytree(self.student(), folder / "emoji-student", dirs_exist_ok=True)
         corpus = told_apart()
@@ -179,7 +179,7 @@ def _save_samples(
     teacher: Teacher, vae: Any, tokenizer: CLIPTokenizer, size: int, file: Path
 ) -> None:
     """Two pictures of each shown prompt: 20 DDIM steps, guidance 3."""
-    from tiue_export.picture import save_png
+    from tiue_export.drawing.picture import save_png
 
     scheduler = DDIMScheduler.from_config(load_family("demo").scheduler, clip_sample=False)
     with quiet_libraries():

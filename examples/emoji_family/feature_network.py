@@ -24,8 +24,8 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tiue_export.benchmarks.quality.yardstick import FEATURE_WIDTH, FeatureNetwork, network_input
 from tiue_export.errors import TiueError, UsageError
-from tiue_export.quality_data import FEATURE_WIDTH, FeatureNetwork, network_input
 from tiue_export.specs import Array
 from tiue_export.train.cpu_precision import cpu_autocast, cpu_precision
 from tiue_export.train.loop import Stateful, train

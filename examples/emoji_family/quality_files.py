@@ -1,4 +1,4 @@
-"""Write the quality data that ships with the demo: what `benchmarks/quality.py` measures with.
+"""Write the quality data that ships with the demo: what `benchmarks/quality` measures with.
 
     python -m emoji_family.quality_files --network RUN --pipeline TEACHER --alignment RUN2 \
         --out ../tiue_export/demo/quality
@@ -18,8 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from tiue_export.benchmarks.quality.yardstick import (
+    FeatureNetwork,
+    Prompt,
+    QualityData,
+    save_quality_data,
+)
 from tiue_export.errors import TiueError, UsageError
-from tiue_export.quality_data import FeatureNetwork, Prompt, QualityData, save_quality_data
 from tiue_export.specs import Array
 
 from .corpus import Emoji, demo_names, fingerprint

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tiue_export.components import load_text_encoder
-from tiue_export.family import load_family
+from tiue_export.checkpoint.family import load_family
+from tiue_export.checkpoint.parts import load_text_encoder
 from tiue_export.train.cpu_precision import cpu_autocast, cpu_precision
 from tiue_export.train.loop import train
 from tiue_export.train.run_folder import RunFolder

@@ -19,11 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tiue_export.components import load_text_encoder
+from tiue_export.benchmarks.quality.yardstick import (
+    FEATURE_WIDTH,
+    Alignment,
+    FeatureNetwork,
+    Prompt,
+)
+from tiue_export.checkpoint.parts import load_text_encoder
+from tiue_export.checkpoint.tokenizer_files import tokenizer_of
+from tiue_export.drawing.tokenizer import Tokenizer
 from tiue_export.errors import UsageError
-from tiue_export.export.tokenizer_files import tokenizer_of
-from tiue_export.quality_data import FEATURE_WIDTH, Alignment, FeatureNetwork, Prompt
-from tiue_export.tokenizer import Tokenizer
 from tiue_export.train.loop import Stateful, train
 from tiue_export.train.run_folder import RunFolder
 

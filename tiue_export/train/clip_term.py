@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel
 
-from tiue_export.components import WEIGHTS_STEM, load_vae, quiet_libraries
+from tiue_export.checkpoint.parts import WEIGHTS_STEM, load_vae, quiet_libraries
+from tiue_export.checkpoint.tensors import sha256_of_files, weight_files
+from tiue_export.checkpoint.tokenizer_files import tokenizer_of
+from tiue_export.drawing.tokenizer import Tokenizer
 from tiue_export.errors import CheckpointError, first_line
-from tiue_export.export.tokenizer_files import tokenizer_of
-from tiue_export.tokenizer import Tokenizer
-from tiue_export.weights import sha256_of_files, weight_files
 
 from .config import DistillConfig
 from .losses import clip_loss

@@ -9,8 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from tiue_export.checkpoint.container import is_hub_id
 from tiue_export.errors import UsageError, first_line, unknown_name
-from tiue_export.weight_container import is_hub_id
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -11,19 +11,19 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from tiue_export.checkpoint import load_student
-from tiue_export.components import quiet_libraries
+from tiue_export.checkpoint.parts import quiet_libraries
+from tiue_export.checkpoint.tokenizer_files import tokenizer_of
+from tiue_export.drawing.tokenizer import Tokenizer
 from tiue_export.errors import UnsupportedModelError, UsageError
-from tiue_export.export.tokenizer_files import tokenizer_of
-from tiue_export.graphs import ExportOptions, latent_shape
-from tiue_export.schedule import (
+from tiue_export.graphs.build import ExportOptions, latent_shape
+from tiue_export.sampling.schedule import (
     DEFAULT_STEPS,
     alphas_cumprod,
     ddim_settings,
     schedule_from_config,
 )
-from tiue_export.student import Student
-from tiue_export.tokenizer import Tokenizer
+from tiue_export.student.load import load_student
+from tiue_export.student.model import Student
 
 from .config import DistillConfig
 from .score_networks import add_adapters

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tiue_export.noise import noise_from_seed
-from tiue_export.picture import image_from_pixels, pixels_from_sample, save_png
+from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample, save_png
+from tiue_export.sampling.noise import noise_from_seed
 
 from .networks import Networks
 

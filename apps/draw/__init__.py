@@ -1,0 +1,1 @@
+"""Drawing from the command line: one prompt, or tables of them."""

@@ -1,0 +1,268 @@
+"""Which runtime draws a bundle fastest on this machine: measured once, kept with its evidence.
+
+Every runtime that needs only the bundle draws the same picture; the fastest is chosen. The
+measurement lies in the user's cache folder and is made again when the bundle, the machine, a
+library or what the user asked for differs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+from tiue_export._version import __version__
+from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, disk_errors
+from tiue_export.bundle.manifest import structured
+from tiue_export.drawing.pipeline import Pipeline
+from tiue_export.errors import BundleError, RuntimeFailure, TiueError, first_line
+from tiue_export.proof.parity import PROMPTS
+from tiue_export.registry import RUNTIMES
+from tiue_export.specs import RuntimeOptions
+from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.tensorrt_flavor import this_device
+
+AUTO = "auto"
+_TIMED_DRAWINGS = 2
+# A drawing this long says enough by itself; loops of many steps are not drawn three times.
+_LONG_S = 20.0
+_LIBRARIES = (
+    "coremltools", "cuda-bindings", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino",
+    "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx-cu13",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One runtime: the time of a whole picture once everything is loaded, or why there is none.
+
+    `device` and `precision` are what the runtime says of itself; `open_s` is loading with the first
+    picture; `stage_latency_ms` is by graph, or by part where a runtime runs several as one.
+    """
+
+    runtime: str
+    latency_ms: float | None = None
+    device: str = ""
+    precision: str = ""
+    open_s: float | None = None
+    stage_latency_ms: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RuntimeChoice:
+    """The fastest runtime of one bundle under `circumstances`, with all trials, fastest first."""
+
+    runtime: str
+    trials: tuple[Trial, ...]
+    bundle: str
+    bundle_identity: str
+    circumstances: Mapping[str, str]
+    measured_at: str
+
+    def to_json(self) -> str:
+        """The text of its file."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str, where: str) -> RuntimeChoice:
+        """Parse and check every field; `where` names the file in errors."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{where} is not JSON: {error}", "Delete it.") from None
+        choice: RuntimeChoice = structured(RuntimeChoice, data, where)
+        return choice
+
+    def outdated(self, options: RuntimeOptions | None = None) -> str:
+        """What differs now from when it was measured; "" if nothing does."""
+        root = Path(self.bundle)
+        if not (root / MANIFEST_FILE).is_file():
+            return "the bundle is gone"
+        if _identity(root) != self.bundle_identity:
+            return "the bundle changed"
+        now = _circumstances() if options is None else {**_circumstances(), **_asked(options)}
+        for name, value in now.items():
+            before = self.circumstances.get(name, "none")
+            if before != value:
+                return f"{name}: {before} then, {value} now"
+        return ""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A choice with where it came from: `why` it was measured now, "" if it was remembered."""
+
+    choice: RuntimeChoice
+    file: Path
+    why: str
+
+
+def choose_runtime(
+    bundle: Bundle,
+    options: RuntimeOptions | None = None,
+    *,
+    on_start: Callable[[str], None] = lambda runtime: None,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
+) -> Chosen:
+    """The fastest runtime for `bundle` here, measured unless that is known already.
+
+    Runtimes are opened one after the other and closed again: no two need fit in memory. Raises
+    `RuntimeFailure`, with every runtime's reason, when none can draw.
+    """
+    options = options or RuntimeOptions()
+    file = _file(bundle.root, options)
+    known, why = _remembered(file, options)
+    if known is not None and not why:
+        return Chosen(known, file, "")
+    trials = []
+    for name in [name for name, entry in RUNTIMES.items() if entry.automatic]:
+        on_start(name)
+        trials.append(_try(bundle, name, options))
+        on_trial(trials[-1])
+    trials.sort(key=lambda t: float("inf") if t.latency_ms is None else t.latency_ms)
+    if trials[0].latency_ms is None:
+        raise RuntimeFailure(
+            f"no runtime here can draw {bundle.root}: "
+            + "; ".join(f"{trial.runtime}: {trial.reason}" for trial in trials),
+            "See what is missing: tiue-export doctor",
+        )
+    choice = RuntimeChoice(
+        runtime=trials[0].runtime,
+        trials=tuple(trials),
+        bundle=str(bundle.root.resolve()),
+        bundle_identity=_identity(bundle.root),
+        circumstances={**_circumstances(), **_asked(options)},
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, choice.to_json().encode())
+    return Chosen(choice, file, why)
+
+
+def remembered_choices() -> list[tuple[Path, RuntimeChoice | None]]:
+    """Every remembered choice with its file, the latest first; None for one that cannot be read."""
+    found: list[tuple[Path, RuntimeChoice | None]] = []
+    for file in _folder().glob("*.json"):
+        try:
+            found.append((file, RuntimeChoice.from_json(file.read_text("utf-8"), str(file))))
+        except (OSError, UnicodeError, BundleError):
+            found.append((file, None))
+    return sorted(found, key=lambda pair: "" if pair[1] is None else pair[1].measured_at)[::-1]
+
+
+def _remembered(file: Path, options: RuntimeOptions) -> tuple[RuntimeChoice | None, str]:
+    """What the file holds, and why it is to be measured (again)."""
+    if not file.is_file():
+        return None, "not measured before"
+    try:
+        choice = RuntimeChoice.from_json(file.read_text("utf-8"), str(file))
+    except (OSError, UnicodeError, BundleError) as error:
+        return None, f"what was remembered cannot be read: {first_line(error)}"
+    if choice.runtime not in RUNTIMES:
+        return None, f"there is no runtime {choice.runtime} any more"
+    return choice, choice.outdated(options)
+
+
+def _try(bundle: Bundle, name: str, options: RuntimeOptions) -> Trial:
+    """Draw one picture to load everything, then `_TIMED_DRAWINGS`; the faster of them counts."""
+    start = time.perf_counter()
+    try:
+        with Pipeline.open(bundle, name, options) as pipeline:
+            first_start = time.perf_counter()
+            best = pipeline(PROMPTS[0]).stage_latency_ms
+            now = time.perf_counter()
+            best_s, open_s = now - first_start, now - start
+            if best_s <= _LONG_S:
+                best_s = float("inf")
+                for _ in range(_TIMED_DRAWINGS):
+                    start = time.perf_counter()
+                    stages = pipeline(PROMPTS[0]).stage_latency_ms
+                    if time.perf_counter() - start < best_s:
+                        best_s, best = time.perf_counter() - start, stages
+            return Trial(
+                name,
+                round(best_s * 1e3, 3),
+                pipeline.runtime.device,
+                pipeline.runtime.precision,
+                round(open_s, 3),
+                {stage: round(sum(runs), 3) for stage, runs in best.items()},
+            )
+    except TiueError as error:
+        return Trial(name, reason=error.message)
+    except Exception as error:
+        # One library's broken installation must not keep the others from being used.
+        return Trial(name, reason=f"{type(error).__name__}: {first_line(error)}")
+
+
+def _circumstances() -> dict[str, str]:
+    """The machine and the libraries, as far as they decide which runtime is fastest."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": str(cores),
+        "gpu": _gpu_name(),
+        "python": platform.python_version(),
+        "tiue-export": __version__,
+    }
+    for library in _LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "none"
+    return found
+
+
+def _asked(options: RuntimeOptions) -> dict[str, str]:
+    """The options that decide between runtimes; those of the torch reference do not."""
+    return {
+        "asked": ", ".join(
+            f"{name} {value}"
+            for name, value in dataclasses.asdict(options).items()
+            if name not in ("checkpoint", "base", "vae") and value not in (None, "auto", False)
+        )
+        or "nothing"
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text("utf-8", "replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu_name() -> str:
+    try:
+        device = this_device()
+    except TiueError:
+        return "unknown"
+    return "none" if device is None else f"{device.name}, driver {device.driver}"
+
+
+def _folder() -> Path:
+    return user_cache_folder() / "runtime-choice"
+
+
+def _file(root: Path, options: RuntimeOptions) -> Path:
+    key = json.dumps([str(root.resolve()), _asked(options)])
+    return _folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _identity(root: Path) -> str:
+    """Of all files of a bundle: its manifest holds their hashes."""
+    return hashlib.sha256((root / MANIFEST_FILE).read_bytes()).hexdigest()

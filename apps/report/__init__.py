@@ -1,0 +1,1 @@
+"""What commands print: tables, stages, failures, the next line."""

@@ -1,0 +1,172 @@
+"""Bundles that exist for measuring alone: one ordinary UNet pass, other K, sizes and batches.
+
+    python -m tiue_export.benchmarks.latency.made_bundle FOLDER --ckpt X --one-step --openvino fp32
+
+An encoder and a decoder with a single row are an ordinary UNet, cut in two. So a one-step model
+(SD-Turbo, SwiftBrush) on a graph runtime is an ordinary bundle with K=1 on the "trailing" schedule
+those models use: t = 999, latents = (noise - sqrt(1 - a) * output) / sqrt(a). It is exported,
+proven and run by the same code as any other. An n-step model is the same graphs run n times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tiue_export.bundle.folder import MANIFEST_FILE
+from tiue_export.errors import RuntimeFailure
+
+from ..explained import run_explained
+
+if TYPE_CHECKING:
+    from tiue_export.student.model import Student
+
+
+@dataclass(frozen=True)
+class MadeBundle:
+    """What decides such a bundle. `steps` is K, None the checkpoint's own; `openvino` precisions.
+
+    `one_step` replaces the student's schedule by the one-step one. Sizes in pixels.
+    """
+
+    checkpoint: str
+    base: str | None = None
+    vae: str | None = None
+    one_step: bool = False
+    steps: int | None = None
+    precision: str = "fp32"
+    hoist: str = "decoder"
+    merge_below: float = 0.0
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    unet_only: bool = False
+    openvino: tuple[str, ...] = ()
+
+
+def made(asked: MadeBundle, work: Path) -> Path:
+    """The bundle below `work`, made in a process of its own unless it is there already.
+
+    Raises `RuntimeFailure` with what that process said.
+    """
+    folder = _folder(asked, work)
+    if is_made(asked, work):
+        return folder
+    work.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "tiue_export.benchmarks.latency.made_bundle", str(folder)]
+    done = subprocess.run(
+        [*command, "--json", json.dumps(asdict(asked))], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        explained = [line for line in lines if line.startswith("error: ")]
+        said = (explained or lines)[-1].removeprefix("error: ")
+        raise RuntimeFailure(f"its graphs could not be made: {said}")
+    return folder
+
+
+def is_made(asked: MadeBundle, work: Path) -> bool:
+    """Whether `made` has nothing left to do."""
+    return (_folder(asked, work) / MANIFEST_FILE).is_file()
+
+
+def make(asked: MadeBundle, folder: Path) -> None:
+    """Export and prove the bundle in this process; `folder` is replaced if it is a bundle."""
+    from tiue_export.export.onnx.bundle import export_onnx
+    from tiue_export.graphs.build import ExportOptions
+
+    options = ExportOptions(
+        precision=asked.precision,
+        height=asked.height,
+        width=asked.width,
+        batch=asked.batch,
+        hoist="none" if asked.one_step else asked.hoist,
+        merge_below=asked.merge_below,
+    )
+    # Times do not depend on what is drawn: a bundle that loses precision is measured all the same,
+    # and its manifest says what it lost.
+    bundle = export_onnx(_student(asked), folder, options, force=True, allow_parity_loss=True)
+    if asked.openvino:
+        from tiue_export.export.openvino import OpenvinoOptions, compile_openvino
+
+        precisions = OpenvinoOptions(precisions=asked.openvino)
+        compile_openvino(bundle, precisions, force=True, allow_parity_loss=True)
+
+
+def _student(asked: MadeBundle) -> Student:
+    from tiue_export.sampling.schedule import schedule_from_config
+    from tiue_export.student.load import load_student
+
+    student = load_student(
+        asked.checkpoint,
+        asked.base,
+        steps=asked.steps,
+        allow_other_steps=asked.steps is not None,
+        vae=None if asked.unet_only else asked.vae,
+        without=("text_encoder", "vae") if asked.unet_only else (),
+    )
+    if asked.one_step:
+        config = {**student.scheduler_config, "timestep_spacing": "trailing"}
+        student.scheduler_config, student.schedule = config, schedule_from_config(config, 1)
+    return student
+
+
+def _folder(asked: MadeBundle, work: Path) -> Path:
+    return work / f"made-{_identity(asked)}"
+
+
+def _identity(asked: MadeBundle) -> str:
+    """Of the settings, and of the weights' files by name, size and time."""
+    sources = [asked.checkpoint, asked.base, (asked.vae or "").removeprefix("tiny:")]
+    files = [entry for source in sources if source for entry in _files(Path(source))]
+    return hashlib.sha256(json.dumps([asdict(asked), files]).encode()).hexdigest()[:16]
+
+
+def _files(path: Path) -> Iterator[tuple[str, int, int]]:
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            facts = file.stat()
+            yield str(file.resolve()), facts.st_size, facts.st_mtime_ns
+
+
+def main() -> None:
+    """Make one bundle."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--json", help=argparse.SUPPRESS)  # all settings at once, from `made`
+    parser.add_argument("--ckpt", dest="checkpoint")
+    parser.add_argument("--base")
+    parser.add_argument("--vae")
+    parser.add_argument("--one-step", action="store_true", help="one ordinary UNet pass")
+    parser.add_argument("--steps", type=int, help="K; default: the checkpoint's own")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--hoist", default="decoder", choices=("decoder", "encoder", "none"))
+    parser.add_argument("--merge-below", type=float, default=0.0)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--unet-only", action="store_true")
+    parser.add_argument("--openvino", nargs="*", default=[], help="precisions of OpenVINO graphs")
+    arguments = parser.parse_args()
+    if arguments.json is None and arguments.checkpoint is None:
+        parser.error("--ckpt is needed")
+    run_explained(lambda: make(_asked(arguments), arguments.folder))
+
+
+def _asked(arguments: argparse.Namespace) -> MadeBundle:
+    given: dict[str, Any] = (
+        vars(arguments) if arguments.json is None else json.loads(arguments.json)
+    )
+    values = {entry.name: given[entry.name] for entry in fields(MadeBundle)}
+    return MadeBundle(**{**values, "openvino": tuple(values["openvino"])})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How good pictures are: the yardstick, and what is judged by it."""

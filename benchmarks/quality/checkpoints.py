@@ -1,0 +1,238 @@
+"""Teacher, one-step baseline and student side by side, straight from their pipeline folders.
+
+    python -m tiue_export.benchmarks.quality.checkpoints --teacher T --student S --one-step B
+
+The student is drawn exactly and with small decoder rows merged; all from the same noise. Everything
+runs in PyTorch on the CPU; `benchmarks/quality/judge.py` measures the exported bundles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from tiue_export.checkpoint.tokenizer_files import tokenizer_of
+from tiue_export.drawing.picture import pixels_from_sample
+from tiue_export.drawing.tokenizer import Tokenizer
+from tiue_export.errors import UsageError
+from tiue_export.graphs.build import ExportOptions, latent_shape, vae_scale, vae_scaling_factor
+from tiue_export.sampling.noise import noise_from_seed
+from tiue_export.sampling.schedule import Schedule, ddim_settings, schedule_from_config
+from tiue_export.specs import Array, check_finite
+from tiue_export.student.load import load_student
+from tiue_export.student.model import Student
+
+from ..explained import run_explained
+from .judge import (
+    Contender,
+    Draws,
+    add_request_arguments,
+    asked_for,
+    judge,
+)
+from .yardstick import PICTURE_SIZE_PX
+
+MERGE_BELOW = 0.02
+_BATCH = 16
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# (latents, norms of the decoder rows (N, K) or None)
+Sampler = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole pipeline in memory: `student` holds UNet, text encoder and VAE in float32.
+
+    The UNet computes in `dtype` (autocast); text, combination and VAE in float32.
+    """
+
+    student: Student
+    tokenizer: Tokenizer
+    latent_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> text embedding (B, L, D)."""
+        ids = torch.from_numpy(self.tokenizer(prompts))
+        embedded: Tensor = self.student.text_encoder(ids).last_hidden_state  # type: ignore[misc]
+        return embedded
+
+    def contender(self, name: str, settings: str, sample: Sampler) -> Contender:
+        """A contender that draws with `sample`; `settings` tells it from others of this model."""
+
+        @torch.no_grad()
+        def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Draws:
+            noise = np.concatenate(
+                [noise_from_seed(seed, (1, *self.latent_shape)) for seed in seeds]
+            )
+            latents, norms = sample(torch.from_numpy(noise), prompts)
+            check_finite(name, {"latents": latents.numpy()})
+            return Draws(
+                self._pictures(latents), latents.numpy(), None if norms is None else norms.numpy()
+            )
+
+        source = self.student.source
+        parts = "".join([source.sha256, *source.part_sha256.values()])
+        return Contender(name, draw, f"{parts} {self.dtype} {settings}", _BATCH)
+
+    def autocast(self) -> Any:
+        """The UNet's precision."""
+        return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
+
+    def _pictures(self, latents: Tensor) -> Array:
+        vae: Any = self.student.vae
+        sample = vae.decode(latents / vae_scaling_factor(self.student)).sample
+        return pixels_from_sample(sample.numpy())
+
+
+def open_checkpoint(
+    folder: Path, precision: str = "fp32", *, steps: int | None = None
+) -> Checkpoint:
+    """Read a pipeline folder; `steps` overrides the K that it records."""
+    student = load_student(folder, steps=steps, allow_other_steps=True)
+    if student.text_encoder is None or student.vae is None or student.tokenizer_folder is None:
+        raise UsageError(
+            f"{folder} lacks a text encoder, a tokenizer or a VAE",
+            "Give a whole diffusers pipeline folder.",
+        )
+    length = int(student.text_encoder.config.max_position_embeddings)
+    tokenizer = tokenizer_of(student.tokenizer_folder, length)
+    student = student.float().requires_grad_(False)
+    shape = latent_shape(student, ExportOptions())[1:]
+    sides_px = tuple(side * vae_scale(student) for side in shape[1:])
+    if sides_px != (PICTURE_SIZE_PX, PICTURE_SIZE_PX):
+        raise UsageError(
+            f"{folder} draws {sides_px[1]}x{sides_px[0]} px; the quality data judges "
+            f"{PICTURE_SIZE_PX}x{PICTURE_SIZE_PX} px",
+            "Give a pipeline of the demo family.",
+        )
+    return Checkpoint(student, tokenizer, shape, _PRECISIONS[precision])
+
+
+def teacher_contender(checkpoint: Checkpoint, steps: int, guidance: float) -> Contender:
+    """`steps` of DDIM with classifier-free guidance; 1.0 runs without the null prompt."""
+    if steps < 1:
+        raise UsageError(f"--teacher-steps is {steps}; expected 1 or more")
+    settings = ddim_settings(checkpoint.student.scheduler_config)
+    known = inspect.signature(DDIMScheduler.__init__).parameters
+    scheduler: Any = DDIMScheduler(**{k: v for k, v in settings.items() if k in known})
+    scheduler.set_timesteps(steps)
+
+    def sample(noise: Tensor, prompts: Sequence[str]) -> tuple[Tensor, None]:
+        text = checkpoint.embed(prompts)
+        if guidance != 1:
+            text = torch.cat([checkpoint.embed([""]).expand_as(text), text])  # (2*B, L, D)
+        latents = noise
+        for timestep in scheduler.timesteps:
+            copies = latents.repeat(len(text) // len(noise), 1, 1, 1)
+            with checkpoint.autocast():
+                output = checkpoint.student.unet(copies, timestep, text).sample.float()
+            if guidance != 1:
+                null, conditioned = output.chunk(2)
+                output = null + guidance * (conditioned - null)
+            latents = scheduler.step(output, timestep, latents).prev_sample
+        return latents, None
+
+    name = f"teacher, {steps} steps, guidance {guidance:g}"
+    return checkpoint.contender(name, f"DDIM {steps} {guidance}", sample)
+
+
+def student_contender(checkpoint: Checkpoint, name: str, schedule: Schedule) -> Contender:
+    """One encoder pass, one batched decoder pass over `schedule`'s rows, the closed formula."""
+    student = _with_schedule(checkpoint.student, schedule)
+    weights = torch.tensor(schedule.output_coefficients).abs()
+
+    def sample(noise: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        text = checkpoint.embed(prompts)
+        with checkpoint.autocast():
+            outputs = student.decode(student.encode(noise, text), text).float()
+        rows = outputs.reshape(schedule.rows, len(noise), -1)  # (K, B, C*H*W)
+        norms = weights[:, None] * rows.norm(dim=2)
+        return student.combine(noise, outputs), norms.T
+
+    return checkpoint.contender(name, str(dataclasses.astuple(schedule)), sample)
+
+
+def student_contenders(checkpoint: Checkpoint) -> list[Contender]:
+    """The student exactly, and with the rows merged whose weight is below 0.02."""
+    schedule = checkpoint.student.schedule
+    merged = schedule.merged(MERGE_BELOW)
+    name = f"TiUE K={schedule.steps}"
+    contenders = [student_contender(checkpoint, name, schedule)]
+    if merged.rows < schedule.rows:
+        name = f"{name}, {merged.rows} rows"
+        contenders.append(student_contender(checkpoint, name, merged))
+    return contenders
+
+
+def one_step_contender(checkpoint: Checkpoint) -> Contender:
+    """A one-step student as SwiftBrush draws: x0 = (z - sqrt(1-a) e) / sqrt(a) at the last t."""
+    config = {
+        **checkpoint.student.scheduler_config,
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+    }
+    return student_contender(checkpoint, "one step", schedule_from_config(config, 1))
+
+
+def _with_schedule(student: Student, schedule: Schedule) -> Student:
+    """The same modules under another schedule."""
+    return Student(
+        student.unet,
+        schedule,
+        source=student.source,
+        scheduler_config=student.scheduler_config,
+        text_encoder=student.text_encoder,
+        vae=student.vae,
+        tokenizer_folder=student.tokenizer_folder,
+    ).eval()
+
+
+def main() -> None:
+    """Compare pipeline folders; print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--teacher", type=Path, help="pipeline folder")
+    parser.add_argument("--teacher-steps", type=int, nargs="+", default=[50, 4])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0])
+    parser.add_argument("--one-step", type=Path, help="pipeline folder of the one-step baseline")
+    parser.add_argument("--student", type=Path, help="pipeline folder of the TiUE student")
+    parser.add_argument("--precision", choices=_PRECISIONS, default="fp32")
+    add_request_arguments(parser)
+    arguments = parser.parse_args()
+    run_explained(lambda: _compare_checkpoints(arguments))
+
+
+def _compare_checkpoints(arguments: Any) -> None:
+    data, request = asked_for(arguments)
+    contenders: list[Contender] = []
+    if arguments.teacher is not None:
+        teacher = open_checkpoint(arguments.teacher, arguments.precision)
+        contenders += [
+            teacher_contender(teacher, steps, guidance)
+            for steps in arguments.teacher_steps
+            for guidance in arguments.guidance
+        ]
+    if arguments.one_step is not None:
+        # K=1 on the scheduler that a baseline's folder may carry is refused; its own is set below.
+        checkpoint = open_checkpoint(arguments.one_step, arguments.precision, steps=2)
+        contenders.append(one_step_contender(checkpoint))
+    if arguments.student is not None:
+        checkpoint = open_checkpoint(arguments.student, arguments.precision)
+        contenders += student_contenders(checkpoint)
+    if not contenders:
+        raise UsageError("nothing to compare", "Give --teacher, --one-step or --student.")
+    judge(contenders, request, data, arguments)
+
+
+if __name__ == "__main__":
+    main()

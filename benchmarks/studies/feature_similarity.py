@@ -1,0 +1,348 @@
+"""Measure how alike a UNet's features are along a sampling run: encoder against decoder.
+
+    python -m tiue_export.benchmarks.studies.feature_similarity PIPELINE --steps 4 10 50
+
+The observation that one-pass students rest on (TiUE, figure (c)): from one DDIM step to another,
+the encoder's features change less than the decoder's. For each step count T and each prompt, the
+outputs of all down, mid and up blocks are kept over the run, flattened, and compared by cosine
+between all pairs of steps. Takes a diffusers folder with unet, text_encoder, tokenizer and
+scheduler; the VAE is not read. Step counts already in the JSON file are not measured again.
+
+The order alone says little about training: random weights show it too, and the saturation (the tiny
+family, four seeds). Compare with such a baseline of the same shape before drawing conclusions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from tiue_export._version import __version__
+from tiue_export.bundle.folder import disk_errors
+from tiue_export.errors import RuntimeFailure, UsageError, first_line
+from tiue_export.sampling.noise import check_seeds, noise_from_seed
+from tiue_export.sampling.schedule import schedule_from_config
+from tiue_export.system.atomic_file import write_atomically
+
+from ..figure import check_file, check_plot
+from .ddim_features import LoadedPipeline, block_outputs, load_pipeline
+from .feature_similarity_report import (
+    PAPER,
+    Similarity,
+    StepRun,
+    curves_of,
+    report,
+    save_plot,
+    similarity_table,
+    statements,
+    summarise,
+)
+
+DEFAULT_PROMPTS = (
+    "a red fox sitting in fresh snow, soft morning light",
+    "an old fishing boat on a calm lake at sunrise",
+    "two children flying a kite on a windy beach",
+    "a bowl of ramen with a soft egg on a wooden table",
+    "a narrow street with yellow houses after the rain",
+    "a man repairing a bicycle in a small workshop",
+    "a black cat asleep on a pile of books",
+    "a mountain railway crossing a stone bridge in autumn",
+    "a vase of white tulips beside an open window",
+    "a crowded vegetable market seen from above",
+    "an astronaut riding a green horse on the moon",
+    "a lighthouse in a storm, oil painting",
+    "a herd of elephants walking through tall grass",
+    "a kitchen with copper pans hanging over the stove",
+    "a tennis player about to hit the ball",
+    "a snow-covered pine forest under the northern lights",
+)
+
+
+def similarity_over_steps(features: Tensor) -> Similarity:
+    """Features (T, N) of T >= 2 steps -> mean cosines over pairs of different steps.
+
+    From the Gram matrix of the normalised rows; the diagonal, always 1, is left out.
+    """
+    unit = torch.nn.functional.normalize(features.float(), dim=1)
+    gram = (unit @ unit.T).double().cpu()  # (T, T)
+    count = len(gram)
+    upper = gram[tuple(torch.triu_indices(count, count, 1))]  # (T (T - 1) / 2,)
+    return Similarity(
+        float(upper.mean()), float(gram[0, 1:].mean()), float(gram.diagonal(1).mean())
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is drawn: prompt i from the noise of seed i, at guidance g (1: none).
+
+    Guidance is counted as diffusers does; its unconditional half is the empty prompt.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    guidance: float = 1.0
+
+
+def measure(
+    pipeline: LoadedPipeline,
+    settings: Settings,
+    steps: int,
+    on_step: Callable[[], None] = lambda: None,
+) -> StepRun:
+    """All prompts at one step count; one prompt's features are in memory at a time.
+
+    Raises `RuntimeFailure` when the UNet's features are not finite.
+    """
+    start = time.perf_counter()
+    blocks: dict[str, list[Similarity]] = {}
+    for prompt, seed in zip(settings.prompts, settings.seeds, strict=True):
+        noise = torch.from_numpy(noise_from_seed(seed, pipeline.latent_shape)).to(pipeline.device)
+        text = pipeline.embed([prompt] if settings.guidance == 1 else ["", prompt])
+        rows = block_outputs(pipeline, noise, text, steps, settings.guidance, on_step)
+        for name in list(rows):
+            similarity = similarity_over_steps(rows.pop(name))
+            if not similarity.is_finite:
+                raise RuntimeFailure(
+                    f"{name} gave non-finite features at T={steps} for {prompt[:50]!r}",
+                    "The weights diverge; try a lower --guidance or an earlier checkpoint.",
+                )
+            blocks.setdefault(name, []).append(similarity)
+    return StepRun(
+        steps,
+        schedule_from_config(pipeline.scheduler, steps).timesteps,
+        time.perf_counter() - start,
+        {name: tuple(prompts) for name, prompts in blocks.items()},
+    )
+
+
+def read_prompts(source: str) -> list[str]:
+    """Prompts of a UTF-8 file, one a line; "default" gives everyday ones that ship with this."""
+    if source == "default":
+        return list(DEFAULT_PROMPTS)
+    try:
+        lines = Path(source).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--prompts {source} cannot be read as UTF-8 text: {first_line(error)}",
+            "Write one prompt a line, or pass --prompts default.",
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UsageError(
+            f"--prompts {source} holds no prompt",
+            "Write one prompt a line, or pass --prompts default.",
+        )
+    return prompts
+
+
+def read_runs(path: Path, request: Mapping[str, Any]) -> dict[int, StepRun]:
+    """The step counts that a JSON file of the same request already holds.
+
+    Raises `UsageError` when the file is something else, or answers another request.
+    """
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        found = dict(data["request"])
+        runs = [StepRun.from_dict(run) for run in data["runs"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"--json {path} exists and is no result of this benchmark",
+            "Choose another file, or pass --force to replace it.",
+        ) from error
+    wanted = json.loads(json.dumps(request))
+    changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    if changed:
+        raise UsageError(
+            f"--json {path} holds a measurement with another {', another '.join(changed)}",
+            "Choose another file, or pass --force to measure all of it anew.",
+        )
+    return {run.steps: run for run in runs}
+
+
+def describe_request(pipeline: LoadedPipeline, settings: Settings) -> dict[str, Any]:
+    """All that decides the numbers of one step count."""
+    return {
+        "pipeline": pipeline.name,
+        "pipeline_sha256": pipeline.sha256,
+        "latent_shape": pipeline.latent_shape,
+        "scheduler": {"class": "DDIMScheduler", "eta": 0.0, **pipeline.scheduler},
+        **asdict(settings),
+        "dtype": "float32",
+        "device": str(pipeline.device),
+    }
+
+
+def write_result(path: Path, request: Mapping[str, Any], runs: Mapping[int, StepRun]) -> None:
+    """Replace the JSON file: environment, request, summary, verdict, paper's curves, all runs."""
+    # The command line's `doctor` is another spoke: those are reached by name only.
+    doctor = import_module("tiue_export.apps.doctor")
+    ordered = [runs[steps] for steps in sorted(runs)]
+    result = {
+        "what": "mean cosine similarity of UNet block outputs between DDIM steps",
+        "environment": {
+            "tiue-export": __version__,
+            "machine": doctor.describe_machine(),
+            "packages": doctor.installed_packages(),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "request": request,
+        **report([summarise(run) for run in ordered]),
+        "runs": [run.to_dict() for run in ordered],
+    }
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure what is missing, print the table and the verdict, write JSON and plot."""
+    _check(arguments)
+    prompts = read_prompts(arguments.prompts)
+    settings = Settings(
+        tuple(prompts[i % len(prompts)] for i in range(arguments.count)),
+        tuple(range(arguments.seed, arguments.seed + arguments.count)),
+        arguments.guidance,
+    )
+    pipeline = load_pipeline(arguments.pipeline, _device(arguments.device))
+    counts = sorted(set(arguments.steps))
+    for steps in counts:
+        schedule_from_config(pipeline.scheduler, steps)  # raises for what the scheduler cannot do
+    request = describe_request(pipeline, settings)
+    runs: dict[int, StepRun] = {}
+    if arguments.json is not None and not arguments.force:
+        runs = read_runs(arguments.json, request)
+    _measure_missing(pipeline, settings, counts, runs, arguments.json, request)
+    summary = [summarise(runs[steps]) for steps in sorted(runs)]
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(similarity_table(summary))
+    for sentence in statements(curves_of(summary)):
+        console.print(sentence, highlight=False)
+    if arguments.json is not None:
+        console.print(f"numbers: {arguments.json}", markup=False, highlight=False)
+    if arguments.plot is not None:
+        with disk_errors(arguments.plot):
+            arguments.plot.parent.mkdir(parents=True, exist_ok=True)
+            save_plot(summary, arguments.plot, pipeline.name, _note(settings))
+        console.print(f"plot: {arguments.plot}", markup=False, highlight=False)
+
+
+def _measure_missing(
+    pipeline: LoadedPipeline,
+    settings: Settings,
+    counts: Sequence[int],
+    runs: dict[int, StepRun],
+    json_path: Path | None,
+    request: Mapping[str, Any],
+) -> None:
+    """Add to `runs` every step count it lacks, saving the file after each."""
+    missing = [steps for steps in counts if steps not in runs]
+    if not missing:
+        return
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("UNet steps"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with progress:
+        task = progress.add_task("", total=sum(missing) * len(settings.prompts))
+        for steps in missing:
+            progress.update(task, description=f"T={steps}")
+            runs[steps] = measure(pipeline, settings, steps, lambda: progress.advance(task))
+            if json_path is not None:
+                write_result(json_path, request, runs)
+
+
+def _note(settings: Settings) -> str:
+    guidance = "no guidance" if settings.guidance == 1 else f"guidance {settings.guidance:g}"
+    return (
+        f"Cosine of flattened block outputs, averaged over all pairs of steps, blocks and "
+        f"{len(settings.prompts)} prompts; DDIM, 'leading' timesteps, eta 0, {guidance}"
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be honoured before anything is loaded."""
+    small = [steps for steps in arguments.steps if steps < 2]
+    if small:
+        raise UsageError(f"--steps is {small[0]}; expected 2 or more: pairs of steps are compared")
+    if arguments.count < 1:
+        raise UsageError(f"--count is {arguments.count}; expected 1 or more")
+    check_seeds(arguments.seed, arguments.count)
+    if not (math.isfinite(arguments.guidance) and arguments.guidance >= 1):
+        raise UsageError(
+            f"--guidance is {arguments.guidance}; expected 1 (none) or more, 7.5 is usual"
+        )
+    check_file("--json", arguments.json)
+    check_plot(arguments.plot)
+
+
+def _device(name: str) -> str:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UsageError("--device cuda: torch finds no CUDA device", "Pass --device cpu.")
+    return ("cuda" if available else "cpu") if name == "auto" else name
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tiue_export.benchmarks.studies.feature_similarity",
+        description=__doc__.splitlines()[0] if __doc__ else None,
+    )
+    parser.add_argument("pipeline", type=Path, help="diffusers pipeline folder")
+    parser.add_argument(
+        "--prompts", default="default", metavar="FILE", help="one prompt a line, or: default"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=list(PAPER.steps),
+        metavar="T",
+        help="step counts [default: the paper's, 4 to 49]",
+    )
+    parser.add_argument(
+        "--count", type=int, default=16, help="runs per T; prompts repeat with other seeds [16]"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="run i uses seed + i [0]")
+    parser.add_argument("--guidance", type=float, default=1.0, help="1: none [1]")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers; resumed if there")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs tiue-export[bench]")
+    parser.add_argument("--force", action="store_true", help="measure again what --json holds")
+    # Messages instead of tracebacks are the command line's, another spoke: reached by name.
+    explained = import_module("tiue_export.apps.report.failures").explained
+    explained(run)(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,383 @@
+"""What a feature-similarity measurement says: summary, verdict, table and plot beside the paper's.
+
+The numbers come from `feature_similarity`; nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from ..figure import new_figure, save_figure
+
+PARTS: Mapping[str, str] = {
+    "down_blocks": "encoder",
+    "mid_block": "mid",
+    "up_blocks": "decoder",
+}
+# A curve has saturated where it stays this close to its value at the largest step count.
+SATURATION_TOLERANCE = 0.02
+
+
+class Similarity(NamedTuple):
+    """Mean cosine similarities of one feature over the steps of a run, each in [-1, 1].
+
+    `all_pairs`: every two different steps; `first_vs_rest`: the first (noisiest) step against each
+    later one; `adjacent`: each step against the next.
+    """
+
+    all_pairs: float
+    first_vs_rest: float
+    adjacent: float
+
+    @property
+    def is_finite(self) -> bool:
+        return all(math.isfinite(value) for value in self)
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """All prompts at one step count: `blocks[name][i]` belongs to block `name` and prompt i."""
+
+    steps: int
+    timesteps: tuple[int, ...]
+    duration_s: float
+    blocks: Mapping[str, tuple[Similarity, ...]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; each block becomes one list over prompts for each kind of mean."""
+        blocks = {
+            name: {
+                kind: [round(getattr(similarity, kind), 7) for similarity in prompts]
+                for kind in Similarity._fields
+            }
+            for name, prompts in self.blocks.items()
+        }
+        return {
+            "steps": self.steps,
+            "timesteps": list(self.timesteps),
+            "duration_s": round(self.duration_s, 3),
+            "blocks": blocks,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> StepRun:
+        """What `to_dict` wrote; raises KeyError, TypeError or ValueError for anything else."""
+        blocks = {
+            str(name): tuple(
+                Similarity(*map(float, values))
+                for values in zip(*(kinds[kind] for kind in Similarity._fields), strict=True)
+            )
+            for name, kinds in data["blocks"].items()
+        }
+        timesteps = tuple(int(t) for t in data["timesteps"])
+        return StepRun(int(data["steps"]), timesteps, float(data["duration_s"]), blocks)
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """Encoder, mid block or decoder: means over its blocks and all prompts.
+
+    `all_pairs_std` is the standard deviation of `all_pairs` over prompts.
+    """
+
+    all_pairs: float
+    all_pairs_std: float
+    first_vs_rest: float
+    adjacent: float
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """One row of the table; `prompts_ordered` is the share of prompts with encoder > decoder."""
+
+    steps: int
+    encoder: PartSummary
+    mid: PartSummary
+    decoder: PartSummary
+    prompts_ordered: float
+
+
+def part_of(block: str) -> str:
+    """Which part a UNet's block belongs to: "down_blocks.2" -> "encoder"."""
+    return PARTS[block.partition(".")[0]]
+
+
+def summarise(run: StepRun) -> StepSummary:
+    """Average over blocks and prompts, part by part."""
+    parts = {part: _per_prompt(run, part) for part in PARTS.values()}
+    ordered = [
+        encoder.all_pairs > decoder.all_pairs
+        for encoder, decoder in zip(parts["encoder"], parts["decoder"], strict=True)
+    ]
+    return StepSummary(
+        steps=run.steps,
+        prompts_ordered=statistics.fmean(ordered),
+        **{part: _part_summary(prompts) for part, prompts in parts.items()},
+    )
+
+
+def _per_prompt(run: StepRun, part: str) -> list[Similarity]:
+    """Means over the blocks of one part, prompt by prompt."""
+    blocks = [prompts for name, prompts in run.blocks.items() if part_of(name) == part]
+    return [
+        Similarity(*(statistics.fmean(kind) for kind in zip(*same_prompt, strict=True)))
+        for same_prompt in zip(*blocks, strict=True)
+    ]
+
+
+def _part_summary(prompts: Sequence[Similarity]) -> PartSummary:
+    all_pairs, first_vs_rest, adjacent = zip(*prompts, strict=True)
+    return PartSummary(
+        statistics.fmean(all_pairs),
+        statistics.pstdev(all_pairs),
+        statistics.fmean(first_vs_rest),
+        statistics.fmean(adjacent),
+    )
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Mean similarity over all pairs of steps against the number of steps, ascending."""
+
+    steps: tuple[int, ...]
+    encoder: tuple[float, ...]
+    decoder: tuple[float, ...]
+
+    @property
+    def difference(self) -> tuple[float, ...]:
+        return tuple(e - d for e, d in zip(self.encoder, self.decoder, strict=True))
+
+
+PAPER_SOURCE = (
+    "TiUE (Loopfree) paper, figure (c): 'Mean of Cosine Similarity' against the number of steps, "
+    "Stable Diffusion 2.1; digitised to +-0.0005. The paper defines neither the features nor the "
+    "mean, so the order of the curves can be compared, not their height."
+)
+PAPER = Curves(
+    steps=(4, 5, 6, 8, 10, 15, 20, 25, 30, 35, 40, 45, 49),
+    encoder=(
+        0.578, 0.587, 0.596, 0.607, 0.617, 0.632, 0.636, 0.638, 0.642, 0.645, 0.643, 0.645, 0.647,
+    ),
+    decoder=(
+        0.553, 0.556, 0.566, 0.578, 0.586, 0.603, 0.612, 0.616, 0.621, 0.625, 0.624, 0.628, 0.631,
+    ),
+)  # fmt: skip
+
+
+def curves_of(summary: Sequence[StepSummary]) -> Curves:
+    """The two curves of a measurement."""
+    return Curves(
+        tuple(row.steps for row in summary),
+        tuple(row.encoder.all_pairs for row in summary),
+        tuple(row.decoder.all_pairs for row in summary),
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the curves say.
+
+    `violations` are the step counts where the encoder is not the more similar. A curve saturates
+    when it stays within `SATURATION_TOLERANCE` of its last value over at least the upper half of
+    the range of step counts; `encoder_flat_from` and `decoder_flat_from` say from where.
+    `saturates` is None where the largest step count is less than twice the smallest.
+    """
+
+    ordering_holds: bool
+    violations: tuple[int, ...]
+    smallest_difference: float
+    largest_difference: float
+    encoder_flat_from: int
+    decoder_flat_from: int
+    saturates: bool | None
+
+
+def judge(curves: Curves) -> Verdict:
+    """Whether encoder > decoder at each step count, and whether both curves saturate."""
+    difference = curves.difference
+    violations = tuple(
+        t for t, delta in zip(curves.steps, difference, strict=True) if not delta > 0
+    )
+    flat_from = [_flat_from(curves.steps, curve) for curve in (curves.encoder, curves.decoder)]
+    first, last = curves.steps[0], curves.steps[-1]
+    return Verdict(
+        ordering_holds=not violations,
+        violations=violations,
+        smallest_difference=min(difference),
+        largest_difference=max(difference),
+        encoder_flat_from=flat_from[0],
+        decoder_flat_from=flat_from[1],
+        saturates=None if last < 2 * first else max(flat_from) <= (first + last) / 2,
+    )
+
+
+def _flat_from(steps: tuple[int, ...], curve: tuple[float, ...]) -> int:
+    """The smallest step count from which the curve stays near its last value."""
+    start = steps[-1]
+    for t, value in zip(reversed(steps), reversed(curve), strict=True):
+        if abs(value - curve[-1]) > SATURATION_TOLERANCE:
+            break
+        start = t
+    return start
+
+
+def statements(curves: Curves) -> tuple[str, str]:
+    """The verdict in two sentences, with the paper's beside it."""
+    verdict, paper = judge(curves), judge(PAPER)
+    counts = len(curves.steps)
+    held = counts - len(verdict.violations)
+    where = ", ".join(f"T={t}" for t in verdict.violations)
+    ordering = (
+        "Ordering: the encoder's features are more alike than the decoder's at "
+        + (f"all {counts}" if verdict.ordering_holds else f"{held} of {counts}")
+        + " step counts"
+        + (f" (not at {where})" if where else "")
+        + f"; encoder - decoder is {verdict.smallest_difference:+.3f} to "
+        f"{verdict.largest_difference:+.3f} (paper: {paper.smallest_difference:+.3f} to "
+        f"{paper.largest_difference:+.3f}, at all {len(PAPER.steps)})."
+    )
+    conclusion = {
+        True: "both saturate",
+        False: "they do not both saturate",
+        None: "the range is too short to speak of saturation",
+    }[verdict.saturates]
+    saturation = (
+        f"Saturation: the encoder's curve stays within {SATURATION_TOLERANCE} of its value at "
+        f"T={curves.steps[-1]} from T={verdict.encoder_flat_from} on, the decoder's from "
+        f"T={verdict.decoder_flat_from} on (paper: {paper.encoder_flat_from} and "
+        f"{paper.decoder_flat_from}): {conclusion}."
+    )
+    return ordering, saturation
+
+
+def report(summary: Sequence[StepSummary]) -> dict[str, Any]:
+    """Everything derived from the runs, for JSON."""
+    curves = curves_of(summary)
+    return {
+        "summary": [asdict(row) for row in summary],
+        "verdict": {**asdict(judge(curves)), "statements": statements(curves)},
+        "paper": {
+            "source": PAPER_SOURCE,
+            **asdict(PAPER),
+            "verdict": asdict(judge(PAPER)),
+        },
+    }
+
+
+def similarity_table(summary: Sequence[StepSummary]) -> Table:
+    """One row a step count: the means of encoder and decoder, and the paper's values."""
+    table = Table(
+        title="Cosine similarity of UNet block outputs between DDIM steps (encoder, decoder)",
+        caption="Means over blocks and prompts. d: encoder - decoder, over all pairs of steps.",
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+    )
+    table.add_column("T", justify="right")
+    titles = ("all pairs", "d", "mid block", "first vs rest", "adjacent", "paper")
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    paper = {
+        t: _two(*both) for t, *both in zip(PAPER.steps, PAPER.encoder, PAPER.decoder, strict=True)
+    }
+    for row in summary:
+        encoder, decoder = row.encoder, row.decoder
+        delta = encoder.all_pairs - decoder.all_pairs
+        table.add_row(
+            str(row.steps),
+            _two(encoder.all_pairs, decoder.all_pairs),
+            f"[{'green' if delta > 0 else 'red'}]{delta:+.3f}[/]",
+            f"{row.mid.all_pairs:.3f}",
+            _two(encoder.first_vs_rest, decoder.first_vs_rest),
+            _two(encoder.adjacent, decoder.adjacent),
+            paper.get(row.steps, "-"),
+        )
+    return table
+
+
+def _two(encoder: float, decoder: float) -> str:
+    return f"{encoder:.3f}, {decoder:.3f}"
+
+
+_INK = {"encoder": "#0072B2", "decoder": "#D55E00", "mid": "#7F7F7F"}  # Okabe-Ito
+_MARKERS = {"encoder": "o", "decoder": "s", "mid": "^"}
+
+
+def save_plot(summary: Sequence[StepSummary], path: Path, name: str, note: str) -> None:
+    """Write a PNG of three panels: this model, the paper, and encoder - decoder of both.
+
+    `name` is what was measured, `note` (one line) how. Needs matplotlib; leaves its global state
+    alone. Raises OSError.
+    """
+    figure = new_figure((13.5, 4.9))
+    figure.get_layout_engine().set(wspace=0.04)
+    own, theirs, difference = figure.subplots(1, 3)
+    _plot_own(own, summary, name)
+    _plot_paper(theirs)
+    _plot_difference(difference, curves_of(summary), name)
+    for panel in (own, theirs, difference):
+        panel.set_xlabel("number of DDIM steps T")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8.5)
+    figure.suptitle("Do encoder features change less than decoder features along the sampling run?")
+    figure.supxlabel(note, fontsize=8.5, color="#555555")
+    save_figure(figure, path)
+
+
+def _plot_own(panel: Any, summary: Sequence[StepSummary], name: str) -> None:
+    steps = [row.steps for row in summary]
+    labels = {"encoder": "encoder (down blocks)", "decoder": "decoder (up blocks)"}
+    for part in ("encoder", "decoder", "mid"):
+        parts: list[PartSummary] = [getattr(row, part) for row in summary]
+        mean = [p.all_pairs for p in parts]
+        panel.plot(
+            steps,
+            mean,
+            color=_INK[part],
+            marker=_MARKERS[part],
+            markersize=4,
+            linestyle="--" if part == "mid" else "-",
+            label=labels.get(part, "mid block"),
+        )
+        if part != "mid":
+            low = [p.all_pairs - p.all_pairs_std for p in parts]
+            high = [p.all_pairs + p.all_pairs_std for p in parts]
+            panel.fill_between(steps, low, high, color=_INK[part], alpha=0.15, linewidth=0)
+    panel.set_title(f"{name}: measured\n(band: 1 standard deviation over prompts)", fontsize=10)
+    panel.set_ylabel("mean cosine similarity, all pairs of steps")
+
+
+def _plot_paper(panel: Any) -> None:
+    for part, curve in (("encoder", PAPER.encoder), ("decoder", PAPER.decoder)):
+        panel.plot(
+            PAPER.steps, curve, color=_INK[part], marker=_MARKERS[part], markersize=4, label=part
+        )
+    panel.set_title(
+        "TiUE paper, figure (c): SD 2.1\n(digitised; features not defined)", fontsize=10
+    )
+    panel.set_ylabel("'Mean of Cosine Similarity' as printed")
+
+
+def _plot_difference(panel: Any, curves: Curves, name: str) -> None:
+    panel.plot(curves.steps, curves.difference, color="black", marker="o", markersize=4, label=name)
+    panel.plot(
+        PAPER.steps,
+        PAPER.difference,
+        color="#CC79A7",
+        marker="D",
+        markersize=4,
+        linestyle="--",
+        label="paper",
+    )
+    panel.axhline(0.0, color="#555555", linewidth=1)
+    low, high = panel.get_ylim()
+    panel.set_ylim(min(low, -0.1 * high), max(high, -0.1 * low))
+    panel.set_title("encoder - decoder\n(the paper's claim: above zero)", fontsize=10)
+    panel.set_ylabel("difference of mean cosine similarity")

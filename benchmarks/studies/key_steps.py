@@ -1,0 +1,301 @@
+"""Measure what Faster Diffusion rests on, on one checkpoint: block changes, and what sharing costs.
+
+For each prompt: along plain sampling, how much every block's output changes from step to step and
+how large it is (the analyses of Faster Diffusion, section 3.2 and appendix A.1), and what every
+possible group of steps would cost the picture. From the latter follow key steps for a budget; they
+are then drawn, beside the published ones and uniform ones, on prompts that took no part.
+
+Measured prompts are kept in one JSON file and not measured again. Definitions: change = mean of the
+squared difference over channels and positions; norm = Frobenius norm of the mean over channels.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiue_export.bundle.folder import disk_errors
+from tiue_export.errors import RuntimeFailure, UsageError
+from tiue_export.methods.scheduler import diffusers_scheduler, plan_from_config
+from tiue_export.reference.sharing_cost import (
+    OnStep,
+    TorchModel,
+    deviation,
+    every_step,
+    group_losses,
+)
+from tiue_export.sampling.key_steps import choose_key_steps, cost_of, encoder_runs_within
+from tiue_export.sampling.plan import key_steps_from
+from tiue_export.sampling.plan_options import FasterOptions
+from tiue_export.specs import Array
+from tiue_export.system.atomic_file import write_atomically
+
+from .ddim_features import named_blocks
+
+OnPrompt = Callable[[int, int], None]
+RESULT_FILE = "analysis.json"
+
+
+@dataclass(frozen=True)
+class AnalysisRequest:
+    """All that decides the numbers of one prompt; `sha256` is the UNet's, adapters included."""
+
+    sha256: str
+    scheduler: str
+    steps: int
+    guidance: float
+    reach: int
+
+
+@dataclass(frozen=True)
+class BlockCurves:
+    """One block along a run of T steps: `change` (T - 1,) between neighbours, `norm` (T,)."""
+
+    change: tuple[float, ...]
+    norm: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """One prompt: its blocks, and the losses (n + 1, n + 1) of all groups, None where infinite."""
+
+    prompt: str
+    seed: int
+    duration_s: float
+    blocks: Mapping[str, BlockCurves]
+    losses: tuple[tuple[float | None, ...], ...]
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> PromptResult:
+        """The inverse of `asdict`, from JSON."""
+        blocks = {
+            name: BlockCurves(tuple(curves["change"]), tuple(curves["norm"]))
+            for name, curves in data["blocks"].items()
+        }
+        losses = tuple(tuple(row) for row in data["losses"])
+        return PromptResult(
+            str(data["prompt"]), int(data["seed"]), float(data["duration_s"]), blocks, losses
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Key steps, the share of plain sampling's operations, and what they cost.
+
+    `predicted` is the sum of the measured groups, `deviation` the RMS difference of the latents
+    from plain sampling over their RMS, on each prompt that was held out.
+    """
+
+    name: str
+    key_steps: tuple[int, ...]
+    flops_share: float
+    predicted: float
+    deviation: tuple[float, ...]
+
+
+class BlockChanges:
+    """Forward hooks that follow every block's output over a run; a context manager.
+
+    Of several rows the last is followed, the conditional one of a guided call.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        self._blocks = named_blocks(unet)
+        self._last: dict[str, Tensor] = {}
+        self._change: dict[str, list[float]] = {name: [] for name in self._blocks}
+        self._norm: dict[str, list[float]] = {name: [] for name in self._blocks}
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> BlockChanges:
+        for name, block in self._blocks.items():
+            self._hooks.callback(block.register_forward_hook(self._follow(name)).remove)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hooks.close()
+
+    def _follow(self, name: str) -> Callable[[Any, Any, Any], None]:
+        def follow(block: Any, inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            row = hidden[-1].detach().float()  # (C, h, w)
+            if name in self._last:
+                self._change[name].append(float((row - self._last[name]).square().mean()))
+            self._norm[name].append(float(row.mean(0).norm()))
+            self._last[name] = row.clone()
+
+        return follow
+
+    def curves(self) -> dict[str, BlockCurves]:
+        """What was followed, by block."""
+        return {
+            name: BlockCurves(tuple(self._change[name]), tuple(self._norm[name]))
+            for name in self._blocks
+        }
+
+
+def measure_prompt(
+    model: TorchModel,
+    request: AnalysisRequest,
+    prompt: str,
+    seed: int,
+    on_step: OnStep = lambda done, total: None,
+) -> PromptResult:
+    """Both measurements of one prompt. Raises `RuntimeFailure` when a feature is not finite."""
+    start = time.perf_counter()
+    options = FasterOptions(request.scheduler, request.steps, guidance=request.guidance)
+    text = model.text(prompt)
+    blocks = _blocks(model, options, seed, text)
+    for name, curves in blocks.items():
+        if not np.isfinite([*curves.change, *curves.norm]).all():
+            raise RuntimeFailure(f"{name} gave non-finite features for {prompt[:50]!r}")
+    schedule, plan = every_step(model.teacher, options)
+    losses = group_losses(
+        model, schedule, plan, seed, text, request.guidance, request.reach, on_step
+    )
+    return PromptResult(
+        prompt,
+        seed,
+        round(time.perf_counter() - start, 3),
+        blocks,
+        tuple(tuple(float(x) if np.isfinite(x) else None for x in row) for row in losses),
+    )
+
+
+@torch.no_grad()
+def _blocks(
+    model: TorchModel, options: FasterOptions, seed: int, text: Array
+) -> dict[str, BlockCurves]:
+    """Plain sampling by diffusers' own UNet and scheduler, watched."""
+    teacher = model.teacher
+    unet = teacher.unet.float()
+    scheduler = diffusers_scheduler(
+        teacher.scheduler_config, options.scheduler, options.asked_steps
+    )
+    sample, embedding = torch.from_numpy(model.noise(seed)), torch.from_numpy(text)
+    with BlockChanges(unet) as changes:
+        for timestep in scheduler.timesteps:
+            pair = unet(torch.cat([sample, sample]), timestep, embedding).sample
+            without, conditioned = pair.chunk(2)
+            output = without + options.guidance * (conditioned - without)
+            sample = scheduler.step(output, timestep, sample).prev_sample
+    return changes.curves()
+
+
+def losses_of(results: Sequence[PromptResult]) -> Array:
+    """Mean losses (n + 1, n + 1) over prompts."""
+    tables = [[[np.inf if x is None else x for x in row] for row in r.losses] for r in results]
+    mean: Array = np.mean(np.array(tables, np.float64), axis=0)
+    return mean
+
+
+def candidates(
+    model: TorchModel,
+    request: AnalysisRequest,
+    results: Sequence[PromptResult],
+    budget: float | None,
+    held_out: Sequence[tuple[str, int]],
+    on_step: OnPrompt = lambda done, total: None,
+) -> list[Candidate]:
+    """The published key steps, uniform and chosen ones with as many encoder runs, and `budget`'s.
+
+    Each is drawn without injection on `held_out` (prompt, seed) and held against plain sampling.
+    """
+    losses = losses_of(results)
+    count, share = len(losses) - 1, model.encoder_share
+    published = key_steps_from("nonuniform", count)
+    runs = len(published)
+    stride = -(-count // runs)
+    listed = {
+        "published": published,
+        f"uniform:{stride}": key_steps_from(f"uniform:{stride}", count),
+        f"chosen, {runs} runs": choose_key_steps(losses, runs).key_steps,
+    }
+    if budget is not None:
+        within = encoder_runs_within(budget, count, share)
+        listed[f"chosen, budget {budget:g}"] = choose_key_steps(losses, within).key_steps
+    options = FasterOptions(request.scheduler, request.steps, guidance=request.guidance)
+    plain = every_step(model.teacher, options)
+    texts = [model.text(prompt) for prompt, _ in held_out]
+    total, done = (len(listed) + 1) * len(held_out), 0
+    latents = []
+    for text, (_, seed) in zip(texts, held_out, strict=True):
+        latents.append(model.latents(*plain, seed, text, request.guidance))
+        done += 1
+        on_step(done, total)
+    found = []
+    for name, key_steps in listed.items():
+        chosen = FasterOptions(request.scheduler, request.steps, key_steps, "off", request.guidance)
+        schedule, plan = plan_from_config(model.teacher.scheduler_config, chosen)
+        off = []
+        for text, reference, (_, seed) in zip(texts, latents, held_out, strict=True):
+            drawn = model.latents(schedule, plan, seed, text, request.guidance)
+            off.append(deviation(reference, drawn))
+            done += 1
+            on_step(done, total)
+        ends = (*key_steps[1:], count)
+        predicted = sum(losses[s, e] for s, e in zip(key_steps, ends, strict=True))
+        found.append(
+            Candidate(
+                name,
+                key_steps,
+                cost_of(len(key_steps), count, share),
+                float(predicted),
+                tuple(off),
+            )
+        )
+    return found
+
+
+def read_results(path: Path, request: AnalysisRequest) -> list[PromptResult]:
+    """What a result file of the same request holds; none where there is no file.
+
+    Raises `UsageError` when the file is something else, or answers another request.
+    """
+    if not path.exists():
+        return []
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        found = dict(data["request"])
+        results = [PromptResult.from_dict(item) for item in data["prompts"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{path} exists and is no result of this analysis",
+            "Choose another --out, or pass --force to replace it.",
+        ) from error
+    wanted = asdict(request)
+    changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    if changed:
+        raise UsageError(
+            f"{path} holds an analysis with another {', another '.join(changed)}",
+            "Choose another --out, or pass --force to measure anew.",
+        )
+    return results
+
+
+def write_results(
+    path: Path,
+    request: AnalysisRequest,
+    results: Sequence[PromptResult],
+    found: Sequence[Candidate] = (),
+    encoder_share: float | None = None,
+) -> None:
+    """Replace the result file in one step."""
+    data = {
+        "what": "block changes along plain sampling, and what sharing an encoder run costs",
+        "request": asdict(request),
+        "encoder_share": encoder_share,
+        "candidates": [asdict(candidate) for candidate in found],
+        "prompts": [asdict(result) for result in results],
+    }
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(data, allow_nan=False) + "\n").encode())

@@ -1,0 +1,221 @@
+"""Bundle + plan + captured data -> a new bundle with an int8 UNet in OpenVINO's form, by NNCF.
+
+NNCF places and calibrates its own fake-quantize operations, for the layers that the plan names and
+no others; float layers of the plan are its ignored scope. The new bundle leaves the ONNX files out:
+it is for the openvino runtime alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tiue_export.bundle.folder import Bundle, file_records
+from tiue_export.bundle.manifest import Compiled, CompiledGraph
+from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_name
+from tiue_export.export.onnx.bundle import Observer, StageReport
+from tiue_export.export.openvino import FOLDER
+from tiue_export.proof.quantization_plan import (
+    W8A8,
+    WEIGHTS,
+    QuantizationPlan,
+    require_same_student,
+)
+from tiue_export.registry import require
+from tiue_export.specs import UNET_GRAPHS, Feeds
+from tiue_export.system.memory import PeakMemory, return_freed_memory
+from tiue_export.system.openvino_core import import_openvino, openvino_core
+
+from .quantized_bundle import check_quantizable, finish, link_files
+
+INT4 = "4-bit"
+KINDS = (W8A8, "hybrid", WEIGHTS, INT4)
+_LAYERS = ("Convolution", "GroupConvolution", "MatMul")
+_WITHOUT_INPUT = ("Constant", "Parameter", "Result", "Convert")
+# One scale for so many values of a row: what NNCF's own recipes use for 4-bit weights.
+_GROUP = 64
+
+
+@dataclass(frozen=True)
+class NncfOptions:
+    """`feeds` gives the captured inputs of a graph; `samples` of them are used."""
+
+    kind: str
+    feeds: Callable[[str], Iterable[Feeds]]
+    samples: int
+
+
+def require_nncf(bundle: Bundle) -> Compiled:
+    """The bundle's float OpenVINO graphs, if all that is needed is there."""
+    require("quantizing for OpenVINO", ("openvino", "nncf"), "int8")
+    compiled = bundle.manifest.compiled.get(FOLDER)
+    if compiled is None:
+        raise BundleError(
+            f"{bundle.root} has no OpenVINO graphs to quantize and to compare with",
+            f"Make them first: tiue-export openvino --bundle {bundle.root}",
+        )
+    return compiled
+
+
+def write_nncf_graphs(
+    bundle: Bundle,
+    plan: QuantizationPlan,
+    options: NncfOptions,
+    folder: Path,
+    observer: Observer | None = None,
+) -> Bundle:
+    """Write a bundle into the empty `folder` of `new_bundle`; it opens once that is in place."""
+    if options.kind not in KINDS:
+        raise unknown_name("kind", options.kind, KINDS)
+    compiled = require_nncf(bundle)
+    check_quantizable(bundle)
+    require_same_student(plan, bundle.manifest, str(bundle.root))
+    observer = observer or Observer()
+    forms: dict[str, CompiledGraph] = {}
+    graphs = {
+        name: replace(record, omitted=True) for name, record in bundle.manifest.graphs.items()
+    }
+    (folder / FOLDER).mkdir()
+    for name, form in compiled.graphs.items():
+        if name in UNET_GRAPHS:
+            forms[name] = _quantize_graph(bundle, name, form, plan, options, folder, observer)
+            kind = W8A8 if options.kind == "hybrid" else options.kind
+            graphs[name] = replace(graphs[name], precision=kind)
+        else:
+            link_files(bundle.root, folder, form.files)
+            forms[name] = form
+    flags = {**compiled.flags, "quantized": options.kind, "nncf": _nncf().__version__}
+    quantized = replace(compiled, graphs=forms, flags=flags, parity=())
+    manifest = replace(bundle.manifest, graphs=graphs, compiled={FOLDER: quantized})
+    return finish(bundle, folder, plan, manifest)
+
+
+def _quantize_graph(
+    bundle: Bundle,
+    name: str,
+    form: CompiledGraph,
+    plan: QuantizationPlan,
+    options: NncfOptions,
+    folder: Path,
+    observer: Observer,
+) -> CompiledGraph:
+    openvino = import_openvino()
+
+    observer.on_start(f"quantize {name}")
+    return_freed_memory()
+    start = time.perf_counter()
+    with PeakMemory() as memory, _quiet():
+        try:
+            model = openvino_core().read_model(bundle.root / form.path)
+            model = _quantized(model, name, plan, options)
+            path = folder / FOLDER / f"{name}.xml"
+            openvino.save_model(model, path, compress_to_fp16=False)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise RuntimeFailure(f"NNCF cannot quantize {name}: {first_line(error)}") from error
+        fakes = sum(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
+        del model
+    files = file_records(folder, [f"{FOLDER}/{name}.xml", f"{FOLDER}/{name}.bin"])
+    seconds, size_bytes = time.perf_counter() - start, sum(f.size_bytes for f in files.values())
+    observer.on_done(StageReport(f"quantize {name}", seconds, memory.peak_bytes, size_bytes))
+    return CompiledGraph(
+        path=f"{FOLDER}/{name}.xml",
+        identity=form.identity,
+        files=files,
+        report={
+            "convert_s": round(seconds, 2),
+            "peak_memory_bytes": memory.peak_bytes,
+            "fake_quantize": fakes,
+        },
+    )
+
+
+def _quantized(model: Any, graph: str, plan: QuantizationPlan, options: NncfOptions) -> Any:
+    nncf = _nncf()
+    chosen = {name for name, layer in plan.of(graph).items() if layer.mode == W8A8}
+    weights = {name for name, layer in plan.of(graph).items() if layer.mode == WEIGHTS}
+    if options.kind == INT4:
+        modes = nncf.CompressWeightsMode
+        ignored = _scope(model, lambda name: name in chosen | weights)
+        return nncf.compress_weights(
+            model, mode=modes.INT4_SYM, group_size=_group_size(model), ignored_scope=ignored,
+            all_layers=True,
+        )  # fmt: skip
+    if weights:
+        ignored = _scope(model, lambda name: name in weights)
+        model = nncf.compress_weights(
+            model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored
+        )
+    if chosen:
+        model = nncf.quantize(
+            model,
+            nncf.Dataset(_first(options.feeds(graph), options.samples)),
+            preset=nncf.QuantizationPreset.PERFORMANCE,
+            subset_size=options.samples,
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=_scope(model, lambda name: name in chosen, others=True),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
+        )
+    return model
+
+
+def _scope(model: Any, keep: Callable[[str], bool], *, others: bool = False) -> Any:
+    """All layers but those to keep; with `others` every other kind of operation too."""
+    names, types = [], set()
+    for op in model.get_ordered_ops():
+        kind, name = op.get_type_name(), op.get_friendly_name()
+        if kind in _LAYERS:
+            if not keep(layer_name(name)):
+                names.append(name)
+        elif others and kind not in _WITHOUT_INPUT:
+            types.add(kind)
+    return _nncf().IgnoredScope(names=names, types=sorted(types), validate=False)
+
+
+def layer_name(friendly_name: str) -> str:
+    """OpenVINO's name of an operation -> the ONNX node's."""
+    return friendly_name.removesuffix("/WithoutBiases")
+
+
+def _group_size(model: Any) -> int:
+    """64 where every linear layer can be cut so, else whole rows."""
+    rows = [
+        op.input_value(1).get_partial_shape().get_min_shape()
+        for op in model.get_ordered_ops()
+        if op.get_type_name() == "MatMul" and len(op.input_value(1).get_partial_shape()) == 2
+    ]
+    return _GROUP if all(min(shape) % _GROUP == 0 for shape in rows) else -1
+
+
+def _first(feeds: Iterable[Feeds], count: int) -> list[Mapping[str, Any]]:
+    return [dict(feed) for feed, _ in zip(feeds, range(count), strict=False)]
+
+
+def _nncf() -> Any:
+    # NNCF reports its use to its makers unless it takes the machine for one of theirs.
+    os.environ.setdefault("NNCF_CI", "1")
+    import nncf
+
+    return nncf
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """NNCF logs and draws progress bars on standard output, where --json must stand alone."""
+    nncf = _nncf()
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    nncf.set_log_level(logging.ERROR)
+    try:
+        with open(os.devnull, "w") as sink:
+            from contextlib import redirect_stdout
+
+            with redirect_stdout(sink):
+                yield
+    finally:
+        logger.setLevel(level)

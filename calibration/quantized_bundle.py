@@ -1,0 +1,117 @@
+"""Bundle + plan -> a new bundle whose UNet graphs hold explicit Q/DQ pairs; the rest is the same.
+
+Text encoder, VAE and tokenizer are linked or copied. Compiled forms are left behind: they are those
+of the float graphs. The plan goes along, so that the result says how it was made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tiue_export.bundle.folder import Bundle, file_records, records_below, write_manifest
+from tiue_export.bundle.manifest import GraphRecord, Manifest
+from tiue_export.errors import UsageError, unknown_name
+from tiue_export.proof.quantization_plan import (
+    PLAN_FILE,
+    QUANTIZED,
+    VERDICT_FILE,
+    QuantizationPlan,
+    require_same_student,
+)
+from tiue_export.specs import UNET_GRAPHS
+
+from .onnx_layers import find_folds, find_layers
+from .qdq_onnx import SCALES, matched_folds, write_qdq
+
+
+def check_quantizable(bundle: Bundle) -> None:
+    """Refuse bundles whose UNet is quantized already, draws in a loop, or is not there as ONNX."""
+    if bundle.manifest.faster is not None:
+        raise UsageError(
+            f"{bundle.root} draws in a loop (Faster Diffusion), whose decoder sees other timesteps "
+            "each time; ranges are captured from distilled students, which draw in one pass",
+            "Quantize the bundle of a distilled student.",
+        )
+    for graph in UNET_GRAPHS:
+        if bundle.manifest.graphs[graph].precision in QUANTIZED:
+            raise UsageError(
+                f"{bundle.root} is quantized already: its {graph} is "
+                f"{bundle.manifest.graphs[graph].precision}",
+                "Quantize the float bundle it was made from.",
+            )
+        bundle.graph_path(graph)
+
+
+def write_quantized_graphs(
+    bundle: Bundle, plan: QuantizationPlan, folder: Path, scales: str = "auto"
+) -> Bundle:
+    """Write a bundle into the empty `folder` of `new_bundle`; it opens once that is in place.
+
+    Raises `UsageError` for a plan that does not fit the bundle or quantizes nothing.
+    """
+    check_quantizable(bundle)
+    require_same_student(plan, bundle.manifest, str(bundle.root))
+    if scales not in SCALES:
+        raise unknown_name("scales", scales, SCALES)
+    if not any(plan.of(graph) for graph in UNET_GRAPHS):
+        raise UsageError(
+            "the plan quantizes no layer",
+            "Lower --target-psnr, or look at the plan's losses: --plots FOLDER.",
+        )
+    graphs: dict[str, GraphRecord] = {}
+    for name, record in bundle.manifest.graphs.items():
+        kind = plan.kind(name)
+        if kind is None:
+            link_files(bundle.root, folder, record.files if not record.omitted else ())
+            graphs[name] = record
+            continue
+        source = bundle.graph_path(name)
+        layers = find_layers(source, name, bundle.manifest.batch or 1)
+        folds = matched_folds(plan, name, find_folds(source, layers))
+        path = write_qdq(source, folder / name, layers, plan.of(name), folds, scales)
+        graphs[name] = replace(
+            record,
+            path=path.relative_to(folder).as_posix(),
+            files=records_below(folder, name),
+            precision=kind,
+        )
+    return finish(bundle, folder, plan, replace(bundle.manifest, graphs=graphs, compiled={}))
+
+
+def finish(bundle: Bundle, folder: Path, plan: QuantizationPlan, manifest: Manifest) -> Bundle:
+    """Bring the bundle's other files and the plan into `folder`, and write its manifest."""
+    link_files(bundle.root, folder, manifest.files)
+    (folder / PLAN_FILE).parent.mkdir(exist_ok=True)
+    (folder / PLAN_FILE).write_text(plan.to_json(), "utf-8")
+    files = {**manifest.files, **file_records(folder, [PLAN_FILE])}
+    # Parity was measured on the float graphs; the verdict brings its own.
+    finished = replace(manifest, files=files, parity=(), parity_loss_allowed=False)
+    write_manifest(folder, finished)
+    return Bundle(folder, finished)
+
+
+def add_verdict(bundle: Bundle, verdict: Mapping[str, Any], manifest: Manifest) -> Bundle:
+    """Put the verdict into the bundle, with the manifest that goes with it."""
+    text = json.dumps(verdict, indent=1, allow_nan=False) + "\n"
+    (bundle.root / VERDICT_FILE).write_text(text, "utf-8")
+    files = {**manifest.files, **file_records(bundle.root, [VERDICT_FILE])}
+    judged = replace(manifest, files=files)
+    write_manifest(bundle.root, judged)
+    return Bundle(bundle.root, judged)
+
+
+def link_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Bring files to the same place below `target`: hard links where the disk has them."""
+    for name in names:
+        place = target / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / name, place)
+        except OSError:
+            shutil.copyfile(source / name, place)

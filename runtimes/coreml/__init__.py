@@ -1,0 +1,1 @@
+"""Core ML: on Apple devices, and its packages evaluated elsewhere."""

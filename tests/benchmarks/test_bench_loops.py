@@ -1,0 +1,181 @@
+"""`tiue-export bench` on models in a loop: what is run, how often it counts, what stands beside."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiue_export import export_onnx
+from tiue_export.bundle.folder import Bundle
+from tiue_export.checkpoint.family import load_family
+from tiue_export.errors import UsageError
+from tiue_export.graphs.build import ExportOptions
+from tiue_export.graphs.flops import count_flops
+from tiue_export.methods.scheduler import trajectory_of
+from tiue_export.methods.teacher import load_teacher
+from tiue_export.sampling.plan import make_plan
+from tiue_export.sampling.plan_options import FasterOptions
+from tiue_export.specs import CONTROLNET, TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER
+
+PACKAGE = "tiue_export.benchmarks.latency"
+contenders, faster_session, record, bench = (
+    importlib.import_module(f"{PACKAGE}.{name}")
+    for name in ("contenders", "faster_session", "record", "bench")
+)
+CONFIG = load_family("tiny").scheduler
+
+
+def plan_of_steps(count: int, key_steps: tuple[int, ...], max_rows: int | None = None):
+    trajectory = trajectory_of(CONFIG, "ddim", count)
+    known = {"steps": count, "prediction_type": "epsilon", "timestep_spacing": "leading"}
+    return make_plan("ddim", trajectory, key_steps, **known, max_decoder_rows=max_rows)[1]
+
+
+@given(
+    st.sets(st.integers(1, 11), max_size=5), st.sampled_from([None, 2, 6]), st.sampled_from([1, 2])
+)
+def test_every_loop_decodes_every_step_once(later, max_rows, batch):
+    plan = plan_of_steps(12, (0, *sorted(later)), None if max_rows is None else max_rows * batch)
+    found = {loop: faster_session.loop_runs(plan, loop, batch) for loop in faster_session.LOOPS}
+    for runs in found.values():
+        assert sum(steps * times for steps, times in runs.decoder.items()) == 12
+    assert found["plan"].encoder == found["sequential"].encoder == 1 + len(later)
+    assert found["every-step"].encoder == 12
+    if max_rows is not None:
+        assert max(found["plan"].decoder) * 2 * batch <= max_rows * batch
+
+
+def names(**asked) -> list[str]:
+    return [entry.name for entry in contenders.expand(contenders.Request(**asked))]
+
+
+def test_a_bundle_with_a_plan_takes_part_in_three_ways(faster_bundle):
+    title = faster_bundle.root.name
+    assert names(bundles=(faster_bundle,), runtimes=("ort",)) == [
+        f"{title}/ort/fp32", f"{title}-sequential/ort/fp32", f"{title}-every-step/ort/fp32",
+    ]  # fmt: skip
+
+
+def test_a_bundle_that_follows_a_picture_says_why_it_is_not_measured(faster_bundle):
+    manifest = faster_bundle.manifest
+    graphs = {**manifest.graphs, CONTROLNET: manifest.graphs[UNET_ENCODER]}
+    bundle = Bundle(faster_bundle.root, replace(manifest, graphs=graphs))
+    asked = contenders.Request(bundles=(bundle,), runtimes=("ort",))
+    assert {entry.missing for entry in contenders.expand(asked)} == {
+        "it follows a picture, which is not measured"
+    }
+
+
+def test_a_folder_named_like_another_bundles_loop_is_refused(faster_bundle, tiny_bundle):
+    other = Bundle(faster_bundle.root.parent / f"{faster_bundle.root.name}-sequential", None)
+    other = replace(other, manifest=tiny_bundle.manifest)
+    with pytest.raises(UsageError, match="expected names that tell them apart"):
+        contenders.bundle_titles((faster_bundle, other))
+
+
+@pytest.fixture(scope="module")
+def measured(faster_bundle, tmp_path_factory):
+    """One round in ONNX Runtime. Shared."""
+    asked = contenders.Request(runtimes=("ort",))
+    settings = record.Settings(rounds=1, runs=1, warmup=0, unet_only=False)
+    plan = bench.Plan(
+        (faster_bundle.root,), asked, settings, measure_peak=False,
+        outputs=bench.Outputs(record=tmp_path_factory.mktemp("loops") / "r.json"),
+    )  # fmt: skip
+    outcome = bench.run(plan)
+    return outcome, json.loads(plan.outputs.record.read_text("utf-8"))
+
+
+def test_each_way_is_measured_by_stage_and_says_what_was_scaled(measured):
+    rows = list(measured[0].record.contenders)
+    assert [row.reason for row in rows] == [None] * 3
+    stages = {TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, "unet", VAE_DECODER, "end_to_end"}
+    for row in rows:
+        (turn,) = row.turns
+        assert set(turn.latency_ms) == stages
+        parts = [turn.latency_ms[s][0] for s in (TEXT_ENCODER, "unet", VAE_DECODER)]
+        assert turn.latency_ms["end_to_end"][0] == pytest.approx(sum(parts))
+    # Six steps, key steps 0, 1 and 3: groups of 1, 2 and 3 steps.
+    assert [row.facts.notes[0].partition("scaled: ")[2] for row in rows] == [
+        "the encoder to 3 runs, the decoder for groups of 1, 2, 3 steps to 3 runs",
+        "the encoder to 3 runs, the decoder for groups of 1 steps to 6 runs",
+        "the encoder to 6 runs, the decoder for groups of 1 steps to 6 runs",
+    ]
+
+
+@pytest.mark.slow
+def test_a_half_bundle_is_fed_in_half(micro_folder, tmp_path):
+    teacher = shutil.copytree(micro_folder, tmp_path / "teacher")
+    file = teacher / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    del config["tiue_steps"]
+    file.write_text(json.dumps(config), "utf-8")
+    planned = load_teacher(teacher, options=FasterOptions(steps=4, key_steps=(0, 2)))
+    half = export_onnx(planned, tmp_path / "half", ExportOptions(precision="fp16"))
+    settings = {"bundle": str(half.root), "runtime": "ort", "unet_only": True}
+    for loop in faster_session.LOOPS:
+        session = faster_session.open_session({**settings, "loop": loop})
+        assert set(session.run()) == {UNET_ENCODER, UNET_DECODER, "unet"}
+        session.close()
+
+
+def test_operations_count_the_shared_part_once_a_group(measured, faster_bundle):
+    of = {steps: count_flops(faster_bundle.graph_path(UNET_DECODER), steps=steps).total
+          for steps in (1, 2, 3)}  # fmt: skip
+    encoder = count_flops(faster_bundle.graph_path(UNET_ENCODER)).total
+    # A group's hoisted part is computed once, the rest once a step.
+    assert of[3] - of[2] == of[2] - of[1] < of[1]
+    plan, sequential, every_step = (row.flops for row in measured[0].record.contenders)
+    assert plan[UNET_DECODER] == of[1] + of[2] + of[3]
+    assert sequential[UNET_DECODER] == every_step[UNET_DECODER] == 6 * of[1]
+    assert plan[UNET_ENCODER] == sequential[UNET_ENCODER] == 3 * encoder
+    assert every_step["unet"] == 6 * (encoder + of[1])
+
+
+def test_operations_are_those_that_torch_counts(faster_bundle, teacher_folder):
+    from tiue_export.reference.sharing_cost import torch_model, unet_flops
+
+    graphs = torch_model(load_teacher(teacher_folder)).graphs
+    for name in (UNET_ENCODER, UNET_DECODER):
+        counted = count_flops(faster_bundle.graph_path(name)).total
+        assert counted == pytest.approx(unet_flops(graphs[name]), rel=0.02), name
+
+
+def test_deepcache_runs_in_torch_and_computes_less_than_ordinary_sampling(teacher_folder):
+    pytest.importorskip("DeepCache", reason="DeepCache is not installed")
+    torch_session = importlib.import_module(f"{PACKAGE}.torch_session")
+    passes = {"passes": 50, "timed_passes": 3, "guided": True, "unet_only": True}
+    place = {"checkpoint": str(teacher_folder), **passes}
+    counts = [
+        torch_session.open_session({**place, "cache_interval": interval}).count()["unet"]
+        for interval in (0, 3)
+    ]
+    assert counts[1] < 0.8 * counts[0]
+    cached = torch_session.open_session({**place, "cache_interval": 3})
+    assert set(cached.run()) == {"unet"}
+    assert set(cached.run()) == {"unet"}  # the second drawing begins with a whole pass again
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("deepcache/ort/fp32", "DeepCache runs in PyTorch only"),
+        ("deepcache/sd-cpp/f16", "cannot run 'deepcache'"),
+    ],
+)
+def test_deepcache_elsewhere_is_refused(tiny_bundle, name, message):
+    with pytest.raises(UsageError, match=message):
+        names(bundles=(tiny_bundle,), contenders=(name,), checkpoint="x")
+
+
+def test_without_its_package_deepcache_keeps_its_row_with_the_reason(monkeypatch):
+    monkeypatch.setattr(contenders, "missing_modules", lambda modules: list(modules))
+    asked = contenders.Request(contenders=("deepcache",), checkpoint="x")
+    (entry,) = contenders.expand(asked)
+    assert entry.missing == "DeepCache is not installed (pip install DeepCache)"

@@ -1,0 +1,1 @@
+"""The bundle: a folder of graphs that tiue.json answers for, opened, written, packed. Light."""

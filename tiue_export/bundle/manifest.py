@@ -1,0 +1,265 @@
+"""The content of tiue.json as frozen types, and their strict JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tiue_export.errors import BundleError
+from tiue_export.sampling.plan import FasterPlan
+from tiue_export.sampling.schedule import Schedule
+from tiue_export.specs import GraphSpec, TensorSpec
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 of one file of the bundle."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from.
+
+    `sha256` is the UNet's, `part_sha256` those of text encoder and VAE; `parts` says which folder
+    each component was read from.
+    """
+
+    name: str
+    sha256: str
+    family: str
+    layout: str
+    dtype: str
+    part_sha256: Mapping[str, str] = field(default_factory=dict)
+    ema: bool = False
+    parts: Mapping[str, str] = field(default_factory=dict)
+    licence: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One exported graph: `path` is the ONNX file; `files` are all it needs, relative paths.
+
+    `float32_modules` are the module paths that compute in float32 in a half-precision graph beside
+    the norms; `max_abs_in_half` is the largest |value| left in half that an overflow audit saw.
+    `omitted`: the bundle was packed for a runtime with its own form of the graph, without these
+    files; their records stay, as the identity of compiled forms rests on them.
+    """
+
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    precision: str
+    opset: int
+    files: Mapping[str, FileRecord]
+    omitted: bool = False
+    float32_modules: tuple[str, ...] = ()
+    max_abs_in_half: float | None = None
+
+    def spec(self, name: str) -> GraphSpec:
+        """The graph's contract under its name."""
+        return GraphSpec(name, self.inputs, self.outputs)
+
+
+@dataclass(frozen=True)
+class ParityRecord:
+    """One measured hop. `gate` None means the loss is reported, not judged."""
+
+    hop: str
+    subject: str
+    metric: str
+    value: float
+    gate: float | None
+    max_abs_error: float
+    inputs: str
+
+    @property
+    def passed(self) -> bool:
+        return self.gate is None or self.value >= self.gate
+
+
+@dataclass(frozen=True)
+class CompiledGraph:
+    """One compiled graph: `path` is the file a runtime opens, `files` all it needs.
+
+    `identity` is a SHA-256 over all that decides the result: the graph's files, shapes, flags,
+    compiler version and target. `report` holds figures of the build, units in their names.
+    """
+
+    path: str
+    identity: str
+    files: Mapping[str, FileRecord]
+    report: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The graphs in one backend's own form, for one target; `version` is the compiler's."""
+
+    backend: str
+    version: str
+    target: Mapping[str, str]
+    flags: Mapping[str, str | bool | int | float]
+    graphs: Mapping[str, CompiledGraph]
+    parity: tuple[ParityRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runner or a reader must know of a bundle (design: the bundle contract)."""
+
+    format_version: int
+    created_by: str
+    source: Source
+    schedule: Schedule
+    latent_shape: tuple[int | str, ...]
+    text_shape: tuple[int | str, ...]
+    vae_scale: int
+    vae_scaling_factor: float
+    precision: str
+    hoisted: str
+    graphs: Mapping[str, GraphRecord]
+    files: Mapping[str, FileRecord]
+    parity: tuple[ParityRecord, ...] = ()
+    parity_loss_allowed: bool = False
+    tools: Mapping[str, str] = field(default_factory=dict)
+    # By the name of the folder that holds them, such as "trt" or "openvino".
+    compiled: Mapping[str, Compiled] = field(default_factory=dict)
+    # Of an undistilled model sampled by Faster Diffusion; a TiUE student has none.
+    faster: FasterPlan | None = None
+
+    @property
+    def method(self) -> str:
+        """How the bundle draws: "tiue" in one pass, "faster" in a loop over groups of steps."""
+        return "tiue" if self.faster is None else "faster"
+
+    @property
+    def height_px(self) -> int:
+        return int(self.latent_shape[2]) * self.vae_scale
+
+    @property
+    def width_px(self) -> int:
+        return int(self.latent_shape[3]) * self.vae_scale
+
+    @property
+    def batch(self) -> int | None:
+        """Images per run, or None when the batch axis is dynamic."""
+        size = self.latent_shape[0]
+        return None if isinstance(size, str) else size
+
+    def to_json(self) -> str:
+        """The text of tiue.json: readable, stable order, strict JSON (no NaN)."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    @staticmethod
+    def from_json(text: str, where: str) -> Manifest:
+        """Parse and check every field; `where` names the file in errors."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{where} is not JSON: {error}", _REEXPORT) from error
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{where} has format version {version!r}; this program reads {FORMAT_VERSION}",
+                "Export the bundle again, or install the tiue-export that wrote it"
+                + (
+                    f" ({data['created_by']})."
+                    if isinstance(data, dict) and "created_by" in data
+                    else "."
+                ),
+            )
+        manifest: Manifest = structured(Manifest, data, where)
+        for name, length in (("latent_shape", 4), ("text_shape", 3)):
+            shape = getattr(manifest, name)
+            if len(shape) != length or any(isinstance(side, str) for side in shape[1:]):
+                raise _wrong(f"{where}: {name}", shape, f"{length} sides")
+        schedule = manifest.schedule
+        if len(schedule.timesteps) != len(schedule.output_coefficients):
+            raise _wrong(
+                f"{where}: output_coefficients",
+                schedule.output_coefficients,
+                f"one for each of the timesteps {schedule.timesteps}",
+            )
+        problem = manifest.faster and manifest.faster.problem(schedule)
+        if problem:
+            raise BundleError(f"{where}: faster contradicts itself: {problem}", _REEXPORT)
+        return manifest
+
+
+_REEXPORT = "The file was changed after the export; export the bundle again."
+
+
+def structured(kind: Any, data: Any, where: str) -> Any:
+    """Build a value of the annotated type `kind` from JSON data, or say which field is wrong."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            if option is type(None) and data is None:
+                return None
+        for option in args:
+            if option is not type(None) and _matches(option, data):
+                return structured(option, data, where)
+        raise _wrong(where, data, kind)
+    if dataclasses.is_dataclass(kind):
+        return _structured_dataclass(kind, data, where)
+    if origin is tuple:
+        if not isinstance(data, list):
+            raise _wrong(where, data, "a list")
+        return tuple(structured(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(data, dict):
+            raise _wrong(where, data, "an object")
+        return {key: structured(args[1], item, f"{where}.{key}") for key, item in data.items()}
+    if not _matches(kind, data):
+        raise _wrong(where, data, kind.__name__)
+    if kind is not float:
+        return data
+    if not abs(data) <= sys.float_info.max:
+        raise _wrong(where, data, "a finite number")
+    return float(data)
+
+
+def _structured_dataclass(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise _wrong(where, data, "an object")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise BundleError(f"{where} has unknown fields: {', '.join(unknown)}", _REEXPORT)
+    values = {}
+    for name, definition in fields.items():
+        if name in data:
+            values[name] = structured(hints[name], data[name], f"{where}: {name}")
+        elif (
+            definition.default is dataclasses.MISSING
+            and definition.default_factory is dataclasses.MISSING
+        ):
+            raise BundleError(f"{where} lacks the field {name!r}", _REEXPORT)
+    return kind(**values)
+
+
+def _matches(kind: Any, data: Any) -> bool:
+    if kind is float:
+        return isinstance(data, (int, float)) and not isinstance(data, bool)
+    if kind is int:
+        return isinstance(data, int) and not isinstance(data, bool)
+    if dataclasses.is_dataclass(kind):
+        return isinstance(data, dict)
+    return isinstance(data, kind)
+
+
+def _wrong(where: str, got: Any, expected: Any) -> BundleError:
+    return BundleError(f"{where} is {str(got)[:60]!r}; expected {expected}", _REEXPORT)

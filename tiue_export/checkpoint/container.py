@@ -1,0 +1,102 @@
+"""What can be told of a checkpoint without torch: that it is absent, pickled, cut or foreign."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+from tiue_export.checkpoint.demo_student import checkpoint_place
+from tiue_export.errors import CheckpointError, UsageError
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
+
+
+def check_checkpoint_path(path: str | Path) -> None:
+    """Refuse at once what no loader could use: nothing there, a pickle, a damaged container."""
+    place = checkpoint_place(path)
+    if place.is_file():
+        check_container(place)
+    elif not place.exists():
+        if not is_hub_id(str(path)):
+            refuse_pickle(place)
+            raise UsageError(
+                f"{path} does not exist", "Give a .safetensors file or a diffusers folder."
+            )
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether "owner/name" can mean the hub: it is no path, and `owner` is no folder here."""
+    known_kind = Path(path).suffix in {".safetensors", *_PICKLE_SUFFIXES}
+    return _HUB_ID.fullmatch(path) is not None and not known_kind and not Path(path).parent.exists()
+
+
+def refuse_pickle(path: Path) -> None:
+    """Refuse pickled checkpoints by suffix or content: opening one can run any code."""
+    if path.suffix in _PICKLE_SUFFIXES:
+        raise _pickle_error(path)
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or head == b"PK\x03\x04":
+        raise _pickle_error(path)
+
+
+def check_container(path: Path) -> None:
+    """Tell a pickle, a truncated file and a foreign file apart before safetensors sees them."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+    refuse_pickle(path)
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size_bytes < 8 or header_bytes > 100_000_000:
+            raise CheckpointError(
+                f"{path} is no safetensors file ({size_bytes} bytes; its header would be "
+                f"{header_bytes} bytes)",
+                "A git-lfs pointer or an error page looks like this: download the file again.",
+            )
+        raw = file.read(header_bytes)
+    try:
+        header = json.loads(raw)
+        ends = [
+            entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+        ]
+        promised = 8 + header_bytes + max((int(end) for end in ends), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if len(raw) < header_bytes:
+            raise _truncated(path, size_bytes, 8 + header_bytes) from error
+        raise CheckpointError(
+            f"{path} is no safetensors file: its header is not the JSON that it should be",
+            "Download or convert the file again.",
+        ) from error
+    if size_bytes < promised:
+        raise _truncated(path, size_bytes, promised)
+
+
+def _truncated(path: Path, size_bytes: int, promised_bytes: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is truncated: it has {size_bytes:,} bytes, its header promises {promised_bytes:,}",
+        "Download or copy it again.",
+    )
+
+
+def _pickle_error(path: Path) -> CheckpointError:
+    target = path.with_suffix(".safetensors")
+    if target == path:
+        target = path.with_name(f"{path.stem}-converted.safetensors")
+    code = (
+        "import sys, torch, safetensors.torch as s; "
+        "d = torch.load(open(sys.argv[1], 'rb'), map_location='cpu', weights_only=True); "
+        "d = d.get('state_dict', d); "
+        "d = {k: v.contiguous().clone() for k, v in d.items() if hasattr(v, 'shape')}; "
+        "s.save_file(d, sys.argv[2])"
+    )
+    return CheckpointError(
+        f"{path} is a pickle, which can run any code when opened; expected .safetensors",
+        "Convert it once, where you trust the file:\n"
+        f'  python -c "{code}" {shlex.quote(str(path))} {shlex.quote(str(target))}',
+    )

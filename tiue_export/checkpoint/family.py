@@ -1,0 +1,174 @@
+"""Model families: the configurations that ship with the package, and how weights betray theirs.
+
+A family file (families/NAME.json) holds the diffusers/transformers configuration of every part of
+a pipeline. Head counts and the prediction type cannot be read off a weights file, so a bare
+`.safetensors` needs them from here, from its own metadata or from a base pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from tiue_export.errors import UnsupportedModelError, unknown_name
+
+Config = dict[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Configurations of one model family, as diffusers and transformers write them."""
+
+    name: str
+    title: str
+    unet: Config
+    scheduler: Config
+    text_encoder: Config
+    vae: Config
+
+
+def family_names() -> tuple[str, ...]:
+    """Names of the families that ship with the package."""
+    folder = resources.files("tiue_export.checkpoint").joinpath("families")
+    return tuple(sorted(e.name[:-5] for e in folder.iterdir() if e.name.endswith(".json")))
+
+
+def load_family(name: str) -> Family:
+    """Read one family file; an unknown name lists the known ones."""
+    if name not in family_names():
+        raise unknown_name("family", name, family_names())
+    text = (
+        resources.files("tiue_export.checkpoint")
+        .joinpath(f"families/{name}.json")
+        .read_text("utf-8")
+    )
+    return Family(name=name, **json.loads(text))
+
+
+def families_of(shapes: Shapes) -> tuple[str, ...]:
+    """Families whose UNet has these first width, text width and projection kind.
+
+    `shapes` maps diffusers names to shapes. SD 2.x base and SD 2.x differ in the prediction type
+    alone, which no weight shows: then both are returned, the 512 px epsilon model first.
+    """
+    found = []
+    for name in family_names():
+        unet = load_family(name).unet
+        if _signature_of_config(unet) == signature_of_shapes(shapes):
+            found.append(name)
+    return tuple(found)
+
+
+def config_fits(config: Config, shapes: Shapes) -> bool:
+    """Whether a UNet configuration and weights agree in width, text width and projection."""
+    return _signature_of_config(config) == signature_of_shapes(shapes)
+
+
+def signature_of_shapes(shapes: Shapes) -> tuple[int | None, int | None, bool]:
+    """(first width, text width, linear projection) as the weights show them."""
+    width = shapes.get("conv_in.weight", (None,))[0]
+    text = next((s[1] for k, s in shapes.items() if k.endswith("attn2.to_k.weight")), None)
+    rank = next((len(s) for k, s in shapes.items() if k.endswith("proj_in.weight")), None)
+    return width, text, rank == 2
+
+
+def _signature_of_config(config: Config) -> tuple[int | None, int | None, bool]:
+    return (
+        config["block_out_channels"][0],
+        config.get("cross_attention_dim", 1280),
+        bool(config.get("use_linear_projection", False)),
+    )
+
+
+_ATTENTION_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
+# (key, value a Stable Diffusion 1.x/2.x UNet has, what another value means)
+_PLAIN_UNET: tuple[tuple[str, Any, str], ...] = (
+    ("addition_embed_type", None, "added conditions, as in SDXL"),
+    ("class_embed_type", None, "class conditions"),
+    ("num_class_embeds", None, "class conditions"),
+    ("encoder_hid_dim", None, "a projected text embedding, as in Kandinsky or DeepFloyd IF"),
+    ("encoder_hid_dim_type", None, "a projected text embedding, as in Kandinsky or IP-Adapter"),
+    ("time_cond_proj_dim", None, "a guidance embedding, as in LCM"),
+    ("resnet_time_scale_shift", "default", "scale-and-shift time conditioning"),
+    ("time_embedding_type", "positional", "another time embedding"),
+    ("time_embedding_act_fn", None, "an activated time embedding"),
+    ("timestep_post_act", None, "an activated time embedding"),
+    ("time_embedding_dim", None, "a time embedding of unusual width"),
+    ("center_input_sample", False, "a centred input"),
+    ("dual_cross_attention", False, "dual cross-attention"),
+    ("only_cross_attention", False, "cross-attention without self-attention"),
+    ("mid_block_only_cross_attention", None, "cross-attention without self-attention"),
+    ("attention_type", "default", "gated attention, as in GLIGEN"),
+    ("cross_attention_norm", None, "a normalised text embedding"),
+    ("resnet_skip_time_act", False, "unactivated time conditioning"),
+    ("resnet_out_scale_factor", 1.0, "rescaled residual blocks"),
+    ("conv_in_kernel", 3, "another input convolution"),
+    ("conv_out_kernel", 3, "another output convolution"),
+    ("mid_block_type", "UNetMidBlock2DCrossAttn", "another middle block"),
+    ("out_channels", 4, "another latent space"),
+)
+
+
+def check_unet_config(config: Config) -> None:
+    """Raise `UnsupportedModelError`, naming the feature, unless this is an SD 1.x/2.x UNet."""
+    channels = config.get("in_channels", 4)
+    if channels != 4:
+        raise _not_plain(_INPUT_CHANNELS.get(channels, f"{channels} input channels"))
+    for key in ("block_out_channels", "down_block_types", "up_block_types"):
+        if not isinstance(config.get(key), (list, tuple)) or not config[key]:
+            raise UnsupportedModelError(
+                f"the UNet configuration has {key} {config.get(key)!r}; expected a list",
+                "Restore the config.json that belongs to these weights.",
+            )
+    for key, plain, meaning in _PLAIN_UNET:
+        value = config.get(key, plain)
+        if value != plain and not (plain in (None, False) and value in (None, False)):
+            raise _not_plain(f"{meaning} ({key}={value!r})")
+    for kind in (*config.get("down_block_types", ()), *config.get("up_block_types", ())):
+        if kind not in _ATTENTION_BLOCKS:
+            raise _not_plain(f"blocks of type {kind}")
+
+
+_INPUT_CHANNELS = {
+    5: "5 input channels, as depth-to-image has",
+    8: "8 input channels, as InstructPix2Pix has",
+    9: "9 input channels, as inpainting has",
+}
+# (mark in a tensor's name, what it is)
+_FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
+    ("controlnet_", "a ControlNet"),
+    ("control_model.", "a ControlNet"),
+    ("input_hint_block.", "a ControlNet"),
+    ("lora_", "a LoRA adapter, not a whole UNet: merge it into the student first"),
+    (".lora.", "a LoRA adapter, not a whole UNet: merge it into the student first"),
+    ("add_embedding.", "an SDXL-style UNet (added conditions)"),
+    ("label_emb.", "an SDXL-style UNet (added conditions)"),
+    ("conditioner.embedders.", "an SDXL checkpoint (added conditions)"),
+    ("joint_blocks.", "a Stable Diffusion 3 transformer"),
+    ("double_blocks.", "a Flux transformer"),
+    ("single_transformer_blocks.", "a Flux transformer"),
+    ("motion_modules.", "a video UNet (motion modules)"),
+    ("temporal", "a video UNet (temporal layers)"),
+)
+
+
+def check_tensor_names(shapes: Shapes) -> None:
+    """Raise `UnsupportedModelError` when the names or conv_in show another kind of model."""
+    for mark, kind in _FOREIGN_NAMES:
+        example = next((name for name in shapes if mark in name), None)
+        if example is not None:
+            raise _not_plain(f'it is {kind}: it holds "{example}"', prefix="")
+    conv_in = shapes.get("conv_in.weight")
+    if conv_in is not None and len(conv_in) == 4 and conv_in[1] != 4:
+        raise _not_plain(_INPUT_CHANNELS.get(conv_in[1], f"{conv_in[1]} input channels"))
+
+
+def _not_plain(what: str, prefix: str = "the UNet has ") -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{prefix}{what}; expected a Stable Diffusion 1.x or 2.x text-to-image UNet",
+        "TiUE students are distilled from Stable Diffusion 1.5, 2.1-base or 2.1.",
+    )

@@ -1,0 +1,216 @@
+"""A LoRA file -> its adapters by module path: diffusers, peft and kohya names, strictly read.
+
+A LoRA adds scale * up @ down to a layer's weight, scale = alpha / rank (Hu et al. 2021). Where a
+file says no alpha, it is the rank, as diffusers and kohya's trainer have it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiue_export.checkpoint.tensors import read_weights
+from tiue_export.errors import CheckpointError, UnsupportedModelError, UsageError
+
+UNET, TEXT = "unet", "text_encoder"
+# (mark in a tensor's name, what such a file is); looked for in this order.
+_FOREIGN = (
+    ("lora_te1_", "a LoRA of SDXL: it has two text encoders"),
+    ("lora_te2_", "a LoRA of SDXL: it has two text encoders"),
+    ("text_encoder_2.", "a LoRA of SDXL: it has two text encoders"),
+    ("double_blocks", "a LoRA of Flux"),
+    ("single_blocks", "a LoRA of Flux"),
+    ("joint_blocks", "a LoRA of Stable Diffusion 3"),
+    ("transformer.", "a LoRA of a diffusion transformer (Flux, Stable Diffusion 3 or the like)"),
+    ("hada_", "a LoHa, not a LoRA"),
+    ("lokr_", "a LoKr, not a LoRA"),
+    ("oft_", "an OFT adapter, not a LoRA"),
+    ("dora_scale", "a DoRA, not a LoRA"),
+    ("lora_magnitude_vector", "a DoRA, not a LoRA"),
+    ("lora_mid", "a LoCon with Tucker decomposition, not a LoRA"),
+    ("diff_b", "a full difference of weights, not a LoRA"),
+)
+_SIDES = {
+    "lora_A": "down",
+    "lora_down": "down",
+    "lora.down": "down",
+    "lora_linear_layer.down": "down",
+    "lora_B": "up",
+    "lora_up": "up",
+    "lora.up": "up",
+    "lora_linear_layer.up": "up",
+}
+_ENDINGS = "|".join(map(re.escape, _SIDES))
+_WEIGHT = re.compile(rf"(?P<module>.+)\.(?P<side>{_ENDINGS})(\.default)?\.weight")
+# diffusers before 0.20: "attn1.processor.to_q_lora.down.weight".
+_OLD = re.compile(r"(?P<module>.+)\.processor\.(?P<layer>to_\w+?)_lora\.(?P<side>down|up)\.weight")
+_PREFIXES = ("base_model.model.", "model.")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is added to one layer: down (r, in, ...), up (out, r, ...), scale alpha / r.
+
+    `part` is "unet" or "text_encoder"; `layer` the path of its module, its dots as underscores:
+    kohya's names do not tell the two apart.
+    """
+
+    part: str
+    layer: str
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def delta(self) -> Tensor:
+        """What is added to the weight at strength 1, in float32 and the weight's shape."""
+        down, up = self.down.float(), self.up.float()
+        product = up.flatten(1) @ down.flatten(1)
+        return self.scale * product.view(len(up), *down.shape[1:])
+
+
+def lora_from(text: str) -> tuple[Path, float]:
+    """`--lora FILE[:SCALE]` -> file and strength, 1 unless given."""
+    head, colon, tail = text.rpartition(":")
+    if not colon or tail.endswith(".safetensors"):
+        return Path(text), 1.0
+    try:
+        scale = float(tail)
+    except ValueError as error:
+        raise UsageError(
+            f"--lora is {text!r}; expected FILE or FILE:SCALE",
+            "Such as --lora style.safetensors:0.8",
+        ) from error
+    if not abs(scale) <= _LARGEST_SCALE:
+        raise UsageError(f"--lora has scale {tail}; expected a number such as 0.8")
+    return Path(head), scale
+
+
+_LARGEST_SCALE = 100
+
+
+def read_adapters(path: Path) -> list[Adapter]:
+    """Every adapter of a file. Raises `CheckpointError` or `UnsupportedModelError`."""
+    file = read_weights([path])
+    for mark, kind in _FOREIGN:
+        example = next((name for name in file.tensors if mark in name), None)
+        if example is not None:
+            raise UnsupportedModelError(
+                f'{path} is {kind}: it holds "{example}"',
+                "Give a LoRA of the model's own family: Stable Diffusion 1.x or 2.x.",
+            )
+    sides: dict[tuple[str, str], dict[str, Tensor]] = {}
+    alphas: dict[tuple[str, str], float] = {}
+    unknown = []
+    for name, tensor in file.tensors.items():
+        if name.endswith(".alpha"):
+            alphas[_place(name.removesuffix(".alpha"))] = float(tensor)
+        elif (found := _side_of(name)) is not None:
+            module, side = found
+            sides.setdefault(_place(module), {})[side] = tensor
+        else:
+            unknown.append(name)
+    if unknown or not sides:
+        raise CheckpointError(
+            f"{path} is no LoRA"
+            + (f': what is "{unknown[0]}"?' if unknown else ": it holds no adapter"),
+            "A LoRA's tensors end in lora_A/lora_B, lora.down/lora.up or lora_down/lora_up.",
+        )
+    recorded = _recorded_alphas(path, file.metadata)
+    return [
+        _adapter(path, place, pair, alphas.get(place), recorded) for place, pair in sides.items()
+    ]
+
+
+def _adapter(
+    path: Path,
+    place: tuple[str, str],
+    pair: Mapping[str, Tensor],
+    alpha: float | None,
+    recorded: Mapping[str, float],
+) -> Adapter:
+    part, layer = place
+    if set(pair) != {"down", "up"}:
+        raise CheckpointError(
+            f"{path} is incomplete: {layer} has {' and '.join(pair)} only", "Download it again."
+        )
+    down, up = pair["down"], pair["up"]
+    rank = len(down)
+    if down.ndim < 2 or up.ndim < 2 or up.shape[1] != rank or up[0, 0].numel() != 1:
+        raise CheckpointError(
+            f"{path}: {layer} has down {tuple(down.shape)} and up {tuple(up.shape)}, whose ranks "
+            "do not fit"
+        )
+    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+        raise CheckpointError(f"{path}: {layer} holds non-finite values")
+    if alpha is None:
+        alpha = recorded.get(layer, recorded.get(part, float(rank)))
+    return Adapter(part, layer, down, up, alpha / rank)
+
+
+def _side_of(name: str) -> tuple[str, str] | None:
+    """(module, down or up) of a tensor's name."""
+    old = _OLD.fullmatch(name)
+    if old is not None:
+        layer = "to_out.0" if old["layer"] == "to_out" else old["layer"]
+        return f"{old['module']}.{layer}", old["side"]
+    match = _WEIGHT.fullmatch(name)
+    return None if match is None else (match["module"], _SIDES[match["side"]])
+
+
+def _place(module: str) -> tuple[str, str]:
+    """(part, layer) of a module's name in any of the spellings."""
+    for start, part in (("lora_unet_", UNET), ("lora_te_", TEXT)):
+        if module.startswith(start):
+            return part, _layer(part, module.removeprefix(start))
+    for part in (UNET, TEXT):
+        if module.startswith(f"{part}."):
+            return part, _layer(part, module.removeprefix(f"{part}."))
+    # peft's own files name no part: text layers are those of a transformer's encoder.
+    part = TEXT if "self_attn" in module or ".mlp.fc" in module else UNET
+    return part, _layer(part, module)
+
+
+def _layer(part: str, module: str) -> str:
+    for prefix in _PREFIXES:
+        module = module.removeprefix(prefix)
+    layer = module.replace(".", "_")
+    # transformers 5 has dropped the level that older files name.
+    return layer.removeprefix("text_model_") if part == TEXT else layer
+
+
+def _recorded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
+    """Alpha by part or layer: diffusers writes it as metadata, peft into adapter_config.json."""
+    found: dict[str, float] = {}
+    for text in (metadata.get("lora_adapter_metadata"), _peft_config(path)):
+        config = _parsed(text)
+        for part, prefix in ((UNET, "unet."), (TEXT, "text_encoder."), (UNET, ""), (TEXT, "")):
+            if isinstance(alpha := config.get(f"{prefix}lora_alpha"), (int, float)):
+                if config.get(f"{prefix}use_rslora"):
+                    raise UnsupportedModelError(
+                        f"{path} is a rank-stabilised LoRA (use_rslora)",
+                        "Fuse it into the model with peft first.",
+                    )
+                found.setdefault(part, float(alpha))
+                pattern = config.get(f"{prefix}alpha_pattern") or {}
+                found |= {_layer(part, str(name)): float(a) for name, a in pattern.items()}
+    return found
+
+
+def _peft_config(path: Path) -> str | None:
+    config = path.with_name("adapter_config.json")
+    return config.read_text("utf-8") if config.is_file() else None
+
+
+def _parsed(text: str | None) -> dict[str, Any]:
+    try:
+        data = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}

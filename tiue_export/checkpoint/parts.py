@@ -1,0 +1,161 @@
+"""Text encoder and VAE from a pipeline folder: the libraries' own loaders, strict and quiet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel
+from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPTextModel
+from transformers.utils import logging as transformers_logging
+
+from tiue_export.checkpoint.family import Config
+from tiue_export.checkpoint.tensors import check_state, common_dtype, read_weights, weight_files
+from tiue_export.errors import CheckpointError, UnsupportedModelError, first_line
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+# The kinds of VAE that are understood, by the class name in their config.json.
+VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+
+
+def load_text_encoder(folder: Path) -> Any:
+    """A CLIPTextModel in its own dtype; missing or non-finite weights are errors."""
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type", "clip_text_model")
+    if kind != "clip_text_model":
+        raise UnsupportedModelError(
+            f"{folder} holds a {kind}; expected a clip_text_model (CLIPTextModel)"
+        )
+    return _from_pretrained(CLIPTextModel, folder, "model")
+
+
+def load_vae(folder: Path) -> Any:
+    """An AutoencoderKL or AutoencoderTiny with four latent channels, in its own dtype."""
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name")
+    if name not in VAES:
+        raise UnsupportedModelError(f"{folder} holds a {name}; expected {' or '.join(VAES)}")
+    if config.get("latent_channels", 4) != 4 or config.get("shift_factor"):
+        raise UnsupportedModelError(
+            f"the VAE in {folder} has {config.get('latent_channels')} latent channels and "
+            f"shift_factor {config.get('shift_factor')}; expected 4 and none"
+        )
+    factor = config.get("scaling_factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < 1e6:
+        raise CheckpointError(
+            f"the VAE in {folder} has scaling_factor {factor!r}; expected a positive number",
+            "Stable Diffusion 1.x and 2.x have 0.18215, AutoencoderTiny has 1.0.",
+        )
+    return _from_pretrained(VAES[name], folder, WEIGHTS_STEM)
+
+
+def load_controlnet(folder: Path, unet_config: Mapping[str, Any]) -> Any:
+    """A ControlNetModel that fits a UNet, in its own dtype.
+
+    Raises `UnsupportedModelError` for one of another family or kind.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != "ControlNetModel":
+        raise UnsupportedModelError(
+            f"{folder} holds a {config.get('_class_name')}; expected a ControlNetModel"
+        )
+    plain = {
+        "controlnet_conditioning_channel_order": "rgb",
+        "global_pool_conditions": False,
+        "addition_embed_type": None,
+        "class_embed_type": None,
+        "conditioning_channels": 3,
+    }
+    for key in ("block_out_channels", "cross_attention_dim", "down_block_types"):
+        plain[key] = unet_config.get(key)
+    for key, wanted in plain.items():
+        got = config.get(key, wanted)
+        wanted, got = (list(v) if isinstance(v, (list, tuple)) else v for v in (wanted, got))
+        if got != wanted:
+            raise UnsupportedModelError(
+                f"the ControlNet in {folder} has {key} {got!r}; this model needs {wanted!r}",
+                "Give one of the model's own family: Stable Diffusion 1.x and 2.x differ.",
+            )
+    return _from_pretrained(ControlNetModel, folder, WEIGHTS_STEM)
+
+
+def _from_pretrained(kind: Any, folder: Path, stem: str) -> Any:
+    """`from_pretrained` made strict: missing, unexpected or non-finite weights are errors."""
+    files = weight_files(folder, stem)
+    tensors = read_weights(files).tensors
+    dtype = common_dtype(t for t in tensors.values() if t.is_floating_point())
+    options: dict[str, Any] = {"dtype": dtype} if kind is CLIPTextModel else {"torch_dtype": dtype}
+    if files[0].name.endswith(".fp16.safetensors"):
+        options["variant"] = "fp16"
+    with quiet_libraries():
+        try:
+            model, report = kind.from_pretrained(
+                folder,
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=True,
+                **options,
+            )
+        except Exception as error:
+            raise CheckpointError(
+                f"{folder} cannot be loaded as {kind.__name__}: {first_line(error)}",
+                "Check that config.json belongs to these weights.",
+            ) from error
+    problems = {
+        title: sorted(str(name) for name in report.get(key, ()))
+        for title, key in (
+            ("missing", "missing_keys"),
+            ("unexpected", "unexpected_keys"),
+            ("of another shape", "mismatched_keys"),
+        )
+    }
+    # CLIP checkpoints older than transformers 4.31 store the position ids, which are no weight.
+    problems["unexpected"] = [n for n in problems["unexpected"] if not n.endswith("position_ids")]
+    state = {name: tensor for name, tensor in model.named_parameters() if not tensor.is_meta}
+    for title, names in problems.items():
+        if names:
+            shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise CheckpointError(f"{folder} has {len(names)} {title} tensors: {shown}")
+    check_state({name: tuple(t.shape) for name, t in state.items()}, state, str(folder))
+    return model
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep diffusers' and transformers' own loading and saving chatter off the terminal."""
+    levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(levels[0])
+        transformers_logging.set_verbosity(levels[1])
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def read_json(path: Path) -> Config:
+    """A JSON object from a file of the checkpoint."""
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, where: str) -> Config:
+    """A JSON object from text; `where` names it in errors."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where} is not JSON: {error}") from error
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"{where} is not a JSON object")
+    return dict(data)

@@ -1,0 +1,66 @@
+"""The checkpoint's tokenizer -> the three files that light, Swift and C++ runtimes read."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPTokenizer
+
+from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
+from tiue_export.errors import CheckpointError
+
+
+def write_tokenizer(source: Path, folder: Path, length: int) -> None:
+    """Write tokenizer.json (padding and truncation to `length` inside), vocab.json, merges.txt.
+
+    The pad token differs between families (SD 1.x pads with end-of-text, SD 2.x with "!"), so it is
+    read from the checkpoint. transformers 5 saves only tokenizer.json, which Apple's Swift code
+    and stable-diffusion.cpp cannot read.
+    """
+    if not any((source / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        # transformers would make up an empty vocabulary.
+        raise CheckpointError(
+            f"{source} cannot be read as a CLIP tokenizer: it holds no vocabulary",
+            "It needs tokenizer.json, or vocab.json and merges.txt.",
+        )
+    try:
+        tokenizer: Any = CLIPTokenizer.from_pretrained(source, local_files_only=True)
+        backend = tokenizer.backend_tokenizer
+    except Exception as error:
+        raise CheckpointError(
+            f"{source} cannot be read as a CLIP tokenizer: {str(error) or type(error).__name__}",
+            "It needs tokenizer.json, or vocab.json and merges.txt.",
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.enable_truncation(max_length=length)
+    backend.enable_padding(
+        length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token
+    )
+    backend.save(str(folder / "tokenizer.json"), pretty=False)
+    model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+    vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), "utf-8")
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), "utf-8")
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": length,
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "unk_token": tokenizer.unk_token,
+        "pad_token": tokenizer.pad_token,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def tokenizer_of(source: Path, length: int) -> Tokenizer:
+    """The checkpoint's tokenizer giving the very ids that an exported bundle gives.
+
+    `source` is the tokenizer's folder, `length` the text encoder's number of positions.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(source, Path(folder), length)
+        return open_tokenizer(Path(folder) / "tokenizer.json", length)

@@ -1,0 +1,1 @@
+"""Drawing pictures from a bundle: tokens, the chain of graphs, pixels. Light."""

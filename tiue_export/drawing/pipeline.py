@@ -1,0 +1,430 @@
+"""Prompt to picture on any runtime: tokens, text, UNet, VAE.
+
+The UNet part is the method that the manifest names: one encoder and one decoder pass of a TiUE
+student, or the loop of Faster Diffusion for a model that is not distilled.
+
+Needs numpy, tokenizers and pillow; the runtime brings the rest. It knows graph names and specs,
+never a backend; tensors travel between graphs by name.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from tiue_export.bundle.folder import Bundle, open_bundle
+from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample
+from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
+from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
+from tiue_export.errors import UsageError
+from tiue_export.registry import open_runtime
+from tiue_export.sampling.noise import check_seeds, noise_from_seed
+from tiue_export.sampling.plan import FasterPlan, check_guidance
+from tiue_export.sampling.plan_options import PlanChange, changed_plan
+from tiue_export.sampling.sampler import OnStep, sample_latents
+from tiue_export.specs import (
+    CONTROLNET,
+    TEXT_ENCODER,
+    UNET_DECODER,
+    UNET_ENCODER,
+    VAE_DECODER,
+    Array,
+    BatchLimited,
+    ChainRuntime,
+    Runtime,
+    RuntimeOptions,
+    check_finite,
+    step_limit,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One generated image with what made it; `seed` None when the noise was given.
+
+    `latents` (4, H, W) float32, before the VAE. `guidance` None: the bundle has none to choose.
+    """
+
+    image: Image
+    prompt: str
+    seed: int | None
+    latents: Array
+    negative_prompt: str = ""
+    guidance: float | None = None
+
+
+class Job(NamedTuple):
+    """One picture to draw; `negative`, `guidance` (None: the plan's) are for Faster Diffusion."""
+
+    prompt: str
+    seed: int
+    negative: str = ""
+    guidance: float | None = None
+
+
+def _no_step(done: int, total: int) -> None:
+    """Nobody listens."""
+
+
+class Loop(NamedTuple):
+    """What only Faster Diffusion has use for: who listens, and what its ControlNet is fed."""
+
+    on_step: OnStep = _no_step
+    control: Mapping[str, Array] | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures in request order (prompt by prompt, seed by seed), and time per stage and run."""
+
+    pictures: list[Picture]
+    stage_latency_ms: Mapping[str, list[float]]
+
+    @property
+    def images(self) -> list[Image]:
+        return [picture.image for picture in self.pictures]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An opened bundle on an opened runtime. Use it as a context manager, or close it.
+
+    >>> with Pipeline.open("bundle") as pipeline:          # doctest: +SKIP
+    ...     pipeline("a red fox", seed=0).images[0].save("fox.png")
+    """
+
+    bundle: Bundle
+    runtime: Runtime
+    tokenizer: Tokenizer
+    _timer: Callable[[], float] = field(default=time.perf_counter, repr=False)
+
+    @staticmethod
+    def open(
+        bundle: Bundle | str | Path,
+        runtime: str | Runtime = "ort",
+        options: RuntimeOptions | None = None,
+    ) -> Pipeline:
+        """Open a bundle (every hash checked) on a runtime by name, or on one already open."""
+        opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        for graph in (TEXT_ENCODER, VAE_DECODER):
+            opened.spec(graph)
+        length = int(opened.manifest.text_shape[1])
+        tokenizer = open_tokenizer(opened.file("tokenizer/tokenizer.json"), length)
+        if isinstance(runtime, str):
+            runtime = open_runtime(runtime, opened, options or RuntimeOptions())
+        return Pipeline(opened, runtime, tokenizer)
+
+    def replanned(self, change: PlanChange) -> Pipeline:
+        """The same graphs under another plan of Faster Diffusion; the runtime is shared.
+
+        >>> plain = pipeline.replanned(PlanChange(steps=25, key_steps="uniform:1", inject="off"))
+        ... # doctest: +SKIP
+        """
+        return replace(self, bundle=replanned(self.bundle, change))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int = 0,
+        count: int = 1,
+        latents: Array | None = None,
+        guidance: float | Sequence[float] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        control: Array | None = None,
+        control_scale: float = 1.0,
+        on_picture: Callable[[Picture], None] = lambda picture: None,
+        on_step: OnStep = _no_step,
+    ) -> Result:
+        """Draw `count` pictures of each prompt; picture i of a prompt uses seed + i.
+
+        `latents` (4, H, W) or (1, 4, H, W) float32 replaces the seeded noise of every picture;
+        it must then be one picture per prompt. `on_picture` is called as each is finished.
+
+        For bundles of Faster Diffusion: `guidance` and `negative_prompt` for all prompts or one for
+        each, and `on_step(done, total)` while a batch of pictures is drawn. `control`
+        (3, 8H, 8W) float in [0, 1] and its strength are for bundles with a ControlNet.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UsageError("no prompt was given")
+        if count < 1:
+            raise UsageError(f"count is {count}; expected 1 or more")
+        if latents is not None and count != 1:
+            raise UsageError("latents fix the noise, so count must be 1")
+        shape = tuple(int(side) for side in self.bundle.manifest.latent_shape[1:])
+        if latents is not None and latents.shape not in (shape, (1, *shape)):
+            raise UsageError(f"latents have shape {latents.shape}; expected {(1, *shape)}")
+        check_seeds(seed, count)
+        scales, negatives = self._steering(guidance, negative_prompt, len(prompts))
+        jobs = [
+            Job(text, seed + i, negatives[number], scales[number])
+            for number, text in enumerate(prompts)
+            for i in range(count)
+        ]
+        loop = Loop(on_step, self._control(control, control_scale))
+        return self._draw_all(jobs, latents, on_picture, loop)
+
+    def _control(self, picture: Array | None, scale: float) -> dict[str, Array] | None:
+        """What the ControlNet's graph is fed beside the sample; a bundle without one takes none."""
+        record = self.bundle.manifest.graphs.get(CONTROLNET)
+        if record is None:
+            if picture is None:
+                return None
+            raise UsageError(
+                f"{self.bundle.root} has no ControlNet, so it takes no picture to follow",
+                "Export it with --method faster --controlnet FOLDER.",
+            )
+        if picture is None:
+            raise UsageError(
+                f"{self.bundle.root} draws by a ControlNet and needs a picture to follow",
+                "Pass --control PICTURE, or control=array in Python.",
+            )
+        spec = next(tensor for tensor in record.inputs if tensor.name == "controlnet_cond")
+        shape = tuple(int(side) for side in spec.shape[1:])
+        if picture.shape != shape:
+            raise UsageError(f"control has shape {picture.shape}; expected {shape}")
+        if not (np.isfinite(picture).all() and picture.min() >= 0 and picture.max() <= 1):
+            raise UsageError("control has values outside of [0, 1]")
+        rows = np.broadcast_to(picture.astype(np.float32), (int(spec.shape[0]), *shape))
+        return {
+            "controlnet_cond": np.ascontiguousarray(rows),
+            "conditioning_scale": np.array([scale], np.float32),
+        }
+
+    def _steering(
+        self,
+        guidance: float | Sequence[float] | None,
+        negative_prompt: str | Sequence[str] | None,
+        count: int,
+    ) -> tuple[list[float | None], list[str]]:
+        """Guidance and negative prompt of each prompt; refused where guidance is distilled in."""
+        if guidance is None and negative_prompt is None:
+            return [None] * count, [""] * count
+        check_steering(self.bundle, guidance is not None)
+        if guidance is None or isinstance(guidance, (int, float)):
+            scales: list[float | None] = [guidance] * count
+        else:
+            scales = list(guidance)
+        if negative_prompt is None or isinstance(negative_prompt, str):
+            negatives = [negative_prompt or ""] * count
+        else:
+            negatives = list(negative_prompt)
+        for name, values in (("guidance", scales), ("negative_prompt", negatives)):
+            if len(values) != count:
+                raise UsageError(
+                    f"{name} has {len(values)} values for {count} prompts; expected 1 or {count}"
+                )
+        for scale in scales:
+            if scale is not None:
+                check_guidance(scale)
+        return scales, negatives
+
+    def draw(
+        self,
+        jobs: Sequence[tuple[str, int] | Job],
+        on_picture: Callable[[Picture], None] = lambda picture: None,
+    ) -> Result:
+        """Draw one picture for each (prompt, seed) or `Job`, as many a run as the batch allows."""
+        if not jobs:
+            raise UsageError("no prompt was given")
+        listed = [Job(*job) for job in jobs]
+        for job in listed:
+            check_seeds(job.seed, 1)
+            if job.guidance is not None or job.negative:
+                self._steering(job.guidance, job.negative, 1)
+        return self._draw_all(listed, None, on_picture, Loop(control=self._control(None, 1.0)))
+
+    def _draw_all(
+        self,
+        jobs: list[Job],
+        latents: Array | None,
+        on_picture: Callable[[Picture], None],
+        loop: Loop,
+    ) -> Result:
+        smallest, largest = self.batch_range()
+        pictures: list[Picture] = []
+        stages: dict[str, list[float]] = {}
+        for start in range(0, len(jobs), largest):
+            chunk = jobs[start : start + largest]
+            size = max(smallest, len(chunk))
+            for picture in self._draw(chunk, size, latents, stages, loop):
+                on_picture(picture)
+                pictures.append(picture)
+        return Result(pictures, stages)
+
+    def batch_range(self) -> tuple[int, int]:
+        """The smallest and largest batch to run: the bundle's, or a dynamic one within limits."""
+        batch = self.bundle.manifest.batch
+        if batch is not None:
+            return batch, batch
+        if not isinstance(self.runtime, BatchLimited):
+            return 1, _DYNAMIC_BATCH
+        smallest, largest = self.runtime.batch_range()
+        return smallest, max(smallest, min(largest, _DYNAMIC_BATCH))
+
+    def _draw(
+        self,
+        jobs: list[Job],
+        size: int,
+        latents: Array | None,
+        stages: dict[str, list[float]],
+        loop: Loop,
+    ) -> list[Picture]:
+        """One run of all graphs; a static batch is filled up by repeating the last job."""
+        filled = jobs + [jobs[-1]] * (size - len(jobs))
+        shape = tuple(int(side) for side in self.bundle.manifest.latent_shape[1:])
+        if latents is None:
+            rows = [noise_from_seed(job.seed, (1, *shape)) for job in filled]
+        else:
+            rows = [latents.astype(np.float32).reshape(1, *shape)] * len(filled)
+        result, sample = self._run_all(filled, np.concatenate(rows), stages, loop)
+        pixels = pixels_from_sample(sample)
+        return [
+            Picture(
+                image_from_pixels(pixels[row]),
+                job.prompt,
+                job.seed if latents is None else None,
+                result[row],
+                job.negative,
+                self._guidance(job),
+            )
+            for row, job in enumerate(jobs)
+        ]
+
+    def _guidance(self, job: Job) -> float | None:
+        """The scale a picture is drawn with, None for a student."""
+        plan = self.bundle.manifest.faster
+        if plan is None:
+            return None
+        return plan.guidance if job.guidance is None else job.guidance
+
+    def _run_all(
+        self, jobs: list[Job], noise: Array, stages: dict[str, list[float]], loop: Loop
+    ) -> tuple[Array, Array]:
+        """Latents (B, 4, H, W) and picture (B, 3, 8H, 8W), in one go where the runtime can."""
+        prompts = [job.prompt for job in jobs]
+        plan = self.bundle.manifest.faster
+        if plan is not None:
+            halves = [self.embed([job.negative for job in jobs], stages)]
+            halves.append(self.embed(prompts, stages))
+            scales = [self._guidance(job) or plan.guidance for job in jobs]
+            latents = self._loop(plan, noise, np.concatenate(halves), stages, scales, loop)
+            return latents, self.decode(latents, stages)
+        # A chain hands the latents on inside the device: it cannot cut them into tiles.
+        if isinstance(self.runtime, ChainRuntime) and not is_tiled(
+            self.bundle.spec(VAE_DECODER), noise
+        ):
+            chained = self.runtime.run_chain(self.tokenizer(prompts), noise)
+            if chained is not None:
+                for stage, latency_ms in chained.stage_latency_ms.items():
+                    stages.setdefault(stage, []).append(latency_ms)
+                return chained.latents, chained.picture
+        latents = self.latents_from_noise(noise, self.embed(prompts, stages), stages)
+        return latents, self.decode(latents, stages)
+
+    def embed(self, prompts: Sequence[str], stages: dict[str, list[float]] | None = None) -> Array:
+        """Prompts -> text embedding (B, L, D)."""
+        feeds = {"input_ids": self.tokenizer(prompts)}
+        return self._run(TEXT_ENCODER, feeds, stages)["last_hidden_state"]
+
+    def latents_from_noise(
+        self, noise: Array, text: Array, stages: dict[str, list[float]] | None = None
+    ) -> Array:
+        """Noise (B, 4, H, W) and text (B, L, D) -> latents, by encoder and decoder.
+
+        With Faster Diffusion text is (2B, L, D), negative prompts first, and guidance the plan's.
+        """
+        plan = self.bundle.manifest.faster
+        if plan is not None:
+            return self._loop(plan, noise, text, stages, None, Loop())
+        pool = {"sample": noise, "encoder_hidden_states": text}
+        pool.update(self._run(UNET_ENCODER, pool, stages))
+        return self._run(UNET_DECODER, pool, stages)["latents"]
+
+    def _loop(
+        self,
+        plan: FasterPlan,
+        noise: Array,
+        text: Array,
+        stages: dict[str, list[float]] | None,
+        guidance: Sequence[float] | None,
+        loop: Loop,
+    ) -> Array:
+        def run(graph: str, pool: Mapping[str, Array]) -> dict[str, Array]:
+            return self._run(graph, pool, stages)
+
+        schedule = self.bundle.manifest.schedule
+        plan = plan.bounded(step_limit(self.runtime), len(text))
+        return sample_latents(schedule, plan, run, noise, text, guidance, *loop)
+
+    def decode(self, latents: Array, stages: dict[str, list[float]] | None = None) -> Array:
+        """Latents (B, 4, H, W) -> picture (B, 3, 8H, 8W), about [-1, 1]; tiled if exported so."""
+        scaled = (latents / self.bundle.manifest.vae_scaling_factor).astype(np.float32)
+        tiles: dict[str, list[float]] = {}
+
+        def decode(tile: Array) -> Array:
+            return self._run(VAE_DECODER, {"latent_sample": tile}, tiles)["sample"]
+
+        picture = decode_in_tiles(decode, scaled, tile_size(self.bundle.spec(VAE_DECODER)))
+        if stages is not None:
+            stages.setdefault(VAE_DECODER, []).append(sum(tiles[VAE_DECODER]))
+        return picture
+
+    def _run(
+        self, graph: str, pool: Mapping[str, Array], stages: dict[str, list[float]] | None
+    ) -> dict[str, Array]:
+        feeds = self.bundle.spec(graph).select(pool)
+        start = self._timer()
+        outputs = self.runtime.run(graph, feeds)
+        if stages is not None:
+            stages.setdefault(graph, []).append((self._timer() - start) * 1e3)
+        check_finite(graph, outputs)
+        return outputs
+
+    def close(self) -> None:
+        """Close the runtime."""
+        self.runtime.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+_DYNAMIC_BATCH = 4
+
+
+def replanned(bundle: Bundle, change: PlanChange) -> Bundle:
+    """The bundle with another plan for its graphs, which depend on none; nothing is written."""
+    manifest = bundle.manifest
+    if change == PlanChange():
+        return bundle
+    if manifest.faster is None:
+        raise UsageError(
+            f"{bundle.root} is a distilled student: its steps are part of its weights and graphs",
+            "Leave --steps, --key-steps, --inject and --max-decoder-rows out.",
+        )
+    config = json.loads(bundle.file("scheduler/scheduler_config.json").read_text("utf-8"))
+    schedule, plan = changed_plan(config, manifest.schedule, manifest.faster, change)
+    return replace(bundle, manifest=replace(manifest, schedule=schedule, faster=plan))
+
+
+def check_steering(bundle: Bundle, guided: bool) -> None:
+    """Refuse guidance (`guided`) or a negative prompt where guidance is distilled in."""
+    if bundle.manifest.faster is None:
+        raise UsageError(
+            f"{bundle.root} is a distilled student: it takes no "
+            f"{'guidance' if guided else 'negative prompt'}, its guidance is part of its weights",
+            "Leave it out, or export the teacher with --method faster.",
+        )

@@ -1,0 +1,358 @@
+"""Student -> verified ONNX bundle: export every graph, capture the reference, measure each hop."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tiue_export._version import __version__
+from tiue_export.bundle.folder import (
+    MANIFEST_FILE,
+    REFERENCE_FILE,
+    Bundle,
+    check_target,
+    file_records,
+    new_bundle,
+    open_bundle,
+    records_below,
+)
+from tiue_export.bundle.manifest import FORMAT_VERSION, GraphRecord, Manifest, ParityRecord
+from tiue_export.checkpoint.tokenizer_files import write_tokenizer
+from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
+from tiue_export.drawing.vae_tiles import first_tile, tile_size
+from tiue_export.export.onnx.write import MODEL_FILE, OPSET, onnx_from_graph
+from tiue_export.graphs.build import (
+    ExportOptions,
+    Graph,
+    build_graphs,
+    exported_schedule,
+    latent_shape,
+    text_shape,
+    vae_scale,
+    vae_scaling_factor,
+)
+from tiue_export.proof.gates import weakest
+from tiue_export.proof.half_range import (
+    AUDIT_FILE,
+    Float32Parts,
+    OverflowAudit,
+    float32_parts,
+    node_path,
+)
+from tiue_export.proof.parity import (
+    CHAIN_OUTPUTS,
+    measure_graph,
+    measure_loop,
+    parity_record,
+    require_passed,
+    with_dtypes,
+)
+from tiue_export.reference.capture import Capture, capture, measure_half_arithmetic
+from tiue_export.reference.half_audit import RangeRecorder, audit_student
+from tiue_export.registry import open_runtime, require
+from tiue_export.sampling.sampler import OnStep
+from tiue_export.specs import (
+    BATCH,
+    GRAPH_NAMES,
+    TEXT_ENCODER,
+    UNET_DECODER,
+    UNET_GRAPHS,
+    VAE_DECODER,
+    Runtime,
+    RuntimeOptions,
+)
+from tiue_export.student.model import Student
+from tiue_export.system.memory import PeakMemory, return_freed_memory
+
+_IF_LOST = (
+    "Try --precision fp32, or accept the loss with --allow-parity-loss (the manifest then says so)."
+)
+_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One finished stage ("export NAME", "verify NAME"): what it wrote, the memory it needed."""
+
+    stage: str
+    seconds: float
+    peak_memory_bytes: int
+    size_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Observer:
+    """How an export tells of its progress; the default tells nobody.
+
+    `on_progress` hears how far a long stage is, 0 to 1, and what it is at.
+    """
+
+    on_start: Callable[[str], None] = lambda stage: None
+    on_done: Callable[[StageReport], None] = lambda report: None
+    on_progress: Callable[[float, str], None] = lambda fraction, detail: None
+
+    def steps_of(self, stage: str) -> OnStep:
+        """A listener for a sampler's steps that tells of them as the stage's progress."""
+        return lambda done, total: self.on_progress(done / total, f"{stage}: {done} of {total}")
+
+
+def export_onnx(
+    student: Student,
+    out: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    force: bool = False,
+    allow_parity_loss: bool = False,
+    audit: bool = True,
+    audit_prompts: Sequence[str] = (),
+    observer: Observer | None = None,
+) -> Bundle:
+    """Export `student` to a bundle at `out` and return it, verified.
+
+    An fp16 export first audits for overflow, in the float32 run that captures the reference and on
+    `audit_prompts`, and keeps in float32 what half precision might not carry. Every graph is run by
+    ONNX Runtime on captured inputs and held against the fp32 student; a gate that fails raises
+    `ParityError` and leaves nothing, unless `allow_parity_loss`.
+    """
+    options, observer = options or ExportOptions(), observer or Observer()
+    require("checking an export", ("onnxruntime",), "export")
+    check_target(out, force=force)
+    with new_bundle(out, force=force) as folder:
+        tokenizer = _write_parts(student, options, folder)
+        recorder = RangeRecorder(student, options, _audited(options) if audit else ())
+        captured = _capture(student, options, tokenizer, folder, recorder, observer)
+        found = None
+        if recorder.watched:
+            if audit_prompts:
+                with _stage(observer, f"audit on {len(audit_prompts)} prompts"):
+                    list(audit_student(student, options, tokenizer, audit_prompts, recorder))
+            found = _audit(recorder, captured.reference.inputs, audit_prompts, folder)
+            options = replace(options, float32=_joined(options.float32, recorder))
+        graphs, modules = _export_graphs(student, options, folder, found, observer)
+        bundle = Bundle(folder, _manifest(student, options, graphs, folder))
+        records = [*captured.hops, *_measure(bundle, captured, modules, observer)]
+        if not allow_parity_loss:
+            require_passed(records, _IF_LOST)
+        lost = any(not record.passed for record in records)
+        manifest = replace(bundle.manifest, parity=tuple(records), parity_loss_allowed=lost)
+        (folder / MANIFEST_FILE).write_text(manifest.to_json(), "utf-8")
+    return open_bundle(out)
+
+
+def _audited(options: ExportOptions) -> tuple[str, ...]:
+    """The graphs whose precision an audit decides; a VAE precision that was chosen stands."""
+    if options.precision != "fp16":
+        return ()
+    chosen = options.vae_precision != "auto"
+    return tuple(name for name in GRAPH_NAMES if not (chosen and name == VAE_DECODER))
+
+
+def _audit(
+    recorder: RangeRecorder, inputs: str, prompts: Sequence[str], folder: Path
+) -> OverflowAudit:
+    """Write and return the audit's summary."""
+    more = f"; {len(prompts)} more prompt(s)" if prompts else ""
+    graphs = tuple(recorder.ranges(name).audit() for name in recorder.watched)
+    audit = OverflowAudit(inputs + more, graphs)
+    (folder / AUDIT_FILE).parent.mkdir(parents=True, exist_ok=True)
+    (folder / AUDIT_FILE).write_text(audit.to_json(), "utf-8")
+    return audit
+
+
+def _joined(chosen: Float32Parts, recorder: RangeRecorder) -> Float32Parts:
+    """What the caller keeps in float32, and what the audit found."""
+    found = float32_parts(recorder.ranges(name) for name in recorder.watched)
+    names = {*chosen.modules, *found.modules}
+    return Float32Parts(
+        {name: chosen.of(name) | found.of(name) for name in names}, chosen.tensors | found.tensors
+    )
+
+
+def _export_graphs(
+    student: Student,
+    options: ExportOptions,
+    folder: Path,
+    audit: OverflowAudit | None,
+    observer: Observer,
+) -> tuple[dict[str, GraphRecord], dict[str, Graph]]:
+    """Write every graph; returns their records, and the modules of those in half precision."""
+    largest = {} if audit is None else {g.graph: g.max_abs_in_half for g in audit.graphs}
+    records, modules = {}, {}
+    for group in ((TEXT_ENCODER,), UNET_GRAPHS, (VAE_DECODER,)):
+        for graph in build_graphs(student, options, only=group):
+            name = graph.spec.name
+            record = _export_graph(graph, folder, observer)
+            records[name] = replace(record, max_abs_in_half=largest.get(name))
+            if graph.precision != "fp32":
+                modules[name] = graph
+    return records, modules
+
+
+def _export_graph(graph: Graph, folder: Path, observer: Observer) -> GraphRecord:
+    name = graph.spec.name
+    with _stage(observer, f"export {name}") as done:
+        onnx_from_graph(graph, folder / name)
+        files = records_below(folder, name)
+        done["size_bytes"] = sum(record.size_bytes for record in files.values())
+    return GraphRecord(
+        path=f"{name}/{MODEL_FILE}",
+        inputs=graph.spec.inputs,
+        outputs=graph.spec.outputs,
+        precision=graph.precision,
+        opset=OPSET,
+        files=files,
+        float32_modules=tuple(sorted(map(node_path, graph.float32))),
+    )
+
+
+def _capture(
+    student: Student,
+    options: ExportOptions,
+    tokenizer: Tokenizer | None,
+    folder: Path,
+    recorder: RangeRecorder,
+    observer: Observer,
+) -> Capture:
+    stage = "run student in fp32"
+    with _stage(observer, stage):
+        captured = capture(student, options, tokenizer, recorder, observer.steps_of(stage))
+        captured.reference.save(folder / REFERENCE_FILE)
+    return captured
+
+
+def _measure(
+    bundle: Bundle, captured: Capture, modules: dict[str, Graph], observer: Observer
+) -> list[ParityRecord]:
+    """Each graph on the student's own inputs, and all graphs as one chain from the token ids on.
+
+    One graph is open at a time, and serves both: at full size two would not fit beside torch.
+    `modules` are run by torch in their own half precision: ONNX Runtime's CPU provider has few
+    half-precision kernels and computes most of an fp16 graph in float32, so it alone would prove
+    the weights but neither the arithmetic nor the range. It has no bf16 kernels at all.
+    """
+    known, inputs = captured.reference.arrays, captured.reference.inputs
+    overall = bundle.manifest.precision
+    graphs: list[ParityRecord] = []
+    chain: list[ParityRecord] = []
+    pool = dict(known)
+    for name, (feeds, expected) in captured.graph_io.items():
+        precision = bundle.manifest.graphs[name].precision
+        kind, spec = weakest(overall, precision), bundle.spec(name)
+        with _stage(observer, f"verify {name}"):
+            if name in modules:
+                graphs.append(measure_half_arithmetic(modules.pop(name), feeds, expected, inputs))
+                return_freed_memory()
+            if precision == "bf16":
+                continue
+            with _ort(bundle) as runtime:
+                typed, hop = with_dtypes(spec, feeds), f"ONNX {precision}"
+                graphs.append(measure_graph(runtime, spec, typed, expected, hop, kind, inputs))
+                if bundle.manifest.faster is not None:
+                    continue  # its chain is the loop below
+                outputs = runtime.run(name, with_dtypes(spec, pool))
+        pool.update(outputs)
+        if name == TEXT_ENCODER:
+            pool["encoder_hidden_states"] = outputs["last_hidden_state"]
+        for tensor, stage in CHAIN_OUTPUTS.get(name, {}).items():
+            reference, value = known[stage], outputs[tensor].astype("float32")
+            hop = f"ONNX {overall} chain"
+            chain.append(parity_record(hop, stage, reference, value, kind, inputs))
+        if name == UNET_DECODER:
+            scaled = outputs["latents"] / bundle.manifest.vae_scaling_factor
+            pool["latent_sample"] = scaled.astype("float32")
+            if VAE_DECODER in bundle.manifest.graphs:
+                size = tile_size(bundle.spec(VAE_DECODER))
+                pool["latent_sample"] = first_tile(pool["latent_sample"], size)
+            # From here on "sample" names the picture; the noise has been used.
+            del pool["sample"]
+    if bundle.manifest.faster is not None:
+        with _stage(observer, "verify loop"), _ort(bundle) as runtime:
+            hop = f"ONNX {overall}"
+            on_step = observer.steps_of("verify loop")
+            chain.append(measure_loop(bundle, runtime, captured.reference, hop, on_step))
+    return graphs + chain
+
+
+@contextmanager
+def _ort(bundle: Bundle) -> Iterator[Runtime]:
+    runtime = open_runtime("ort", bundle, RuntimeOptions(device="cpu", low_memory=True))
+    try:
+        yield runtime
+    finally:
+        runtime.close()
+
+
+@contextmanager
+def _stage(observer: Observer, stage: str) -> Iterator[dict[str, int]]:
+    observer.on_start(stage)
+    facts: dict[str, int] = {}
+    return_freed_memory()
+    start = time.perf_counter()
+    with PeakMemory() as memory:
+        yield facts
+    seconds = time.perf_counter() - start
+    observer.on_done(StageReport(stage, seconds, memory.peak_bytes, facts.get("size_bytes", 0)))
+
+
+def _write_parts(student: Student, options: ExportOptions, folder: Path) -> Tokenizer | None:
+    """Configurations and tokenizer, in the layout that optimum and diffusers read."""
+    _write_json(folder / "scheduler" / "scheduler_config.json", student.scheduler_config)
+    index: dict[str, Any] = {
+        "_class_name": "TiUEPipeline" if student.plan is None else "FasterDiffusionPipeline",
+        "scheduler": ["diffusers", student.scheduler_config.get("_class_name", "DDIMScheduler")],
+    }
+    if student.vae is not None:
+        config = {k: v for k, v in student.vae.config.items() if k != "_name_or_path"}
+        config["_class_name"] = type(student.vae).__name__
+        _write_json(folder / "vae_decoder" / "config.json", config)
+        index["vae"] = ["diffusers", type(student.vae).__name__]
+    tokenizer = None
+    if student.text_encoder is not None and student.tokenizer_folder is not None:
+        config = student.text_encoder.config.to_diff_dict()
+        config.pop("_name_or_path", None)
+        _write_json(folder / "text_encoder" / "config.json", config)
+        length = text_shape(student, options)[1]
+        write_tokenizer(student.tokenizer_folder, folder / "tokenizer", length)
+        index["text_encoder"] = ["transformers", "CLIPTextModel"]
+        index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+        tokenizer = open_tokenizer(folder / "tokenizer" / "tokenizer.json", length)
+    _write_json(folder / "model_index.json", index)
+    return tokenizer
+
+
+def _manifest(
+    student: Student, options: ExportOptions, graphs: Mapping[str, GraphRecord], folder: Path
+) -> Manifest:
+    latents: tuple[int | str, ...] = latent_shape(student, options)
+    text: tuple[int | str, ...] = text_shape(student, options)
+    if options.dynamic_batch:
+        latents, text = (BATCH, *latents[1:]), (BATCH, *text[1:])
+    in_graphs = {name for record in graphs.values() for name in record.files}
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        created_by=f"tiue-export {__version__}",
+        source=student.source,
+        schedule=exported_schedule(student, options),
+        latent_shape=latents,
+        text_shape=text,
+        vae_scale=vae_scale(student),
+        vae_scaling_factor=vae_scaling_factor(student),
+        precision=options.precision,
+        hoisted=options.hoist,
+        graphs=graphs,
+        files=file_records(folder, [name for name in names if name not in in_graphs]),
+        tools={name: importlib.import_module(name).__version__ for name in _TOOLS},
+        faster=student.plan,
+    )
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2, sort_keys=True, default=str) + "\n", "utf-8")

@@ -1,0 +1,375 @@
+"""Bundle -> the same bundle with TensorRT engines in it: one child process per graph.
+
+A valid engine of equal identity is kept; anything else is built again. Engines are listed in the
+manifest as they are finished, so a build that is killed goes on where it stopped. Loads without
+torch: a Jetson builds from an ONNX bundle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from tiue_export.bundle.engine_identity import check_engine, compiled_for, graph_identity
+from tiue_export.bundle.folder import Bundle, add_compiled, compiled_folder, file_records
+from tiue_export.bundle.manifest import Compiled, CompiledGraph
+from tiue_export.errors import (
+    BundleError,
+    ParityError,
+    ResourceError,
+    RuntimeFailure,
+    TiueError,
+    UsageError,
+)
+from tiue_export.export.trt.build_process import (
+    NO_GPU,
+    NOT_HALF,
+    NOT_INT8,
+    NOT_PARSED,
+    OK,
+    OUT_OF_MEMORY,
+    POLYGRAPHY_RTX,
+    EngineRequest,
+    is_memory_error,
+)
+from tiue_export.export.trt.plan import TrtOptions, TrtPlan, plan_trt
+from tiue_export.system.tensorrt_flavor import FOLDERS, Flavor, load_flavor, this_device
+
+CHILD = "tiue_export.export.trt.build_process"
+_KILLED = -9
+# Of the builder's many warnings those that mean wrong pictures, such as "Running layernorm after
+# self-attention with FP16 Reduce or Pow may cause overflow" (NVIDIA/TensorRT#4355).
+_ABOUT_NUMBERS = re.compile(r"overflow|accuracy|precision loss|\bnan\b", re.IGNORECASE)
+_LEAST_WORKSPACE_MB = 64
+
+
+@dataclass(frozen=True)
+class TrtObserver:
+    """How a build tells of its progress; the default tells nobody.
+
+    `on_progress` gets graph, fraction from 0 to 1 and what the builder does; `on_done` graph and
+    finished engine; `on_note` what the user should know, such as settings that had to give way.
+    """
+
+    on_start: Callable[[str], None] = lambda graph: None
+    on_progress: Callable[[str, float, str], None] = lambda graph, fraction, phase: None
+    on_done: Callable[[str, CompiledGraph], None] = lambda graph, compiled: None
+    on_note: Callable[[str], None] = lambda text: None
+
+
+def compile_trt(
+    bundle: Bundle, options: TrtOptions | None = None, observer: TrtObserver | None = None
+) -> Bundle:
+    """Build the engines that the bundle lacks for this request; returns the bundle with all.
+
+    Raises what `plan_trt` raises, `ParityError` when a graph of an fp16 bundle would run in float,
+    `ResourceError` when memory runs out at the easiest settings too, `RuntimeFailure` when TensorRT
+    fails. A failure leaves the bundle openable, with the engines that were finished.
+    """
+    options, observer = options or TrtOptions(), observer or TrtObserver()
+    plan = plan_trt(bundle, options)
+    existing = bundle.manifest.compiled.get(plan.flavor.folder)
+    # A complete set with other settings is worth more than a part of the new one.
+    at_once = existing is not None and (options.rebuild or not plan.settings_equal(existing))
+    groups = [plan.to_build] if at_once else [(name,) for name in plan.to_build]
+    for names in filter(None, groups):
+        bundle = _build_group(bundle, names, plan, observer)
+    return bundle
+
+
+def refit_from(bundle: Bundle, new: Bundle, observer: TrtObserver | None = None) -> Bundle:
+    """Put the weights of `new` into the engines of `bundle`; the engines go into `new`.
+
+    For a fine-tuned student of the same shape, whose ONNX bundle is `new`: seconds in place of a
+    build. Needs engines built with `refit`, and the GPU they were built for, as refitting opens
+    them. Raises `BundleError` when there are none or the graphs differ, `RuntimeFailure` without
+    the GPU.
+    """
+    observer = observer or TrtObserver()
+    compiled, plans = check_refittable(bundle)
+    _check_same_graphs(bundle, new)
+    where = FOLDERS[compiled.backend]
+    with compiled_folder(new, where) as folder:
+        graphs = {}
+        for name, plan in plans.items():
+            observer.on_start(name)
+            graphs[name] = _refit(name, plan, folder, new, compiled, observer)
+            observer.on_done(name, graphs[name])
+        return add_compiled(new, where, folder, replace(compiled, graphs=graphs))
+
+
+def check_refittable(bundle: Bundle) -> tuple[Compiled, dict[str, Path]]:
+    """The engines of a bundle, if they can be given other weights on this machine."""
+    flavor = _flavor_of_engines(bundle)
+    compiled = compiled_for(bundle, flavor.name)
+    if compiled.flags.get("refit") is not True:
+        raise BundleError(
+            f"the engines of {bundle.root} were built without --refit: their weights are fixed",
+            "Build engines for the new student itself: leave out --refit-from.",
+        )
+    device = this_device()
+    if device is None:
+        raise RuntimeFailure(
+            "refitting opens the engines, which needs their GPU and its driver; none was found",
+            "Run this command on the device.",
+        )
+    plans = {name: check_engine(bundle, compiled, name, flavor, device) for name in compiled.graphs}
+    return compiled, plans
+
+
+def easier(request: EngineRequest, workspace_mb: int) -> EngineRequest | None:
+    """The next rung down after memory ran out with `workspace_mb`, or None at the bottom.
+
+    One optimization level less (fewer tactics are tried) and half the workspace; from level 1 on
+    half the workspace alone. 0 means that no limit was set, as where RTX builds without a GPU.
+    """
+    half = max(_LEAST_WORKSPACE_MB, workspace_mb // 2) if workspace_mb else 0
+    if request.optimization_level > 1:
+        level = request.optimization_level - 1
+        return replace(request, optimization_level=level, workspace_mb=half)
+    return replace(request, workspace_mb=half) if half < workspace_mb else None
+
+
+def _build_group(
+    bundle: Bundle, names: tuple[str, ...], plan: TrtPlan, observer: TrtObserver
+) -> Bundle:
+    """Build some graphs and add them beside the finished ones that this plan keeps."""
+    where = plan.flavor.folder
+    with compiled_folder(bundle, where) as folder:
+        graphs = _keep_valid(bundle, folder, plan, names)
+        for name in names:
+            observer.on_start(name)
+            report = _build(name, plan.request(bundle, name, folder / f"{name}.plan"), observer)
+            graphs[name] = _entry(folder, where, name, plan.identities[name], report)
+            observer.on_done(name, graphs[name])
+        compiled = Compiled(
+            backend=plan.flavor.name,
+            version=plan.flavor.version,
+            target=plan.target,
+            flags=plan.flags,
+            graphs={name: graphs[name] for name in plan.identities if name in graphs},
+        )
+        return add_compiled(bundle, where, folder, compiled)
+
+
+def _keep_valid(
+    bundle: Bundle, folder: Path, plan: TrtPlan, names: tuple[str, ...]
+) -> dict[str, CompiledGraph]:
+    """Bring the engines that stay into the new folder: hard links where the disk has them."""
+    existing = bundle.manifest.compiled.get(plan.flavor.folder)
+    kept = {}
+    for name, entry in (existing.graphs if existing else {}).items():
+        if name in names or entry.identity != plan.identities.get(name):
+            continue
+        for file in entry.files:
+            source, place = bundle.root / file, folder / Path(file).name
+            try:
+                os.link(source, place)
+            except OSError:
+                shutil.copyfile(source, place)
+        kept[name] = entry
+    return kept
+
+
+def _build(name: str, request: EngineRequest, observer: TrtObserver) -> dict[str, Any]:
+    """Build one engine, with easier settings each time memory runs out; its report."""
+    attempts = 0
+    while True:
+        attempts += 1
+        try:
+            report = _run(name, request, observer)
+        except _OutOfMemory as failure:
+            lower = easier(request, failure.workspace_mb)
+            if lower is None:
+                raise _memory_error(name, request, failure) from failure
+            observer.on_note(_what_changed(name, request, lower, failure))
+            request = lower
+        else:
+            settings = {"optimization_level": request.optimization_level, "attempts": attempts}
+            return {**report, **settings}
+
+
+def _refit(
+    name: str,
+    plan: Path,
+    folder: Path,
+    new: Bundle,
+    compiled: Compiled,
+    observer: TrtObserver,
+) -> CompiledGraph:
+    onnx = str(new.graph_path(name).resolve())
+    request = EngineRequest(
+        onnx, str(folder / f"{name}.plan"), compiled.backend, refit_plan=str(plan.resolve())
+    )
+    try:
+        report = _run(name, request, observer)
+    except _OutOfMemory as failure:
+        raise _memory_error(name, request, failure) from failure
+    record = new.manifest.graphs[name]
+    identity = graph_identity(
+        record, compiled.backend, compiled.version, compiled.target, compiled.flags
+    )
+    # The layers are those of the engine it came from.
+    proof = {k: v for k, v in compiled.graphs[name].report.items() if "build" not in k}
+    entry = _entry(folder, FOLDERS[compiled.backend], name, identity, {**proof, **report})
+    return replace(entry, report={**entry.report, "refitted": 1})
+
+
+class _OutOfMemory(Exception):
+    def __init__(self, text: str, workspace_mb: int) -> None:
+        super().__init__(text)
+        self.workspace_mb = workspace_mb
+
+
+def _run(name: str, request: EngineRequest, observer: TrtObserver) -> dict[str, Any]:
+    """One child process, from its request to its report."""
+    told: dict[str, dict[str, Any]] = {"workspace": {"megabytes": request.workspace_mb}}
+    warnings = 0
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        with _child(request, log) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                event = json.loads(line)
+                kind = event.pop("event")
+                told[kind] = event
+                if kind == "progress":
+                    observer.on_progress(name, event["fraction"], event["phase"])
+                elif kind == "log":
+                    warnings += 1
+                    if _ABOUT_NUMBERS.search(event["text"]):
+                        observer.on_note(f"{name}: TensorRT warns: {event['text'][:300]}")
+            code = process.wait()
+        log.seek(0)
+        last_lines = log.read()[-2000:].strip().splitlines()[-3:]
+    if code == OK and "result" in told:
+        return {**told["result"], "builder_warnings": warnings}
+    error = told.get("error", {})
+    text = error.get("text") or "; ".join(last_lines) or f"its process ended with {code}"
+    if code in (OUT_OF_MEMORY, _KILLED) or (code < 0 and is_memory_error(text)):
+        # The kernel's out-of-memory killer leaves no message.
+        reason = text if code != _KILLED else "the system killed the builder"
+        raise _OutOfMemory(reason, told["workspace"]["megabytes"])
+    raise _failure(name, code, text, error.get("next_step"))
+
+
+@contextlib.contextmanager
+def _child(request: EngineRequest, log: IO[str]) -> Iterator[subprocess.Popen[str]]:
+    # Lazy loading keeps kernels that are never run out of GPU memory.
+    environment = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
+    environment.pop(POLYGRAPHY_RTX, None)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "request.json"
+        path.write_text(request.to_json(), "utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-m", CHILD, str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+        with process:
+            try:
+                yield process
+            except BaseException:
+                process.kill()  # leaving the block waits for it
+                raise
+
+
+def _failure(name: str, code: int, text: str, next_step: str | None) -> TiueError:
+    if code == NOT_HALF:
+        return ParityError(
+            f"{name}: {text}, but the bundle says fp16: no engine was made",
+            "Export again: tiue-export onnx --precision fp16.",
+        )
+    if code == NOT_INT8:
+        return ParityError(
+            f"{name}: {text}, but the bundle says w8a8: no engine was made",
+            "Quantize again with this version of tiue-export.",
+        )
+    if code == NOT_PARSED:
+        return BundleError(text, "Export again with this version, or use a newer TensorRT.")
+    if code == NO_GPU:
+        return RuntimeFailure(f"{name}: {text}", "Run this command on the device.")
+    return RuntimeFailure(
+        f"TensorRT could not build {name}: {text[:600]}",
+        next_step or "Try --optimization-level 1; `tiue-export doctor` shows versions and GPU.",
+    )
+
+
+def _memory_error(name: str, request: EngineRequest, failure: _OutOfMemory) -> ResourceError:
+    limit = f" and {failure.workspace_mb} MB of workspace" if failure.workspace_mb else ""
+    # NvMapMemAlloc fails on Jetson although memory is free: boards report that only a restart helps
+    # (audio.cpp#12).
+    fragmented = "nvmap" in str(failure).lower()
+    return ResourceError(
+        f"memory ran out while building {name}, at optimization level "
+        f"{request.optimization_level}{limit}: {str(failure)[:300]}",
+        "Restart the device: its GPU memory is in pieces."
+        if fragmented
+        else "Close other programs (on a Jetson the desktop too) or add swap. Engines that were "
+        "finished are kept: the same command goes on from there.",
+    )
+
+
+def _what_changed(
+    name: str, request: EngineRequest, lower: EngineRequest, failure: _OutOfMemory
+) -> str:
+    changes = []
+    if lower.optimization_level != request.optimization_level:
+        levels = f"{request.optimization_level} -> {lower.optimization_level}"
+        changes.append(f"optimization level {levels}")
+    if lower.workspace_mb:
+        changes.append(f"workspace {failure.workspace_mb} -> {lower.workspace_mb} MB")
+    reason = str(failure)[:120]
+    return f"{name}: memory ran out ({reason}); trying again with {', '.join(changes)}"
+
+
+def _entry(
+    folder: Path, where: str, name: str, identity: str, report: Mapping[str, Any]
+) -> CompiledGraph:
+    file = f"{name}.plan"
+    (record,) = file_records(folder, [file]).values()
+    path = f"{where}/{file}"
+    return CompiledGraph(path, identity, {path: record}, report)
+
+
+def _flavor_of_engines(bundle: Bundle) -> Flavor:
+    found = [name for name, folder in FOLDERS.items() if folder in bundle.manifest.compiled]
+    if not found:
+        raise BundleError(
+            f"{bundle.root} has no TensorRT engines to refit",
+            f"Build them: tiue-export trt --bundle {shlex.quote(str(bundle.root))} --refit",
+        )
+    return load_flavor(found[0] if len(found) == 1 else "auto")
+
+
+def _check_same_graphs(bundle: Bundle, new: Bundle) -> None:
+    if bundle.root.resolve() == new.root.resolve():
+        raise UsageError("--refit-from names the bundle itself; expected another student's")
+    for name, record in bundle.manifest.graphs.items():
+        other = new.manifest.graphs.get(name)
+        if other is None:
+            differs = "is missing"
+        elif other.precision != record.precision:
+            differs = f"is {other.precision} in place of {record.precision}"
+        elif (other.inputs, other.outputs) != (record.inputs, record.outputs):
+            differs = "has other inputs or outputs"
+        else:
+            continue
+        raise BundleError(
+            f"{new.root} does not fit the engines of {bundle.root}: {name} {differs}",
+            "Export the new student with the same options, or build engines for it.",
+        )

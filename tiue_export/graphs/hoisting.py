@@ -1,0 +1,450 @@
+"""The decoder with everything that does not depend on the timestep computed once. Exact.
+
+The K decoder rows differ in their timestep alone; skips, the mid feature and the text are the same
+for all of them. In each resnet of the up blocks, of conv1(silu(norm1(cat(hidden, skip)))):
+- GroupNorm groups that lie wholly inside the skip channels, their SiLU and their share of conv1
+  are the same for every row (a convolution is linear in its input channels);
+- so is the skip's share of the 1x1 shortcut;
+- the first resnet sees only the mid feature and a skip: all of its norm1, conv1 and shortcut;
+- the time projection at fixed timesteps is a constant per row and channel.
+In each text attention the keys and values are computed for B rows, and the K rows of queries
+attend to them as one longer sequence: no copy of the keys is made.
+
+`SharedDecoder` computes the time-independent part; `RowDecoder` the rest. Either graph can hold the
+first: in the decoder it keeps the boundary small, in the encoder it moves weights out of the
+decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tiue_export.graphs.lowering import (
+    NO_PATHS,
+    Attention,
+    ModulePaths,
+    below,
+    copied,
+    in_precision,
+    project_out,
+    split_heads,
+    time_bias,
+    time_embedding_float64,
+    with_plain_attention,
+)
+from tiue_export.graphs.one_pass import Combine, OutputHead, is_single
+from tiue_export.sampling.schedule import Schedule
+
+Shared = dict[str, Tensor]
+R = TypeVar("R", bound="RowBody")
+# Among the shared tensors: the activated time embedding (g, D_t), where timesteps are an input.
+TIME = "time"
+
+
+def hoist(
+    unet: Any,
+    schedule: Schedule,
+    dtype: torch.dtype,
+    float32: ModulePaths = NO_PATHS,
+    rows_dtype: torch.dtype | None = None,
+) -> tuple[SharedDecoder, RowDecoder]:
+    """Cut the decoder in two: what all rows share, and the rows. Weights are the student's own.
+
+    `float32` names the submodules that stay in float32 in half precision: "shared...", "rows...";
+    `rows_dtype` is for rows that lie in another graph of another precision.
+    """
+    embedding = time_embedding_float64(unet, schedule.timesteps)
+    biases = [[time_bias(resnet, embedding) for resnet in b.resnets] for b in unet.up_blocks]
+    precision = _CutPrecision(dtype, rows_dtype or dtype, float32)
+    shared, rows = _cut(unet, RowDecoder, biases, schedule.rows, precision)
+    rows.combine = Combine(schedule)
+    return shared, rows.eval()
+
+
+def hoist_any_time(
+    unet: Any,
+    dtype: torch.dtype,
+    float32: ModulePaths = NO_PATHS,
+    rows_dtype: torch.dtype | None = None,
+) -> tuple[SharedDecoder, RowBody]:
+    """The same cut for timesteps that are an input: the rows find their embedding under `TIME`.
+
+    The rows return their outputs (g*B, 4, H, W) float32, without the closed formula.
+    """
+    biases = [[None for _ in block.resnets] for block in unet.up_blocks]
+    precision = _CutPrecision(dtype, rows_dtype or dtype, float32)
+    return _cut(unet, RowBody, biases, None, precision)
+
+
+class _CutPrecision(NamedTuple):
+    """The dtypes of the two parts, and the paths in both that stay in float32."""
+
+    shared: torch.dtype
+    rows: torch.dtype
+    float32: ModulePaths
+
+
+def _cut(
+    unet: Any,
+    kind: type[R],
+    biases: Sequence[Sequence[Tensor | None]],
+    steps: int | None,
+    precision: _CutPrecision,
+) -> tuple[SharedDecoder, R]:
+    up_blocks = copied(unet.up_blocks)
+    channels = int(unet.config.block_out_channels[-1])
+    islands = precision.float32
+    shared = SharedDecoder(up_blocks, channels)
+    in_precision(shared, precision.shared, below(islands, "shared"))
+    rows = kind(up_blocks, channels, biases, bool(unet.config.upcast_attention), steps)
+    rows.head = copied(OutputHead(unet))
+    in_precision(rows, precision.rows, below(islands, "rows"), border=torch.float32)
+    return shared.eval(), rows.eval()
+
+
+class SharedDecoder(nn.Module):
+    """text (B, 77, D), mid and skips -> named tensors that every row uses, batch B."""
+
+    def __init__(self, up_blocks: Any, mid_channels: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleDict()
+        self.text = nn.ModuleDict()
+        channels = mid_channels
+        for i, block in enumerate(up_blocks):
+            for j, resnet in enumerate(block.resnets):
+                share = FirstShare(resnet) if i == j == 0 else SkipShare(resnet, channels)
+                self.resnets[f"up{i}_resnet{j}"] = share
+                channels = resnet.out_channels
+            for name, attention in _text_attentions(block, i):
+                self.text[f"{name}_key"] = attention.to_k
+                self.text[f"{name}_value"] = attention.to_v
+
+    def forward(self, text: Tensor, mid: Tensor, *skips: Tensor) -> Shared:
+        shared: Shared = {}
+        for (name, share), skip in zip(self.resnets.items(), reversed(skips), strict=True):
+            parts = share(mid, skip) if isinstance(share, FirstShare) else share(skip)
+            shared.update({f"{name}_{part}": value for part, value in parts.items()})
+        for name, projection in self.text.items():
+            shared[name] = projection(text)  # (B, L, heads * d)
+        return shared
+
+
+class RowBody(nn.Module):
+    """The shared tensors -> outputs (K*B, 4, H, W): what differs between the K rows.
+
+    `biases` are the time projections' values, None where timesteps are an input; `steps` is K, None
+    where it is known by the embedding alone.
+    """
+
+    head: nn.Module
+
+    def __init__(
+        self,
+        up_blocks: Any,
+        mid_channels: int,
+        biases: Sequence[Sequence[Tensor | None]],
+        upcast: bool,
+        steps: int | None,
+    ) -> None:
+        super().__init__()
+        with_plain_attention(up_blocks, upcast)
+        channels = mid_channels
+        self.up_blocks = nn.ModuleList()
+        for i, block in enumerate(up_blocks):
+            resnets: list[nn.Module] = []
+            for j, resnet in enumerate(block.resnets):
+                name, bias = f"up{i}_resnet{j}", biases[i][j]
+                resnets.append(
+                    FirstRows(name, resnet, bias)
+                    if i == j == 0
+                    else Rows(name, resnet, channels, bias)
+                )
+                channels = resnet.out_channels
+            for name, attention in _text_attentions(block, i):
+                attention.set_processor(
+                    TimedTextAttention(name, upcast)
+                    if steps is None
+                    else SharedTextAttention(name, steps, upcast)
+                )
+                attention.to_k = attention.to_v = None
+            self.up_blocks.append(RowBlock(block, resnets))
+
+    def outputs(self, shared: Shared) -> Tensor:
+        """The K*B noise predictions, step-major."""
+        hidden: Tensor | None = None
+        for block in self.up_blocks:
+            hidden = block(hidden, shared)
+        rows: Tensor = self.head(hidden)
+        return rows
+
+    def forward(self, shared: Shared) -> Tensor:
+        return self.outputs(shared).float()
+
+
+class RowDecoder(RowBody):
+    """sample (B, 4, H, W) and the shared tensors -> latents, by the rows and Eq. 11."""
+
+    combine: nn.Module
+
+    def forward(self, sample: Tensor, shared: Shared) -> Tensor:  # type: ignore[override]
+        latents: Tensor = self.combine(sample, self.outputs(shared))
+        return latents
+
+
+class RowBlock(nn.Module):
+    """One up block over K*B rows: hoisted resnets, diffusers' own attentions and upsampler."""
+
+    def __init__(self, block: Any, resnets: list[nn.Module]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = getattr(block, "attentions", None)
+        self.upsamplers = block.upsamplers
+
+    def forward(self, hidden: Tensor | None, shared: Shared) -> Tensor | None:
+        for j, resnet in enumerate(self.resnets):
+            hidden = resnet(hidden, shared)
+            if self.attentions is not None:
+                # diffusers hands encoder_hidden_states on untouched, down to our processor.
+                hidden = self.attentions[j](
+                    hidden, encoder_hidden_states=shared, return_dict=False
+                )[0]
+        for upsampler in self.upsamplers or ():
+            hidden = upsampler(hidden)
+        return hidden
+
+
+class FirstShare(nn.Module):
+    """The first resnet up to conv1, and its shortcut: its input has no timestep in it."""
+
+    def __init__(self, resnet: Any) -> None:
+        super().__init__()
+        self.norm1, self.act, self.conv1 = resnet.norm1, resnet.nonlinearity, resnet.conv1
+        self.conv_shortcut = resnet.conv_shortcut
+
+    def forward(self, mid: Tensor, skip: Tensor) -> Shared:
+        joined = torch.cat([mid, skip], 1)
+        shortcut = joined if self.conv_shortcut is None else self.conv_shortcut(joined)
+        return {"conv": self.conv1(self.act(self.norm1(joined))), "shortcut": shortcut}
+
+
+class TimedRows(nn.Module):
+    """What the rows of a resnet add for their timesteps: constants, or projected as they run."""
+
+    bias: Tensor
+
+    def __init__(self, name: str, resnet: Any, bias: Tensor | None) -> None:
+        super().__init__()
+        self.name = name
+        self.time_emb_proj: nn.Module | None = None
+        if bias is None:
+            self.time_emb_proj = resnet.time_emb_proj
+        else:
+            self.register_buffer("bias", bias[:, :, None, None])  # (K, C, 1, 1)
+
+    def time_bias(self, shared: Shared) -> Tensor:
+        """(K, C, 1, 1)."""
+        if self.time_emb_proj is None:
+            return self.bias
+        projected: Tensor = self.time_emb_proj(shared[TIME])
+        return projected[:, :, None, None]
+
+
+class FirstRows(TimedRows):
+    """The rest of the first resnet: K rows appear when the time bias is added."""
+
+    def __init__(self, name: str, resnet: Any, bias: Tensor | None) -> None:
+        super().__init__(name, resnet, bias)
+        self.norm2, self.act, self.conv2 = resnet.norm2, resnet.nonlinearity, resnet.conv2
+
+    def forward(self, hidden: None, shared: Shared) -> Tensor:
+        conv, bias = shared[f"{self.name}_conv"], self.time_bias(shared)
+        steps = bias.shape[0]
+        repeated = conv if is_single(conv) else conv.repeat(steps, 1, 1, 1)
+        x = repeated + bias if is_single(conv) else add_bias(repeated, bias)  # (K*B, C, h, w)
+        x = self.conv2(self.act(self.norm2(x)))
+        return add_to_rows(x, shared[f"{self.name}_shortcut"], steps)
+
+
+class SkipShare(nn.Module):
+    """The skip's part of a resnet: its own norm groups through conv1, and its shortcut."""
+
+    def __init__(self, resnet: Any, hidden_channels: int) -> None:
+        super().__init__()
+        cut = _GroupCut(resnet, hidden_channels)
+        self.straddle = cut.mixed_channels - hidden_channels
+        self.norm1 = cut.norm(skip=True)
+        self.act = resnet.nonlinearity
+        self.conv1 = None if self.norm1 is None else _conv_part(resnet.conv1, cut.skip, bias=False)
+        shortcut, skip = resnet.conv_shortcut, slice(hidden_channels, None)
+        self.conv_shortcut = None if shortcut is None else _conv_part(shortcut, skip, bias=False)
+
+    def forward(self, skip: Tensor) -> Shared:
+        parts = {"shortcut": skip if self.conv_shortcut is None else self.conv_shortcut(skip)}
+        if self.straddle:
+            parts["straddle"] = skip[:, : self.straddle]
+        if self.norm1 is not None and self.conv1 is not None:
+            parts["conv"] = self.conv1(self.act(self.norm1(skip[:, self.straddle :])))
+        return parts
+
+
+class Rows(TimedRows):
+    """The hidden state's part of a resnet, with the norm groups that straddle the border."""
+
+    def __init__(self, name: str, resnet: Any, hidden_channels: int, bias: Tensor | None) -> None:
+        super().__init__(name, resnet, bias)
+        cut = _GroupCut(resnet, hidden_channels)
+        self.straddles = cut.mixed_channels > hidden_channels
+        self.norm1: Any = cut.norm(skip=False)  # never None: hidden channels always fill a group
+        self.act = resnet.nonlinearity
+        self.conv1 = _conv_part(resnet.conv1, cut.mixed, bias=True)
+        self.norm2, self.conv2 = resnet.norm2, resnet.conv2
+        shortcut, hidden = resnet.conv_shortcut, slice(None, hidden_channels)
+        self.conv_shortcut = None if shortcut is None else _conv_part(shortcut, hidden, bias=True)
+
+    def forward(self, hidden: Tensor, shared: Shared) -> Tensor:
+        bias = self.time_bias(shared)
+        steps = bias.shape[0]
+        x = hidden
+        if self.straddles:
+            straddle = shared[f"{self.name}_straddle"]
+            x = torch.cat([hidden, straddle.repeat(steps, 1, 1, 1)], 1)
+        x = add_bias(self.conv1(self.act(self.norm1(x))), bias)
+        if f"{self.name}_conv" in shared:
+            x = add_to_rows(x, shared[f"{self.name}_conv"], steps)
+        x = self.conv2(self.act(self.norm2(x)))
+        shortcut: Tensor = shared[f"{self.name}_shortcut"]
+        if self.conv_shortcut is None:
+            return torch.cat([hidden, shortcut.repeat(steps, 1, 1, 1)], 1).add(x)
+        return add_to_rows(self.conv_shortcut(hidden).add(x), shortcut, steps)
+
+
+class SharedTextAttention(Attention):
+    """Text attention of K*B rows of queries over keys and values of batch B, found by name."""
+
+    def __init__(self, name: str, steps: int, upcast: bool) -> None:
+        super().__init__(upcast)
+        self.name = name
+        self.steps = steps
+
+    def steps_in(self, shared: Shared) -> int:
+        """K."""
+        return self.steps
+
+    def batch_of(self, key: Tensor, rows: int) -> int:
+        """B, of K*B `rows`."""
+        return rows // self.steps
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        **ignored: object,
+    ) -> Tensor:
+        key = split_heads(encoder_hidden_states[f"{self.name}_key"], attn.heads)
+        value = split_heads(encoder_hidden_states[f"{self.name}_value"], attn.heads)
+        query = attn.to_q(hidden_states)
+        rows, length, width = query.shape
+        heads, steps = attn.heads, self.steps_in(encoder_hidden_states)
+        batch = self.batch_of(key, rows)
+        if is_single(key):
+            query = split_heads(query.reshape(1, steps * length, width), heads)
+            mixed = self.attend(query, key, value)  # (1, heads, K*T, d)
+            mixed = mixed.transpose(1, 2).reshape(steps, length, width)
+        elif heads == 1:
+            # TensorRT-RTX 1.7's builder fails on the permutation below where it moves an axis of
+            # one (Myelin, "new_stride_order[i1] != new_stride_order[i2]").
+            query = query.reshape(steps, batch, length, width).transpose(0, 1)
+            query = split_heads(query.reshape(batch, steps * length, width), heads)
+            mixed = self.attend(query, key, value)  # (B, 1, K*T, d)
+            mixed = mixed.reshape(batch, steps, length, width).transpose(0, 1)
+            mixed = mixed.reshape(rows, length, width)
+        else:
+            query = query.reshape(steps, batch, length, heads, width // heads)
+            query = query.permute(1, 3, 0, 2, 4).flatten(2, 3)  # (B, heads, K*T, d)
+            mixed = self.attend(query, key, value)
+            mixed = mixed.reshape(batch, heads, steps, length, width // heads)
+            mixed = mixed.permute(2, 0, 3, 1, 4).reshape(rows, length, width)
+        return project_out(attn, mixed)
+
+
+class TimedTextAttention(SharedTextAttention):
+    """The same where timesteps are an input: their number is the embedding's."""
+
+    def __init__(self, name: str, upcast: bool) -> None:
+        super().__init__(name, 0, upcast)
+
+    def steps_in(self, shared: Shared) -> int:
+        return shared[TIME].shape[0]
+
+    def batch_of(self, key: Tensor, rows: int) -> int:
+        return key.shape[0]
+
+
+def add_to_rows(rows: Tensor, shared: Tensor, steps: int) -> Tensor:
+    """Add a (B, C, h, w) tensor to each of the K steps of (K*B, C, h, w) rows."""
+    # A five-dimensional broadcast would save the copy, but torch.export cannot prove its strides
+    # for a dynamic batch; at batch 1 no copy is made either way.
+    return rows + (shared if is_single(shared) else shared.repeat(steps, 1, 1, 1))
+
+
+def add_bias(rows: Tensor, bias: Tensor) -> Tensor:
+    """Add a (K, C, 1, 1) bias to (K*B, C, h, w) rows."""
+    steps, channels = bias.shape[:2]
+    if isinstance(rows.shape[0], int) and rows.shape[0] == steps:
+        return rows + bias
+    spread = bias.unsqueeze(1).expand(steps, rows.shape[0] // steps, channels, 1, 1)
+    return rows + spread.reshape(rows.shape[0], channels, 1, 1)
+
+
+class _GroupCut:
+    """Where norm1's groups fall: those with any hidden channel are mixed, the rest all skip."""
+
+    def __init__(self, resnet: Any, hidden_channels: int) -> None:
+        self.norm1 = resnet.norm1
+        size = self.norm1.num_channels // self.norm1.num_groups
+        self.mixed_groups = -(-hidden_channels // size)
+        self.skip_groups = self.norm1.num_groups - self.mixed_groups
+        self.mixed_channels = self.mixed_groups * size
+        self.mixed, self.skip = slice(None, self.mixed_channels), slice(self.mixed_channels, None)
+
+    def norm(self, skip: bool) -> nn.GroupNorm | None:
+        """The GroupNorm over one side's channels, or None when that side has no group."""
+        groups = self.skip_groups if skip else self.mixed_groups
+        if groups == 0:
+            return None
+        part = self.skip if skip else self.mixed
+        weight, bias = self.norm1.weight[part], self.norm1.bias[part]
+        with torch.device("meta"):
+            norm = nn.GroupNorm(groups, len(weight), eps=self.norm1.eps)
+        norm.weight, norm.bias = _frozen(weight), _frozen(bias)
+        return norm
+
+
+def _conv_part(conv: nn.Conv2d, channels: slice, bias: bool) -> nn.Conv2d:
+    """The convolution over some of its input channels; only one part may keep the bias."""
+    weight = conv.weight[:, channels]
+    outputs, inputs, height, width = weight.shape
+    with torch.device("meta"):
+        part = nn.Conv2d(inputs, outputs, (height, width), padding=height // 2, bias=False)
+    part.weight = _frozen(weight)
+    if bias and conv.bias is not None:
+        part.bias = _frozen(conv.bias)
+    return part
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _text_attentions(block: Any, i: int) -> list[tuple[str, Any]]:
+    """The text attentions of one up block with their names."""
+    return [
+        (f"up{i}_text{j}_{layer}", transformer.attn2)
+        for j, attention in enumerate(getattr(block, "attentions", ()))
+        for layer, transformer in enumerate(attention.transformer_blocks)
+    ]

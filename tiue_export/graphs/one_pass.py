@@ -1,0 +1,171 @@
+"""The four graphs' modules: the UNet cut between its mid block and its up blocks, as official.
+
+Every module takes and returns plain tensors in the order of its graph's spec. Noise, latents and
+pictures are float32 at every precision; what travels between graphs has the graph's precision.
+`float32` names the submodules that stay in float32 in a half-precision graph, by their paths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiue_export.graphs.lowering import (
+    NO_PATHS,
+    ModulePaths,
+    below,
+    copied,
+    fold_time,
+    in_precision,
+    lowered,
+    time_embedding_float64,
+    with_plain_attention,
+)
+from tiue_export.sampling.schedule import Schedule
+from tiue_export.student.model import output_head
+
+
+class TextEncoder(nn.Module):
+    """input_ids (B, 77) -> last_hidden_state (B, 77, D)."""
+
+    def __init__(
+        self, text_encoder: Any, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
+    ) -> None:
+        super().__init__()
+        self.text_encoder = lowered(text_encoder, dtype, below(float32, "text_encoder"))
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        return (self.text_encoder(input_ids).last_hidden_state,)
+
+
+class VaeDecoder(nn.Module):
+    """latent_sample (B, 4, H, W), divided by the scaling factor -> sample (B, 3, 8H, 8W)."""
+
+    def __init__(self, vae: Any, dtype: torch.dtype, float32: ModulePaths = NO_PATHS) -> None:
+        super().__init__()
+        self.vae: Any = copied(vae)
+        self.dtype = dtype
+        # Decoding needs no encoder: its weights would only sit in memory.
+        self.vae.encoder = None
+        if hasattr(self.vae, "quant_conv"):
+            self.vae.quant_conv = None
+        in_precision(self.vae, dtype, below(float32, "vae"))
+
+    def forward(self, latent_sample: Tensor) -> tuple[Tensor, ...]:
+        image = self.vae.decode(latent_sample.to(self.dtype), return_dict=False)[0]
+        return (image.float(),)
+
+
+class UNetEncoder(nn.Module):
+    """sample (B, 4, H, W), encoder_hidden_states (B, 77, D) -> mid and all skips.
+
+    conv_in, down blocks and mid block at the first timestep, whose embedding is folded in.
+    """
+
+    def __init__(
+        self, unet: Any, schedule: Schedule, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
+    ) -> None:
+        super().__init__()
+        body = nn.ModuleDict(
+            {"conv_in": unet.conv_in, "down_blocks": unet.down_blocks, "mid_block": unet.mid_block}
+        )
+        embedding = time_embedding_float64(unet, schedule.timesteps[:1])
+        self.unet: Any = fold_time(lowered(body, dtype, below(float32, "unet")), embedding)
+        with_plain_attention(self.unet, bool(unet.config.upcast_attention))
+        self.dtype = dtype
+
+    def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
+        rows = encoder_hidden_states[:, 0, :1]  # (B, 1): folded time asks only for the row count
+        hidden = self.unet["conv_in"](sample.to(self.dtype))
+        return encoder_features(self.unet, hidden, rows, encoder_hidden_states)
+
+
+def encoder_features(unet: Any, hidden: Tensor, time: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+    """Mid block's output, then every skip, from what conv_in made; in diffusers' order.
+
+    `unet` holds "down_blocks" and "mid_block"; `time` is what resnets take, embedded or folded.
+    """
+    skips = [hidden]
+    for block in unet["down_blocks"]:
+        if getattr(block, "has_cross_attention", False):
+            hidden, more = block(hidden, time, encoder_hidden_states=text)
+        else:
+            hidden, more = block(hidden, time)
+        skips.extend(more)
+    return (unet["mid_block"](hidden, time, encoder_hidden_states=text), *skips)
+
+
+class NaiveDecoder(nn.Module):
+    """sample, encoder_hidden_states, mid, skips -> latents, as the official code batches it.
+
+    Every feature is repeated K times and every layer runs on K*B rows: the baseline that hoisting
+    is measured against (`--no-hoist`).
+    """
+
+    def __init__(
+        self, unet: Any, schedule: Schedule, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
+    ) -> None:
+        super().__init__()
+        body = nn.ModuleDict({"up_blocks": unet.up_blocks, "head": OutputHead(unet)})
+        embedding = time_embedding_float64(unet, schedule.timesteps)
+        self.unet: Any = fold_time(lowered(body, dtype, below(float32, "unet")), embedding)
+        with_plain_attention(self.unet, bool(unet.config.upcast_attention))
+        self.combine = Combine(schedule)
+        self.steps = schedule.rows
+
+    def forward(
+        self, sample: Tensor, encoder_hidden_states: Tensor, *features: Tensor
+    ) -> tuple[Tensor, ...]:
+        text = encoder_hidden_states.repeat(self.steps, 1, 1)  # (K*B, L, D)
+        hidden, *skips = (feature.repeat(self.steps, 1, 1, 1) for feature in features)
+        for block in self.unet["up_blocks"]:
+            count = len(block.resnets)
+            block_skips, skips = tuple(skips[-count:]), skips[:-count]
+            if getattr(block, "has_cross_attention", False):
+                hidden = block(hidden, block_skips, text[:, 0, :1], encoder_hidden_states=text)
+            else:
+                hidden = block(hidden, block_skips, text[:, 0, :1])
+        return (self.combine(sample, self.unet["head"](hidden)),)
+
+
+class OutputHead(nn.Module):
+    """conv_norm_out, SiLU, conv_out under their own names."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.conv_norm_out, self.conv_act, self.conv_out = (
+            unet.conv_norm_out,
+            unet.conv_act,
+            unet.conv_out,
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return output_head(self, hidden)
+
+
+class Combine(nn.Module):
+    """Eq. 11 with its constants baked in, float32: sample (B, ..), outputs (K*B, ..) -> latents."""
+
+    output_coefficients: Tensor
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.noise_coefficient = schedule.noise_coefficient
+        weights = torch.tensor(schedule.output_coefficients, dtype=torch.float32)
+        self.register_buffer("output_coefficients", weights.view(-1, 1, 1, 1))
+
+    def forward(self, sample: Tensor, outputs: Tensor) -> Tensor:
+        weights, outputs = self.output_coefficients, outputs.float()
+        if is_single(sample):
+            total = (weights * outputs).sum(0, keepdim=True)  # (1, 4, H, W)
+        else:
+            rows = outputs.reshape(len(weights), *sample.shape)  # (K, B, 4, H, W)
+            total = (weights.unsqueeze(1) * rows).sum(0)
+        return self.noise_coefficient * sample + total
+
+
+def is_single(x: Tensor) -> bool:
+    """Whether the batch is a static 1: then rows broadcast in four dimensions, without reshapes."""
+    return isinstance(x.shape[0], int) and x.shape[0] == 1

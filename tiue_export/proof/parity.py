@@ -1,0 +1,225 @@
+"""Captured reference tensors, and how a runtime's outputs are held against them.
+
+A bundle carries a small reference (real prompt, its text embedding, noise, latents, picture) made
+by the fp32 student, so that any device can prove a runtime without the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from tiue_export.bundle.folder import REFERENCE_FILE, Bundle
+from tiue_export.bundle.manifest import ParityRecord
+from tiue_export.errors import BundleError, ParityError
+from tiue_export.proof.gates import GATES_PSNR_DB, max_abs_error, psnr_db, weakest
+from tiue_export.sampling.plan import FasterPlan
+from tiue_export.sampling.sampler import OnStep, added, sample_latents
+from tiue_export.specs import (
+    CONTROLNET,
+    TEXT_ENCODER,
+    UNET_DECODER,
+    UNET_ENCODER,
+    VAE_DECODER,
+    Array,
+    Feeds,
+    GraphSpec,
+    Runtime,
+    check_finite,
+    step_limit,
+)
+
+# Two everyday prompts of different length; row b of a batch takes prompt b modulo their number.
+PROMPTS = (
+    "a red fox sitting in fresh snow, soft morning light, photograph",
+    "an astronaut riding a green horse on the moon",
+)
+# Which outputs of which graph a chain of all graphs is judged by, and their names in a Reference.
+CHAIN_OUTPUTS: Mapping[str, Mapping[str, str]] = {
+    UNET_DECODER: {"latents": "latents"},
+    VAE_DECODER: {"sample": "picture"},
+}
+
+
+CHECKED_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the fp32 student made of real prompts; keys are tensor names, `inputs` describes them.
+
+    input_ids (B, L), encoder_hidden_states (B, L, D), sample = noise (B, 4, H, W),
+    latents (B, 4, H, W), latent_sample (B, 4, H, W), picture (B, 3, 8H, 8W). A part that the
+    checkpoint lacked is absent. With Faster Diffusion: noise (B, 4, H, W), prompt_embeds (B, L, D),
+    and sample (2B, 4, H, W), timestep, timesteps, outputs (g*2B, 4, H, W) of one group.
+    """
+
+    arrays: Mapping[str, Array]
+    inputs: str
+
+    def save(self, path: Path) -> None:
+        """Write as one safetensors file."""
+        from safetensors.numpy import save
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        # Not save_file: it makes files that only their owner can read.
+        path.write_bytes(save(contiguous, metadata={"inputs": self.inputs}))
+
+
+def load_reference(bundle: Bundle) -> Reference:
+    """The reference stored in a bundle."""
+    from safetensors import SafetensorError, safe_open
+
+    path = bundle.file(REFERENCE_FILE)
+    try:
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return Reference(arrays, (file.metadata() or {}).get("inputs", ""))
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"{path} cannot be read: {error}", "Export the bundle again.") from error
+
+
+def parity_record(
+    hop: str, subject: str, reference: Array, value: Array, kind: str | None, inputs: str
+) -> ParityRecord:
+    """Compare two arrays under the gate of `kind` (a key of GATES_PSNR_DB), or ungated."""
+    return ParityRecord(
+        hop=hop,
+        subject=subject,
+        metric="psnr_db",
+        value=round(psnr_db(reference, value), 2),
+        gate=None if kind is None else GATES_PSNR_DB[kind],
+        max_abs_error=max_abs_error(reference, value),
+        inputs=inputs,
+    )
+
+
+def measure_graph(
+    runtime: Runtime,
+    spec: GraphSpec,
+    feeds: Feeds,
+    expected: Feeds,
+    hop: str,
+    kind: str,
+    inputs: str,
+) -> ParityRecord:
+    """Run one graph on captured feeds; the record of its worst output."""
+    outputs = runtime.run(spec.name, spec.select(feeds))
+    check_finite(spec.name, outputs)
+    records = [
+        parity_record(hop, spec.name, expected[key], outputs[key].astype(np.float32), kind, inputs)
+        for key in expected
+    ]
+    return min(records, key=lambda record: record.value)
+
+
+def measure_runtime(
+    bundle: Bundle,
+    runtime: Runtime,
+    reference: Reference,
+    on_step: OnStep = lambda done, total: None,
+) -> list[ParityRecord]:
+    """Hold a runtime against the bundle's reference: each stage on the reference's own inputs.
+
+    `on_step` hears of the steps of a model in a loop.
+    """
+    kind, hop = runtime.precision, f"{runtime.name} {runtime.device}"
+    known, graphs, records = reference.arrays, bundle.manifest.graphs, []
+
+    def measure(graph: str, feeds: Feeds, output: str, expected: str) -> None:
+        spec = bundle.spec(graph)
+        pairs = {output: known[expected]}
+        typed = with_dtypes(spec, feeds)
+        gate = weakest(kind, graphs[graph].precision)
+        record = measure_graph(runtime, spec, typed, pairs, hop, gate, reference.inputs)
+        records.append(replace(record, subject=expected))
+
+    faster, limit = bundle.manifest.faster is not None, step_limit(runtime)
+    if faster and limit is not None:
+        # The reference decodes three steps at once; a device's engine may take fewer.
+        rows = limit * len(known["encoder_hidden_states"])
+        shorter = {"timesteps": known["timesteps"][:limit], "outputs": known["outputs"][:rows]}
+        known = {**known, **shorter}
+    if TEXT_ENCODER in graphs:
+        text = "prompt_embeds" if faster else "encoder_hidden_states"
+        measure(TEXT_ENCODER, known, "last_hidden_state", text)
+    encoder = bundle.spec(UNET_ENCODER)
+    features = runtime.run(UNET_ENCODER, encoder.select(with_dtypes(encoder, known)))
+    check_finite(UNET_ENCODER, features)
+    if CONTROLNET in graphs:
+        control = bundle.spec(CONTROLNET)
+        features = added(features, runtime.run(CONTROLNET, with_dtypes(control, known)))
+        check_finite(CONTROLNET, features)
+    final = "outputs" if faster else "latents"
+    measure(UNET_DECODER, {**known, **features}, final, final)
+    if faster:
+        records.append(measure_loop(bundle, runtime, reference, hop, on_step))
+    if VAE_DECODER in graphs:
+        measure(VAE_DECODER, known, "sample", "picture")
+    return records
+
+
+def measure_loop(
+    bundle: Bundle,
+    runtime: Runtime,
+    reference: Reference,
+    hop: str,
+    on_step: OnStep = lambda done, total: None,
+) -> ParityRecord:
+    """Faster Diffusion's whole loop against the reference's latents; gated in fp32 alone.
+
+    Guidance and the sum over all steps amplify what each graph rounds.
+    """
+    manifest, known = bundle.manifest, reference.arrays
+    assert manifest.faster is not None
+
+    def run(graph: str, pool: Feeds) -> dict[str, Array]:
+        outputs = runtime.run(graph, with_dtypes(bundle.spec(graph), pool))
+        check_finite(graph, outputs)
+        return outputs
+
+    text = known["encoder_hidden_states"]
+    plan = loop_to_check(manifest.faster, len(text)).bounded(step_limit(runtime), len(text))
+    control = None
+    if CONTROLNET in manifest.graphs:
+        control = {name: known[name] for name in ("controlnet_cond", "conditioning_scale")}
+    noise = known["noise"]
+    latents = sample_latents(
+        manifest.schedule, plan, run, noise, text, on_step=on_step, control=control
+    )
+    exact = weakest(runtime.precision, manifest.precision) == "fp32"
+    kind = "fp32-loop" if exact else None
+    return parity_record(
+        f"{hop} loop", "latents", known["latents"], latents, kind, reference.inputs
+    )
+
+
+def loop_to_check(plan: FasterPlan, rows_per_step: int) -> FasterPlan:
+    """The same plan in small pieces, which is exact: a check must not need a device's memory."""
+    return replace(plan, max_decoder_rows=max(CHECKED_ROWS, rows_per_step))
+
+
+def with_dtypes(spec: GraphSpec, pool: Feeds) -> dict[str, Array]:
+    """The graph's inputs out of float32 captures, in the dtypes it takes."""
+    missing = [tensor.name for tensor in spec.inputs if tensor.name not in pool]
+    if missing:
+        raise BundleError(f"the reference lacks {', '.join(missing)}", "Export the bundle again.")
+    return {tensor.name: pool[tensor.name].astype(tensor.dtype) for tensor in spec.inputs}
+
+
+def require_passed(records: list[ParityRecord], next_step: str) -> None:
+    """Raise `ParityError` that lists every record below its gate, with what to type next."""
+    failed = [record for record in records if not record.passed]
+    if failed:
+        lines = "; ".join(
+            f"{record.hop}, {record.subject}: {record.value:.1f} dB, gate {record.gate:.0f} dB"
+            for record in failed
+        )
+        raise ParityError(
+            f"{len(failed)} of {len(records)} parity checks failed: {lines}",
+            next_step,
+        )

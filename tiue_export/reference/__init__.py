@@ -1,0 +1,1 @@
+"""The student run by PyTorch: captured inputs, exact outputs, ranges, costs."""

@@ -1,0 +1,357 @@
+"""The fp32 student run on real prompts: what every exported graph is held against.
+
+Each graph gets its feeds from the graph before it, so all inputs are captured, none invented. The
+parts are run and freed one after the other: at full size they would not fit side by side.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tiue_export.bundle.manifest import ParityRecord
+from tiue_export.drawing.tokenizer import Tokenizer
+from tiue_export.drawing.vae_tiles import decode_in_tiles, first_tile, is_tiled, tile_size
+from tiue_export.errors import ParityError
+from tiue_export.graphs.build import (
+    ExportOptions,
+    Graph,
+    build_graphs,
+    exported_schedule,
+    gaussian_text,
+    latent_shape,
+    run_graph,
+    text_shape,
+    vae_scaling_factor,
+)
+from tiue_export.graphs.lowering import copied
+from tiue_export.proof.parity import PROMPTS, Reference, parity_record, with_dtypes
+from tiue_export.reference.half_audit import RangeRecorder, float32_options, score_blocks
+from tiue_export.reference.loop_capture import capture_loop
+from tiue_export.sampling.noise import noise_from_seed
+from tiue_export.sampling.sampler import OnStep
+from tiue_export.sampling.schedule import ddim_settings
+from tiue_export.specs import (
+    TEXT_ENCODER,
+    UNET_DECODER,
+    UNET_GRAPHS,
+    VAE_DECODER,
+    Array,
+)
+from tiue_export.student.model import Student, combine
+
+_HALVES = (torch.float16, torch.bfloat16)
+GraphIO = tuple[dict[str, Array], dict[str, Array]]
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The stored reference, every graph's (feeds, outputs) in float32, and the torch-side hops."""
+
+    reference: Reference
+    graph_io: Mapping[str, GraphIO]
+    hops: list[ParityRecord]
+
+
+def capture(
+    student: Student,
+    options: ExportOptions,
+    tokenizer: Tokenizer | None,
+    recorder: RangeRecorder | None = None,
+    on_step: OnStep = lambda done, total: None,
+) -> Capture:
+    """Run the student in float32 on PROMPTS and seeds 0, 1, ...; measure every torch-side hop.
+
+    `recorder` watches the graphs run: an overflow audit that costs no run of its own. `on_step`
+    hears of the steps of a model in a loop.
+    """
+    options = float32_options(options)
+    recorder = recorder or RangeRecorder(student, options, only=())
+    shape = latent_shape(student, options)
+    known: dict[str, Array] = {"sample": noise_from_seed(0, shape)}
+    graph_io: dict[str, GraphIO] = {}
+    hops: list[ParityRecord] = []
+    inputs = _capture_text(student, options, tokenizer, known, graph_io, hops, recorder)
+    if student.plan is None:
+        _capture_unet(student, options, known, graph_io, hops, inputs, recorder)
+    else:
+        control = None if student.controlnet is None else copied_unet(student.controlnet)
+        wide = _part_of(student, unet=copied_unet(student.unet), controlnet=control)
+        hops += capture_loop(wide, options, known, graph_io, inputs, recorder, on_step)
+        known["latent_sample"] = (known["latents"] / vae_scaling_factor(student)).astype(np.float32)
+    _capture_vae(student, options, known, graph_io, hops, inputs, recorder)
+    return Capture(Reference(known, inputs), graph_io, hops)
+
+
+def _capture_text(
+    student: Student,
+    options: ExportOptions,
+    tokenizer: Tokenizer | None,
+    known: dict[str, Array],
+    graph_io: dict[str, GraphIO],
+    hops: list[ParityRecord],
+    recorder: RangeRecorder,
+) -> str:
+    batch, *rest = text_shape(student, options)
+    if student.text_encoder is None or tokenizer is None:
+        rows = batch if student.plan is None else 2 * batch
+        known["encoder_hidden_states"] = gaussian_text((rows, rest[0], rest[1]))
+        return "Gaussian text embedding (the checkpoint has no text encoder), seeded noise"
+    prompts = [PROMPTS[row % len(PROMPTS)] for row in range(batch)]
+    known["input_ids"] = tokenizer(prompts)
+    part = _part_of(student, text_encoder=student.text_encoder)
+    (graph,) = build_graphs(part, options, only=(TEXT_ENCODER,))
+    with recorder.watching(graph):
+        feeds, outputs = run_graph(graph, known)
+    graph_io[TEXT_ENCODER] = feeds, outputs
+    known["encoder_hidden_states"] = outputs["last_hidden_state"]
+    if student.plan is not None:
+        _, empty = run_graph(graph, {"input_ids": tokenizer([""] * batch)})
+        known["prompt_embeds"] = outputs["last_hidden_state"]
+        halves = [empty["last_hidden_state"], known["prompt_embeds"]]
+        known["encoder_hidden_states"] = np.concatenate(halves)  # (2B, L, D)
+    inputs = f"{min(batch, len(PROMPTS))} real prompt(s), seeded noise"
+    own = copied(student.text_encoder, torch.float32, plain=False)
+    with torch.no_grad():
+        plain = own(torch.from_numpy(known["input_ids"])).last_hidden_state
+    hops.append(_lowered(TEXT_ENCODER, plain, outputs["last_hidden_state"], inputs))
+    return inputs
+
+
+def _capture_unet(
+    student: Student,
+    options: ExportOptions,
+    known: dict[str, Array],
+    graph_io: dict[str, GraphIO],
+    hops: list[ParityRecord],
+    inputs: str,
+    recorder: RangeRecorder,
+) -> None:
+    wide = _part_of(student, unet=copied_unet(student.unet))
+    noise = torch.from_numpy(known["sample"])
+    text = torch.from_numpy(known["encoder_hidden_states"])
+    with torch.no_grad():
+        unsplit = wide.unet(noise, wide.schedule.timesteps[0], text).sample
+        features = wide.encode(noise, text)
+        outputs = wide.decode(features, text)
+        latents = wide.combine(noise, outputs)
+        loop = scheduler_loop(wide, noise, outputs)
+    del features
+    first = outputs[: len(noise)]
+    hops += [
+        parity_record("split", "row 0 / unsplit UNet", _np(unsplit), _np(first), "split", inputs),
+        parity_record(
+            "closed form", "latents / DDIM loop", _np(loop), _np(latents), "split", inputs
+        ),
+    ]
+    schedule = exported_schedule(student, options)
+    pool = dict(known)
+    for graph in build_graphs(wide, options, only=UNET_GRAPHS):
+        with recorder.watching(graph):
+            graph_io[graph.spec.name] = run_graph(graph, pool)
+        pool.update(graph_io[graph.spec.name][1])
+    # The exported rows of the naive student: with merging, the same rows under the same weights.
+    kept = [k for k, t in enumerate(student.schedule.timesteps) if t in schedule.timesteps]
+    by_step = outputs.reshape(student.schedule.rows, *noise.shape)[kept]
+    expected = combine(schedule, noise, by_step.flatten(0, 1))
+    hop = "lowered" if options.hoist == "none" else "hoisted"
+    value = graph_io[UNET_DECODER][1]["latents"]
+    hops.append(
+        parity_record(hop, "latents / naive student", _np(expected), value, "split", inputs)
+    )
+    if schedule.merged_timesteps:
+        hop = f"merged t={','.join(map(str, schedule.merged_timesteps))}"
+        hops.append(parity_record(hop, "latents / all rows", _np(latents), value, None, inputs))
+    known["latents"] = graph_io[UNET_DECODER][1]["latents"]
+    known["latent_sample"] = (known["latents"] / vae_scaling_factor(student)).astype(np.float32)
+
+
+def _capture_vae(
+    student: Student,
+    options: ExportOptions,
+    known: dict[str, Array],
+    graph_io: dict[str, GraphIO],
+    hops: list[ParityRecord],
+    inputs: str,
+    recorder: RangeRecorder,
+) -> None:
+    if student.vae is None:
+        return
+    part = _part_of(student, vae=student.vae)
+    (graph,) = build_graphs(part, options, only=(VAE_DECODER,))
+    whole, size = known["latent_sample"], tile_size(graph.spec)
+    known["latent_sample"] = first_tile(whole, size)
+    with recorder.watching(graph):
+        feeds, outputs = run_graph(graph, known)
+    graph_io[VAE_DECODER] = feeds, outputs
+    known["picture"] = outputs["sample"]
+    own = copied(student.vae, torch.float32, plain=False)
+    with torch.no_grad():
+        plain = own.decode(torch.from_numpy(known["latent_sample"])).sample
+    hops.append(_lowered(VAE_DECODER, plain, outputs["sample"], inputs))
+    if is_tiled(graph.spec, whole):
+        hops.append(_tiled(graph, own, whole, inputs))
+
+
+def _tiled(graph: Graph, own: Any, latents: Array, inputs: str) -> ParityRecord:
+    """The picture made of tiles against the one decoded whole; no gate: it is a choice."""
+
+    def decode(tile: Array) -> Array:
+        return run_graph(graph, {"latent_sample": tile})[1]["sample"]
+
+    size = tile_size(graph.spec)
+    with torch.no_grad():
+        whole = _np(own.decode(torch.from_numpy(latents)).sample)
+    scale = whole.shape[2] // latents.shape[2]
+    hop = f"tiled {size[1] * scale}x{size[0] * scale} px"
+    value = decode_in_tiles(decode, latents, size)
+    return parity_record(hop, "picture / whole decode", whole, value, None, inputs)
+
+
+def _lowered(graph: str, plain: Tensor, value: Array, inputs: str) -> ParityRecord:
+    """The module prepared for export against the checkpoint's own."""
+    return parity_record("lowered", f"{graph} / its own module", _np(plain), value, "split", inputs)
+
+
+def measure_half_arithmetic(
+    graph: Graph, feeds: Mapping[str, Array], expected: Mapping[str, Array], inputs: str
+) -> ParityRecord:
+    """Run an fp16 or bf16 graph in torch under `HalfArithmetic`; its worst output's record.
+
+    Raises `ParityError` when a value leaves half precision's range.
+    """
+    typed = with_dtypes(graph.spec, feeds)
+    with torch.no_grad(), HalfArithmetic():
+        outputs = graph.module(*(torch.from_numpy(array) for array in typed.values()))
+    records = []
+    for spec, output in zip(graph.spec.outputs, outputs, strict=True):
+        value = _np(output)
+        if not np.isfinite(value).all():
+            raise ParityError(
+                f'{graph.spec.name} overflows half precision (65504): output "{spec.name}" holds '
+                f"{int(value.size - np.isfinite(value).sum())} non-finite values",
+                "An audit (on unless --no-audit) keeps such values in float32; --audit-prompts "
+                "widens it, and --precision fp32 needs none.",
+            )
+        hop, kind = f"{graph.precision} arithmetic", graph.precision
+        reference = expected[spec.name]
+        records.append(parity_record(hop, graph.spec.name, reference, value, kind, inputs))
+    return min(records, key=lambda record: record.value)
+
+
+class HalfArithmetic(TorchFunctionMode):
+    """Half precision as tensor cores do it: products summed in float32, every result rounded.
+
+    For fp16 and bf16; modules that compute in float32 are left alone.
+
+    The heavy operations are computed in float32 on half-precision operands and their results
+    rounded to half, attention as the products and the softmax that an ONNX graph spells out: its
+    scores can overflow. All others run in half as they are. torch's own half convolutions on a CPU
+    round alike but take 80 times as long (184 s for an SD 2.1 encoder).
+    """
+
+    _HEAVY: ClassVar = (
+        torch.conv2d,
+        F.linear,
+        F.interpolate,
+        F.silu,
+        F.gelu,
+    )
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        attention = function is F.scaled_dot_product_attention
+        if not (attention or function in self._HEAVY) or args[0].dtype not in _HALVES:
+            return function(*args, **kwargs)
+        if attention:
+            return half_attention(*args, **kwargs)
+        wide = [_wide(argument) for argument in args]
+        result = function(*wide, **{k: _wide(v) for k, v in kwargs.items()})
+        return result.to(args[0].dtype)
+
+
+def half_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention over (..., T, d) and (..., S, d) with scores and probabilities rounded to half.
+
+    Query and key are scaled before their product, each by the root, as torch exports it to ONNX.
+    Computed in blocks of rows: at full size the scores of one layer take gigabytes.
+    """
+    dtype, root = query.dtype, (scale or query.shape[-1] ** -0.5) ** 0.5
+    length, keys = query.shape[-2], key.shape[-2]
+    if is_causal:
+        attn_mask = torch.ones(length, keys, dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape, dtype=dtype).masked_fill(~attn_mask, -torch.inf)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:-1], keys).flatten(0, -3)  # (N, T, S)
+    wide_query, wide_key = ((x * root).float().flatten(0, -3) for x in (query, key))
+    wide_value, mixed = value.float().flatten(0, -3), torch.empty_like(query).flatten(0, -3)
+    for n, t in score_blocks(len(wide_query), length, keys):
+        scores = (wide_query[n, t] @ wide_key[n].transpose(1, 2)).to(dtype)
+        if attn_mask is not None:
+            scores = scores + attn_mask[n, t].to(dtype)
+        weights = scores.float().softmax(-1).to(dtype)
+        mixed[n, t] = (weights.float() @ wide_value[n]).to(dtype)
+    return mixed.view(query.shape)
+
+
+def _wide(argument: Any) -> Any:
+    return argument.float() if isinstance(argument, Tensor) else argument
+
+
+def scheduler_loop(student: Student, noise: Tensor, outputs: Tensor) -> Tensor:
+    """The official loop: diffusers' DDIM scheduler stepped through the K outputs (K*B, 4, H, W)."""
+    from diffusers import DDIMScheduler
+
+    settings = ddim_settings(student.scheduler_config)
+    known = inspect.signature(DDIMScheduler.__init__).parameters
+    scheduler: Any = DDIMScheduler(**{k: v for k, v in settings.items() if k in known})
+    scheduler.set_timesteps(student.schedule.steps)
+    latents = noise
+    rows = outputs.float().reshape(student.schedule.steps, *noise.shape)
+    for timestep, output in zip(scheduler.timesteps, rows, strict=True):
+        latents = scheduler.step(output, timestep, latents).prev_sample
+    return latents
+
+
+def copied_unet(unet: Any) -> Any:
+    """The UNet in float32; weights that are float32 already are shared."""
+    # The plain diffusers modules are wanted here, with their own attention and upsampling.
+    return unet if unet.dtype == torch.float32 else copied(unet, torch.float32, plain=False)
+
+
+def _part_of(student: Student, **parts: Any) -> Student:
+    """A student of some parts only, so that building its graphs costs only those."""
+    return Student(
+        parts.get("unet", student.unet),
+        student.schedule,
+        source=student.source,
+        scheduler_config=student.scheduler_config,
+        text_encoder=parts.get("text_encoder"),
+        vae=parts.get("vae"),
+        plan=student.plan,
+        controlnet=parts.get("controlnet"),
+    ).eval()
+
+
+def _np(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().float().numpy()
+    return array

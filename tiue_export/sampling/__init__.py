@@ -1,0 +1,1 @@
+"""Samplers as data: timesteps, coefficients, noise, and the loop that runs them. Light."""

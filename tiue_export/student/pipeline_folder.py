@@ -1,0 +1,118 @@
+"""Write models as a diffusers pipeline folder, the form every checkpoint command accepts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from tiue_export.bundle.folder import disk_errors
+from tiue_export.checkpoint.parts import quiet_libraries
+from tiue_export.errors import UsageError
+from tiue_export.student.load import STEPS_KEY
+
+
+def write_pipeline(
+    folder: Path,
+    *,
+    unet: Any,
+    text_encoder: Any,
+    vae: Any,
+    tokenizer: Path,
+    scheduler_config: dict[str, Any],
+    dtype: torch.dtype = torch.float16,
+    steps: int | None = None,
+    licence: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Write `folder` whole or not at all; returns it.
+
+    Weights are stored as `dtype` safetensors. `tokenizer` is a tokenizer folder, copied. `steps`
+    records a student's K; a teacher has none. Raises `UsageError` when `folder` exists, unless
+    `force`, and `ResourceError` when the disk is full.
+    """
+    if folder.exists() and not force:
+        raise UsageError(f"{folder} exists", "Choose another output or pass --force.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    with disk_errors(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            for part, model in (("unet", unet), ("text_encoder", text_encoder), ("vae", vae)):
+                save_part(partial / part, model, dtype)
+            shutil.copytree(tokenizer, partial / "tokenizer")
+            write_scheduler(partial, scheduler_config, steps)
+            write_model_index(partial, scheduler_config, type(vae).__name__, licence)
+            if folder.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                folder.rename(replaced)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+    return folder
+
+
+def save_part(folder: Path, model: Any, dtype: torch.dtype) -> None:
+    """One model's config.json and safetensors, from a copy in `dtype` laid out contiguously."""
+    with quiet_libraries():
+        stored = copy.deepcopy(model).to(dtype=dtype)
+        for parameter in stored.parameters():
+            parameter.data = parameter.data.contiguous()
+        try:
+            stored.save_pretrained(folder, safe_serialization=True)
+        except SafetensorError as error:
+            # safetensors words the system's errors, a full disk among them, as its own.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
+        _forget_origin(folder / "config.json")
+
+
+def _forget_origin(config: Path) -> None:
+    """Drop the path that a model was loaded from: nobody else has it, and it names its owner."""
+    content = json.loads(config.read_text("utf-8"))
+    if content.pop("_name_or_path", None) is not None:
+        write_json(config, content)
+
+
+def write_scheduler(folder: Path, config: dict[str, Any], steps: int | None) -> None:
+    """scheduler/scheduler_config.json, with K where the model has one."""
+    content = {key: value for key, value in config.items() if key != STEPS_KEY}
+    if steps is not None:
+        content[STEPS_KEY] = steps
+    write_json(folder / "scheduler" / "scheduler_config.json", content)
+
+
+def write_model_index(
+    folder: Path, scheduler_config: dict[str, Any], vae_class: str, licence: str | None = None
+) -> None:
+    """model_index.json, as diffusers' StableDiffusionPipeline reads it."""
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "scheduler": ["diffusers", scheduler_config.get("_class_name", "DDIMScheduler")],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", vae_class],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+    if licence is not None:
+        index["license"] = licence
+    write_json(folder / "model_index.json", index)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Indented JSON; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")

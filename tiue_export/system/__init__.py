@@ -1,0 +1,1 @@
+"""What the machine gives: files and caches on disk, memory, the libraries of vendors. Light."""
