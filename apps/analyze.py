@@ -14,7 +14,7 @@ from rich.table import Table
 from tiue_export.bundle.folder import disk_errors
 from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import UsageError
-from tiue_export.registry import EXPORT_NEEDS, require
+from tiue_export.registry.packages import EXPORT_NEEDS, require
 
 from .draw.prompt_file import prompts_in
 from .method_options import LoadRequest, MethodRequest, load

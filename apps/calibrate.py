@@ -11,7 +11,7 @@ from typing import Any
 
 from tiue_export.bundle.folder import open_bundle, require_one_pass
 from tiue_export.errors import UsageError
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 from tiue_export.specs import RuntimeOptions
 from tiue_export.train.prompts import read_prompts
 

@@ -24,7 +24,7 @@ def bundle_folders(incomplete: str) -> list[str]:
 
 def runtime_names(incomplete: str) -> list[tuple[str, str]]:
     """Runtimes with what each is."""
-    from tiue_export.registry import RUNTIMES
+    from tiue_export.registry.runtimes import RUNTIMES
 
     return [
         (name, entry.summary) for name, entry in RUNTIMES.items() if name.startswith(incomplete)

@@ -11,7 +11,7 @@ from pathlib import Path
 from tiue_export.bundle.folder import open_bundle
 from tiue_export.checkpoint.demo_student import NAME, demo_student
 from tiue_export.errors import BundleError
-from tiue_export.registry import EXPORT_NEEDS, require
+from tiue_export.registry.packages import EXPORT_NEEDS, require
 
 from .draw.generate import GenerateRequest
 from .draw.generate import run as generate

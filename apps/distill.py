@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from tiue_export.registry import TRAIN_NEEDS, require
+from tiue_export.registry.packages import TRAIN_NEEDS, require
 
 from .report.tables import console, print_json
 

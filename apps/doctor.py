@@ -16,13 +16,8 @@ from rich.table import Table
 from tiue_export._version import __version__
 from tiue_export.errors import MissingExtraError
 from tiue_export.export.coreml.mil.package import has_native_library
-from tiue_export.registry import (
-    EXPORT_NEEDS,
-    RUNTIMES,
-    SERVER_NEEDS,
-    TRAIN_NEEDS,
-    missing_modules,
-)
+from tiue_export.registry.packages import EXPORT_NEEDS, SERVER_NEEDS, TRAIN_NEEDS, missing_modules
+from tiue_export.registry.runtimes import RUNTIMES
 from tiue_export.system.cache_folder import user_cache_folder
 from tiue_export.system.tensorrt_flavor import TITLES, install_line, load_flavor, this_device
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from tiue_export.bundle.folder import open_bundle, require_one_pass
 from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import UsageError
-from tiue_export.registry import EXPORT_NEEDS, require
+from tiue_export.registry.packages import EXPORT_NEEDS, require
 
 from .export_onnx import ExportRequest, export_first
 from .export_openvino import compiled_table

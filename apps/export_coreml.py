@@ -21,7 +21,7 @@ from tiue_export.export.coreml.profiles import (
     plan_coreml,
     size_named,
 )
-from tiue_export.registry import EXPORT_NEEDS, require
+from tiue_export.registry.packages import EXPORT_NEEDS, require
 
 from .draw.prompt_file import prompts_in
 from .export_onnx import ExportRequest, export_first

@@ -15,7 +15,7 @@ from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, check_target
 from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import BundleError
 from tiue_export.proof.half_range import load_audit
-from tiue_export.registry import EXPORT_NEEDS, require
+from tiue_export.registry.packages import EXPORT_NEEDS, require
 from tiue_export.specs import CONTROLNET, GRAPH_NAMES
 
 from .draw.prompt_file import prompts_in

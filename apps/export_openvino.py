@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tiue_export.bundle.folder import Bundle, open_bundle
 from tiue_export.errors import UsageError
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 from tiue_export.system.openvino_core import native_precisions
 
 from .export_onnx import ExportRequest, export_first

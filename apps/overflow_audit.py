@@ -10,7 +10,7 @@ from pathlib import Path
 from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import UsageError
 from tiue_export.proof.half_range import GraphAudit, OverflowAudit
-from tiue_export.registry import EXPORT_NEEDS, require
+from tiue_export.registry.packages import EXPORT_NEEDS, require
 
 from .draw.prompt_file import prompts_in
 from .report.tables import console, island_lines, overflow_table, print_json

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tiue_export.errors import MissingExtraError, RuntimeFailure, first_line
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 
 _LOGGERS = ("ray", "ray.serve", "ray.data")
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.bundle.folder import open_bundle, require_one_pass, require_whole_vae
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 
 from .report.tables import console, megabytes, print_json
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tiue_export.errors import UsageError
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 
 
 def check_plot(path: Path | None) -> None:

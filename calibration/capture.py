@@ -18,7 +18,7 @@ import numpy as np
 from tiue_export.bundle.folder import Bundle
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.errors import BundleError, ResourceError, UsageError
-from tiue_export.registry import open_runtime
+from tiue_export.registry.runtimes import open_runtime
 from tiue_export.sampling.noise import check_seeds, noise_from_seed
 from tiue_export.specs import (
     TEXT_ENCODER,

@@ -27,7 +27,7 @@ from tiue_export.proof.quantization_plan import (
     QuantizationPlan,
     require_same_student,
 )
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 from tiue_export.specs import UNET_GRAPHS, Feeds
 from tiue_export.system.memory import PeakMemory, return_freed_memory
 from tiue_export.system.openvino_core import import_openvino, openvino_core

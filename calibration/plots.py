@@ -8,7 +8,7 @@ from typing import Any
 
 from tiue_export.bundle.folder import disk_errors
 from tiue_export.proof.quantization_plan import W8A8, QuantizationPlan
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 from tiue_export.specs import UNET_ENCODER
 
 from .placement import Point

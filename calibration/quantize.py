@@ -21,7 +21,7 @@ from tiue_export.proof.quantization_plan import (
     read_plan,
     require_same_student,
 )
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 from tiue_export.specs import Feeds
 from tiue_export.system.memory import PeakMemory, return_freed_memory
 

@@ -25,7 +25,7 @@ from tiue_export.proof.quantization_plan import (
     gate_of,
     largest_losses,
 )
-from tiue_export.registry import RUNTIMES, open_runtime
+from tiue_export.registry.runtimes import RUNTIMES, open_runtime
 from tiue_export.specs import (
     UNET_DECODER,
     UNET_GRAPHS,

@@ -129,7 +129,7 @@ def demo_bundle(made_once):
     """The student that ships, as a verified fp32 bundle with OpenVINO graphs. Shared."""
     from tiue_export import export_onnx, load_student, open_bundle
     from tiue_export.export.openvino import compile_openvino
-    from tiue_export.registry import missing_modules
+    from tiue_export.registry.packages import missing_modules
 
     def make(folder: Path) -> None:
         bundle = export_onnx(load_student("demo"), folder)
@@ -250,7 +250,7 @@ def faster_bundle(teacher_folder: Path, made_once):
     from tiue_export import export_onnx, open_bundle
     from tiue_export.export.openvino import compile_openvino
     from tiue_export.methods.teacher import load_teacher
-    from tiue_export.registry import missing_modules
+    from tiue_export.registry.packages import missing_modules
     from tiue_export.sampling.plan_options import FasterOptions
 
     options = FasterOptions(steps=6, key_steps=(0, 1, 3), guidance=5.0)

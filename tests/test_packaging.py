@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import tiue_export
-from tiue_export.registry import RUNTIMES
+from tiue_export.registry.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
     from packaging_fixtures import Installation

@@ -1,5 +1,5 @@
 """`python -m tiue_export` is the same as `tiue-export`."""
 
-from tiue_export.registry import run_command_line
+from tiue_export.registry.spokes import run_command_line
 
 run_command_line()

@@ -25,7 +25,7 @@ from tiue_export.bundle.manifest import structured
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, RuntimeFailure, TiueError, first_line
 from tiue_export.proof.parity import PROMPTS
-from tiue_export.registry import RUNTIMES
+from tiue_export.registry.runtimes import RUNTIMES
 from tiue_export.specs import RuntimeOptions
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.cache_folder import user_cache_folder

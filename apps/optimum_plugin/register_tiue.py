@@ -33,7 +33,7 @@ class TiueExportCommand(BaseOptimumCLICommand):
 
     def run(self) -> None:
         """Export through the same code as the tiue-export command line."""
-        from tiue_export.registry import run_command_line
+        from tiue_export.registry.spokes import run_command_line
 
         command = ["onnx", "--ckpt", self.args.model, "--out", self.args.output]
         command += ["--precision", self.args.dtype, "--batch", str(self.args.batch_size)]

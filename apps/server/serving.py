@@ -19,7 +19,7 @@ from rich.console import Console
 from tiue_export.bundle.folder import open_bundle
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import ResourceError, UsageError
-from tiue_export.registry import SERVER_NEEDS, require
+from tiue_export.registry.packages import SERVER_NEEDS, require
 from tiue_export.specs import RuntimeOptions
 
 from ..report.tables import print_json

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tiue_export.bundle.folder import Bundle
 from tiue_export.errors import TiueError, UsageError, unknown_name
-from tiue_export.registry import RUNTIMES, open_runtime
+from tiue_export.registry.runtimes import RUNTIMES, open_runtime
 from tiue_export.specs import RuntimeOptions
 
 _PRECISIONS = ("fp32", "bf16", "fp16")

@@ -15,7 +15,7 @@ from typing import Any
 
 from tiue_export.bundle.folder import open_bundle
 from tiue_export.errors import UsageError
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 from tiue_export.specs import RuntimeOptions
 
 from ..report.tables import console, print_json

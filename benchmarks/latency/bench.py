@@ -11,7 +11,7 @@ from pathlib import Path
 from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.errors import RuntimeFailure, UsageError
-from tiue_export.registry import missing_modules
+from tiue_export.registry.packages import missing_modules
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_DECODER,

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.registry import RUNTIMES, missing_modules
+from tiue_export.registry.packages import missing_modules
+from tiue_export.registry.runtimes import RUNTIMES
 from tiue_export.specs import CONTROLNET
 from tiue_export.system.openvino_core import native_precisions
 

@@ -18,7 +18,7 @@ import numpy as np
 from tiue_export.bundle.folder import Bundle, open_bundle
 from tiue_export.drawing.vae_tiles import decode_in_tiles, tile_size
 from tiue_export.proof.parity import load_reference
-from tiue_export.registry import open_runtime
+from tiue_export.registry.runtimes import open_runtime
 from tiue_export.sampling.plan import FasterPlan
 from tiue_export.sampling.sampler import pieces
 from tiue_export.specs import (

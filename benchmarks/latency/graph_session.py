@@ -16,7 +16,7 @@ from tiue_export.bundle.folder import Bundle, open_bundle
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import BundleError
 from tiue_export.proof.parity import load_reference
-from tiue_export.registry import RUNTIMES, open_runtime
+from tiue_export.registry.runtimes import RUNTIMES, open_runtime
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_DECODER,

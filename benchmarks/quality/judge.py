@@ -34,7 +34,7 @@ from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample, s
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import UsageError
 from tiue_export.proof.gates import IDENTICAL_DB, psnr_db
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.specs import Array, RuntimeOptions
 from tiue_export.system.atomic_file import write_atomically

@@ -27,7 +27,7 @@ from tiue_export.bundle.manifest import Manifest
 from tiue_export.drawing.pipeline import replanned
 from tiue_export.errors import UsageError
 from tiue_export.proof.parity import load_reference
-from tiue_export.registry import open_runtime
+from tiue_export.registry.runtimes import open_runtime
 from tiue_export.sampling.plan_options import PlanChange
 from tiue_export.sampling.sampler import sample_latents
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER, Array, Feeds, Runtime, RuntimeOptions

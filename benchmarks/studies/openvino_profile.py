@@ -25,7 +25,7 @@ import numpy as np
 
 from tiue_export.bundle.folder import Bundle, disk_errors, open_bundle
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 from tiue_export.specs import GRAPH_NAMES, UNET_DECODER
 from tiue_export.system.openvino_core import openvino_core
 

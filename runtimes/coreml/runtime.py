@@ -18,7 +18,7 @@ from tiue_export.bundle.folder import Bundle
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, unknown_name
 from tiue_export.export.coreml.mil.package import MilPackage, TensorType
 from tiue_export.proof.gates import GATES_PSNR_DB, weakest
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 from tiue_export.specs import (
     STEPS,
     UNET_DECODER,

@@ -467,7 +467,7 @@ def test_an_option_of_bulk_runs_needs_a_file_of_prompts(run, tiny_bundle) -> Non
 
 
 def test_without_ray_its_extra_is_named(run, tiny_bundle, tmp_path, monkeypatch) -> None:
-    registry = importlib.import_module("tiue_export.registry")
+    registry = importlib.import_module("tiue_export.registry.packages")
     monkeypatch.setattr(registry, "_found", lambda name: name != "ray")
     code, _, error = run("generate", tiny_bundle.root, "--prompts", table(tmp_path, 2), "--ray")
     assert code == 8

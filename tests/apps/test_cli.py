@@ -316,7 +316,7 @@ def test_a_flipped_byte_in_a_weight_file_is_found(run, bundle_copy):
 
 
 def test_a_missing_extra_names_the_pip_line(run, tiny_pipeline, monkeypatch):
-    registry = importlib.import_module("tiue_export.registry")
+    registry = importlib.import_module("tiue_export.registry.packages")
     found = importlib.util.find_spec
     monkeypatch.setattr(
         registry.importlib.util,
@@ -412,7 +412,7 @@ def test_low_vram_frees_graphs_between_stages_and_draws_the_same(
     run, tiny_bundle, tmp_path, monkeypatch
 ):
     seen = []
-    real = importlib.import_module("tiue_export.registry").open_runtime
+    real = importlib.import_module("tiue_export.registry.runtimes").open_runtime
 
     def opened(name, bundle, options):
         seen.append(options.low_memory)

@@ -90,7 +90,7 @@ def test_doctor_does_not_take_our_own_plugin_file_for_optimum(
     paths = [str(installation.site), str(without_optimum)]
     code = (
         f"import sys; sys.path += {paths!r}\n"
-        "from tiue_export.registry import run_command_line\n"
+        "from tiue_export.registry.spokes import run_command_line\n"
         "run_command_line(['doctor', '--json'])"
     )
     done = installation.run("-S", "-c", code, cwd=tmp_path)

@@ -30,7 +30,7 @@ from PIL import Image
 from tiue_export import Pipeline, RuntimeOptions
 from tiue_export.drawing.picture import METADATA_KEY
 from tiue_export.errors import RuntimeFailure, UsageError
-from tiue_export.registry import open_runtime
+from tiue_export.registry.runtimes import open_runtime
 
 SERVER = "tiue_export.apps.server"
 images_api = importlib.import_module(f"{SERVER}.images_api")
@@ -576,7 +576,7 @@ def test_only_loopback_addresses_count_as_this_machine(host, loopback) -> None:
 
 def test_without_its_packages_the_server_says_what_to_install(run, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    registry = importlib.import_module("tiue_export.registry")
+    registry = importlib.import_module("tiue_export.registry.packages")
     monkeypatch.setattr(registry, "_found", lambda name: name != "uvicorn")
     code, _, error = run("serve", "no-bundle")
     assert code == 8

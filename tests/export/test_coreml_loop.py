@@ -19,7 +19,7 @@ from tiue_export.graphs.build import ExportOptions
 from tiue_export.methods.teacher import load_teacher
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
-from tiue_export.registry import open_runtime
+from tiue_export.registry.runtimes import open_runtime
 from tiue_export.runtimes.coreml.runtime import package_of
 from tiue_export.sampling.plan_options import FasterOptions
 from tiue_export.specs import CONTROLNET, GRAPH_NAMES, UNET_DECODER, UNET_ENCODER, RuntimeOptions

@@ -21,7 +21,7 @@ from tiue_export.methods.teacher import load_teacher
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import PROMPTS, load_reference, measure_runtime
 from tiue_export.reference.capture import capture, measure_half_arithmetic
-from tiue_export.registry import open_runtime
+from tiue_export.registry.runtimes import open_runtime
 from tiue_export.sampling.plan_options import FasterOptions, PlanChange
 from tiue_export.specs import (
     GRAPH_NAMES,

@@ -23,7 +23,7 @@ from tiue_export.bundle.folder import Bundle, file_records, open_bundle
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError
 from tiue_export.proof.parity import load_reference, measure_runtime
-from tiue_export.registry import open_runtime
+from tiue_export.registry.runtimes import open_runtime
 from tiue_export.runtimes.coreml import device as coreml_device
 from tiue_export.runtimes.coreml import runtime as coreml
 from tiue_export.runtimes.coreml.device import CoremlDevice, MacSystem

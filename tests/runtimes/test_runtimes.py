@@ -14,7 +14,7 @@ from tiue_export.bundle.folder import Bundle
 from tiue_export.errors import CheckpointError, RuntimeFailure, TiueError, UsageError
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference
-from tiue_export.registry import RUNTIMES, open_runtime
+from tiue_export.registry.runtimes import RUNTIMES, open_runtime
 from tiue_export.specs import (
     GRAPH_NAMES,
     UNET_DECODER,

@@ -455,7 +455,7 @@ def test_ctrl_c_says_how_to_go_on_and_ends_with_130(run, tiny_distillation, tmp_
 
 
 def test_without_the_extra_the_command_names_the_pip_line(run, monkeypatch):
-    registry = importlib.import_module("tiue_export.registry")
+    registry = importlib.import_module("tiue_export.registry.packages")
     found = importlib.util.find_spec
     monkeypatch.setattr(
         registry.importlib.util, "find_spec", lambda n, *a: None if n == "peft" else found(n, *a)

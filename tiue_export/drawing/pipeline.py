@@ -23,7 +23,7 @@ from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import UsageError
-from tiue_export.registry import open_runtime
+from tiue_export.registry.runtimes import open_runtime
 from tiue_export.sampling.noise import check_seeds, noise_from_seed
 from tiue_export.sampling.plan import FasterPlan, check_guidance
 from tiue_export.sampling.plan_options import PlanChange, changed_plan

@@ -43,7 +43,8 @@ from tiue_export.export.onnx.bundle import Observer, StageReport
 from tiue_export.export.own_student import StudentPlace, fp32_options, open_student
 from tiue_export.graphs.build import Graph, build_graphs
 from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
-from tiue_export.registry import open_runtime, require
+from tiue_export.registry.packages import require
+from tiue_export.registry.runtimes import open_runtime
 from tiue_export.specs import UNET_GRAPHS, RuntimeOptions
 from tiue_export.system.memory import PeakMemory, return_freed_memory
 

@@ -23,7 +23,8 @@ from tiue_export.bundle.manifest import Compiled, CompiledGraph, ParityRecord
 from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_name
 from tiue_export.export.onnx.bundle import Observer, StageReport
 from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
-from tiue_export.registry import open_runtime, require
+from tiue_export.registry.packages import require
+from tiue_export.registry.runtimes import open_runtime
 from tiue_export.specs import RuntimeOptions
 from tiue_export.system.memory import PeakMemory
 from tiue_export.system.openvino_core import import_openvino

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tiue_export.errors import UsageError, first_line
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 
 from ..prompt_file import prompts_in
 

@@ -52,7 +52,7 @@ from tiue_export.export.onnx.bundle import Observer, StageReport
 from tiue_export.export.own_student import Size, StudentPlace
 from tiue_export.proof.gates import weakest
 from tiue_export.proof.parity import load_reference, require_passed
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 from tiue_export.specs import CONTROLNET, TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
 
 FOLDER = "coreml"

@@ -16,7 +16,7 @@ from tiue_export.bundle.manifest import Compiled
 from tiue_export.errors import RuntimeFailure, UsageError, unknown_name
 from tiue_export.export.trt.build_process import EngineRequest
 from tiue_export.proof.quantization_plan import QUANTIZED, W8A8
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 from tiue_export.sampling.plan import check_decoder_rows
 from tiue_export.sampling.sampler import pieces
 from tiue_export.specs import BATCH, STEPS, TensorSpec, axis_size

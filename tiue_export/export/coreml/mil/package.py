@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tiue_export.errors import BundleError, first_line, unknown_name
-from tiue_export.registry import require
+from tiue_export.registry.packages import require
 from tiue_export.specs import Array
 
 _RECORD = struct.Struct("<IIQQQ")  # sentinel, type, size in bytes, offset, bits of padding

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from tiue_export.errors import MissingExtraError, UsageError, unknown_name
+from tiue_export.errors import UsageError, unknown_name
+from tiue_export.registry.packages import require
 from tiue_export.specs import Runtime, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -30,20 +30,6 @@ class RuntimeEntry:
     chooses_precision: bool = False
     automatic: bool = True
 
-
-EXPORT_NEEDS = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "onnx",
-    "onnx_ir",
-    "onnxscript",
-    "onnxruntime",
-    "psutil",
-)
-
-TRAIN_NEEDS = (*EXPORT_NEEDS, "accelerate", "peft", "tensorboard")
-SERVER_NEEDS = ("fastapi", "fastapi_offline", "prometheus_client", "uvicorn")
 
 RUNTIMES: Mapping[str, RuntimeEntry] = {
     "ort": RuntimeEntry(
@@ -130,32 +116,3 @@ def open_runtime(name: str, bundle: Bundle, options: RuntimeOptions) -> Runtime:
         )
     module, _, function = entry.opener.partition(":")
     return cast(Runtime, getattr(importlib.import_module(module), function)(bundle, options))
-
-
-def missing_modules(names: tuple[str, ...]) -> list[str]:
-    """Those of the modules that are not installed; none of them is imported."""
-    # A dotted name looks behind a namespace: our own plugin file makes "optimum" importable.
-    return [name for name in names if not _found(name)]
-
-
-def _found(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def require(what: str, modules: tuple[str, ...], extra: str) -> None:
-    """Raise `MissingExtraError` with the pip line unless all modules are installed."""
-    missing = missing_modules(modules)
-    if missing:
-        raise MissingExtraError(
-            f"{what} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            "installed",
-            f"pip install 'tiue-export[{extra}]'",
-        )
-
-
-def run_command_line(arguments: list[str] | None = None) -> None:
-    """The `tiue-export` command; its code is a spoke, so it is reached by name."""
-    importlib.import_module("tiue_export.apps.cli").main(arguments)

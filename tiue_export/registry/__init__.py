@@ -1,0 +1,1 @@
+"""Names to implementations, and the packages that each needs. Light."""
