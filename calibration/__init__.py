@@ -1,1 +1,1 @@
-"""Calibration data and quantization (to come); nothing is exported from here yet."""
+"""int8: what real prompts feed the UNet, the plan made from it, the graphs and their verdict."""

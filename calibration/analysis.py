@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -410,6 +411,11 @@ def _read_journal(path: Path) -> dict[str, float]:
 
 
 def _append(path: Path, unit: str, psnr_db: float) -> None:
+    """Add a line; one that a kill cut off is ended first, so that it takes no other with it."""
     path.parent.mkdir(exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"unit": unit, "psnr_db": psnr_db}) + "\n")
+    line = json.dumps({"unit": unit, "psnr_db": psnr_db}) + "\n"
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else "\n" + line
+        file.write(line.encode())

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.bundle.folder import Bundle, open_bundle
-from tiue_export.specs import RuntimeOptions
+from tiue_export.specs import Array, RuntimeOptions
 
 from .runtime_choice import (
     AUTO,
@@ -23,9 +23,17 @@ from .runtime_choice import (
 
 
 def resolved_runtime(
-    bundle: Bundle | Path, name: str, options: RuntimeOptions, *, quiet: bool
+    bundle: Bundle | Path,
+    name: str,
+    options: RuntimeOptions,
+    *,
+    quiet: bool,
+    control: Array | None = None,
 ) -> tuple[str, Chosen | None]:
-    """The runtime's name, and for "auto" how it was chosen; told on standard error."""
+    """The runtime's name, and for "auto" how it was chosen; told on standard error.
+
+    `control` (3, 8H, 8W) is the picture that a bundle with a ControlNet follows.
+    """
     if name != AUTO:
         return name, None
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
@@ -37,7 +45,9 @@ def resolved_runtime(
     def tried(trial: Trial) -> None:
         stderr.print(f"  {_outcome(trial)}", markup=False, soft_wrap=True)
 
-    chosen = choose_runtime(opened, options, on_start=started, on_trial=tried)
+    chosen = choose_runtime(
+        opened, options, control=control, on_start=started, on_trial=tried
+    )
     stderr.print(_sentence(chosen), markup=False, soft_wrap=True)
     return chosen.choice.runtime, chosen
 

@@ -91,7 +91,9 @@ def run(request: GenerateRequest) -> dict[str, object]:
     size = bundle.manifest.width_px, bundle.manifest.height_px
     control = None if request.control is None else picture_from_file(request.control, size)
     written: list[Path] = []
-    runtime, chosen = resolved_runtime(bundle, request.runtime, options, quiet=request.as_json)
+    runtime, chosen = resolved_runtime(
+        bundle, request.runtime, options, quiet=request.as_json, control=control
+    )
     with Pipeline.open(bundle, runtime, options) as pipeline:
         _warn_of_cut_prompts(pipeline, prompts)
         opened = time.perf_counter()

@@ -23,10 +23,10 @@ from tiue_export._version import __version__
 from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, disk_errors
 from tiue_export.bundle.manifest import structured
 from tiue_export.drawing.pipeline import Pipeline
-from tiue_export.errors import BundleError, RuntimeFailure, TiueError, first_line
+from tiue_export.errors import BundleError, RuntimeFailure, TiueError, UsageError, first_line
 from tiue_export.proof.parity import PROMPTS
 from tiue_export.registry.runtimes import RUNTIMES
-from tiue_export.specs import RuntimeOptions
+from tiue_export.specs import CONTROLNET, Array, RuntimeOptions
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.cache_folder import user_cache_folder
 from tiue_export.system.tensorrt_flavor import this_device
@@ -111,14 +111,22 @@ def choose_runtime(
     bundle: Bundle,
     options: RuntimeOptions | None = None,
     *,
+    control: Array | None = None,
     on_start: Callable[[str], None] = lambda runtime: None,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Chosen:
     """The fastest runtime for `bundle` here, measured unless that is known already.
 
-    Runtimes are opened one after the other and closed again: no two need fit in memory. Raises
-    `RuntimeFailure`, with every runtime's reason, when none can draw.
+    `control` (3, 8H, 8W) in [0, 1] is the picture that a bundle with a ControlNet follows in every
+    trial; its content decides no time, so it is not remembered. Runtimes are opened one after the other and closed again: no two need fit in memory. Raises
+    `RuntimeFailure`, with every runtime's reason, when none can draw, and `UsageError` for such a
+    bundle without a picture.
     """
+    if control is None and CONTROLNET in bundle.manifest.graphs:
+        raise UsageError(
+            f"{bundle.root} draws by a ControlNet and needs a picture to follow",
+            "Pass --control PICTURE; without one no runtime can be tried.",
+        )
     options = options or RuntimeOptions()
     file = _file(bundle.root, options)
     known, why = _remembered(file, options)
@@ -127,7 +135,7 @@ def choose_runtime(
     trials = []
     for name in [name for name, entry in RUNTIMES.items() if entry.automatic]:
         on_start(name)
-        trials.append(_try(bundle, name, options))
+        trials.append(_try(bundle, name, options, control))
         on_trial(trials[-1])
     trials.sort(key=lambda t: float("inf") if t.latency_ms is None else t.latency_ms)
     if trials[0].latency_ms is None:
@@ -174,20 +182,20 @@ def _remembered(file: Path, options: RuntimeOptions) -> tuple[RuntimeChoice | No
     return choice, choice.outdated(options)
 
 
-def _try(bundle: Bundle, name: str, options: RuntimeOptions) -> Trial:
+def _try(bundle: Bundle, name: str, options: RuntimeOptions, control: Array | None) -> Trial:
     """Draw one picture to load everything, then `_TIMED_DRAWINGS`; the faster of them counts."""
     start = time.perf_counter()
     try:
         with Pipeline.open(bundle, name, options) as pipeline:
             first_start = time.perf_counter()
-            best = pipeline(PROMPTS[0]).stage_latency_ms
+            best = pipeline(PROMPTS[0], control=control).stage_latency_ms
             now = time.perf_counter()
             best_s, open_s = now - first_start, now - start
             if best_s <= _LONG_S:
                 best_s = float("inf")
                 for _ in range(_TIMED_DRAWINGS):
                     start = time.perf_counter()
-                    stages = pipeline(PROMPTS[0]).stage_latency_ms
+                    stages = pipeline(PROMPTS[0], control=control).stage_latency_ms
                     if time.perf_counter() - start < best_s:
                         best_s, best = time.perf_counter() - start, stages
             return Trial(

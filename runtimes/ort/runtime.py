@@ -128,7 +128,7 @@ class OrtRuntime:
             ) from error
         # A provider that fails to start is dropped by ONNX Runtime with a log line only.
         if session.get_providers()[0] != _PROVIDERS[self.device]:
-            if self._options.device == "auto":
+            if self._options.device == "auto" and self._options.provider is None:
                 warnings.warn(
                     f"onnxruntime could not start {_PROVIDERS[self.device]}: running on the CPU",
                     stacklevel=2,
@@ -138,7 +138,8 @@ class OrtRuntime:
             raise RuntimeFailure(
                 f"ONNX Runtime could not start {_PROVIDERS[self.device]}; it offers "
                 f"{', '.join(session.get_providers())}",
-                "Check the CUDA and cuDNN versions with `tiue-export doctor`, or use --device cpu.",
+                "Check the CUDA and cuDNN versions with `tiue-export doctor`, or use "
+                f"{'--device' if self._options.provider is None else '--provider'} cpu.",
             )
         return session
 

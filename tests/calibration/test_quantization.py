@@ -449,6 +449,24 @@ def test_what_was_measured_is_not_measured_again(analysed, tiny_bundle, data, mo
     assert analysis.Analyser(tiny_bundle, data, options).run().plan == found.plan
 
 
+def test_a_line_that_a_kill_cut_off_costs_one_measurement_and_swallows_none(
+    analysed, tiny_bundle, data, monkeypatch
+):
+    options, found = analysed
+    journal = next((data.root / "analysis").glob("sensitivity-*.jsonl"))
+    lines = [line for line in journal.read_text().splitlines() if line.endswith("}")]
+    # Two units were not measured yet, and the line of the first of them was cut off.
+    journal.write_text("\n".join([*lines[:-2], lines[-2][:9]]))
+    measured, real = [], probe.Probe.of_model
+    monkeypatch.setattr(
+        probe.Probe, "of_model", lambda *args: (measured.append(args[1]), real(*args))[1]
+    )
+    assert analysis.Analyser(tiny_bundle, data, options).run().plan == found.plan
+    assert len(measured) == 2
+    assert analysis.Analyser(tiny_bundle, data, options).run().plan == found.plan
+    assert len(measured) == 2
+
+
 def test_pictures_show_the_losses_and_the_curve(analysed, tmp_path):
     _, found = analysed
     sizes = [

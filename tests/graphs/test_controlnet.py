@@ -13,7 +13,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 
-from tiue_export import Pipeline
+from tiue_export import Pipeline, export_onnx
 from tiue_export.benchmarks.synthetic import fill
 from tiue_export.bundle.folder import Bundle
 from tiue_export.bundle.manifest import GraphRecord
@@ -220,6 +220,25 @@ def test_a_picture_that_cannot_be_followed_is_refused(controlled, picture, messa
     with Pipeline.open(controlled, "fake") as pipeline, pytest.raises(UsageError) as caught:
         pipeline("fox", control=picture)
     assert message in caught.value.message
+
+
+def test_runtime_auto_tries_every_runtime_with_the_picture(
+    run, teacher, tmp_path, tmp_path_factory, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = export_onnx(teacher, tmp_path_factory.mktemp("controlled") / "fox")
+    Image.new("RGB", (64, 64)).save(tmp_path / "edges.png")
+    line = ("generate", bundle.root, "fox", "--runtime", "auto", "--json", "--out", "fox.png")
+    code, _, err = run(*line)
+    assert code == 2
+    assert "draws by a ControlNet and needs a picture to follow" in err.replace("\n", " ")
+    code, out, err = run(*line, "--control", "edges.png")
+    assert code == 0, err
+    choice = json.loads(out)["runtime_choice"]
+    assert choice["runtime"] == "ort"
+    assert choice["latency_ms"]["ort"] > 0
+    assert "openvino" in choice["reasons"]
+    assert not any("picture" in reason for reason in choice["reasons"].values())
 
 
 def test_a_bundle_without_a_controlnet_follows_no_picture(run, faster_bundle, tmp_path):

@@ -167,6 +167,55 @@ def test_the_cuda_provider_of_a_cpu_build_says_what_to_install(tiny_bundle):
         open_runtime("ort", tiny_bundle, RuntimeOptions(provider="cuda"))
 
 
+@pytest.fixture
+def dropped_cuda(monkeypatch):
+    """An onnxruntime whose CUDA provider is listed and dropped when a session asks for it."""
+    real = ort.InferenceSession
+    listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: listed)
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda path, options, providers: real(path, options, listed[1:])
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        (RuntimeOptions(provider="cuda"), "or use --provider cpu."),
+        (RuntimeOptions(device="cuda"), "or use --device cpu."),
+        (RuntimeOptions(device="cuda", provider="cuda"), "or use --provider cpu."),
+    ],
+)
+def test_cuda_that_was_asked_for_and_does_not_start_is_an_error_and_never_the_cpu(
+    tiny_bundle, dropped_cuda, options, remedy
+):
+    with Pipeline.open(tiny_bundle, "ort", options) as opened:
+        with pytest.raises(RuntimeFailure) as caught:
+            opened("a red fox")
+    assert caught.value.message == (
+        "ONNX Runtime could not start CUDAExecutionProvider; it offers CPUExecutionProvider"
+    )
+    assert caught.value.next_step.endswith(remedy)
+
+
+def test_cuda_that_was_only_hoped_for_gives_way_to_the_cpu_with_a_warning(
+    tiny_bundle, dropped_cuda
+):
+    with Pipeline.open(tiny_bundle, "ort", RuntimeOptions(threads=1)) as opened:
+        with pytest.warns(UserWarning, match="could not start CUDAExecutionProvider: running on"):
+            opened("a red fox")
+        assert opened.runtime.device == "cpu"
+
+
+def test_generate_with_a_cuda_provider_that_does_not_start_fails_and_draws_nothing(
+    run, tiny_bundle, tmp_path, dropped_cuda
+):
+    code, _, err = run("generate", tiny_bundle.root, "fox", "--provider", "cuda", "--out", "p")
+    assert code == RuntimeFailure.exit_code
+    assert "could not start CUDAExecutionProvider" in err
+    assert not (tmp_path / "p").exists()
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime_ep_nv_tensorrt_rtx") is not None,
     reason="the plug-in is installed",
