@@ -45,9 +45,7 @@ def resolved_runtime(
     def tried(trial: Trial) -> None:
         stderr.print(f"  {_outcome(trial)}", markup=False, soft_wrap=True)
 
-    chosen = choose_runtime(
-        opened, options, control=control, on_start=started, on_trial=tried
-    )
+    chosen = choose_runtime(opened, options, control=control, on_start=started, on_trial=tried)
     stderr.print(_sentence(chosen), markup=False, soft_wrap=True)
     return chosen.choice.runtime, chosen
 

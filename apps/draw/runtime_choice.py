@@ -118,9 +118,11 @@ def choose_runtime(
     """The fastest runtime for `bundle` here, measured unless that is known already.
 
     `control` (3, 8H, 8W) in [0, 1] is the picture that a bundle with a ControlNet follows in every
-    trial; its content decides no time, so it is not remembered. Runtimes are opened one after the other and closed again: no two need fit in memory. Raises
-    `RuntimeFailure`, with every runtime's reason, when none can draw, and `UsageError` for such a
-    bundle without a picture.
+    trial; its content decides no time, so it is not remembered. Runtimes are opened one after the
+    other and closed again: no two need fit in memory.
+
+    Raises `RuntimeFailure`, with every runtime's reason, when none can draw, and `UsageError` for a
+    bundle with a ControlNet and no picture.
     """
     if control is None and CONTROLNET in bundle.manifest.graphs:
         raise UsageError(

@@ -37,6 +37,7 @@ _GUIDED_TIMED_PASSES = 3
 # DeepCache's own example: the whole UNet at every third step, its outermost layers between.
 _CACHE_INTERVAL = 3
 _MADE_FOR = ("ort", "openvino")
+_WITHOUT_FORM = "ort"  # runs the ONNX graphs as they are
 
 
 @dataclass(frozen=True)
@@ -479,19 +480,23 @@ def _batch(asked: Request) -> int:
 
 
 def _usable_runtimes(bundle: Bundle) -> tuple[str, ...]:
-    """What a bundle can run on here; ONNX Runtime where nothing can, for the reason's sake."""
-    compiled = bundle.manifest.compiled
-    usable = {
-        "ort": not any(graph.omitted for graph in bundle.manifest.graphs.values()),
-        "openvino": "openvino" in compiled,
-        "trt": any(folder.startswith("trt") for folder in compiled),
-    }
+    """Every runtime that a bundle has a form for and that a machine like this one draws with.
+
+    ONNX Runtime where there is none, for the reason's sake.
+    """
     found = [
         name
-        for name, has_form in usable.items()
-        if has_form and not missing_modules(RUNTIMES[name].needs)
+        for name, entry in RUNTIMES.items()
+        if entry.automatic and _has_form(bundle, name) and not missing_modules(entry.needs)
     ]
-    return tuple(found) or ("ort",)
+    return tuple(found) or (_WITHOUT_FORM,)
+
+
+def _has_form(bundle: Bundle, runtime: str) -> bool:
+    """Compiled forms lie in folders named for their runtime, with a flavour after a hyphen."""
+    if runtime == _WITHOUT_FORM:
+        return not any(graph.omitted for graph in bundle.manifest.graphs.values())
+    return any(folder.partition("-")[0] == runtime for folder in bundle.manifest.compiled)
 
 
 def _precisions(runtime: str, bundle: Bundle, asked: Request) -> tuple[str, ...]:
@@ -501,12 +506,12 @@ def _precisions(runtime: str, bundle: Bundle, asked: Request) -> tuple[str, ...]
         raise unknown_name("runtime", runtime, RUNTIMES)
     if not RUNTIMES[runtime].chooses_precision:
         return (bundle.manifest.precision,)
-    return asked.precisions or _native_precisions(asked.device)
+    return asked.precisions or _native_precisions(runtime, asked.device)
 
 
-def _native_precisions(device: str) -> tuple[str, ...]:
-    """OpenVINO's on the CPU: fp32, and bf16 where it is computed natively."""
-    if device not in ("auto", "cpu") or missing_modules(("openvino",)):
+def _native_precisions(runtime: str, device: str) -> tuple[str, ...]:
+    """OpenVINO's on the CPU: fp32, and bf16 where it is computed natively; else the form's own."""
+    if runtime != "openvino" or device not in ("auto", "cpu") or missing_modules(("openvino",)):
         return ("auto",)
     return native_precisions()
 

@@ -320,6 +320,34 @@ def test_a_bundle_runs_on_all_it_can_and_each_precision_is_named(compiled_bundle
     assert names(bundles=(compiled_bundle,)) == expected
 
 
+def test_on_a_machine_where_core_ml_draws_its_packages_are_measured_too(
+    compiled_bundle, monkeypatch
+):
+    forms = compiled_bundle.manifest.compiled
+    packages = replace(forms["openvino"], backend="coreml", flags={"precision": "fp16"})
+    both = replace(
+        compiled_bundle,
+        manifest=replace(compiled_bundle.manifest, compiled={**forms, "coreml": packages}),
+    )
+    mac = replace(contenders.RUNTIMES["coreml"], automatic=True, needs=())
+    monkeypatch.setattr(contenders, "RUNTIMES", {**contenders.RUNTIMES, "coreml": mac})
+    here = ["tiny-fp32/ort/fp32", *(n for n in names(bundles=(both,)) if "openvino" in n)]
+    assert names(bundles=(both,)) == [*here, "tiny-fp32/coreml/auto"]
+    assert names(bundles=(compiled_bundle,)) == here
+    elsewhere = replace(mac, automatic=False)  # the evaluator: a proof, not a way to draw
+    monkeypatch.setattr(contenders, "RUNTIMES", {**contenders.RUNTIMES, "coreml": elsewhere})
+    assert names(bundles=(both,)) == here
+
+
+def test_engines_of_either_flavour_are_measured_on_trt(compiled_bundle):
+    forms = compiled_bundle.manifest.compiled
+    engines = replace(forms["openvino"], backend="trt")
+    for folder in ("trt", "trt-rtx"):
+        manifest = replace(compiled_bundle.manifest, compiled={folder: engines})
+        bundle = replace(compiled_bundle, manifest=manifest)
+        assert names(bundles=(bundle,)) == ["tiny-fp32/ort/fp32", "tiny-fp32/trt/fp32"]
+
+
 def test_runtimes_and_precisions_can_be_chosen(compiled_bundle):
     asked = {"bundles": (compiled_bundle,), "precisions": ("bf16",)}
     assert names(**asked, runtimes=("openvino",)) == ["tiny-fp32/openvino/bf16"]

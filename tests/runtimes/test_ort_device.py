@@ -189,9 +189,9 @@ def dropped_cuda(monkeypatch):
 def test_cuda_that_was_asked_for_and_does_not_start_is_an_error_and_never_the_cpu(
     tiny_bundle, dropped_cuda, options, remedy
 ):
-    with Pipeline.open(tiny_bundle, "ort", options) as opened:
-        with pytest.raises(RuntimeFailure) as caught:
-            opened("a red fox")
+    opened = Pipeline.open(tiny_bundle, "ort", options)
+    with opened, pytest.raises(RuntimeFailure) as caught:
+        opened("a red fox")
     assert caught.value.message == (
         "ONNX Runtime could not start CUDAExecutionProvider; it offers CPUExecutionProvider"
     )
