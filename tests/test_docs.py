@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/errors.md")
 DOCUMENTS = sorted({*REQUIRED, *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))})
 PROGRAM = typer.main.get_command(importlib.import_module("tiue_export.apps.cli").app)
+README_LINES = 130
 FENCE = re.compile(r"^ *(```+|~~~+)[^\n]*\n(.*?)^ *\1[ \t]*$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(
     r"\]\(\s*<?([^)>\s]+)"  # [text](target "title"), ![text](target)
@@ -135,6 +136,34 @@ def unknown_commands(text: str) -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_to_files_and_headings_that_exist(document: str) -> None:
     assert dead_links(document, read(document)) == []
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    assert len(read("README.md").splitlines()) <= README_LINES
+    reached, waiting = set(), ["README.md"]
+    while waiting:
+        document = waiting.pop()
+        if document not in reached:
+            reached.add(document)
+            folder = (ROOT / document).parent
+            pages = [target.partition("#")[0] for target in link_targets(read(document))]
+            linked = [folder / page for page in pages if page.endswith(".md")]
+            waiting += [path.resolve().relative_to(ROOT).as_posix() for path in linked]
+    assert {*DOCUMENTS} - reached == {"docs/index.md"}  # the site's first page
+
+
+def test_the_readme_keeps_the_command_that_runs_the_tests() -> None:
+    commands = [match.group(2).splitlines() for match in FENCE.finditer(read("README.md"))]
+    assert "make test" in {line.partition("#")[0].strip() for lines in commands for line in lines}
+
+
+def test_the_python_of_the_readme_draws(tiny_bundle, tmp_path, monkeypatch) -> None:
+    blocks = [match.group(0) for match in FENCE.finditer(read("README.md"))]
+    (block,) = [text for text in blocks if text.startswith("```python")]
+    (tmp_path / "emoji").symlink_to(tiny_bundle.root)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.partition("\n")[2].rpartition("```")[0], "README.md", "exec"), {})
+    assert len(list(tmp_path.glob("*.png"))) == 4
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
