@@ -1,7 +1,7 @@
 """A float graph in which single layers compute as if quantized: Q/DQ at the input, rounded weights.
 
-What a fold or a scale per row would do is simulated by rescaling around the pair, which is exact;
-nothing else of the graph changes and no weight is stored anew but those of the layers asked for.
+What a fold would do is simulated by rescaling around the pair, which is exact; nothing else of the
+graph changes and no weight is stored anew but those of the layers asked for.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from .qdq_onnx import quantize_weight, scale_in
 
 @dataclass(frozen=True)
 class Simulated:
-    """One layer in w8a8. `scale` is that of x / `channels` / `rows`; `channels` (C,) is moved into
-    the weights, `rows` (R,) stands for a scale per row.
+    """One layer in w8a8. `scale` is that of x / `channels`; `channels` (C,) is moved into the
+    weights.
     """
 
     layer: Layer
     scale: float
     channels: Array | None = None
-    rows: Array | None = None
 
 
 def simulated_model(path: Path, changes: Sequence[Simulated]) -> Any:
@@ -78,14 +77,11 @@ def _rounded_input(graph: Any, change: Simulated, weights: Weights, nodes: list[
 
 def _factor(change: Simulated) -> Array | None:
     """What the input is divided by, in a shape that broadcasts over it."""
-    rank, factor = len(change.layer.activation_shape), None
-    for values, axis in ((change.channels, change.layer.channel_axis), (change.rows, 0)):
-        if values is not None:
-            shape = [1] * rank
-            shape[axis] = -1
-            part = values.reshape(shape)
-            factor = part if factor is None else factor * part
-    return factor
+    if change.channels is None:
+        return None
+    shape = [1] * len(change.layer.activation_shape)
+    shape[change.layer.channel_axis] = -1
+    return change.channels.reshape(shape)
 
 
 def _rounded_weight(graph: Any, change: Simulated, weights: Weights) -> str:

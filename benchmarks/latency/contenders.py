@@ -31,7 +31,7 @@ COMPILED_TORCH = "torch-compile"
 SD_CPP = "sd-cpp"
 NAIVE = "naive"
 _ROWS = re.compile(r"rows-(\d+)")
-_TORCH_PRECISIONS = ("fp32", "bf16")
+_TORCH_PRECISIONS = ("fp32", "bf16", "fp16")
 _SD_CPP_PRECISIONS = ("f16", "q8_0", "f32")
 _GUIDED_TIMED_PASSES = 3
 # DeepCache's own example: the whole UNet at every third step, its outermost layers between.

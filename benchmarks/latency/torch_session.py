@@ -30,7 +30,7 @@ from tiue_export.student.model import Features, Student
 from .record import END_TO_END, UNET, Facts
 from .session import StageClock
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST_TIMESTEP = 999
 
 
@@ -213,8 +213,8 @@ def _loaded(settings: TorchSettings) -> Student:
             "Add --base, or measure its UNet alone: --unet-only.",
         )
     student = student.to(_DTYPES[settings.precision]).eval()
-    if settings.precision == "bf16":
-        # oneDNN's half-precision convolutions take channels last without reordering.
+    if settings.precision != "fp32":
+        # Half-precision convolutions (oneDNN, cuDNN) take channels last without reordering.
         for part in (student.unet, student.vae):
             if part is not None:
                 part.to(memory_format=torch.channels_last)

@@ -740,15 +740,6 @@ def test_options_that_make_no_sense_are_refused(run, tiny_bundle, data, argument
     assert message in err
 
 
-def test_the_row_scale_experiment_compares_both_on_all_decoder_rows(tiny_bundle, data):
-    row_scales = importlib.import_module("tiue_export.benchmarks.studies.row_scales")
-    found = row_scales.measure(tiny_bundle.root, data.root, held_out=1, every=40)
-    assert found.layers
-    assert all(1 <= layer.spread < 3 for layer in found.layers)
-    assert abs(found.gain_db) < 3
-    assert found.all_one_scale_db > 40
-
-
 def test_a_copy_of_the_data_on_another_disk_still_fits(data, tiny_bundle, tmp_path):
     copied = Path(shutil.copytree(data.root, tmp_path / "copy"))
     assert module("dataset").open_calibration(copied, tiny_bundle).sha256 == data.sha256
