@@ -10,8 +10,10 @@ from pathlib import Path
 
 from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.bundle.manifest import Manifest
+from tiue_export.drawing.pipeline import replanned
 from tiue_export.errors import RuntimeFailure, UsageError
 from tiue_export.registry.packages import missing_modules
+from tiue_export.sampling.plan_options import PlanChange
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_DECODER,
@@ -29,6 +31,7 @@ from .flops import bundle_flops
 from .made_bundle import is_made, made
 from .record import UNET, Ceiling, Measurement, Record, Settings, to_json, write_text
 from .report import first_measured, full_names, markdown, number, standing_warnings
+from .settings import FasterSettings, GraphSettings, SessionSettings
 from .summary import RATIO_STAGES, summarized
 from .turns import measure
 
@@ -96,7 +99,7 @@ def run(plan: Plan, tell: Tell = lambda line: None) -> Outcome:
         told = _Teller(plan.settings, tell)
         rows = measure(contenders, plan.settings, timeout_s=plan.timeout_s, on_turn=told.turn_taken)
         # Graphs are counted from their files, which may go with the folder.
-        rows = [counted(row) for row in rows]
+        rows = [counted(one.settings, row) for one, row in zip(contenders, rows, strict=True)]
     asked_rounds = plan.settings.rounds
     rounds = min((len(row.turns) for row in rows if row.measured), default=asked_rounds)
     settings = replace(plan.settings, rounds=rounds)
@@ -158,7 +161,11 @@ def ready(contender: Contender, work: Path, tell: Tell) -> Contender:
             paths[setting] = str(made(asked, work))
         except RuntimeFailure as failure:
             return replace(contender, missing=failure.message)
-    return replace(contender, settings={**contender.settings, **paths})
+    assert isinstance(contender.settings, GraphSettings)
+    settings = replace(
+        contender.settings, bundle=paths["bundle"], unet_bundle=paths.get("unet_bundle")
+    )
+    return replace(contender, settings=settings)
 
 
 def work_folder(work: Path | None) -> AbstractContextManager[str | Path]:
@@ -178,31 +185,35 @@ def _ceilings(plan: Plan, request: Request, tell: Tell) -> Mapping[str, Ceiling]
         return {}
 
 
-def counted(row: Measurement) -> Measurement:
+def counted(settings: SessionSettings, row: Measurement) -> Measurement:
     """The row with its operations per stage, where its graphs' files tell them."""
     if row.facts is None or missing_modules(("onnx",)):
         return row
-    if row.session == "faster":
-        return replace(row, flops=_loop_flops(row, row.facts.batch))
-    if row.session != "graphs":
-        return row
-    passes, guided = int(row.settings.get("passes") or 1), bool(row.settings.get("guided"))
-    whole = str(row.settings["bundle"])
-    outer = _graph_flops(whole, row.facts.batch)
-    unet = _graph_flops(str(row.settings.get("unet_bundle") or whole), row.facts.batch)
-    flops = {name: unet[name] * passes for name in UNET_GRAPHS if name in unet}
+    if isinstance(settings, FasterSettings):
+        return replace(row, flops=_loop_flops(settings, row.facts.batch))
+    if isinstance(settings, GraphSettings):
+        return replace(row, flops=_pass_flops(settings, row.facts.batch))
+    return row
+
+
+def _pass_flops(settings: GraphSettings, batch: int) -> dict[str, float]:
+    """Operations of a drawing by so many runs of encoder and decoder."""
+    whole = str(settings.bundle)
+    outer, unet = (_graph_flops(b, batch) for b in (whole, settings.unet_bundle or whole))
+    flops = {name: unet[name] * settings.passes for name in UNET_GRAPHS if name in unet}
     if flops:
         flops[UNET] = sum(flops.values())
-    for name, times in ((TEXT_ENCODER, 2 if guided else 1), (VAE_DECODER, 1)):
+    for name, times in ((TEXT_ENCODER, 2 if settings.guided else 1), (VAE_DECODER, 1)):
         if name in outer:
             flops[name] = outer[name] * times
-    return replace(row, flops=flops)
+    return flops
 
 
-def _loop_flops(row: Measurement, batch: int) -> dict[str, float]:
+def _loop_flops(settings: FasterSettings, batch: int) -> dict[str, float]:
     """Operations of a drawing in a loop: decoder runs differ by the steps they get."""
-    bundle = _counted_bundle(str(row.settings["bundle"]))
-    runs = loop_runs(plan_of(bundle), str(row.settings["loop"]), batch)
+    change = PlanChange(max_decoder_rows=settings.max_decoder_rows)
+    bundle = replanned(_counted_bundle(settings.bundle), change)
+    runs = loop_runs(plan_of(bundle), settings.loop, batch)
     times = {TEXT_ENCODER: 2, UNET_ENCODER: runs.encoder, VAE_DECODER: 1}
     by_size = {steps: _graph_flops(str(bundle.root), batch, steps) for steps in (1, *runs.decoder)}
     flops = {name: by_size[1][name] * n for name, n in times.items() if name in by_size[1]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.registry.packages import missing_modules
@@ -19,11 +19,16 @@ from tiue_export.system.openvino_core import native_precisions
 
 from .faster_session import LOOPS, plan_of
 from .made_bundle import MadeBundle
+from .settings import (
+    FasterSettings,
+    GraphSettings,
+    SdCppSettings,
+    SessionSettings,
+    TorchSettings,
+)
 
 if TYPE_CHECKING:
     from tiue_export.bundle.folder import Bundle
-
-Setting = str | int | float | bool | None
 
 BUNDLES = "bundles"
 TORCH = "torch"
@@ -102,14 +107,13 @@ EVERY = (
 class Contender:
     """One row of the table, not yet started.
 
-    `session` names what the worker opens with `settings`. `made` are bundles to be made first, by
-    the setting that gets their path. `missing` says why it cannot take part.
+    `settings` are what the worker opens. `made` are bundles to be made first, by the setting that
+    gets their path. `missing` says why it cannot take part.
     """
 
     name: str
     what: str
-    session: str
-    settings: Mapping[str, Setting]
+    settings: SessionSettings
     made: Mapping[str, MadeBundle] = field(default_factory=dict)
     missing: str | None = None
 
@@ -252,16 +256,15 @@ def _student_bundle(title: str, bundle: Bundle, lane: Lane, asked: Request) -> C
     return Contender(
         name=f"{title}/{lane.runtime}/{lane.precision}",
         what=_bundle_what(bundle),
-        session="graphs",
-        settings={
-            "bundle": str(bundle.root),
-            "runtime": lane.runtime,
-            "precision": _asked_precision(lane),
-            "checkpoint": asked.checkpoint if lane.runtime == TORCH else None,
-            "base": asked.base if lane.runtime == TORCH else None,
-            "vae": asked.vae if lane.runtime == TORCH else None,
+        settings=GraphSettings(
+            bundle=str(bundle.root),
+            runtime=lane.runtime,
+            precision=_asked_precision(lane),
+            checkpoint=asked.checkpoint if lane.runtime == TORCH else None,
+            base=asked.base if lane.runtime == TORCH else None,
+            vae=asked.vae if lane.runtime == TORCH else None,
             **_common(asked),
-        },
+        ),
     )
 
 
@@ -279,14 +282,13 @@ def _looped_bundle(title: str, bundle: Bundle, lane: Lane, asked: Request) -> li
             what=f"Faster Diffusion, {steps} steps, {len(plan.groups)} key steps: {what}"
             if loop != "every-step"
             else f"{steps} steps with guidance: {what}",
-            session="faster",
-            settings={
-                "bundle": str(bundle.root),
-                "runtime": lane.runtime,
-                "loop": loop,
-                "precision": _asked_precision(lane),
+            settings=FasterSettings(
+                bundle=str(bundle.root),
+                runtime=lane.runtime,
+                loop=loop,
+                precision=_asked_precision(lane),
                 **_common(asked),
-            },
+            ),
             missing=missing,
         )
         for loop, what in LOOPS.items()
@@ -333,24 +335,26 @@ def _torch(name: str, method: str, lane: Lane, asked: Request) -> Contender:
     how = "PyTorch " + ("compiled" if lane.runtime == COMPILED_TORCH else "eager")
     what = f"TiUE K={rows[1]}, naive" if rows else "TiUE as the official code runs it"
     height, width = _size(asked)
+    settings = TorchSettings(
+        checkpoint=asked.checkpoint,
+        base=asked.base,
+        vae=asked.vae,
+        precision=lane.precision,
+        compiled=lane.runtime == COMPILED_TORCH,
+        steps=int(rows[1]) if rows else None,
+        height=height,
+        width=width,
+        batch=_batch(asked),
+        **_common(asked),
+    )
+    if passes is not None:
+        settings = replace(
+            settings, cache_interval=passes.cache_interval, **_counted_passes(passes)
+        )
     return Contender(
         name=name,
         what=f"{what if passes is None else passes.what}, {how}",
-        session="torch",
-        settings={
-            "checkpoint": asked.checkpoint,
-            "base": asked.base,
-            "vae": asked.vae,
-            "precision": lane.precision,
-            "compiled": lane.runtime == COMPILED_TORCH,
-            "steps": int(rows[1]) if rows else None,
-            **_passes(passes),
-            "cache_interval": passes.cache_interval if passes is not None else 0,
-            "height": height,
-            "width": width,
-            "batch": _batch(asked),
-            **_common(asked),
-        },
+        settings=settings,
         missing=_no_checkpoint(asked) or _no_deepcache(passes),
     )
 
@@ -364,7 +368,9 @@ def _sd_cpp(name: str, method: str, lane: Lane, asked: Request) -> Contender:
     if lane.precision not in _SD_CPP_PRECISIONS:
         raise unknown_name("weights of stable-diffusion.cpp", lane.precision, _SD_CPP_PRECISIONS)
     missing = _no_checkpoint(asked)
-    if missing_modules(("stable_diffusion_cpp",)):
+    if asked.device not in ("auto", "cpu"):
+        missing = f"stable-diffusion.cpp is measured on the CPU only, not on {asked.device}"
+    elif missing_modules(("stable_diffusion_cpp",)):
         missing = (
             "stable-diffusion.cpp is not installed (pip install stable-diffusion-cpp-python "
             "builds it from source)"
@@ -373,17 +379,15 @@ def _sd_cpp(name: str, method: str, lane: Lane, asked: Request) -> Contender:
     return Contender(
         name=name,
         what=f"{SAMPLERS[method].what}, stable-diffusion.cpp",
-        session="sd-cpp",
-        settings={
-            "checkpoint": asked.checkpoint,
-            "vae": asked.vae,
-            "weights": lane.precision,
-            **_passes(SAMPLERS[method]),
-            "height": height,
-            "width": width,
-            "threads": asked.threads,
-            "unet_only": asked.unet_only,
-        },
+        settings=SdCppSettings(
+            checkpoint=asked.checkpoint,
+            vae=asked.vae,
+            weights=lane.precision,
+            height=height,
+            width=width,
+            **_counted_passes(SAMPLERS[method]),
+            **_common(asked),
+        ),
         missing=missing,
     )
 
@@ -405,14 +409,13 @@ def _sampler_on_graphs(name: str, method: str, lane: Lane, asked: Request) -> Co
     return Contender(
         name=name,
         what=f"{passes.what}, as graphs",
-        session="graphs",
-        settings={
-            "bundle": None,
-            "runtime": lane.runtime,
-            "precision": _asked_precision(lane),
-            **_passes(passes),
+        settings=GraphSettings(
+            bundle=None,
+            runtime=lane.runtime,
+            precision=_asked_precision(lane),
+            **_counted_passes(passes),
             **_common(asked),
-        },
+        ),
         made=_one_step_bundles(passes, lane, asked),
         missing=_no_checkpoint(asked) or _no_graphs(lane),
     )
@@ -457,13 +460,23 @@ def _no_graphs(lane: Lane) -> str | None:
     return f"ordinary UNet passes are made for {' and '.join(_MADE_FOR)}, not for {lane.runtime}"
 
 
-def _common(asked: Request) -> dict[str, Setting]:
+class _Common(TypedDict):
+    device: str
+    threads: int | None
+    unet_only: bool
+
+
+def _common(asked: Request) -> _Common:
     return {"device": asked.device, "threads": asked.threads, "unet_only": asked.unet_only}
 
 
-def _passes(passes: Passes | None) -> dict[str, Setting]:
-    if passes is None:
-        return {}
+class _Counted(TypedDict):
+    passes: int
+    timed_passes: int
+    guided: bool
+
+
+def _counted_passes(passes: Passes) -> _Counted:
     return {"passes": passes.total, "timed_passes": passes.timed, "guided": passes.guided}
 
 

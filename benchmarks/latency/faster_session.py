@@ -11,15 +11,16 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from tiue_export.bundle.folder import Bundle, open_bundle
+from tiue_export.drawing.pipeline import replanned
 from tiue_export.drawing.vae_tiles import decode_in_tiles, tile_size
 from tiue_export.proof.parity import load_reference
 from tiue_export.registry.runtimes import open_runtime
 from tiue_export.sampling.plan import FasterPlan
+from tiue_export.sampling.plan_options import PlanChange
 from tiue_export.sampling.sampler import pieces
 from tiue_export.specs import (
     TEXT_ENCODER,
@@ -35,6 +36,7 @@ from tiue_export.specs import (
 from .graph_session import check_parts, runtime_versions
 from .record import END_TO_END, Facts
 from .session import StageClock
+from .settings import FasterSettings
 
 # How the same graphs are looped over; the first is what the bundle itself does.
 LOOPS: Mapping[str, str] = {
@@ -50,19 +52,6 @@ class LoopRuns:
 
     encoder: int
     decoder: Mapping[int, int]
-
-
-@dataclass(frozen=True)
-class FasterSettings:
-    """A bundle with a plan, and one of `LOOPS`."""
-
-    bundle: str
-    runtime: str
-    loop: str
-    precision: str = "auto"
-    device: str = "cpu"
-    threads: int | None = None
-    unet_only: bool = False
 
 
 def loop_runs(plan: FasterPlan, loop: str, batch: int) -> LoopRuns:
@@ -85,7 +74,8 @@ class FasterSession:
 
     def __init__(self, settings: FasterSettings) -> None:
         self._settings = settings
-        self._bundle = open_bundle(settings.bundle)
+        change = PlanChange(max_decoder_rows=settings.max_decoder_rows)
+        self._bundle = replanned(open_bundle(settings.bundle), change)
         if not settings.unet_only:
             check_parts(self._bundle)
         options = RuntimeOptions(
@@ -185,8 +175,3 @@ def plan_of(bundle: Bundle) -> FasterPlan:
     plan = bundle.manifest.faster
     assert plan is not None, "contenders.py opens this session for bundles with a plan"
     return plan
-
-
-def open_session(settings: dict[str, Any]) -> FasterSession:
-    """Open the bundle (every hash checked) on its runtime."""
-    return FasterSession(FasterSettings(**settings))

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -31,35 +29,14 @@ from tiue_export.specs import (
 
 from .record import END_TO_END, Facts
 from .session import StageClock
-
-
-@dataclass(frozen=True)
-class GraphSettings:
-    """`passes` runs of encoder and decoder, of which `timed_passes` are run and the rest scaled.
-
-    With `guided`, passes run on `unet_bundle`, whose batch is twice the other's; the text encoder
-    runs twice.
-    """
-
-    bundle: str
-    runtime: str
-    precision: str = "auto"
-    device: str = "cpu"
-    threads: int | None = None
-    unet_only: bool = False
-    passes: int = 1
-    timed_passes: int = 1
-    guided: bool = False
-    unet_bundle: str | None = None
-    checkpoint: str | None = None
-    base: str | None = None
-    vae: str | None = None
+from .settings import GraphSettings
 
 
 class GraphSession:
     """Opened runtimes and ready inputs; `run` is one drawing."""
 
     def __init__(self, settings: GraphSettings) -> None:
+        assert settings.bundle is not None, "bench.ready makes it and fills it in"
         self._settings = settings
         self._bundle = open_bundle(settings.bundle)
         options = RuntimeOptions(
@@ -191,11 +168,6 @@ class GraphSession:
             )
             for spec in specs
         }
-
-
-def open_session(settings: dict[str, Any]) -> GraphSession:
-    """Open the bundle (every hash checked) on its runtime."""
-    return GraphSession(GraphSettings(**settings))
 
 
 def check_parts(bundle: Bundle) -> None:

@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from tiue_export.specs import TEXT_ENCODER, VAE_DECODER
 
 from .environment import usable_cores
 from .record import END_TO_END, UNET, Facts
+from .settings import SdCppSettings
 
 _STAGE_LINES = {
     TEXT_ENCODER: "get_learned_condition completed",
@@ -36,22 +36,6 @@ _OLD_PREFIX = "text_model."
 _ERROR_LEVEL = 3
 
 
-@dataclass(frozen=True)
-class SdCppSettings:
-    """`weights` is how ggml stores them (f16, q8_0, f32). Sizes in pixels, None for 512."""
-
-    checkpoint: str
-    vae: str | None = None
-    weights: str = "f16"
-    passes: int = 1
-    timed_passes: int = 1
-    guided: bool = False
-    height: int | None = None
-    width: int | None = None
-    threads: int | None = None
-    unet_only: bool = False
-
-
 class SdCppSession:
     """A loaded model; every drawing goes through `generate_image`."""
 
@@ -59,6 +43,7 @@ class SdCppSession:
         # Deferred, so that the log's reader below can be used without the package.
         import stable_diffusion_cpp
 
+        assert settings.checkpoint is not None
         self._settings = settings
         self._version = str(getattr(stable_diffusion_cpp, "__version__", "unknown"))
         # By default it takes half of the cores.
@@ -142,11 +127,6 @@ class SdCppSession:
         self._lines.append(line)
         if level >= _ERROR_LEVEL:
             self._errors.append(line)
-
-
-def open_session(settings: dict[str, Any]) -> SdCppSession:
-    """Load the model."""
-    return SdCppSession(SdCppSettings(**settings))
 
 
 def stage_times_ms(lines: list[str]) -> dict[str, float]:

@@ -8,16 +8,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
-from tiue_export.errors import unknown_name
-
 from .record import END_TO_END, UNET, Facts
+from .settings import FasterSettings, GraphSettings, SdCppSettings, SessionSettings, TorchSettings
 
-# Opened in the worker only: each imports its own backend, and no other.
-SESSIONS: Mapping[str, str] = {
-    "graphs": "graph_session",
-    "faster": "faster_session",
-    "torch": "torch_session",
-    "sd-cpp": "sd_cpp_session",
+# Module and class by the settings' kind. Opened in the worker only: each imports its own backend.
+SESSIONS: Mapping[str, tuple[type[SessionSettings], str, str]] = {
+    GraphSettings.kind: (GraphSettings, "graph_session", "GraphSession"),
+    FasterSettings.kind: (FasterSettings, "faster_session", "FasterSession"),
+    TorchSettings.kind: (TorchSettings, "torch_session", "TorchSession"),
+    SdCppSettings.kind: (SdCppSettings, "sd_cpp_session", "SdCppSession"),
 }
 _UNET_PARTS = ("unet_encoder", "unet_decoder")
 
@@ -44,11 +43,10 @@ class Session(Protocol):
 
 
 def open_session(kind: str, settings: Mapping[str, Any]) -> Session:
-    """Load a contender by the kind of its session."""
-    if kind not in SESSIONS:
-        raise unknown_name("session", kind, SESSIONS)
-    module = importlib.import_module(f".{SESSIONS[kind]}", __package__)
-    return cast(Session, module.open_session(dict(settings)))
+    """Load a contender by the kind of its session and the values of its settings."""
+    description, module, name = SESSIONS[kind]
+    opened = getattr(importlib.import_module(f".{module}", __package__), name)
+    return cast(Session, opened(description(**settings)))
 
 
 class StageClock:

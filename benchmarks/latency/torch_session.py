@@ -29,33 +29,10 @@ from tiue_export.student.model import Features, Student
 
 from .record import END_TO_END, UNET, Facts
 from .session import StageClock
+from .settings import TorchSettings
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FIRST_TIMESTEP = 999
-
-
-@dataclass(frozen=True)
-class TorchSettings:
-    """`passes` 0 runs the student; otherwise so many ordinary UNet passes, `timed_passes` of them
-    really, on two rows if `guided`. `cache_interval`: by DeepCache, 0 without. `steps` is K, None
-    the checkpoint's own. Sizes in pixels."""
-
-    checkpoint: str
-    base: str | None = None
-    vae: str | None = None
-    precision: str = "fp32"
-    compiled: bool = False
-    steps: int | None = None
-    passes: int = 0
-    timed_passes: int = 0
-    guided: bool = False
-    cache_interval: int = 0
-    height: int | None = None
-    width: int | None = None
-    batch: int = 1
-    device: str = "cpu"
-    threads: int | None = None
-    unet_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,12 +168,8 @@ class TorchSession:
         return output[: len(noise)].float()
 
 
-def open_session(settings: dict[str, Any]) -> TorchSession:
-    """Load the student."""
-    return TorchSession(TorchSettings(**settings))
-
-
 def _loaded(settings: TorchSettings) -> Student:
+    assert settings.checkpoint is not None
     student = load_student(
         settings.checkpoint,
         settings.base,

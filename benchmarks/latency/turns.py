@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tiue_export.bundle.manifest import structured
@@ -80,8 +80,9 @@ class WorkerPool:
         if own is not None:
             return None
         self._workers[name] = WorkerProcess()
-        settings = {"session": contender.session, "settings": dict(contender.settings)}
-        return self.ask(name, {"command": "load", **settings})
+        settings = contender.settings
+        request = {"command": "load", "session": settings.kind, "settings": asdict(settings)}
+        return self.ask(name, request)
 
     def _in_the_way(self, name: str) -> list[str]:
         """The processes to end so that the named one has room for its peak."""
@@ -164,8 +165,8 @@ def _unmeasured(contender: Contender) -> Measurement:
     return Measurement(
         name=contender.name,
         what=contender.what,
-        session=contender.session,
-        settings=contender.settings,
+        session=contender.settings.kind,
+        settings=asdict(contender.settings),
         reason=contender.missing,
     )
 

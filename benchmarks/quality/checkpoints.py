@@ -1,18 +1,16 @@
-"""Teacher, one-step baseline and student side by side, straight from their pipeline folders.
+"""Teacher, one-step baseline and student as contenders, straight from their pipeline folders.
 
-    python -m tiue_export.benchmarks.quality.checkpoints --teacher T --student S --one-step B
-
-The student is drawn exactly and with small decoder rows merged; all from the same noise. Everything
-runs in PyTorch on the CPU; `benchmarks/quality/judge.py` measures the exported bundles.
+The student is drawn exactly and with small decoder rows merged, or at other K than the one it was
+distilled with, without any training; the teacher with as many DDIM steps stands beside it, as in
+TiUE's figure (a). All from the same noise, in PyTorch on the CPU.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +30,7 @@ from tiue_export.specs import Array, check_finite
 from tiue_export.student.load import load_student
 from tiue_export.student.model import Student
 
-from ..explained import run_explained
-from .judge import (
-    Contender,
-    Draws,
-    add_request_arguments,
-    asked_for,
-    judge,
-)
+from .judge import Contender, Draws
 from .yardstick import PICTURE_SIZE_PX
 
 MERGE_BELOW = 0.02
@@ -144,7 +135,8 @@ def teacher_contender(checkpoint: Checkpoint, steps: int, guidance: float) -> Co
         return latents, None
 
     name = f"teacher, {steps} steps, guidance {guidance:g}"
-    return checkpoint.contender(name, f"DDIM {steps} {guidance}", sample)
+    contender = checkpoint.contender(name, f"DDIM {steps} {guidance}", sample)
+    return replace(contender, series=f"teacher, guidance {guidance:g}, T DDIM steps", steps=steps)
 
 
 def student_contender(checkpoint: Checkpoint, name: str, schedule: Schedule) -> Contender:
@@ -160,7 +152,8 @@ def student_contender(checkpoint: Checkpoint, name: str, schedule: Schedule) -> 
         norms = weights[:, None] * rows.norm(dim=2)
         return student.combine(noise, outputs), norms.T
 
-    return checkpoint.contender(name, str(dataclasses.astuple(schedule)), sample)
+    contender = checkpoint.contender(name, str(dataclasses.astuple(schedule)), sample)
+    return replace(contender, series="student, K decoder rows", steps=schedule.rows)
 
 
 def student_contenders(checkpoint: Checkpoint) -> list[Contender]:
@@ -171,7 +164,22 @@ def student_contenders(checkpoint: Checkpoint) -> list[Contender]:
     contenders = [student_contender(checkpoint, name, schedule)]
     if merged.rows < schedule.rows:
         name = f"{name}, {merged.rows} rows"
-        contenders.append(student_contender(checkpoint, name, merged))
+        contender = student_contender(checkpoint, name, merged)
+        contenders.append(replace(contender, mark="rows merged"))
+    return contenders
+
+
+def other_rows(checkpoint: Checkpoint, rows: Sequence[int]) -> list[Contender]:
+    """The same weights at each K of `rows`; the K they were trained at says so in its name."""
+    trained = checkpoint.student.schedule.steps
+    contenders = []
+    for steps in rows:
+        schedule = schedule_from_config(checkpoint.student.scheduler_config, steps)
+        as_trained = steps == trained
+        name = f"student, K={steps}" + (", as trained" if as_trained else "")
+        contender = student_contender(checkpoint, name, schedule)
+        mark = "the K it was trained with" if as_trained else ""
+        contenders.append(replace(contender, mark=mark))
     return contenders
 
 
@@ -182,7 +190,8 @@ def one_step_contender(checkpoint: Checkpoint) -> Contender:
         "timestep_spacing": "trailing",
         "set_alpha_to_one": True,
     }
-    return student_contender(checkpoint, "one step", schedule_from_config(config, 1))
+    contender = student_contender(checkpoint, "one step", schedule_from_config(config, 1))
+    return replace(contender, series="one step")
 
 
 def _with_schedule(student: Student, schedule: Schedule) -> Student:
@@ -196,43 +205,3 @@ def _with_schedule(student: Student, schedule: Schedule) -> Student:
         vae=student.vae,
         tokenizer_folder=student.tokenizer_folder,
     ).eval()
-
-
-def main() -> None:
-    """Compare pipeline folders; print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--teacher", type=Path, help="pipeline folder")
-    parser.add_argument("--teacher-steps", type=int, nargs="+", default=[50, 4])
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0])
-    parser.add_argument("--one-step", type=Path, help="pipeline folder of the one-step baseline")
-    parser.add_argument("--student", type=Path, help="pipeline folder of the TiUE student")
-    parser.add_argument("--precision", choices=_PRECISIONS, default="fp32")
-    add_request_arguments(parser)
-    arguments = parser.parse_args()
-    run_explained(lambda: _compare_checkpoints(arguments))
-
-
-def _compare_checkpoints(arguments: Any) -> None:
-    data, request = asked_for(arguments)
-    contenders: list[Contender] = []
-    if arguments.teacher is not None:
-        teacher = open_checkpoint(arguments.teacher, arguments.precision)
-        contenders += [
-            teacher_contender(teacher, steps, guidance)
-            for steps in arguments.teacher_steps
-            for guidance in arguments.guidance
-        ]
-    if arguments.one_step is not None:
-        # K=1 on the scheduler that a baseline's folder may carry is refused; its own is set below.
-        checkpoint = open_checkpoint(arguments.one_step, arguments.precision, steps=2)
-        contenders.append(one_step_contender(checkpoint))
-    if arguments.student is not None:
-        checkpoint = open_checkpoint(arguments.student, arguments.precision)
-        contenders += student_contenders(checkpoint)
-    if not contenders:
-        raise UsageError("nothing to compare", "Give --teacher, --one-step or --student.")
-    judge(contenders, request, data, arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,4 @@
-"""How good are the pictures of a bundle? Draw a fixed set of prompts, and measure.
-
-    python -m tiue_export.benchmarks.quality.judge --bundle fp32/ --bundle int8/ --json quality.json
+"""Draw a fixed set of prompts with every contender, and score what was drawn.
 
 Everything is measured against drawings that no generator saw, in the feature space of a small
 network trained on such drawings: the data lie in the package (demo/quality) or in --data. The
@@ -10,37 +8,27 @@ the table's first column; they are no published FID values, which use Inception'
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from tiue_export.bundle.folder import Bundle, disk_errors, open_bundle
-from tiue_export.drawing.contact_sheet import contact_sheet
-from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample, save_png
-from tiue_export.drawing.pipeline import Pipeline
+from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import UsageError
-from tiue_export.proof.gates import IDENTICAL_DB, psnr_db
+from tiue_export.proof.gates import psnr_db
 from tiue_export.registry.packages import require
-from tiue_export.sampling.noise import noise_from_seed
-from tiue_export.specs import Array, RuntimeOptions
+from tiue_export.specs import Array
 from tiue_export.system.atomic_file import write_atomically
 
-from ..explained import run_explained
-from ..figure import check_file
 from .metrics import (
     diversity,
     frechet_distance,
@@ -51,17 +39,12 @@ from .metrics import (
     retrieval_share,
     row_shares,
 )
-from .yardstick import PICTURE_SIZE_PX, Prompt, QualityData, load_quality_data
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from .yardstick import Prompt, QualityData
 
 REAL = "real pictures"
 NEEDS = ("torch", "torchmetrics", "prdc")
 # A prompt's pictures keep their seeds whatever else is asked for.
 _SEEDS_PER_PROMPT = 1000
-_DYNAMIC_BATCH = 8
-_SHEET_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -83,13 +66,17 @@ class Draws:
 class Contender:
     """Something that draws. `draw(prompts, seeds)` takes two lists of equal length, at most `batch`
     long; seed s means the noise of `noise_from_seed(s, ...)`. `identity` tells kept draws of other
-    weights or settings from these.
+    weights or settings from these. In the picture contenders of one `series` share a colour, those
+    of one `mark` a shape, and `steps` is the place on the axis where that is not time.
     """
 
     name: str
     draw: Callable[[Sequence[str], Sequence[int]], Draws]
     identity: str
     batch: int = 8
+    series: str = ""
+    mark: str = ""
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,8 +104,6 @@ class Scores:
     pictures: int
     top1: float
     top5: float
-    ground: float | None
-    alignment: float | None
     frechet: float
     kernel: float
     kernel_deviation: float
@@ -126,8 +111,10 @@ class Scores:
     recall: float
     density: float
     coverage: float
-    feature_diversity: float | None
-    pixel_diversity: float | None
+    ground: float | None = None
+    alignment: float | None = None
+    feature_diversity: float | None = None
+    pixel_diversity: float | None = None
     latents_psnr_db: float | None = None
     row_shares: tuple[float, ...] | None = None
     picture_ms: float | None = None
@@ -151,15 +138,11 @@ def score(
     reference_latents: Array | None = None,
 ) -> Scores:
     """All measures of one contender's draws of the whole request."""
-    features = data.network.features_of(draws.pictures)
-    groups = (len(request.prompts), request.seeds)
     named = [prompt.ground for _, prompt in request.prompts for _ in range(request.seeds)]
+    groups = (len(request.prompts), request.seeds)
     pixels = draws.pictures.reshape(*groups, -1).astype(np.float32) / 255
-    return _score_features(
-        name,
-        features,
-        request,
-        data,
+    return replace(
+        _score_features(name, data.network.features_of(draws.pictures), request, data),
         ground=ground_share(draws.pictures, named, data.grounds),
         pixel_diversity=diversity(pixels),
         latents_psnr_db=None
@@ -178,19 +161,8 @@ def score_real(request: Request, data: QualityData) -> Scores:
     return _score_features(REAL, features, Request(request.prompts, seeds), data)
 
 
-def _score_features(
-    name: str,
-    features: Array,
-    request: Request,
-    data: QualityData,
-    *,
-    ground: float | None = None,
-    pixel_diversity: float | None = None,
-    latents_psnr_db: float | None = None,
-    row_shares: tuple[float, ...] | None = None,
-    picture_ms: float | None = None,
-) -> Scores:
-    """What can be told from features (N, D) alone, and what was found out before."""
+def _score_features(name: str, features: Array, request: Request, data: QualityData) -> Scores:
+    """What can be told from features (N, D) alone."""
     shown = np.repeat([prompt.name for _, prompt in request.prompts], request.seeds)
     reference = data.reference_of(shown)
     embeddings = data.network.embeddings_of(features)
@@ -204,17 +176,12 @@ def _score_features(
         pictures=len(features),
         top1=retrieval_share(embeddings, data.prototypes, shown, 1),
         top5=retrieval_share(embeddings, data.prototypes, shown, 5),
-        ground=ground,
         alignment=alignment,
         frechet=frechet_distance(reference, features),
         kernel=kernel,
         kernel_deviation=deviation,
         **asdict(manifold_scores(reference, features)),
         feature_diversity=diversity(features.reshape(-1, request.seeds, features.shape[1])),
-        pixel_diversity=pixel_diversity,
-        latents_psnr_db=latents_psnr_db,
-        row_shares=row_shares,
-        picture_ms=picture_ms,
     )
 
 
@@ -279,192 +246,6 @@ def draw_all(contender: Contender, request: Request, keep: Path | None, console:
     return draws
 
 
-def bundle_contender(
-    path: Path, data: QualityData, runtime: str = "ort", options: RuntimeOptions | None = None
-) -> Contender:
-    """A bundle on a runtime. Raises `UsageError` when it is not of the data's family."""
-    bundle = open_bundle(path)
-    require_family(bundle, data)
-    return pipeline_contender(path.name, Pipeline.open(bundle, runtime, options))
-
-
-def pipeline_contender(name: str, pipeline: Pipeline) -> Contender:
-    """An opened bundle; one with a plan is drawn with the plan's guidance."""
-    bundle = pipeline.bundle
-    shape = tuple(int(side) for side in bundle.manifest.latent_shape[1:])
-    size = bundle.manifest.batch or _DYNAMIC_BATCH
-
-    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Draws:
-        count = len(prompts)
-        missing = size - count if bundle.manifest.batch else 0
-        filled = [*prompts, *[prompts[-1]] * missing]
-        noise = [noise_from_seed(seed, (1, *shape)) for seed in [*seeds, *[seeds[-1]] * missing]]
-        text = pipeline.embed(filled)
-        if bundle.manifest.faster is not None:
-            text = np.concatenate([pipeline.embed([""] * len(filled)), text])  # (2B, L, D)
-        latents = pipeline.latents_from_noise(np.concatenate(noise), text)
-        pictures = pixels_from_sample(pipeline.decode(latents))
-        return Draws(pictures[:count], latents[:count].astype(np.float32))
-
-    manifest = asdict(bundle.manifest)
-    decisive = json.dumps([manifest[part] for part in ("graphs", "schedule", "faster")])
-    runtime = f"{pipeline.runtime.name} {pipeline.runtime.device}"
-    identity = f"bundle {hashlib.sha256(decisive.encode()).hexdigest()} on {runtime}"
-    return Contender(name, draw, identity, size)
-
-
-def require_family(bundle: Bundle, data: QualityData) -> None:
-    """Refuse a bundle of another family: its pictures are of other things."""
-    manifest = bundle.manifest
-    if manifest.source.family != data.family:
-        raise UsageError(
-            f"{bundle.root} is of the family {manifest.source.family!r}; this quality data judges "
-            f"pictures of the family {data.family!r}",
-            "Give a bundle of the demo student, or --data with quality data of its own family.",
-        )
-    if (manifest.height_px, manifest.width_px) != (PICTURE_SIZE_PX, PICTURE_SIZE_PX):
-        raise UsageError(
-            f"{bundle.root} draws {manifest.width_px}x{manifest.height_px} px; the quality data "
-            f"judges {PICTURE_SIZE_PX}x{PICTURE_SIZE_PX} px",
-            f"Export it with --height {PICTURE_SIZE_PX} --width {PICTURE_SIZE_PX}.",
-        )
-
-
-# (title with the better direction, how to print it)
-_ROWS: tuple[tuple[str, Callable[[Scores], str]], ...] = (
-    ("pictures", lambda s: str(s.pictures)),
-    ("right emoji, top-1 % ↑", lambda s: _percent(s.top1)),
-    ("right emoji, top-5 % ↑", lambda s: _percent(s.top5)),
-    ("right ground % ↑", lambda s: _percent(s.ground)),
-    ("alignment with the prompt ↑", lambda s: _number(s.alignment)),
-    ("Fréchet distance ↓", lambda s: f"{s.frechet:.2f}"),
-    ("kernel distance x1000 ↓", lambda s: f"{s.kernel * 1e3:.1f} ± {s.kernel_deviation * 1e3:.1f}"),
-    ("precision ↑", lambda s: _number(s.precision)),
-    ("recall ↑", lambda s: _number(s.recall)),
-    ("density ↑", lambda s: _number(s.density)),
-    ("coverage ↑", lambda s: _number(s.coverage)),
-    ("diversity, features ↑", lambda s: _number(s.feature_diversity)),
-    ("diversity, pixels ↑", lambda s: _number(s.pixel_diversity)),
-    ("ms a picture ↓", lambda s: "-" if s.picture_ms is None else f"{s.picture_ms:.0f}"),
-    ("latents / first, PSNR dB", lambda s: _decibels(s.latents_psnr_db)),
-    ("decoder rows' shares %", lambda s: _shares(s.row_shares)),
-)
-
-
-def quality_table(scores: Sequence[Scores], request: Request) -> Table:
-    """One column per contender, one row per measure; arrows point to the better side."""
-    title = f"Quality on {len(request.prompts)} prompts, {request.seeds} seed(s) each"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("measure", no_wrap=True)
-    for entry in scores:
-        table.add_column(escape(entry.name), justify="right", overflow="fold")
-    for label, shown in _ROWS:
-        table.add_row(label, *(shown(entry) for entry in scores))
-    return table
-
-
-def report(
-    scores: Sequence[Scores], request: Request, data: QualityData, file: Path | None
-) -> None:
-    """Print the table, and write it as JSON with what it was measured with."""
-    # Piped output is not wrapped to a narrow default.
-    Console(width=None if sys.stdout.isatty() else 160).print(quality_table(scores, request))
-    if file is not None:
-        record = {
-            "data": {
-                "family": data.family,
-                "corpus_sha256": data.corpus_sha256,
-                "feature_network_held_out": dict(data.held_out),
-            },
-            "prompts": len(request.prompts),
-            "seeds": request.seeds,
-            "scores": [asdict(entry) for entry in scores],
-        }
-        with disk_errors(file):
-            write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
-
-
-class ComparisonSheet:
-    """A contact sheet in the making: one row per prompt, one column per contender, equal noise."""
-
-    def __init__(self, file: Path | None, request: Request) -> None:
-        self._file = file
-        self._prompts = [prompt.text for _, prompt in request.prompts[:_SHEET_ROWS]]
-        self._seeds = request.seeds
-        self._columns: dict[str, list[Image]] = {}
-
-    def add(self, name: str, draws: Draws) -> None:
-        """One contender's first picture of each shown prompt."""
-        shown = draws.pictures[:: self._seeds][: len(self._prompts)]
-        self._columns[name] = [image_from_pixels(picture) for picture in shown]
-
-    def write(self) -> None:
-        """Write the sheet where a file was asked for."""
-        if self._file is None:
-            return
-        rows = list(zip(self._prompts, zip(*self._columns.values(), strict=True), strict=True))
-        with disk_errors(self._file):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            sheet = contact_sheet(rows, list(self._columns))
-            save_png(sheet, self._file, {"prompt": " | ".join(self._prompts)})
-
-
-def add_request_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that every comparison has."""
-    parser.add_argument("--data", type=Path, help="quality data folder; default: the package's")
-    parser.add_argument("--prompts", type=int, default=400, help="how many of the fixed prompts")
-    parser.add_argument("--seeds", type=int, default=1, help="pictures per prompt")
-    parser.add_argument("--keep", type=Path, help="folder for draws, to resume or to score again")
-    parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--sheet", type=Path, help=".png to write: prompts by contenders")
-
-
-def asked_for(arguments: argparse.Namespace) -> tuple[QualityData, Request]:
-    """What the options of `add_request_arguments` ask for.
-
-    Raises `UsageError` for what cannot be asked, or could not be written after the work.
-    """
-    check_file("--json", arguments.json)
-    check_file("--sheet", arguments.sheet)
-    data = load_quality_data(arguments.data)
-    return data, choose_prompts(data, arguments.prompts, arguments.seeds)
-
-
-def judge(
-    contenders: Sequence[Contender],
-    request: Request,
-    data: QualityData,
-    arguments: argparse.Namespace,
-) -> list[Scores]:
-    """`compare` with a command's options: sheet and JSON are written, the table is printed."""
-    sheet = ComparisonSheet(arguments.sheet, request)
-    scores = compare(contenders, request, data, keep=arguments.keep, on_draws=sheet.add)
-    sheet.write()
-    report(scores, request, data, arguments.json)
-    return scores
-
-
-def main() -> None:
-    """Compare bundles; print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--bundle", type=Path, action="append", required=True)
-    parser.add_argument("--reference-bundle", type=Path, help="latents are held against this one's")
-    parser.add_argument("--runtime", default="ort")
-    parser.add_argument("--threads", type=int)
-    add_request_arguments(parser)
-    arguments = parser.parse_args()
-    run_explained(lambda: _compare_bundles(arguments))
-
-
-def _compare_bundles(arguments: Any) -> None:
-    data, request = asked_for(arguments)
-    first = arguments.reference_bundle
-    paths = [*([first] if first else []), *(path for path in arguments.bundle if path != first)]
-    options = RuntimeOptions(threads=arguments.threads)
-    contenders = [bundle_contender(path, data, arguments.runtime, options) for path in paths]
-    judge(contenders, request, data, arguments)
-
-
 def _kept_file(keep: Path, contender: Contender, request: Request) -> Path:
     digest = hashlib.sha256(json.dumps([contender.identity, request.jobs]).encode()).hexdigest()
     slug = re.sub(r"[^a-z0-9]+", "-", contender.name.lower()).strip("-")
@@ -491,25 +272,3 @@ def _read_draws(file: Path) -> Draws:
 def _joined(parts: Sequence[Array | None]) -> Array | None:
     present = [part for part in parts if part is not None]
     return np.concatenate(present) if present else None
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _decibels(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return "identical" if value >= IDENTICAL_DB else f"{value:.1f}"
-
-
-def _shares(shares: tuple[float, ...] | None) -> str:
-    return "-" if shares is None else " ".join(f"{100 * share:.1f}" for share in shares)
-
-
-if __name__ == "__main__":
-    main()

@@ -44,6 +44,7 @@ environment, plot, process = (
 record, report, session, summary, turns = (
     module(f"latency.{name}") for name in ("record", "report", "session", "summary", "turns")
 )
+settings_of = module("latency.settings")
 ceiling, flops, made_bundle, scaling = (
     module(name)
     for name in ("studies.ceiling", "latency.flops", "latency.made_bundle", "studies.scaling")
@@ -279,9 +280,8 @@ def test_operators_that_hide_work_are_refused(tmp_path):
 
 @pytest.mark.parametrize("passes", [0, 1])
 def test_the_graphs_count_as_torch_counts_the_running_modules(tiny_pipeline, tiny_bundle, passes):
-    torch_session = module("latency.torch_session")
     unet_passes = {"passes": passes, "timed_passes": passes}
-    running = torch_session.open_session({"checkpoint": str(tiny_pipeline), **unet_passes})
+    running = session.open_session("torch", {"checkpoint": str(tiny_pipeline), **unet_passes})
     counted = running.count()
     graphs = {name: count.total for name, count in flops.bundle_flops(tiny_bundle).items()}
     for name in ("text_encoder", "vae_decoder"):
@@ -299,8 +299,7 @@ def test_torch_counts_attention_on_cpus_too(tiny_pipeline):
     """By itself torch 2.13 counts none there; 3x3 convolutions and linears alone are less."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    torch_session = module("latency.torch_session")
-    running = torch_session.open_session({"checkpoint": str(tiny_pipeline), "unet_only": True})
+    running = session.open_session("torch", {"checkpoint": str(tiny_pipeline), "unet_only": True})
     with torch.inference_mode(), FlopCounterMode(display=False) as plain:
         running._student.encode(running._noise, running._text)
     assert running.count()["unet_encoder"] > plain.get_total_flops()
@@ -386,6 +385,24 @@ def test_without_weights_a_contender_keeps_its_row_and_says_so(tiny_bundle):
     assert {entry.missing for entry in found} == {"it needs the weights: give --ckpt"}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_torch_draws_in_every_precision_that_it_is_measured_in(tiny_pipeline, precision):
+    names = (f"naive/torch/{precision}", f"four-step/torch/{precision}")
+    for entry in contenders.expand(
+        contenders.Request(contenders=names, checkpoint=str(tiny_pipeline), unet_only=True)
+    ):
+        running = session.open_session(entry.settings.kind, vars(entry.settings))
+        assert running.run()[UNET] > 0
+        assert running.facts.precision == precision
+
+
+def test_on_a_gpu_stable_diffusion_cpp_says_that_it_is_measured_on_the_cpu():
+    (entry,) = contenders.expand(
+        contenders.Request(contenders=("one-step/sd-cpp/f16",), checkpoint="x", device="cuda")
+    )
+    assert entry.missing == "stable-diffusion.cpp is measured on the CPU only, not on cuda"
+
+
 def test_an_absent_stable_diffusion_cpp_is_a_reason_not_an_error(tiny_bundle):
     if importlib.util.find_spec("stable_diffusion_cpp") is not None:
         pytest.skip("it is installed here")
@@ -401,7 +418,7 @@ def test_guidance_runs_on_graphs_of_twice_the_batch(tiny_bundle):
     )
     assert entry.made["bundle"].batch == 1
     assert (entry.made["unet_bundle"].batch, entry.made["unet_bundle"].unet_only) == (2, True)
-    assert (entry.settings["passes"], entry.settings["timed_passes"]) == (50, 3)
+    assert (entry.settings.passes, entry.settings.timed_passes) == (50, 3)
     assert "3 passes timed at batch 2, scaled to 50" in entry.what
 
 
@@ -579,9 +596,8 @@ def test_a_busy_machine_is_named():
 
 
 def of_bundle(bundle, name: str = "fox/ort/fp32"):
-    return contenders.Contender(
-        name, "a bundle", "graphs", {"bundle": str(bundle.root), "runtime": "ort"}
-    )
+    opened = settings_of.GraphSettings(bundle=str(bundle.root), runtime="ort")
+    return contenders.Contender(name, "a bundle", opened)
 
 
 def children() -> list[int]:
@@ -705,7 +721,8 @@ def test_what_a_contender_raises_is_its_reason(tiny_bundle, tmp_path):
 
 def test_graphs_that_cannot_be_made_are_a_reason(tmp_path):
     asked = made_bundle.MadeBundle(str(tmp_path / "nothing.safetensors"), one_step=True)
-    entry = contenders.Contender("x", "x", "graphs", {"bundle": None}, {"bundle": asked})
+    settings = settings_of.GraphSettings(bundle=None, runtime="ort")
+    entry = contenders.Contender("x", "x", settings, {"bundle": asked})
     told: list[str] = []
     ready = bench.ready(entry, tmp_path / "work", told.append)
     assert ready.missing.startswith("its graphs could not be made: ")
@@ -734,7 +751,7 @@ def test_one_ordinary_pass_as_graphs_is_the_unet_and_its_one_step_formula(micro_
     latents = schedule.noise_coefficient * noise + schedule.output_coefficients[0] * output
     torch.testing.assert_close(latents, known["latents"], rtol=1e-4, atol=1e-3)
     whole = {"checkpoint": str(micro_pipeline), "passes": 1, "timed_passes": 1, "unet_only": True}
-    counted = module("latency.torch_session").open_session(whole).count()[UNET]
+    counted = session.open_session("torch", whole).count()[UNET]
     graphs = sum(count.total for count in flops.bundle_flops(made).values())
     assert graphs == pytest.approx(counted, rel=0.03)
 
@@ -948,7 +965,7 @@ def test_a_sweep_that_could_not_be_written_is_refused_at_its_start(
 
 @pytest.mark.slow
 def test_a_sweep_in_torch_is_measured_written_and_drawn(micro_pipeline, tmp_path):
-    command = [sys.executable, "-m", f"{PACKAGE}.scaling"]
+    command = [sys.executable, "-m", f"{PACKAGE}.studies.scaling"]
     command += ["--ckpt", str(micro_pipeline), "--runtime", "torch"]
     command += ["--axis", "steps=2,3", "--rounds", "1", "--runs", "1"]
     command += ["--peak", "fp32=0.5"]
@@ -1054,11 +1071,10 @@ def test_stable_diffusion_cpp_needs_a_whole_pipeline(tiny_pipeline):
 def test_what_stable_diffusion_cpp_cannot_load_is_told_with_what_its_log_says(
     tiny_pipeline, tmp_path
 ):
-    sd_cpp = module("latency.sd_cpp_session")
     folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "cut"))
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(RuntimeFailure, match=r"cannot load .*cut: .*unet") as caught:
-        sd_cpp.open_session({"checkpoint": str(folder)})
+        session.open_session("sd-cpp", {"checkpoint": str(folder)})
     assert "safetensors" in caught.value.message
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from tiue_export import export_onnx
 from tiue_export.bundle.folder import Bundle
@@ -24,10 +26,11 @@ from tiue_export.sampling.plan_options import FasterOptions
 from tiue_export.specs import CONTROLNET, TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER
 
 PACKAGE = "tiue_export.benchmarks.latency"
-contenders, faster_session, record, bench = (
+contenders, faster_session, record, bench, session = (
     importlib.import_module(f"{PACKAGE}.{name}")
-    for name in ("contenders", "faster_session", "record", "bench")
+    for name in ("contenders", "faster_session", "record", "bench", "session")
 )
+scaling = importlib.import_module("tiue_export.benchmarks.studies.scaling")
 CONFIG = load_family("tiny").scheduler
 
 
@@ -120,9 +123,9 @@ def test_a_half_bundle_is_fed_in_half(micro_folder, tmp_path):
     half = export_onnx(planned, tmp_path / "half", ExportOptions(precision="fp16"))
     settings = {"bundle": str(half.root), "runtime": "ort", "unet_only": True}
     for loop in faster_session.LOOPS:
-        session = faster_session.open_session({**settings, "loop": loop})
-        assert set(session.run()) == {UNET_ENCODER, UNET_DECODER, "unet"}
-        session.close()
+        running = session.open_session("faster", {**settings, "loop": loop})
+        assert set(running.run()) == {UNET_ENCODER, UNET_DECODER, "unet"}
+        running.close()
 
 
 def test_operations_count_the_shared_part_once_a_group(measured, faster_bundle):
@@ -149,15 +152,14 @@ def test_operations_are_those_that_torch_counts(faster_bundle, teacher_folder):
 
 def test_deepcache_runs_in_torch_and_computes_less_than_ordinary_sampling(teacher_folder):
     pytest.importorskip("DeepCache", reason="DeepCache is not installed")
-    torch_session = importlib.import_module(f"{PACKAGE}.torch_session")
     passes = {"passes": 50, "timed_passes": 3, "guided": True, "unet_only": True}
     place = {"checkpoint": str(teacher_folder), **passes}
     counts = [
-        torch_session.open_session({**place, "cache_interval": interval}).count()["unet"]
+        session.open_session("torch", {**place, "cache_interval": interval}).count()["unet"]
         for interval in (0, 3)
     ]
     assert counts[1] < 0.8 * counts[0]
-    cached = torch_session.open_session({**place, "cache_interval": 3})
+    cached = session.open_session("torch", {**place, "cache_interval": 3})
     assert set(cached.run()) == {"unet"}
     assert set(cached.run()) == {"unet"}  # the second drawing begins with a whole pass again
 
@@ -179,3 +181,58 @@ def test_without_its_package_deepcache_keeps_its_row_with_the_reason(monkeypatch
     asked = contenders.Request(contenders=("deepcache",), checkpoint="x")
     (entry,) = contenders.expand(asked)
     assert entry.missing == "DeepCache is not installed (pip install DeepCache)"
+
+
+# The rows of one decoder run
+
+
+def sweep(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["scaling", "--no-peak", *map(str, arguments)])
+    scaling.main()
+
+
+def test_rows_are_swept_on_a_bundle_with_a_plan(faster_bundle, tmp_path, monkeypatch, capsys):
+    files = ["--out", tmp_path / "rows.json", "--plot", tmp_path / "rows.png"]
+    counts = ["--rounds", 1, "--runs", 1, "--warmup", 0]
+    sweep(monkeypatch, "--bundle", faster_bundle.root, "--axis", "rows=2,6", *counts, *files)
+    rows = record.read_record(tmp_path / "rows.json").by_name()
+    assert list(rows) == ["rows=2/planned/ort/fp32", "rows=6/planned/ort/fp32"]
+    assert "rows=6/planned/ort/fp32" in capsys.readouterr().out
+    # Six steps, key steps 0, 1 and 3; a step has two rows.
+    assert [row.facts.notes[0].partition("decoder ")[2] for row in rows.values()] == [
+        "for groups of 1 steps to 6 runs",
+        "for groups of 1, 2, 3 steps to 3 runs",
+    ]
+    assert all(row.peak_memory_bytes > 10**7 for row in rows.values())
+    one, three = (row.flops[UNET_DECODER] for row in rows.values())
+    assert three < one  # what a group shares is computed once
+    with Image.open(tmp_path / "rows.png") as picture:
+        assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--axis", "rows=1"), "at most 1 decoder rows were allowed; one step takes 2"),
+        (("--axis", "rows=2,x"), "--axis is 'rows=2,x'; expected numbers, such as rows=1,2,4"),
+        (("--axis", "steps=2"), "--axis steps does not go with --bundle"),
+        (("--axis", "rows=2", "--variants", "naive"), "--variants and --base are for --ckpt"),
+        (("--axis", "rows=2", "--runtime", "torch"), "--bundle is measured on its graphs"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(
+    faster_bundle, monkeypatch, capsys, arguments, message
+):
+    with pytest.raises(SystemExit) as stopped:
+        sweep(monkeypatch, "--bundle", faster_bundle.root, *arguments)
+    assert stopped.value.code == UsageError.exit_code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "round 1" not in error
+
+
+def test_a_student_has_no_groups_to_sweep(tiny_bundle, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sweep(monkeypatch, "--bundle", tiny_bundle.root, "--axis", "rows=2")
+    assert stopped.value.code == UsageError.exit_code
+    assert "is a distilled student" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,9 @@ from tiue_export.methods.teacher import load_teacher
 from tiue_export.proof.gates import psnr_db
 from tiue_export.sampling.plan_options import FasterOptions
 
-faster_quality = importlib.import_module("tiue_export.benchmarks.quality.faster")
+bundles = importlib.import_module("tiue_export.benchmarks.quality.bundles")
 checkpoints = importlib.import_module("tiue_export.benchmarks.quality.checkpoints")
-quality = importlib.import_module("tiue_export.benchmarks.quality.judge")
+front = importlib.import_module("tiue_export.benchmarks.quality.__main__")
 GUIDANCE = 3.0
 
 
@@ -57,7 +56,7 @@ def data_folder(tmp_path_factory) -> Path:
 
 
 def test_plans_are_the_reference_the_shorter_ones_and_each_list_with_and_without_injection():
-    names = [planned.name for planned in faster_quality.plans(3.0, [("auto", (0, 1, 9))])]
+    names = [planned.name for planned in bundles.plans(3.0, [("auto", (0, 1, 9))])]
     lists = ["uniform 2", "uniform 4", "uniform 6", "published", "auto"]
     without = [f"{name}, no injection" for name in lists]
     assert names == ["DDIM 50", "DDIM 25", "DDIM 9", *lists, *without]
@@ -65,10 +64,10 @@ def test_plans_are_the_reference_the_shorter_ones_and_each_list_with_and_without
 
 @pytest.mark.parametrize("number", [0, 2])  # 50 and 9 steps
 def test_ordinary_sampling_on_the_graphs_is_diffusers_own(teacher_128px, judged, number):
-    planned = faster_quality.plans(GUIDANCE, [])[number]
+    planned = bundles.plans(GUIDANCE, [])[number]
     prompts, seeds = ["a red fox", "an owl"], [3, 9]
     with Pipeline.open(judged) as pipeline:
-        ours = faster_quality.planned_contender(planned, pipeline).draw(prompts, seeds)
+        ours = bundles.planned_contender(planned, pipeline).draw(prompts, seeds)
     checkpoint = checkpoints.open_checkpoint(teacher_128px)
     steps = planned.options.asked_steps
     theirs = checkpoints.teacher_contender(checkpoint, steps, GUIDANCE).draw(prompts, seeds)
@@ -77,26 +76,21 @@ def test_ordinary_sampling_on_the_graphs_is_diffusers_own(teacher_128px, judged,
 
 def test_a_bundle_with_a_plan_is_drawn_with_its_guidance(judged):
     with Pipeline.open(judged) as pipeline:
-        drawn = quality.pipeline_contender("x", pipeline).draw(["a red fox"], [3])
+        drawn = bundles.pipeline_contender("x", pipeline).draw(["a red fox"], [3])
         expected = pipeline("a red fox", seed=3).pictures[0].latents
     assert psnr_db(expected, drawn.latents[0]) > 100
-
-
-def run_main(monkeypatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["faster_quality", *map(str, arguments)])
-    faster_quality.main()
 
 
 def test_the_command_prints_a_table_and_writes_json_and_plot(
     judged, data_folder, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(faster_quality, "PLAIN_STEPS", (6, 3, 2))
-    monkeypatch.setattr(faster_quality, "_STEPS", 6)
-    monkeypatch.setattr(faster_quality, "UNIFORM", (2,))
+    monkeypatch.setattr(bundles, "PLAIN_STEPS", (6, 3, 2))
+    monkeypatch.setattr(bundles, "_STEPS", 6)
+    monkeypatch.setattr(bundles, "UNIFORM", (2,))
     files = {"--json": tmp_path / "q.json", "--plot": tmp_path / "new" / "q.png"}
-    where = ["--bundle", judged.root, "--data", data_folder, "--prompts", 6]
+    where = ["plans", judged.root, "--data", data_folder, "--prompts", 6]
     arguments = [part for pair in files.items() for part in pair]
-    run_main(monkeypatch, *where, "--key-steps", "auto=0,1,4", *arguments)
+    front.main([*map(str, (*where, "--key-steps", "auto=0,1,4", *arguments))])
     assert "ms a picture" in capsys.readouterr().out
     scores = json.loads(files["--json"].read_text("utf-8"))["scores"]
     assert [entry["name"] for entry in scores][:4] == [
@@ -109,10 +103,10 @@ def test_the_command_prints_a_table_and_writes_json_and_plot(
 
 def test_a_distilled_bundle_has_no_plans(tiny_bundle, tmp_path, monkeypatch, capsys):
     save_quality_data(made_up_data("tiny"), tmp_path)
-    monkeypatch.setattr(quality, "PICTURE_SIZE_PX", 64)
-    where = ["--bundle", tiny_bundle.root, "--data", tmp_path, "--prompts", 6]
+    monkeypatch.setattr(bundles, "PICTURE_SIZE_PX", 64)
+    where = ["plans", tiny_bundle.root, "--data", tmp_path, "--prompts", 6]
     with pytest.raises(SystemExit) as stopped:
-        run_main(monkeypatch, *where)
+        front.main([*map(str, where)])
     assert stopped.value.code == UsageError.exit_code
     assert "is a distilled student: it has no key steps" in capsys.readouterr().err
 
@@ -120,4 +114,4 @@ def test_a_distilled_bundle_has_no_plans(tiny_bundle, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("text", ["auto", "=0,1", "auto=", "auto=0,x"])
 def test_key_steps_that_are_no_named_list_are_refused(text):
     with pytest.raises(UsageError, match="expected NAME=LIST"):
-        faster_quality._named_list(text)
+        bundles.named_list(text)

@@ -6,7 +6,6 @@ import importlib
 import io
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from rich.console import Console
 
+from tiue_export import Pipeline
 from tiue_export.benchmarks.quality.yardstick import (
     FEATURE_WIDTH,
     Alignment,
@@ -34,7 +34,9 @@ from tiue_export.errors import CheckpointError, UsageError
 metrics = importlib.import_module("tiue_export.benchmarks.quality.metrics")
 quality = importlib.import_module("tiue_export.benchmarks.quality.judge")
 checkpoints = importlib.import_module("tiue_export.benchmarks.quality.checkpoints")
-steps_sweep = importlib.import_module("tiue_export.benchmarks.quality.steps")
+bundles = importlib.import_module("tiue_export.benchmarks.quality.bundles")
+report = importlib.import_module("tiue_export.benchmarks.quality.report")
+front = importlib.import_module("tiue_export.benchmarks.quality.__main__")
 
 GROUNDS = {"white": (255, 255, 255), "black": (18, 18, 20), "pink": (250, 196, 214)}
 POINTS = arrays(np.float64, (12, 3), elements=st.floats(-3, 3))
@@ -403,7 +405,7 @@ def test_the_table_shows_every_measure_of_every_contender(data):
     request = quality.choose_prompts(data, 8)
     scores = quality.compare([quality.Contender("p[x]", Painter(), "p")], request, data)
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(quality.quality_table(scores, request))
+    console.print(report.quality_table(scores, request))
     text = console.export_text()
     assert "8 prompts" in text
     assert "p[x]" in text
@@ -432,9 +434,10 @@ def bundle_128px(pipeline_128px: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_a_bundle_draws_what_its_student_draws(bundle_128px, pipeline_128px, data):
     request = quality.choose_prompts(data, 5)
     student, merged = checkpoints.student_contenders(checkpoints.open_checkpoint(pipeline_128px))
-    bundle = quality.bundle_contender(bundle_128px.root, data)
-    assert bundle.batch == 2
-    _, exact, fewer, exported = quality.compare([student, merged, bundle], request, data)
+    with Pipeline.open(bundle_128px) as pipeline:
+        bundle = bundles.pipeline_contender("bundle", pipeline)
+        assert bundle.batch == 2
+        _, exact, fewer, exported = quality.compare([student, merged, bundle], request, data)
     assert exported.latents_psnr_db > 100
     assert sum(exact.row_shares) == pytest.approx(1)
     assert (len(exact.row_shares), len(fewer.row_shares)) == (4, 3)
@@ -504,42 +507,39 @@ def test_a_pipeline_without_a_text_encoder_is_refused(pipeline_128px, tmp_path):
 
 def test_a_bundle_of_another_family_is_refused(tiny_bundle):
     with pytest.raises(UsageError, match="is of the family 'tiny'; this quality data judges"):
-        quality.bundle_contender(tiny_bundle.root, made_up_data("demo"))
+        bundles.require_family(tiny_bundle, made_up_data("demo"))
 
 
 def test_a_bundle_of_another_size_is_refused(tiny_bundle, data):
     with pytest.raises(UsageError, match=r"draws 64x64 px; the quality data judges 128x128 px"):
-        quality.bundle_contender(tiny_bundle.root, data)
+        bundles.require_family(tiny_bundle, data)
 
 
-def run_main(module, monkeypatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["quality", *map(str, arguments)])
-    module.main()
+def run_main(*arguments: object) -> None:
+    front.main([*map(str, arguments)])
 
 
-def test_the_command_prints_a_table_and_writes_json(
-    bundle_128px, data_folder, tmp_path, monkeypatch, capsys
+def test_bundles_are_held_against_the_first_in_table_json_and_picture(
+    bundle_128px, data_folder, tmp_path, capsys
 ):
-    out = tmp_path / "scores.json"
-    bundle = bundle_128px.root
-    options = ("--data", data_folder, "--prompts", 6, "--json", out)
-    run_main(quality, monkeypatch, "--bundle", bundle, "--reference-bundle", bundle, *options)
+    out, plot = tmp_path / "scores.json", tmp_path / "q.png"
+    options = ("--data", data_folder, "--prompts", 6, "--json", out, "--plot", plot)
+    run_main("bundles", bundle_128px.root, bundle_128px.root, *options)
     assert "right emoji, top-1 %" in capsys.readouterr().out
     record = json.loads(out.read_text())
-    assert [entry["name"] for entry in record["scores"]] == ["real pictures", "bundle"]
+    assert [entry["name"] for entry in record["scores"]] == ["real pictures", "bundle", "bundle"]
+    assert [entry["latents_psnr_db"] for entry in record["scores"]] == [None, None, 300.0]
+    with Image.open(plot) as picture:
+        assert picture.width > 1000
     assert (record["prompts"], record["data"]["family"]) == (6, "tiny")
 
 
-def test_the_command_for_checkpoints_compares_all_kinds(
-    pipeline_128px, data_folder, tmp_path, monkeypatch, capsys
-):
+def test_the_command_for_checkpoints_compares_all_kinds(pipeline_128px, data_folder, tmp_path):
     out = tmp_path / "scores.json"
     kinds = [("--teacher", pipeline_128px), ("--one-step", pipeline_128px)]
     kinds += [("--student", pipeline_128px), ("--teacher-steps", 2), ("--guidance", 1)]
     options = [word for pair in kinds for word in pair]
-    run_main(
-        checkpoints, monkeypatch, *options, "--data", data_folder, "--prompts", 5, "--json", out
-    )
+    run_main("checkpoints", *options, "--data", data_folder, "--prompts", 5, "--json", out)
     names = [entry["name"] for entry in json.loads(out.read_text())["scores"]]
     assert names == [
         "real pictures",
@@ -552,44 +552,39 @@ def test_the_command_for_checkpoints_compares_all_kinds(
 
 def test_the_student_at_another_k_is_that_k_of_its_own_schedule(pipeline_128px):
     checkpoint = checkpoints.open_checkpoint(pipeline_128px)
-    two, four = steps_sweep.students(checkpoint, [2, 4])
-    assert (two.contender.name, four.contender.name) == (
-        "student, K=2",
-        "student, K=4, as trained",
-    )
+    two, four = checkpoints.other_rows(checkpoint, [2, 4])
+    assert (two.name, four.name) == ("student, K=2", "student, K=4, as trained")
     other = checkpoints.open_checkpoint(pipeline_128px, steps=2).student
-    drawn = two.contender.draw(["a red apple"], [3])
-    noise = torch.from_numpy(quality.noise_from_seed(3, (1, 4, 16, 16)))
+    drawn = two.draw(["a red apple"], [3])
+    noise = torch.from_numpy(checkpoints.noise_from_seed(3, (1, 4, 16, 16)))
     expected = other.sample(noise, checkpoint.embed(["a red apple"])).detach()
     np.testing.assert_allclose(drawn.latents, expected.numpy(), atol=1e-4)
     assert drawn.row_norms.shape == (1, 2)
 
 
-def test_the_command_for_steps_draws_each_and_plots_them(
-    pipeline_128px, data_folder, tmp_path, monkeypatch, capsys
+def test_a_student_at_other_k_is_drawn_and_plotted_beside_the_teachers_steps(
+    pipeline_128px, data_folder, tmp_path
 ):
     out, plot = tmp_path / "steps.json", tmp_path / "plots" / "steps.png"
     options = ["--student", pipeline_128px, "--student-rows", 2, 4]
     options += ["--teacher", pipeline_128px, "--teacher-steps", 2, "--guidance", 1]
     options += ["--data", data_folder, "--prompts", 5, "--json", out, "--plot", plot]
-    run_main(steps_sweep, monkeypatch, *options)
+    run_main("checkpoints", *options)
     names = [entry["name"] for entry in json.loads(out.read_text())["scores"]]
     assert names == [
         "real pictures",
+        "teacher, 2 steps, guidance 1",
         "student, K=2",
         "student, K=4, as trained",
-        "teacher, 2 steps, guidance 1",
     ]
     with Image.open(plot) as picture:
         assert picture.width > 1000
 
 
-def test_an_impossible_k_is_refused_before_anything_is_drawn(
-    pipeline_128px, data_folder, monkeypatch, capsys
-):
+def test_an_impossible_k_is_refused_before_anything_is_drawn(pipeline_128px, data_folder, capsys):
     options = ["--student", pipeline_128px, "--student-rows", 4, 0, "--data", data_folder]
     with pytest.raises(SystemExit) as stopped:
-        run_main(steps_sweep, monkeypatch, *options, "--prompts", 5)
+        run_main("checkpoints", *options, "--prompts", 5)
     assert stopped.value.code != 0
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
@@ -611,11 +606,11 @@ def test_a_teacher_without_a_step_is_refused(pipeline_128px):
     ],
 )
 def test_what_could_not_be_written_at_the_end_is_refused_at_the_start(
-    pipeline_128px, data_folder, tmp_path, monkeypatch, capsys, option, name, message
+    pipeline_128px, data_folder, tmp_path, capsys, option, name, message
 ):
     options = ["--student", pipeline_128px, "--data", data_folder, "--prompts", 5]
     with pytest.raises(SystemExit) as stopped:
-        run_main(steps_sweep, monkeypatch, *options, option, tmp_path / name)
+        run_main("checkpoints", *options, option, tmp_path / name)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {option} ")
@@ -623,26 +618,17 @@ def test_what_could_not_be_written_at_the_end_is_refused_at_the_start(
     assert "pictures in" not in error
 
 
-def test_no_steps_to_compare_are_refused(data_folder, monkeypatch, capsys):
+def test_a_user_error_ends_with_its_code_and_no_traceback(tiny_bundle, data_folder, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run_main(steps_sweep, monkeypatch, "--data", data_folder, "--prompts", 6)
-    assert stopped.value.code == 2
-    assert "Give --student, --teacher or both." in capsys.readouterr().err
-
-
-def test_a_user_error_ends_with_its_code_and_no_traceback(
-    tiny_bundle, data_folder, monkeypatch, capsys
-):
-    with pytest.raises(SystemExit) as stopped:
-        run_main(quality, monkeypatch, "--bundle", tiny_bundle.root, "--data", data_folder)
+        run_main("bundles", tiny_bundle.root, "--data", data_folder)
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --prompts is 400; expected 1 to 12")
 
 
-def test_nothing_to_compare_is_refused(data_folder, monkeypatch, capsys):
+def test_nothing_to_compare_is_refused(data_folder, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run_main(checkpoints, monkeypatch, "--data", data_folder, "--prompts", 6)
+        run_main("checkpoints", "--data", data_folder, "--prompts", 6)
     assert stopped.value.code == 2
     assert "Give --teacher, --one-step or --student." in capsys.readouterr().err
 
@@ -657,7 +643,7 @@ def test_a_comparison_sheet_has_a_row_per_prompt_and_a_column_per_contender(data
         return quality.Contender(f"all {value}", draw, str(value))
 
     request = quality.choose_prompts(data, 9, seeds=2)
-    sheet = quality.ComparisonSheet(tmp_path / "new" / "sheet.png", request)
+    sheet = report.ComparisonSheet(tmp_path / "new" / "sheet.png", request)
     quality.compare([painter(40), painter(200)], request, data, on_draws=sheet.add)
     sheet.write()
     with Image.open(tmp_path / "new" / "sheet.png") as image:
@@ -668,6 +654,6 @@ def test_a_comparison_sheet_has_a_row_per_prompt_and_a_column_per_contender(data
 
 
 def test_no_sheet_is_written_unless_asked_for(data, tmp_path):
-    sheet = quality.ComparisonSheet(None, quality.choose_prompts(data, 2))
+    sheet = report.ComparisonSheet(None, quality.choose_prompts(data, 2))
     sheet.write()
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,189 @@
+"""What a comparison leaves behind: a table, a JSON file, a contact sheet and a picture."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tiue_export.bundle.folder import disk_errors
+from tiue_export.drawing.contact_sheet import contact_sheet
+from tiue_export.drawing.picture import image_from_pixels, save_png
+from tiue_export.proof.gates import IDENTICAL_DB
+from tiue_export.system.atomic_file import write_atomically
+
+from ..figure import new_figure, save_figure
+from .judge import Contender, Draws, Request, Scores
+from .yardstick import QualityData
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SHEET_ROWS = 12
+_COLOURS = ("#0072B2", "#D55E00", "#000000", "#009E73", "#CC79A7")  # Okabe-Ito
+_REAL_COLOUR = "#777777"
+_SHAPES = "ov^DP*Xs"
+
+# (title with the better direction, how to print it)
+_ROWS: tuple[tuple[str, Callable[[Scores], str]], ...] = (
+    ("pictures", lambda s: str(s.pictures)),
+    ("right emoji, top-1 % ↑", lambda s: _percent(s.top1)),
+    ("right emoji, top-5 % ↑", lambda s: _percent(s.top5)),
+    ("right ground % ↑", lambda s: _percent(s.ground)),
+    ("alignment with the prompt ↑", lambda s: _number(s.alignment)),
+    ("Fréchet distance ↓", lambda s: f"{s.frechet:.2f}"),
+    ("kernel distance x1000 ↓", lambda s: f"{s.kernel * 1e3:.1f} ± {s.kernel_deviation * 1e3:.1f}"),
+    ("precision ↑", lambda s: _number(s.precision)),
+    ("recall ↑", lambda s: _number(s.recall)),
+    ("density ↑", lambda s: _number(s.density)),
+    ("coverage ↑", lambda s: _number(s.coverage)),
+    ("diversity, features ↑", lambda s: _number(s.feature_diversity)),
+    ("diversity, pixels ↑", lambda s: _number(s.pixel_diversity)),
+    ("ms a picture ↓", lambda s: "-" if s.picture_ms is None else f"{s.picture_ms:.0f}"),
+    ("latents / first, PSNR dB", lambda s: _decibels(s.latents_psnr_db)),
+    ("decoder rows' shares %", lambda s: _shares(s.row_shares)),
+)
+
+
+def quality_table(scores: Sequence[Scores], request: Request) -> Table:
+    """One column per contender, one row per measure; arrows point to the better side."""
+    title = f"Quality on {len(request.prompts)} prompts, {request.seeds} seed(s) each"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("measure", no_wrap=True)
+    for entry in scores:
+        table.add_column(escape(entry.name), justify="right", overflow="fold")
+    for label, shown in _ROWS:
+        table.add_row(label, *(shown(entry) for entry in scores))
+    return table
+
+
+def print_table(scores: Sequence[Scores], request: Request) -> None:
+    """The table on standard output; piped, it is not wrapped to a narrow default."""
+    Console(width=None if sys.stdout.isatty() else 160).print(quality_table(scores, request))
+
+
+def write_json(
+    scores: Sequence[Scores], request: Request, data: QualityData, file: Path | None
+) -> None:
+    """The scores with what they were measured with, where a file was asked for."""
+    if file is None:
+        return
+    record = {
+        "data": {
+            "family": data.family,
+            "corpus_sha256": data.corpus_sha256,
+            "feature_network_held_out": dict(data.held_out),
+        },
+        "prompts": len(request.prompts),
+        "seeds": request.seeds,
+        "scores": [asdict(entry) for entry in scores],
+    }
+    with disk_errors(file):
+        write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
+
+
+_PLOTTED: tuple[tuple[str, Callable[[Scores], float]], ...] = (
+    ("Fréchet distance, lower is better", lambda s: s.frechet),
+    ("right emoji %, higher is better", lambda s: 100 * s.top1),
+)
+
+
+def plot_quality(
+    contenders: Sequence[Contender], scores: Sequence[Scores], path: Path, title: str
+) -> None:
+    """Fréchet distance and retrieval against steps, or against time where not all have steps.
+
+    `scores`: real pictures, then those of `contenders`. A series is joined by a line where some of
+    its points have no mark of their own.
+    """
+    real, *own = scores
+    by_steps = all(contender.steps is not None for contender in contenders)
+    names = dict.fromkeys(contender.series for contender in contenders)
+    colours = dict(zip(names, itertools.cycle(_COLOURS), strict=False))
+    marks = dict.fromkeys(contender.mark for contender in contenders if contender.mark)
+    shapes = {"": "o", **dict(zip(marks, itertools.cycle(_SHAPES[1:]), strict=False))}
+    figure = new_figure((13.5, 4.8))
+    for panel, (label, value) in zip(figure.subplots(1, 2), _PLOTTED, strict=True):
+        points = [
+            (contender, (float((contender.steps if by_steps else s.picture_ms) or 0), value(s)))
+            for contender, s in zip(contenders, own, strict=True)
+        ]
+        for series, colour in colours.items():
+            line = sorted((at, c.mark) for c, at in points if c.series == series)
+            joined = "-" if any(not mark for _, mark in line) else "none"
+            places = zip(*(at for at, _ in line), strict=True)
+            panel.plot(*places, color=colour, linestyle=joined, marker="", alpha=0.5)
+        for contender, at in points:
+            panel.plot(*at, shapes[contender.mark], color=colours[contender.series], markersize=8)
+            if not by_steps and not contender.mark:
+                near = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 8}
+                panel.annotate(contender.name, at, **near)
+        panel.axhline(value(real), color=_REAL_COLOUR, linestyle="--")
+        panel.margins(x=0.14)  # the last name needs room
+        panel.set(xlabel="timesteps" if by_steps else "ms a picture", ylabel=label)
+        panel.grid(alpha=0.3)
+        if by_steps:
+            ticks = sorted({at[0] for _, at in points})
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            panel.minorticks_off()
+    for series, colour in colours.items():
+        panel.plot([], [], "o-", color=colour, label=series)
+    for mark in marks:
+        panel.plot([], [], shapes[mark], color="#444444", label=mark)
+    panel.plot([], [], "--", color=_REAL_COLOUR, label="real pictures")
+    panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title)
+    with disk_errors(path):
+        save_figure(figure, path)
+
+
+class ComparisonSheet:
+    """A contact sheet in the making: one row per prompt, one column per contender, equal noise."""
+
+    def __init__(self, file: Path | None, request: Request) -> None:
+        self._file = file
+        self._prompts = [prompt.text for _, prompt in request.prompts[:_SHEET_ROWS]]
+        self._seeds = request.seeds
+        self._columns: dict[str, list[Image]] = {}
+
+    def add(self, name: str, draws: Draws) -> None:
+        """One contender's first picture of each shown prompt."""
+        shown = draws.pictures[:: self._seeds][: len(self._prompts)]
+        self._columns[name] = [image_from_pixels(picture) for picture in shown]
+
+    def write(self) -> None:
+        """Write the sheet where a file was asked for."""
+        if self._file is None:
+            return
+        rows = list(zip(self._prompts, zip(*self._columns.values(), strict=True), strict=True))
+        with disk_errors(self._file):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            sheet = contact_sheet(rows, list(self._columns))
+            save_png(sheet, self._file, {"prompt": " | ".join(self._prompts)})
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _decibels(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return "identical" if value >= IDENTICAL_DB else f"{value:.1f}"
+
+
+def _shares(shares: tuple[float, ...] | None) -> str:
+    return "-" if shares is None else " ".join(f"{100 * share:.1f}" for share in shares)
