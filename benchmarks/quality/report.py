@@ -122,7 +122,8 @@ def plot_quality(
             places = zip(*(at for at, _ in line), strict=True)
             panel.plot(*places, color=colour, linestyle=joined, marker="", alpha=0.5)
         for contender, at in points:
-            panel.plot(*at, shapes[contender.mark], color=colours[contender.series], markersize=8)
+            look = {"color": colours[contender.series], "markersize": 8}
+            panel.plot(*at, shapes[contender.mark], zorder=3 if contender.mark else 2, **look)
             if not by_steps and not contender.mark:
                 near = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 8}
                 panel.annotate(contender.name, at, **near)
