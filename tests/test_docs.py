@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from test_layering import HEAVY_ORDER, HUB, LIGHT, SPOKES
 
 from tiue_export import errors
 
@@ -25,6 +27,11 @@ LINK = re.compile(
     r"|<(?:a|img|source)\b[^>]*\b(?:href|src|srcset)=[\"']([^\"'\s]+)",
     re.MULTILINE,
 )
+PAGES = sorted({*DOCUMENTS, *(f"docs/api/{path.name}" for path in ROOT.glob("docs/api/*.md"))})
+PROJECT_PATH = re.compile(
+    rf"(?<![\w./-])(?:{HUB}|{'|'.join(SPOKES)}|docs|examples|tests)/[\w./-]*\w"
+)
+PROJECT_MODULE = re.compile(rf"(?:-m|from|import|:::) ({HUB}(?:\.\w+)+)")
 INTERRUPTED = 130
 
 
@@ -71,6 +78,39 @@ def dead_links(document: str, text: str) -> list[str]:
             if anchor not in anchors(path.read_text("utf-8") if name else text):
                 dead.append(target)
     return dead
+
+
+def dead_paths(text: str) -> list[str]:
+    """Files, folders and modules of this repository that a text names and that do not exist.
+
+    A name in capitals, such as runtimes/NAME.py, stands for one that the reader chooses.
+    """
+    paths = [path for path in PROJECT_PATH.findall(text) if not re.search("[A-Z]{2}", path)]
+    dead = [path for path in paths if not (ROOT / path).exists()]
+    return dead + [name for name in PROJECT_MODULE.findall(text) if not module_exists(name)]
+
+
+def module_exists(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a parent is missing, or is a module itself
+        return False
+
+
+def folders_of_the_tree(text: str) -> set[str]:
+    """The folders that a tree of indented lines, `name/  what is in it`, names by their paths."""
+    folders: list[tuple[int, str]] = []
+    paths = set()
+    for spaces, name in re.findall(r"^( *)([\w./-]+)/ +\S", text, re.MULTILINE):
+        folders = [folder for folder in folders if folder[0] < len(spaces)]
+        folders.append((len(spaces), name))
+        paths.add("/".join(name for _, name in folders))
+    return paths
+
+
+def folders_with_code() -> set[str]:
+    files = [file for top in (HUB, *SPOKES) for file in (ROOT / top).rglob("*.py")]
+    return {file.parent.relative_to(ROOT).as_posix() for file in files}
 
 
 def invocations(text: str) -> Iterator[list[str]]:
@@ -171,6 +211,20 @@ def test_commands_and_flags_in_the_documents_exist(document: str) -> None:
     assert unknown_commands(read(document)) == []
 
 
+@pytest.mark.parametrize("document", PAGES)
+def test_files_and_modules_that_the_documents_name_exist(document: str) -> None:
+    assert dead_paths(read(document)) == []
+
+
+def test_the_tree_of_the_architecture_page_is_the_one_on_disk() -> None:
+    tree = read("docs/architecture.md").partition("## The tree")[2].partition("\n## ")[0]
+    assert folders_of_the_tree(tree) == folders_with_code()
+
+
+def test_the_architecture_page_has_the_order_that_is_tested() -> None:
+    assert f"```text\n{LIGHT}\n< {HEAVY_ORDER}\n```" in read("docs/architecture.md")
+
+
 def test_the_documents_show_every_command() -> None:
     written = [read(document) for document in DOCUMENTS if (ROOT / document).is_file()]
     shown = {arguments[0] for text in written for arguments in invocations(text) if arguments}
@@ -223,6 +277,38 @@ def test_a_planted_dead_link_is_caught(text: str) -> None:
 )
 def test_good_links_and_code_are_left_alone(text: str) -> None:
     assert dead_links("README.md", text) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`tiue_export/gone.py` did it",
+        "| apps/gone/ | moved |",
+        "python -m tiue_export.benchmarks.gone OUT",
+        "from tiue_export.gone.file import name",
+        "::: tiue_export.specs.deeper",
+    ],
+)
+def test_a_planted_dead_path_is_caught(text: str) -> None:
+    assert dead_paths(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`runtimes/NAME.py`, written by you",
+        "`runtimes/`, `tiue_export/specs.py`.",
+        "see my/apps/gone.py",
+        "python -m tiue_export demo",
+    ],
+)
+def test_paths_that_exist_or_are_placeholders_are_left_alone(text: str) -> None:
+    assert dead_paths(text) == []
+
+
+def test_a_tree_is_read_by_its_indentation() -> None:
+    tree = "hub/   all\n  a/  x\n    b/ y\n  c/  z\nspoke/  w\n"
+    assert folders_of_the_tree(tree) == {"hub", "hub/a", "hub/a/b", "hub/c", "spoke"}
 
 
 @pytest.mark.parametrize(
