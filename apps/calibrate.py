@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tiue_export.bundle.folder import open_bundle, require_one_pass
 from tiue_export.errors import UsageError
+from tiue_export.proof.calibration import CaptureOptions, CapturePlan
 from tiue_export.registry.packages import require
+from tiue_export.registry.spokes import capture, plan_capture
 from tiue_export.specs import RuntimeOptions
 from tiue_export.train.prompts import read_prompts
 
@@ -39,22 +39,20 @@ class CalibrateRequest:
 
 def run(request: CalibrateRequest) -> None:
     """Capture, or go on with a capture that was stopped, and say what there is."""
-    capture = importlib.import_module("tiue_export.calibration.capture")
     require("calibration", ("psutil",), "export")
-    bundle, prompts = open_bundle(request.bundle), _prompts(request, capture)
+    bundle, prompts = open_bundle(request.bundle), _prompts(request)
     require_one_pass(bundle, "calibrate")
     out = request.out or Path(f"{request.bundle.resolve().name}-calibration")
-    count = min(capture.DEFAULT_COUNT, len(prompts)) if request.count is None else request.count
-    options = capture.CaptureOptions(
-        prompts=tuple(prompts),
-        count=count,
+    options = CaptureOptions(
+        prompts=prompts,
+        count=request.count,
         seed=request.seed,
         runtime=request.runtime,
         runtime_options=RuntimeOptions(device=request.device, threads=request.threads),
     )
-    capture.check_request(bundle, options)
+    plan = plan_capture(bundle, options)
     if request.dry_run:
-        _print_plan(request, out, count, capture.run_bytes(bundle), bundle.manifest.batch or 1)
+        _print_plan(request, out, plan)
         return
     from tiue_export.system.memory import PeakMemory
 
@@ -62,7 +60,7 @@ def run(request: CalibrateRequest) -> None:
     with stage_bar(quiet=request.as_json) as bar, PeakMemory() as memory:
         bar.expect(1)
         bar.begin("capture")
-        data = capture.capture(
+        data = capture(
             bundle,
             out,
             options,
@@ -95,25 +93,28 @@ def run(request: CalibrateRequest) -> None:
     console.print(f"next:  tiue-export quantize {quoted}", markup=False)
 
 
-def _prompts(request: CalibrateRequest, capture: Any) -> list[str]:
+def _prompts(request: CalibrateRequest) -> tuple[str, ...] | None:
+    """Those of `--prompts`; None for the list that comes with the program."""
     if request.prompts is None:
         if request.column is not None:
             raise UsageError("--column names a field of --prompts, which was not given")
-        shipped: list[str] = capture.shipped_prompts()
-        return shipped
-    return read_prompts(request.prompts, request.column)
+        return None
+    return tuple(read_prompts(request.prompts, request.column))
 
 
-def _print_plan(
-    request: CalibrateRequest, out: Path, count: int, run_bytes: int, batch: int
-) -> None:
-    runs = -(-count // batch)
-    facts = {"calibration": str(out), "prompts": count, "runs": runs}
+def _print_plan(request: CalibrateRequest, out: Path, plan: CapturePlan) -> None:
     if request.as_json:
-        print_json({**facts, "size_bytes": runs * run_bytes})
+        print_json(
+            {
+                "calibration": str(out),
+                "prompts": len(plan.prompts),
+                "runs": plan.runs,
+                "size_bytes": plan.size_bytes,
+            }
+        )
         return
     console.print(
-        f"{out}: {count} prompts in {runs} runs, {megabytes(runs * run_bytes)} (nothing was "
-        "written)",
+        f"{out}: {len(plan.prompts)} prompts in {plan.runs} runs, {megabytes(plan.size_bytes)} "
+        "(nothing was written)",
         markup=False,
     )

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from tiue_export.bundle.folder import check_target, open_bundle, require_one_pass
 from tiue_export.errors import UsageError
+from tiue_export.proof.calibration import open_calibration
 from tiue_export.proof.quantization_plan import read_plan
 from tiue_export.system.atomic_file import write_atomically
 
@@ -65,14 +66,13 @@ class QuantizeRequest:
 def run(request: QuantizeRequest) -> None:
     """Plan, write, judge; print what was gained and what was lost."""
     quantizer = importlib.import_module(f"{_PACKAGE}.quantize")
-    dataset = importlib.import_module(f"{_PACKAGE}.dataset")
     options = _options(request, quantizer)
     bundle = open_bundle(request.bundle)
     require_one_pass(bundle, "quantize")
     out = request.out or Path(f"{request.bundle.resolve().name}-{request.kind or _KIND}")
     if not request.plan_only:
         check_target(out, force=request.force)
-    data = dataset.open_calibration(request.calibration, bundle)
+    data = open_calibration(request.calibration, bundle)
     start = time.perf_counter()
     stages: list[dict[str, object]] = []
     with stage_bar(quiet=request.as_json) as bar:

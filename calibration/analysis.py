@@ -23,6 +23,7 @@ from tiue_export._version import __version__
 from tiue_export.bundle.folder import Bundle
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.graphs.flops import count_flops
+from tiue_export.proof.calibration import CalibrationData, graphs_sha256
 from tiue_export.proof.quantization_plan import (
     FLOAT,
     PLAN_VERSION,
@@ -37,7 +38,6 @@ from tiue_export.specs import UNET_GRAPHS, Array
 from tiue_export.system.atomic_file import write_atomically
 
 from .capture import choose_runs
-from .dataset import CalibrationData, graphs_sha256
 from .histogram import RangeMethod
 from .observe import Observed, observe, watched
 from .onnx_layers import Fold, Layer, Weights, find_folds, find_layers

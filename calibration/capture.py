@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -18,6 +18,21 @@ import numpy as np
 from tiue_export.bundle.folder import Bundle
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.errors import BundleError, ResourceError, UsageError
+from tiue_export.proof.calibration import (
+    INDEX_FILE,
+    CalibrationData,
+    CalibrationIndex,
+    CaptureOptions,
+    CapturePlan,
+    new_index,
+    open_calibration,
+    prompts_sha256,
+    read_index,
+    run_bytes,
+    verify_shards,
+    write_index,
+    write_shard,
+)
 from tiue_export.registry.runtimes import open_runtime
 from tiue_export.sampling.noise import check_seeds, noise_from_seed
 from tiue_export.specs import (
@@ -25,55 +40,20 @@ from tiue_export.specs import (
     UNET_ENCODER,
     Array,
     Runtime,
-    RuntimeOptions,
-    TensorSpec,
     check_finite,
 )
 
-from .dataset import (
-    INDEX_FILE,
-    CalibrationData,
-    CalibrationIndex,
-    new_index,
-    open_calibration,
-    prompts_sha256,
-    read_index,
-    verify_shards,
-    write_index,
-    write_shard,
-)
 from .quantized_bundle import check_quantizable
 
-SHARD_BYTES = 256 << 20
 # NVIDIA's own recipes calibrate image models on 32 or 64 prompts.
-DEFAULT_COUNT = 64
+_USUAL_COUNT = 64
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-@dataclass(frozen=True)
-class CaptureOptions:
-    """`count` prompts are taken from the front of `prompts`; picture i uses seed + i."""
-
-    prompts: tuple[str, ...]
-    count: int = DEFAULT_COUNT
-    seed: int = 0
-    runtime: str = "ort"
-    runtime_options: RuntimeOptions = field(default_factory=RuntimeOptions)
-    shard_bytes: int = SHARD_BYTES
-
-
-def shipped_prompts() -> list[str]:
+def shipped_prompts() -> tuple[str, ...]:
     """The list that comes with the program: varied scenes, one a line, in a mixed order."""
     text = resources.files(__package__).joinpath("prompts.txt").read_text("utf-8")
-    return text.splitlines()
-
-
-def run_bytes(bundle: Bundle) -> int:
-    """The size of one captured run."""
-    batch = bundle.manifest.batch or 1
-    tensors = {t.name: t for t in bundle.spec(UNET_ENCODER).inputs}
-    tensors |= {t.name: t for t in bundle.spec(UNET_ENCODER).outputs}
-    return sum(_elements(tensor, batch) * 4 for tensor in tensors.values())
+    return tuple(text.splitlines())
 
 
 def capture(
@@ -89,8 +69,8 @@ def capture(
     `on_run` gets the runs that are done and wanted. Raises `UsageError` for prompts that are not
     there, `BundleError` for a folder in the way, `ResourceError` when the disk is full.
     """
-    check_request(bundle, options)
-    index = _begin(bundle, root, options, force=force)
+    plan = plan_capture(bundle, options)
+    index = _begin(root, new_index(bundle, plan.prompts, options.seed, options.runtime), force)
     wanted, size_bytes = index.wanted_runs, run_bytes(bundle)
     _check_space(root, (wanted - index.captured_runs) * size_bytes)
     on_run(index.captured_runs, wanted)
@@ -105,27 +85,30 @@ def capture(
     return open_calibration(root, bundle)
 
 
-def check_request(bundle: Bundle, options: CaptureOptions) -> None:
-    """Refuse what cannot be captured, before any work."""
+def plan_capture(bundle: Bundle, options: CaptureOptions) -> CapturePlan:
+    """What a capture will hold; what cannot be captured is refused here, before any work."""
     check_quantizable(bundle)
     bundle.spec(TEXT_ENCODER)
-    if not 1 <= options.count <= len(options.prompts):
+    prompts = shipped_prompts() if options.prompts is None else options.prompts
+    count = min(_USUAL_COUNT, len(prompts)) if options.count is None else options.count
+    if not 1 <= count <= len(prompts):
         raise UsageError(
-            f"--count is {options.count}; expected 1 to {len(options.prompts)}, the number of "
-            "prompts",
+            f"--count is {count}; expected 1 to {len(prompts)}, the number of prompts",
             "Give a longer list with --prompts FILE.",
         )
-    check_seeds(options.seed, options.count + (bundle.manifest.batch or 1))
-    for prompt in options.prompts[: options.count]:
+    batch = bundle.manifest.batch or 1
+    check_seeds(options.seed, count + batch)
+    for prompt in prompts[:count]:
         if not prompt.isprintable():
             raise UsageError(
                 f"the prompt {prompt[:40]!r} holds control characters: the file is no text",
                 "Write one prompt a line, in UTF-8.",
             )
+    runs = -(-count // batch)
+    return CapturePlan(prompts[:count], runs, runs * run_bytes(bundle))
 
 
-def _begin(bundle: Bundle, root: Path, options: CaptureOptions, *, force: bool) -> CalibrationIndex:
-    fresh = new_index(bundle, options.prompts[: options.count], options.seed, options.runtime)
+def _begin(root: Path, fresh: CalibrationIndex, force: bool) -> CalibrationIndex:
     if (root / INDEX_FILE).is_file():
         old = read_index(root)
         kept = _continued(old, fresh)
@@ -245,10 +228,6 @@ def _with_disk_errors(
             "Free some space; the same command goes on from there.",
         ) from error
     return result or read_index(root)
-
-
-def _elements(tensor: TensorSpec, batch: int) -> int:
-    return int(np.prod([batch if isinstance(side, str) else side for side in tensor.shape]))
 
 
 def choose_runs(data: CalibrationData, held_out: int) -> tuple[Sequence[int], Sequence[int]]:

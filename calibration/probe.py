@@ -10,11 +10,11 @@ import numpy as np
 import onnx
 
 from tiue_export.bundle.folder import Bundle
+from tiue_export.proof.calibration import CalibrationData
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import with_dtypes
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER, UNET_GRAPHS, Array
 
-from .dataset import CalibrationData
 from .onnx_session import OnnxSession
 
 

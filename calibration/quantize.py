@@ -13,6 +13,7 @@ from tiue_export.bundle.folder import Bundle, new_bundle, open_bundle
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.export.onnx.bundle import Observer, StageReport
 from tiue_export.export.openvino import OpenvinoOptions, compile_openvino
+from tiue_export.proof.calibration import CalibrationData
 from tiue_export.proof.parity import with_dtypes
 from tiue_export.proof.quantization_plan import (
     W8A8,
@@ -27,7 +28,6 @@ from tiue_export.system.memory import PeakMemory, return_freed_memory
 
 from .analysis import KINDS, Analyser, Analysis, AnalysisOptions, Progress
 from .capture import choose_runs
-from .dataset import CalibrationData
 from .openvino_int8 import (
     INT4,
     NncfOptions,

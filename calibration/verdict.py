@@ -18,6 +18,7 @@ import numpy as np
 from tiue_export.bundle.folder import Bundle
 from tiue_export.bundle.manifest import Manifest, ParityRecord
 from tiue_export.errors import ParityError, RegressionError
+from tiue_export.proof.calibration import CalibrationData
 from tiue_export.proof.gates import max_abs_error, psnr_db
 from tiue_export.proof.parity import with_dtypes
 from tiue_export.proof.quantization_plan import (
@@ -34,8 +35,6 @@ from tiue_export.specs import (
     RuntimeOptions,
     check_finite,
 )
-
-from .dataset import CalibrationData
 
 QUANTIZED = "quantized"
 FASTER, SMALLER = "faster", "smaller"

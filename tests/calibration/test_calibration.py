@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -19,22 +18,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiue_export.bundle.folder import open_bundle
+from tiue_export.calibration import capture, histogram, observe
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, ResourceError, RuntimeFailure, UsageError
+from tiue_export.proof import calibration as dataset
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER
 
-
-def module(name: str):
-    return importlib.import_module(f"tiue_export.calibration.{name}")
-
-
-capture, dataset, histogram, observe = map(module, ("capture", "dataset", "histogram", "observe"))
 PROMPTS = ("a red fox", "an owl in a tree", "two boats", "a blue house", "a cat", "rain")
 
 
 def options(count: int = 6, **changes):
-    return capture.CaptureOptions(prompts=PROMPTS, count=count, **changes)
+    return dataset.CaptureOptions(prompts=PROMPTS, count=count, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +60,12 @@ def test_the_index_says_from_what_it_was_captured_and_its_size_is_as_planned(dat
     assert index.prompts == PROMPTS
     assert index.prompts_sha256 == dataset.prompts_sha256(PROMPTS)
     assert index.graphs_sha256 == dataset.graphs_sha256(tiny_bundle)
-    planned = 6 * capture.run_bytes(tiny_bundle)
+    planned = 6 * dataset.run_bytes(tiny_bundle)
     assert planned < index.size_bytes < 1.1 * planned
 
 
 def test_a_capture_that_stopped_goes_on_and_ends_with_the_same_data(data, tiny_bundle, tmp_path):
-    runs = capture.run_bytes(tiny_bundle)
+    runs = dataset.run_bytes(tiny_bundle)
     small = options(shard_bytes=2 * runs)
 
     def stop(done: int, wanted: int) -> None:
@@ -94,10 +89,10 @@ def test_a_capture_that_stopped_goes_on_and_ends_with_the_same_data(data, tiny_b
 def test_a_killed_capture_leaves_whole_shards_only(tiny_bundle, tmp_path):
     out = tmp_path / "killed"
     code = (
-        "import importlib, sys, time\n"
+        "import time\n"
         "from pathlib import Path\n"
         "from tiue_export.bundle.folder import open_bundle\n"
-        "c = importlib.import_module('tiue_export.calibration.capture')\n"
+        "from tiue_export.calibration import capture as c\n"
         f"o = c.CaptureOptions(prompts={PROMPTS!r}, count=6, shard_bytes=1)\n"
         f"c.capture(open_bundle({str(tiny_bundle.root)!r}), Path({str(out)!r}), o,"
         " on_run=lambda done, wanted: time.sleep(0.2))\n"
@@ -130,7 +125,7 @@ def test_other_data_in_the_way_are_named_and_replaced_only_by_force(own, tiny_bu
     with pytest.raises(BundleError, match="holds calibration data of seed 0, not 7"):
         capture.capture(tiny_bundle, own, options(seed=7))
     with pytest.raises(BundleError, match="holds calibration data of other prompts"):
-        capture.capture(tiny_bundle, own, capture.CaptureOptions(prompts=("x",), count=1))
+        capture.capture(tiny_bundle, own, dataset.CaptureOptions(prompts=("x",), count=1))
     replaced = capture.capture(tiny_bundle, own, options(1, seed=7), force=True)
     assert replaced.index.captured_runs == 1
     assert sorted(path.name for path in own.iterdir()) == ["calibration.json", *_shards(replaced)]
@@ -357,7 +352,7 @@ def test_memory_of_a_capture_does_not_grow_with_the_number_of_prompts(tiny_bundl
     finally:
         capture_module.write_shard = original
     assert held == [1, 1, 1, 1]
-    assert os.path.getsize(tmp_path / "d" / "shard-00003.safetensors") < 2 * capture.run_bytes(
+    assert os.path.getsize(tmp_path / "d" / "shard-00003.safetensors") < 2 * dataset.run_bytes(
         tiny_bundle
     )
 

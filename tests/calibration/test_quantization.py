@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import itertools
 import json
 import shutil
@@ -17,11 +17,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiue_export.bundle.folder import open_bundle
+from tiue_export.calibration import (
+    analysis,
+    capture,
+    histogram,
+    placement,
+    plots,
+    probe,
+    simulate,
+    verdict,
+)
+from tiue_export.calibration import quantize as quantizer
 from tiue_export.calibration.onnx_layers import find_folds, find_layers
 from tiue_export.calibration.qdq_onnx import quantize_weight, scale_in, write_qdq
 from tiue_export.calibration.quantized_bundle import check_quantizable
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, ParityError, RegressionError, UsageError
+from tiue_export.proof.calibration import CaptureOptions, open_calibration
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
 from tiue_export.proof.quantization_plan import (
@@ -39,25 +51,6 @@ from tiue_export.specs import UNET_DECODER, UNET_ENCODER, UNET_GRAPHS, RuntimeOp
 from tiue_export.system.openvino_core import native_precisions, openvino_core
 from tiue_export.system.tensorrt_flavor import MODULES
 
-
-def module(name: str):
-    return importlib.import_module(f"tiue_export.calibration.{name}")
-
-
-analysis, capture, histogram, placement, plots, probe, quantizer, simulate, verdict = map(
-    module,
-    (
-        "analysis",
-        "capture",
-        "histogram",
-        "placement",
-        "plots",
-        "probe",
-        "quantize",
-        "simulate",
-        "verdict",
-    ),
-)
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec(MODULES["rtx"]) is None, reason="TensorRT-RTX is not installed"
 )
@@ -74,7 +67,7 @@ ANY_SPEED = quantizer.QuantizeOptions(analysis=BY_RULE, judged=QUICK, any_speed=
 def data(tiny_bundle, tmp_path_factory):
     """Three captured runs. Shared."""
     root = tmp_path_factory.mktemp("data") / "data"
-    return capture.capture(tiny_bundle, root, capture.CaptureOptions(prompts=PROMPTS, count=3))
+    return capture.capture(tiny_bundle, root, CaptureOptions(prompts=PROMPTS, count=3))
 
 
 @pytest.fixture(scope="module")
@@ -742,4 +735,4 @@ def test_options_that_make_no_sense_are_refused(run, tiny_bundle, data, argument
 
 def test_a_copy_of_the_data_on_another_disk_still_fits(data, tiny_bundle, tmp_path):
     copied = Path(shutil.copytree(data.root, tmp_path / "copy"))
-    assert module("dataset").open_calibration(copied, tiny_bundle).sha256 == data.sha256
+    assert open_calibration(copied, tiny_bundle).sha256 == data.sha256

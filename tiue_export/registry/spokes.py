@@ -1,10 +1,65 @@
-"""Doors to the spokes: runtimes, calibration, benchmarks and apps are reached from here by name."""
+"""Doors to the spokes: typed functions whose work lies in calibration, benchmarks or apps.
+
+A door gives the name, signature and types; the spoke is imported on the first call, by the string
+beside it. tests/test_spokes.py holds every door against the function behind it.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+
+if TYPE_CHECKING:
+    from tiue_export.bundle.folder import Bundle
+    from tiue_export.proof.calibration import CalibrationData, CaptureOptions, CapturePlan
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Door -> "module:function" of what it opens.
+DOORS: dict[str, str] = {}
 
 
+def _door(target: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a declaration, whose own body never runs, the door to "module:function" of a spoke."""
+    module, _, name = target.partition(":")
+
+    def opened_by(declaration: Callable[P, R]) -> Callable[P, R]:
+        DOORS[declaration.__name__] = target
+
+        @functools.wraps(declaration)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            work = getattr(importlib.import_module(f"tiue_export.{module}"), name)
+            return cast(R, work(*args, **kwargs))
+
+        return call
+
+    return opened_by
+
+
+@_door("apps.cli:main")
 def run_command_line(arguments: list[str] | None = None) -> None:
-    """The `tiue-export` command; its code is a spoke, so it is reached by name."""
-    importlib.import_module("tiue_export.apps.cli").main(arguments)
+    """The `tiue-export` command."""
+    raise NotImplementedError
+
+
+@_door("calibration.capture:plan_capture")
+def plan_capture(bundle: Bundle, options: CaptureOptions) -> CapturePlan:
+    """What a capture will hold; what cannot be captured is refused here, before any work."""
+    raise NotImplementedError
+
+
+@_door("calibration.capture:capture")
+def capture(
+    bundle: Bundle,
+    root: Path,
+    options: CaptureOptions,
+    *,
+    force: bool = False,
+    on_run: Callable[[int, int], None] = lambda done, wanted: None,
+) -> CalibrationData:
+    """Capture what prompts feed the UNet into `root`, or go on where an earlier capture stopped."""
+    raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Captured calibration data on disk: what the encoder and the decoder were fed, run by run.
+"""Captured calibration data: what is to be captured, and on disk what the UNet was fed, by run.
 
     calibration.json            what was captured from which bundle, and every shard with its hash
     shard-00000.safetensors     tensors "RUN.NAME": noise, text embedding, encoder features
@@ -22,12 +22,38 @@ from tiue_export.bundle.folder import Bundle, file_records
 from tiue_export.bundle.manifest import FileRecord, structured
 from tiue_export.errors import BundleError, UsageError
 from tiue_export.proof.quantization_plan import student_identity
-from tiue_export.specs import UNET_GRAPHS, Array
+from tiue_export.specs import UNET_ENCODER, UNET_GRAPHS, Array, RuntimeOptions, TensorSpec
 from tiue_export.system.atomic_file import write_atomically
 
 FORMAT_VERSION = 1
 INDEX_FILE = "calibration.json"
+SHARD_BYTES = 256 << 20
 _AGAIN = "Capture again: tiue-export calibrate BUNDLE --out FOLDER --force"
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What to capture, on which runtime; picture i uses seed + i.
+
+    `count` prompts are taken from the front of `prompts`; None: as many as quantizing usually
+    takes. `prompts` None: the list that comes with the program.
+    """
+
+    prompts: tuple[str, ...] | None = None
+    count: int | None = None
+    seed: int = 0
+    runtime: str = "ort"
+    runtime_options: RuntimeOptions = field(default_factory=RuntimeOptions)
+    shard_bytes: int = SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """What a capture will hold: `prompts` in `runs` runs of the bundle's batch."""
+
+    prompts: tuple[str, ...]
+    runs: int
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -99,6 +125,17 @@ class CalibrationData:
                     name: np.array(file.get_tensor(f"{number:05d}.{name}"))
                     for name in self.index.tensors
                 }
+
+
+def run_bytes(bundle: Bundle) -> int:
+    """The size of one captured run: the encoder's inputs and outputs in float32."""
+    batch, spec = bundle.manifest.batch or 1, bundle.spec(UNET_ENCODER)
+    tensors = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
+    return sum(_elements(tensor, batch) * 4 for tensor in tensors.values())
+
+
+def _elements(tensor: TensorSpec, batch: int) -> int:
+    return int(np.prod([batch if isinstance(side, str) else side for side in tensor.shape]))
 
 
 def new_index(bundle: Bundle, prompts: Sequence[str], seed: int, runtime: str) -> CalibrationIndex:
