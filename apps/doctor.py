@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
-import subprocess
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
@@ -19,6 +15,7 @@ from tiue_export.export.coreml.mil.package import has_native_library
 from tiue_export.registry.packages import EXPORT_NEEDS, SERVER_NEEDS, TRAIN_NEEDS, missing_modules
 from tiue_export.registry.runtimes import RUNTIMES
 from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.machine import describe_machine, installed_versions, nvidia_gpus
 from tiue_export.system.tensorrt_flavor import TITLES, install_line, load_flavor, this_device
 
 from .draw.fastest_runtime import choice_rows, choice_table
@@ -30,7 +27,6 @@ _PACKAGES = (
     "tensorrt-cu12", "tensorrt-cu13", "tensorrt", "tensorrt-rtx-cu13", "polygraphy",
     "cuda-bindings", "coremltools", "coreai-core", "coreai-torch",
 )  # fmt: skip
-_CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd")
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Backend:
 def run(as_json: bool) -> None:
     """Print machine, packages and backends."""
     machine = {**describe_machine(), "cache": _cache()}
-    packages, backends = installed_packages(), check_backends()
+    packages, backends = installed_versions(_PACKAGES), check_backends()
     problems, choices = conflicts(packages), choice_rows()
     if as_json:
         print_json(
@@ -81,36 +77,11 @@ def run(as_json: bool) -> None:
         console.print(f"[bold red]problem:[/] {problem}")
 
 
-def describe_machine() -> dict[str, str]:
-    """Operating system, Python, CPU with the instruction sets that matter, memory, GPU.
-
-    Goes into records that are passed on: nothing here names a user or a folder.
-    """
-    return {
-        "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
-        "python": platform.python_version(),
-        "cpu": _cpu(),
-        "memory": _memory(),
-        "gpu": _gpu() or "none found (nvidia-smi)",
-    }
-
-
 def _cache() -> str:
     """Compiled models and what was measured here: as large as the weights, for each precision."""
     folder = user_cache_folder()
     size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return f"{folder}, {megabytes(size_bytes)}; can be deleted at any time (tiue-export cache)"
-
-
-def installed_packages() -> dict[str, str | None]:
-    """Version of each package of interest, None where absent."""
-    found: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def check_backends() -> list[Backend]:
@@ -225,7 +196,7 @@ def _ort(provider: str, name: str, extra: str) -> Backend:
             f"this onnxruntime ({onnxruntime.__version__}) was built without {provider}",
             f"pip uninstall onnxruntime && {remedy}",
         )
-    if provider == "CUDAExecutionProvider" and _gpu() is None:
+    if provider == "CUDAExecutionProvider" and nvidia_gpus() is None:
         return Backend(name, False, "no NVIDIA GPU found", "check the driver with nvidia-smi")
     return Backend(name, True, f"onnxruntime {onnxruntime.__version__}")
 
@@ -235,39 +206,6 @@ def _ort_rtx() -> Backend:
     name, package = "run: ort with --provider rtx", "onnxruntime-ep-nv-tensorrt-rtx"
     if missing_modules((package.replace("-", "_"),)):
         return Backend(name, False, f"{package} is not installed", f"pip install {package}")
-    if _gpu() is None:
+    if nvidia_gpus() is None:
         return Backend(name, False, "no NVIDIA GPU found", "check the driver with nvidia-smi")
     return Backend(name, True, "installed")
-
-
-def _cpu() -> str:
-    name, features = platform.processor() or platform.machine(), []
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        pairs = (line.partition(":") for line in info.read_text().splitlines())
-        lines = {key.strip(): value.strip() for key, _, value in pairs}
-        name = lines.get("model name", name)
-        flags = (lines.get("flags") or lines.get("Features") or "").split()
-        features = [feature for feature in _CPU_FEATURES if feature in flags]
-    return f"{name}, {os.cpu_count()} cores" + (f", {' '.join(features)}" if features else "")
-
-
-def _memory() -> str:
-    info = Path("/proc/meminfo")
-    if not info.is_file():
-        return "unknown"
-    lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-    sizes = [int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable")]
-    return f"{megabytes(sizes[0])}, {megabytes(sizes[1])} available"
-
-
-def _gpu() -> str | None:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None

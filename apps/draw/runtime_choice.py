@@ -10,13 +10,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 from tiue_export._version import __version__
@@ -29,6 +27,7 @@ from tiue_export.registry.runtimes import RUNTIMES
 from tiue_export.specs import CONTROLNET, Array, RuntimeOptions
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.machine import cpu_name, installed_versions, usable_cores
 from tiue_export.system.tensorrt_flavor import this_device
 
 AUTO = "auto"
@@ -217,21 +216,15 @@ def _try(bundle: Bundle, name: str, options: RuntimeOptions, control: Array | No
 
 def _circumstances() -> dict[str, str]:
     """The machine and the libraries, as far as they decide which runtime is fastest."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {
+    return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cores": str(cores),
+        "cpu": cpu_name(),
+        "cores": str(usable_cores()),
         "gpu": _gpu_name(),
         "python": platform.python_version(),
         "tiue-export": __version__,
+        **{name: version or "none" for name, version in installed_versions(_LIBRARIES).items()},
     }
-    for library in _LIBRARIES:
-        try:
-            found[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            found[library] = "none"
-    return found
 
 
 def _asked(options: RuntimeOptions) -> dict[str, str]:
@@ -244,16 +237,6 @@ def _asked(options: RuntimeOptions) -> dict[str, str]:
         )
         or "nothing"
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text("utf-8", "replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _gpu_name() -> str:

@@ -66,6 +66,11 @@ def explained(command: Callable[P, None]) -> Callable[P, None]:
     return guarded
 
 
+def run_explained(command: Callable[[], None]) -> None:
+    """Run a benchmark's own command line as those of the program are run."""
+    explained(command)()
+
+
 def _stop(message: str, next_step: str | None, exit_code: int) -> None:
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     label = "\033[1;31merror:\033[0m" if colour else "error:"

@@ -11,10 +11,18 @@ import re
 import sys
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 from tiue_export._version import __version__
+from tiue_export.system.machine import (
+    available_memory_bytes,
+    cpu_flags,
+    cpu_name,
+    installed_versions,
+    memory_bytes,
+    text_of,
+    usable_cores,
+)
 
 # A load average above this share of the cores before anything started disturbs what follows.
 BUSY_LOAD_SHARE = 0.25
@@ -54,39 +62,27 @@ class Environment:
 
 def describe_environment() -> Environment:
     """Look now: before any contender was started."""
-    memory = _memory_bytes()
+    versions = installed_versions(_PACKAGES)
     return Environment(
         started_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         program=f"tiue-export {__version__}",
         system=f"{platform.system()} {platform.release()} ({platform.machine()})",
         python=platform.python_version(),
-        cpu=_cpu_lines().get("model name") or platform.processor() or platform.machine(),
-        cpu_flags=_cpu_flags(),
+        cpu=cpu_name(),
+        cpu_flags=tuple(flag for flag in cpu_flags() if _CPU_FLAGS.fullmatch(flag)),
         cores=usable_cores(),
-        governor=_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        memory_bytes=memory.get("MemTotal") or _physical_memory_bytes(),
-        memory_available_bytes=memory.get("MemAvailable"),
+        governor=text_of("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        memory_bytes=memory_bytes(),
+        memory_available_bytes=available_memory_bytes(),
         load_average=tuple(round(load, 2) for load in _load_average()),
-        packages=_versions(),
+        packages={name: version for name, version in versions.items() if version is not None},
         variables={k: v for k, v in sorted(os.environ.items()) if _VARIABLES.fullmatch(k)},
     )
 
 
-def usable_cores() -> int:
-    """Cores that the scheduler may give to this process."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def available_memory_bytes() -> int | None:
-    """What could be allocated now without swapping."""
-    return _memory_bytes().get("MemAvailable")
-
-
 def busy_core_seconds() -> float | None:
     """CPU time that all processes of the machine have used so far, stolen time included."""
-    line = (_text("/proc/stat") or "").partition("\n")[0].split()
+    line = (text_of("/proc/stat") or "").partition("\n")[0].split()
     if len(line) < 9 or line[0] != "cpu":
         return None
     user, nice, system, _, _, interrupts, soft_interrupts, stolen = map(int, line[1:9])
@@ -96,7 +92,7 @@ def busy_core_seconds() -> float | None:
 
 def process_memory_bytes() -> tuple[int, int]:
     """Resident memory of this process: now, and its peak since the last `forget_peak`."""
-    status = _text("/proc/self/status")
+    status = text_of("/proc/self/status")
     if status is not None:
         found = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", status, re.MULTILINE))
         if len(found) == 2:
@@ -115,7 +111,7 @@ def mapped_file_bytes(pid: int) -> int:
     The system counts them as available: it may drop them at any time, and the process then waits
     for the disk.
     """
-    found = re.search(r"^RssFile:\s+(\d+) kB", _text(f"/proc/{pid}/status") or "", re.MULTILINE)
+    found = re.search(r"^RssFile:\s+(\d+) kB", text_of(f"/proc/{pid}/status") or "", re.MULTILINE)
     return 0 if found is None else int(found[1]) * 1024
 
 
@@ -133,43 +129,3 @@ def _load_average() -> tuple[float, ...]:
         return os.getloadavg()
     except (AttributeError, OSError):  # Windows
         return ()
-
-
-def _memory_bytes() -> dict[str, int]:
-    found = re.findall(r"^(\w+):\s+(\d+) kB", _text("/proc/meminfo") or "", re.MULTILINE)
-    return {name: int(size) * 1024 for name, size in found}
-
-
-def _physical_memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
-
-
-def _cpu_lines() -> dict[str, str]:
-    pairs = (line.partition(":") for line in (_text("/proc/cpuinfo") or "").splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def _cpu_flags() -> tuple[str, ...]:
-    lines = _cpu_lines()
-    flags = (lines.get("flags") or lines.get("Features") or "").split()
-    return tuple(flag for flag in flags if _CPU_FLAGS.fullmatch(flag))
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _text(path: str) -> str | None:
-    try:
-        return Path(path).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None

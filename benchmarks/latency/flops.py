@@ -14,8 +14,7 @@ from pathlib import Path
 
 from tiue_export.bundle.folder import Bundle, open_bundle
 from tiue_export.graphs.flops import GraphFlops, count_flops
-
-from ..explained import run_explained
+from tiue_export.registry.spokes import run_explained
 
 __all__ = ["GraphFlops", "bundle_flops", "count_flops"]
 

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiue_export.bundle.folder import MANIFEST_FILE
 from tiue_export.errors import RuntimeFailure
-
-from ..explained import run_explained
+from tiue_export.registry.spokes import run_explained
 
 if TYPE_CHECKING:
     from tiue_export.student.model import Student

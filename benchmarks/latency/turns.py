@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tiue_export.bundle.manifest import structured
+from tiue_export.system.machine import available_memory_bytes
 
 from .contenders import Contender
-from .environment import available_memory_bytes, busy_core_seconds, mapped_file_bytes
+from .environment import busy_core_seconds, mapped_file_bytes
 from .process import ContenderFailure, WorkerProcess
 from .record import Facts, Measurement, Settings, Turn
 

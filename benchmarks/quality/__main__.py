@@ -19,9 +19,9 @@ from typing import Any
 from tiue_export.bundle.folder import open_bundle
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import UsageError
+from tiue_export.registry.spokes import run_explained
 from tiue_export.specs import RuntimeOptions
 
-from ..explained import run_explained
 from ..figure import check_file, check_plot
 from .bundles import pipeline_contender, plan_contenders, require_family
 from .judge import Contender, choose_prompts, compare

@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,11 @@ from torch import Tensor
 from tiue_export._version import __version__
 from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import RuntimeFailure, UsageError, first_line
+from tiue_export.registry.spokes import run_explained
 from tiue_export.sampling.noise import check_seeds, noise_from_seed
 from tiue_export.sampling.schedule import schedule_from_config
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.machine import describe_machine, installed_versions
 
 from ..figure import check_file, check_plot
 from .ddim_features import LoadedPipeline, block_outputs, load_pipeline
@@ -58,6 +59,7 @@ from .feature_similarity_report import (
     summarise,
 )
 
+_PACKAGES = ("numpy", "torch", "diffusers", "transformers", "tokenizers", "safetensors")
 DEFAULT_PROMPTS = (
     "a red fox sitting in fresh snow, soft morning light",
     "an old fishing boat on a calm lake at sunrise",
@@ -197,15 +199,13 @@ def describe_request(pipeline: LoadedPipeline, settings: Settings) -> dict[str, 
 
 def write_result(path: Path, request: Mapping[str, Any], runs: Mapping[int, StepRun]) -> None:
     """Replace the JSON file: environment, request, summary, verdict, paper's curves, all runs."""
-    # The command line's `doctor` is another spoke: those are reached by name only.
-    doctor = import_module("tiue_export.apps.doctor")
     ordered = [runs[steps] for steps in sorted(runs)]
     result = {
         "what": "mean cosine similarity of UNet block outputs between DDIM steps",
         "environment": {
             "tiue-export": __version__,
-            "machine": doctor.describe_machine(),
-            "packages": doctor.installed_packages(),
+            "machine": describe_machine(),
+            "packages": installed_versions(_PACKAGES),
             "torch_threads": torch.get_num_threads(),
         },
         "request": request,
@@ -339,9 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers; resumed if there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs tiue-export[bench]")
     parser.add_argument("--force", action="store_true", help="measure again what --json holds")
-    # Messages instead of tracebacks are the command line's, another spoke: reached by name.
-    explained = import_module("tiue_export.apps.report.failures").explained
-    explained(run)(parser.parse_args(arguments))
+    given = parser.parse_args(arguments)
+    run_explained(lambda: run(given))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ from rich.console import Console
 from tiue_export.bundle.folder import Bundle, disk_errors, open_bundle
 from tiue_export.drawing.pipeline import replanned
 from tiue_export.errors import UsageError, unknown_name
+from tiue_export.registry.spokes import run_explained
 from tiue_export.sampling.plan_options import PlanChange
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER
 
-from ..explained import run_explained
 from ..figure import check_file, check_plot, new_figure, save_figure
 from ..latency.bench import counted, ready, work_folder
 from ..latency.contenders import Contender

@@ -31,8 +31,7 @@ from rich.table import Table
 
 from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import RuntimeFailure, UsageError
-
-from ..explained import run_explained
+from tiue_export.registry.spokes import run_explained
 
 _PATH = "/v1/images/generations"
 _STOP_S = 60

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from tiue_export.errors import UsageError
+from tiue_export.registry.spokes import run_explained
 from tiue_export.specs import Array
 from tiue_export.train.run_folder import JOURNAL_FILE, RunFolder
 
-from ..explained import run_explained
 from ..figure import check_plot, new_figure, save_figure
 
 _WINDOW_SHARE = 0.05

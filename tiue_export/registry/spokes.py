@@ -46,6 +46,12 @@ def run_command_line(arguments: list[str] | None = None) -> None:
     raise NotImplementedError
 
 
+@_door("apps.report.failures:run_explained")
+def run_explained(command: Callable[[], None]) -> None:
+    """Run a benchmark's own command line as those of the program are run."""
+    raise NotImplementedError
+
+
 @_door("calibration.capture:plan_capture")
 def plan_capture(bundle: Bundle, options: CaptureOptions) -> CapturePlan:
     """What a capture will hold; what cannot be captured is refused here, before any work."""
