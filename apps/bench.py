@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from tiue_export.errors import RuntimeFailure, UsageError
+from tiue_export.proof.latency_change import Change, parse_limit, require_not_slower
+from tiue_export.proof.latency_record import Settings, read_record, write_text
+from tiue_export.proof.latency_request import ContenderRequest, LatencyOutputs, LatencyPlan
+from tiue_export.registry.spokes import (
+    change_markdown,
+    change_table,
+    compare_records,
+    latency_table,
+    measure_latency,
+)
 
 from .report.tables import console, print_json
-
-# The benchmark is another spoke, so it is reached by name.
-_PACKAGE = "tiue_export.benchmarks.latency"
 
 
 @dataclass(frozen=True)
@@ -53,60 +59,47 @@ class BenchRequest:
 
 def run(request: BenchRequest) -> None:
     """Measure, or compare two records; print; end with exit code 11 if something is too slow."""
-    comparison = importlib.import_module(f"{_PACKAGE}.comparison")
-    limit = None
-    if request.fail_if_slower is not None:
-        limit = comparison.parse_limit(request.fail_if_slower)
+    limit = None if request.fail_if_slower is None else parse_limit(request.fail_if_slower)
     if request.compare is not None:
-        changes = _compare(request, comparison)
+        changes = _compare(request, *request.compare)
     else:
-        changes = _measure(request, comparison, limit)
+        changes = _measure(request, limit)
     if limit is not None:
-        comparison.require_not_slower(changes, limit)
+        require_not_slower(changes, limit)
 
 
-def _compare(request: BenchRequest, comparison: Any) -> Any:
+def _compare(request: BenchRequest, before: Path, now: Path) -> Sequence[Change]:
     if request.bundles:
         raise UsageError(
             "--compare takes two records and no bundle",
             "tiue-export bench --compare before.json now.json",
         )
-    assert request.compare is not None
-    read_record = importlib.import_module(f"{_PACKAGE}.record").read_record
-    before, now = (read_record(path) for path in request.compare)
-    changes = comparison.compare_records(before, now)
-    notes = comparison.environment_changes(before, now)
+    compared = compare_records(read_record(before), read_record(now))
     if request.markdown is not None:
-        write_text = importlib.import_module(f"{_PACKAGE}.record").write_text
-        write_text(request.markdown, comparison.change_markdown(changes, notes))
+        write_text(request.markdown, change_markdown(compared))
     if request.as_json:
-        print_json({"changes": comparison.changes_json(changes), "environment": notes})
-        return changes
-    console.print(comparison.change_table(changes))
-    for note in notes:
+        changes = [asdict(change) for change in compared.changes]
+        print_json({"changes": changes, "environment": compared.notes})
+        return compared.changes
+    console.print(change_table(compared.changes))
+    for note in compared.notes:
         console.print(f"differs: {note}", markup=False)
-    return changes
+    return compared.changes
 
 
-def _measure(request: BenchRequest, comparison: Any, limit: float | None) -> Any:
+def _measure(request: BenchRequest, limit: float | None) -> Sequence[Change]:
     if limit is not None and len(request.bundles) < 2:
         raise UsageError(
             "--fail-if-slower compares bundles with the first one; expected two or more",
             "Give two bundles, or --compare with two records.",
         )
-    bench = importlib.import_module(f"{_PACKAGE}.bench")
-    report = importlib.import_module(f"{_PACKAGE}.report")
-    stderr = Console(stderr=True)
-    quiet = request.as_json
-    outcome = bench.run(
-        _plan(request, bench),
-        lambda line: None if quiet else stderr.print(line, markup=False, highlight=False),
-    )
+    stderr = Console(stderr=True, quiet=request.as_json, highlight=False)
+    outcome = measure_latency(_plan(request), lambda line: stderr.print(line, markup=False))
     if request.as_json:
         print(outcome.text, end="")
     else:
-        console.print(report.rich_table(outcome.record, outcome.ratios_to))
-        for line in report.missing_lines(outcome.record):
+        console.print(latency_table(outcome.record, outcome.ratios_to))
+        for line in outcome.record.missing():
             console.print(f"[yellow]-[/] {escape(line)}")
         for warning in outcome.record.warnings:
             console.print(f"[bold yellow]warning:[/] {escape(warning)}")
@@ -114,13 +107,11 @@ def _measure(request: BenchRequest, comparison: Any, limit: float | None) -> Any
         raise RuntimeFailure("nothing could be measured; the reasons stand above")
     if outcome.stopped:
         raise KeyboardInterrupt("stopped; the rounds that were whole are reported and written")
-    return comparison.compare_with_first_bundle(outcome.record, outcome.bundle_titles)
+    return outcome.changes
 
 
-def _plan(request: BenchRequest, bench: Any) -> Any:
-    contenders = importlib.import_module(f"{_PACKAGE}.contenders")
-    record = importlib.import_module(f"{_PACKAGE}.record")
-    asked = contenders.Request(
+def _plan(request: BenchRequest) -> LatencyPlan:
+    contenders = ContenderRequest(
         contenders=request.contenders,
         runtimes=request.runtimes,
         precisions=request.precisions,
@@ -133,21 +124,21 @@ def _plan(request: BenchRequest, bench: Any) -> Any:
         width=request.width,
         unet_only=request.unet_only,
     )
-    settings = record.Settings(
+    settings = Settings(
         rounds=request.rounds,
         runs=request.runs,
         warmup=request.warmup,
         unet_only=request.unet_only,
         reload=request.reload,
     )
-    return bench.Plan(
+    return LatencyPlan(
         bundles=request.bundles,
-        request=asked,
+        request=contenders,
         settings=settings,
         ratios_to=request.ratios_to,
         peaks=request.peaks,
         measure_peak=request.measure_peak,
         work=request.work,
         timeout_s=request.timeout_s,
-        outputs=bench.Outputs(request.out, request.markdown, request.plot),
+        outputs=LatencyOutputs(request.out, request.markdown, request.plot),
     )

@@ -5,13 +5,28 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.drawing.pipeline import replanned
 from tiue_export.errors import RuntimeFailure, UsageError
+from tiue_export.proof.latency_record import (
+    UNET,
+    Ceiling,
+    Measurement,
+    Record,
+    Settings,
+    to_json,
+    write_text,
+)
+from tiue_export.proof.latency_request import (
+    ContenderRequest,
+    LatencyOutcome,
+    LatencyOutputs,
+    LatencyPlan,
+)
 from tiue_export.registry.packages import missing_modules
 from tiue_export.sampling.plan_options import PlanChange
 from tiue_export.specs import (
@@ -24,12 +39,12 @@ from tiue_export.specs import (
 
 from ..figure import check_file, check_plot
 from ..studies.ceiling import ceilings_in_child, parse_ceilings
-from .contenders import Contender, Request, bundle_titles, expand
+from .comparison import compare_with_first_bundle
+from .contenders import Contender, bundle_titles, expand
 from .environment import describe_environment
 from .faster_session import loop_runs, plan_of
 from .flops import bundle_flops
 from .made_bundle import is_made, made
-from .record import UNET, Ceiling, Measurement, Record, Settings, to_json, write_text
 from .report import first_measured, full_names, markdown, number, standing_warnings
 from .settings import FasterSettings, GraphSettings, SessionSettings
 from .summary import RATIO_STAGES, summarized
@@ -38,47 +53,7 @@ from .turns import measure
 Tell = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Files to write, None for none."""
-
-    record: Path | None = None
-    markdown: Path | None = None
-    plot: Path | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A whole run. `peaks` are "PRECISION=TFLOPS"; without any, they are measured if
-    `measure_peak`. `work` keeps bundles that are made for measuring; None: they are removed."""
-
-    bundles: tuple[Path, ...]
-    request: Request
-    settings: Settings
-    ratios_to: tuple[str, ...] = ()
-    peaks: tuple[str, ...] = ()
-    measure_peak: bool = True
-    work: Path | None = None
-    timeout_s: float = 3600.0
-    outputs: Outputs = field(default_factory=Outputs)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The record, the contenders its ratios are taken to, and the JSON text of both.
-
-    `bundle_titles` are the bundles' names in the record, in the order they were given. `stopped`:
-    by Ctrl-C, after at least one whole round.
-    """
-
-    record: Record
-    ratios_to: tuple[str, ...]
-    bundle_titles: tuple[str, ...]
-    text: str
-    stopped: bool = False
-
-
-def run(plan: Plan, tell: Tell = lambda line: None) -> Outcome:
+def measure_latency(plan: LatencyPlan, tell: Tell = lambda line: None) -> LatencyOutcome:
     """Measure and write the files; `tell` hears a line for each step.
 
     Raises `UsageError` for a request that cannot be honoured, before anything is started. What
@@ -109,14 +84,14 @@ def run(plan: Plan, tell: Tell = lambda line: None) -> Outcome:
         warnings.append(f"stopped by Ctrl-C after {rounds} of {asked_rounds} rounds")
     record = replace(record, warnings=tuple(warnings))
     ratios_to = asked or first_measured(record)
-    titles = tuple(bundle_titles(request.bundles))
+    changes = compare_with_first_bundle(record, bundle_titles(request.bundles))
     text = to_json(record, summarized(record, ratios_to))
-    outcome = Outcome(record, ratios_to, titles, text, rounds < asked_rounds)
+    outcome = LatencyOutcome(record, ratios_to, tuple(changes), text, rounds < asked_rounds)
     write_outputs(outcome, plan.outputs)
     return outcome
 
 
-def check_settings(plan: Plan) -> None:
+def check_settings(plan: LatencyPlan) -> None:
     """Refuse numbers that measure nothing, and outputs that cannot be made."""
     settings = plan.settings
     for name, value, least in (
@@ -136,7 +111,7 @@ def check_settings(plan: Plan) -> None:
     check_file("--markdown", plan.outputs.markdown)
 
 
-def write_outputs(outcome: Outcome, outputs: Outputs) -> None:
+def write_outputs(outcome: LatencyOutcome, outputs: LatencyOutputs) -> None:
     """Record, markdown and plot, as far as they were asked for."""
     record, ratios_to = outcome.record, outcome.ratios_to
     if outputs.record is not None:
@@ -174,7 +149,7 @@ def work_folder(work: Path | None) -> AbstractContextManager[str | Path]:
     return tempfile.TemporaryDirectory(prefix="tiue-export-bench-")
 
 
-def _ceilings(plan: Plan, request: Request, tell: Tell) -> Mapping[str, Ceiling]:
+def _ceilings(plan: LatencyPlan, request: ContenderRequest, tell: Tell) -> Mapping[str, Ceiling]:
     if not plan.measure_peak:
         return {}
     tell("measuring the machine's ceiling")

@@ -1,48 +1,25 @@
-"""Two records side by side, and the check that fails when something became slower."""
+"""Two records side by side, or the bundles of one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.errors import RegressionError, UsageError
+from tiue_export.proof.latency_change import Change, Comparison, ratio_text
+from tiue_export.proof.latency_record import END_TO_END, UNET, Measurement, Record
 
-from .record import END_TO_END, UNET, Measurement, Record
-from .report import number, ratio_text
-from .summary import Ratio, ratio_to, spread, unpaired_ratio
-
-
-@dataclass(frozen=True)
-class Change:
-    """A contender's time now over its time before, at `stage`; or why there is none.
-
-    `gone`: it was measured before and is not now.
-    """
-
-    name: str
-    stage: str
-    before_ms: float | None = None
-    now_ms: float | None = None
-    ratio: Ratio | None = None
-    reason: str | None = None
-    gone: bool = False
-
-    def is_slower(self, limit: float) -> bool:
-        """By more than the share `limit`, and by more than the noise between rounds."""
-        if self.ratio is None:
-            return self.gone
-        certain = self.ratio.low is None or self.ratio.low > 1
-        return self.ratio.value > 1 + limit and certain
+from .report import number
+from .summary import ratio_to, spread, unpaired_ratio
 
 
-def compare_records(before: Record, now: Record) -> list[Change]:
-    """Every contender of either record, by name."""
+def compare_records(before: Record, now: Record) -> Comparison:
+    """Every contender of either record, by name, and what else differs."""
     old, new = before.by_name(), now.by_name()
-    return [_change(name, old.get(name), new.get(name)) for name in dict.fromkeys([*old, *new])]
+    names = dict.fromkeys([*old, *new])
+    changes = tuple(_change(name, old.get(name), new.get(name)) for name in names)
+    return Comparison(changes, tuple(_environment_changes(before, now)))
 
 
 def compare_with_first_bundle(record: Record, titles: Sequence[str]) -> list[Change]:
@@ -66,7 +43,7 @@ def compare_with_first_bundle(record: Record, titles: Sequence[str]) -> list[Cha
     return changes
 
 
-def environment_changes(before: Record, now: Record) -> list[str]:
+def _environment_changes(before: Record, now: Record) -> list[str]:
     """What differs between the two machines or set-ups: ratios then mean more than the program."""
     found = []
     for name in ("system", "python", "cpu", "cores", "governor", "packages", "variables"):
@@ -89,51 +66,14 @@ def change_table(changes: Sequence[Change]) -> Table:
     return table
 
 
-def change_markdown(changes: Sequence[Change], notes: Sequence[str]) -> str:
+def change_markdown(compared: Comparison) -> str:
     """The same as markdown, with what else differs."""
     lines = ["| contender | stage | before ms | now ms | now / before [95 %] |"]
     lines += ["|---|---|---:|---:|---:|"]
-    lines += ["| " + " | ".join(row) + " |" for row in _cells(changes)]
-    if notes:
-        lines += ["", *(f"- {note}" for note in notes)]
+    lines += ["| " + " | ".join(row) + " |" for row in _cells(compared.changes)]
+    if compared.notes:
+        lines += ["", *(f"- {note}" for note in compared.notes)]
     return "\n".join(lines) + "\n"
-
-
-def changes_json(changes: Sequence[Change]) -> list[dict[str, Any]]:
-    """Plain values."""
-    return [asdict(change) for change in changes]
-
-
-def parse_limit(text: str) -> float:
-    """ "5%" -> 0.05."""
-    try:
-        percent = float(text.strip().removesuffix("%"))
-    except ValueError:
-        percent = -1.0
-    if not 0 <= percent < 1000:
-        raise UsageError(f"--fail-if-slower is {text!r}; expected a percentage such as 5%")
-    return percent / 100
-
-
-def require_not_slower(changes: Sequence[Change], limit: float) -> None:
-    """Raise `RegressionError` naming every contender that became slower, or is gone."""
-    if not changes:
-        raise UsageError(
-            "there is nothing to compare", "Give two bundles, or --compare with two records."
-        )
-    slower = [change for change in changes if change.is_slower(limit)]
-    if not slower:
-        return
-    told = "; ".join(
-        f"{change.name}: {change.reason}"
-        if change.ratio is None
-        else f"{change.name}, {change.stage}: {ratio_text(change.ratio)} times as long"
-        for change in slower
-    )
-    raise RegressionError(
-        f"{len(slower)} of {len(changes)} are slower by more than {100 * limit:g} %: {told}",
-        "Run it again on an idle machine with more --rounds, or find the cause.",
-    )
 
 
 def _change(name: str, old: Measurement | None, new: Measurement | None) -> Change:

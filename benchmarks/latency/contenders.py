@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypedDict
 
 from tiue_export.errors import UsageError, unknown_name
+from tiue_export.proof.latency_request import ContenderRequest
 from tiue_export.registry.packages import missing_modules
 from tiue_export.registry.runtimes import RUNTIMES
 from tiue_export.specs import CONTROLNET
@@ -126,29 +127,7 @@ class Lane:
     precision: str
 
 
-@dataclass(frozen=True)
-class Request:
-    """Everything that decides who takes part.
-
-    `runtimes` and `precisions` empty: what the bundles can run on here. `contenders` empty: the
-    usual ones. Sizes in pixels, None: the first bundle's, or the checkpoint's own.
-    """
-
-    bundles: tuple[Bundle, ...] = ()
-    contenders: tuple[str, ...] = ()
-    runtimes: tuple[str, ...] = ()
-    precisions: tuple[str, ...] = ()
-    device: str = "cpu"
-    checkpoint: str | None = None
-    base: str | None = None
-    vae: str | None = None
-    threads: int | None = None
-    height: int | None = None
-    width: int | None = None
-    unet_only: bool = False
-
-
-def expand(asked: Request) -> list[Contender]:
+def expand(asked: ContenderRequest) -> list[Contender]:
     """All contenders, in the order they were asked for; the first is what ratios are taken to."""
     chosen = asked.contenders
     if not chosen:
@@ -181,7 +160,7 @@ def _sharing_graphs(contenders: Sequence[Contender]) -> list[Contender]:
     ]
 
 
-def bundle_lanes(asked: Request, bundle: Bundle) -> list[Lane]:
+def bundle_lanes(asked: ContenderRequest, bundle: Bundle) -> list[Lane]:
     """The runtimes and precisions that a bundle is to be measured in."""
     runtimes = asked.runtimes or _usable_runtimes(bundle)
     return [
@@ -191,7 +170,7 @@ def bundle_lanes(asked: Request, bundle: Bundle) -> list[Lane]:
     ]
 
 
-def _named(name: str, asked: Request) -> list[Contender]:
+def _named(name: str, asked: ContenderRequest) -> list[Contender]:
     if name == BUNDLES:
         return _bundle_contenders(asked)
     if name in ALIASES:
@@ -208,7 +187,7 @@ def _named(name: str, asked: Request) -> list[Contender]:
 _FULL_NAME = "METHOD/RUNTIME/PRECISION, such as one-step/torch/fp32"
 
 
-def _lanes(method: str, parts: Sequence[str], asked: Request) -> list[Lane]:
+def _lanes(method: str, parts: Sequence[str], asked: ContenderRequest) -> list[Lane]:
     """The lanes that METHOD, METHOD/RUNTIME or METHOD/RUNTIME/PRECISION stands for."""
     if len(parts) == 2:
         return [Lane(*parts)]
@@ -226,7 +205,7 @@ def _lanes(method: str, parts: Sequence[str], asked: Request) -> list[Lane]:
     return list(dict.fromkeys(lanes))
 
 
-def _one(method: str, lane: Lane, asked: Request) -> Contender:
+def _one(method: str, lane: Lane, asked: ContenderRequest) -> Contender:
     """The contender of one method in one lane."""
     name = f"{method}/{lane.runtime}/{lane.precision}"
     if lane.runtime in (TORCH, COMPILED_TORCH):
@@ -238,7 +217,7 @@ def _one(method: str, lane: Lane, asked: Request) -> Contender:
     return _sampler_on_graphs(name, method, lane, asked)
 
 
-def _bundle_contenders(asked: Request) -> list[Contender]:
+def _bundle_contenders(asked: ContenderRequest) -> list[Contender]:
     titles = bundle_titles(asked.bundles)
     return [
         contender
@@ -252,7 +231,7 @@ def _bundle_contenders(asked: Request) -> list[Contender]:
     ]
 
 
-def _student_bundle(title: str, bundle: Bundle, lane: Lane, asked: Request) -> Contender:
+def _student_bundle(title: str, bundle: Bundle, lane: Lane, asked: ContenderRequest) -> Contender:
     return Contender(
         name=f"{title}/{lane.runtime}/{lane.precision}",
         what=_bundle_what(bundle),
@@ -268,7 +247,9 @@ def _student_bundle(title: str, bundle: Bundle, lane: Lane, asked: Request) -> C
     )
 
 
-def _looped_bundle(title: str, bundle: Bundle, lane: Lane, asked: Request) -> list[Contender]:
+def _looped_bundle(
+    title: str, bundle: Bundle, lane: Lane, asked: ContenderRequest
+) -> list[Contender]:
     """A model in a loop: its own groups, the same one step at a time, and ordinary sampling."""
     plan, steps = plan_of(bundle), bundle.manifest.schedule.rows
     missing = None
@@ -327,7 +308,7 @@ def _bundle_what(bundle: Bundle) -> str:
     return f"TiUE K={manifest.schedule.steps}, {rows}, {hoisted}"
 
 
-def _torch(name: str, method: str, lane: Lane, asked: Request) -> Contender:
+def _torch(name: str, method: str, lane: Lane, asked: ContenderRequest) -> Contender:
     rows = _ROWS.fullmatch(method)
     passes = SAMPLERS.get(method)
     if lane.precision not in _TORCH_PRECISIONS:
@@ -359,7 +340,7 @@ def _torch(name: str, method: str, lane: Lane, asked: Request) -> Contender:
     )
 
 
-def _sd_cpp(name: str, method: str, lane: Lane, asked: Request) -> Contender:
+def _sd_cpp(name: str, method: str, lane: Lane, asked: ContenderRequest) -> Contender:
     if method not in SAMPLERS or SAMPLERS[method].cache_interval:
         raise UsageError(
             f"stable-diffusion.cpp cannot run {method!r}: it knows ordinary UNet passes only",
@@ -392,7 +373,7 @@ def _sd_cpp(name: str, method: str, lane: Lane, asked: Request) -> Contender:
     )
 
 
-def _sampler_on_graphs(name: str, method: str, lane: Lane, asked: Request) -> Contender:
+def _sampler_on_graphs(name: str, method: str, lane: Lane, asked: ContenderRequest) -> Contender:
     """Ordinary UNet passes as graphs: a bundle whose decoder has a single row, run several times.
 
     A student's encoder with one decoder row is the UNet itself, so a one-step bundle is an
@@ -421,7 +402,7 @@ def _sampler_on_graphs(name: str, method: str, lane: Lane, asked: Request) -> Co
     )
 
 
-def _one_step_bundles(passes: Passes, lane: Lane, asked: Request) -> dict[str, MadeBundle]:
+def _one_step_bundles(passes: Passes, lane: Lane, asked: ContenderRequest) -> dict[str, MadeBundle]:
     if asked.checkpoint is None:
         return {}
     height, width = _size(asked)
@@ -444,7 +425,7 @@ def _one_step_bundles(passes: Passes, lane: Lane, asked: Request) -> dict[str, M
     return {"bundle": whole, "unet_bundle": pairs}
 
 
-def _no_checkpoint(asked: Request) -> str | None:
+def _no_checkpoint(asked: ContenderRequest) -> str | None:
     return None if asked.checkpoint is not None else "it needs the weights: give --ckpt"
 
 
@@ -466,7 +447,7 @@ class _Common(TypedDict):
     unet_only: bool
 
 
-def _common(asked: Request) -> _Common:
+def _common(asked: ContenderRequest) -> _Common:
     return {"device": asked.device, "threads": asked.threads, "unet_only": asked.unet_only}
 
 
@@ -480,7 +461,7 @@ def _counted_passes(passes: Passes) -> _Counted:
     return {"passes": passes.total, "timed_passes": passes.timed, "guided": passes.guided}
 
 
-def _size(asked: Request) -> tuple[int | None, int | None]:
+def _size(asked: ContenderRequest) -> tuple[int | None, int | None]:
     """Height and width in pixels: as asked, or the first bundle's."""
     if not asked.bundles:
         return asked.height, asked.width
@@ -488,7 +469,7 @@ def _size(asked: Request) -> tuple[int | None, int | None]:
     return asked.height or manifest.height_px, asked.width or manifest.width_px
 
 
-def _batch(asked: Request) -> int:
+def _batch(asked: ContenderRequest) -> int:
     return (asked.bundles[0].manifest.batch or 1) if asked.bundles else 1
 
 
@@ -512,7 +493,7 @@ def _has_form(bundle: Bundle, runtime: str) -> bool:
     return any(folder.partition("-")[0] == runtime for folder in bundle.manifest.compiled)
 
 
-def _precisions(runtime: str, bundle: Bundle, asked: Request) -> tuple[str, ...]:
+def _precisions(runtime: str, bundle: Bundle, asked: ContenderRequest) -> tuple[str, ...]:
     if runtime == TORCH:
         return ("fp32",)
     if runtime not in RUNTIMES:

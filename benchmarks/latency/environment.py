@@ -9,11 +9,11 @@ import os
 import platform
 import re
 import sys
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 from tiue_export._version import __version__
+from tiue_export.proof.latency_record import Environment
 from tiue_export.system.machine import (
     available_memory_bytes,
     cpu_flags,
@@ -24,9 +24,6 @@ from tiue_export.system.machine import (
     usable_cores,
 )
 
-# A load average above this share of the cores before anything started disturbs what follows.
-BUSY_LOAD_SHARE = 0.25
-
 _PACKAGES = (
     "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "diffusers", "transformers",
     "tensorrt-cu12", "tensorrt-rtx-cu13", "stable-diffusion-cpp-python",
@@ -34,30 +31,6 @@ _PACKAGES = (
 # Instruction sets that decide which kernels a library takes.
 _CPU_FLAGS = re.compile(r"(avx|amx|fma|f16c|sse4_2|asimd|sve|bf16|i8mm|vnni)\w*")
 _VARIABLES = re.compile(r"(OMP|GOMP|KMP|MKL|OPENBLAS|ORT|OV|TBB|DNNL|ONEDNN|TORCH|ATEN)_\w+")
-
-
-@dataclass(frozen=True)
-class Environment:
-    """Machine, versions and load at the start. `cores` are those this process may use."""
-
-    started_at: str
-    program: str
-    system: str
-    python: str
-    cpu: str
-    cpu_flags: tuple[str, ...]
-    cores: int
-    governor: str | None
-    memory_bytes: int | None
-    memory_available_bytes: int | None
-    load_average: tuple[float, ...]
-    packages: dict[str, str]
-    variables: dict[str, str]
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether the machine had other work when the measurement began."""
-        return bool(self.load_average) and self.load_average[0] > BUSY_LOAD_SHARE * self.cores
 
 
 def describe_environment() -> Environment:

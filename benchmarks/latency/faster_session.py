@@ -17,6 +17,7 @@ import numpy as np
 from tiue_export.bundle.folder import Bundle, open_bundle
 from tiue_export.drawing.pipeline import replanned
 from tiue_export.drawing.vae_tiles import decode_in_tiles, tile_size
+from tiue_export.proof.latency_record import END_TO_END, Facts
 from tiue_export.proof.parity import load_reference
 from tiue_export.registry.runtimes import open_runtime
 from tiue_export.sampling.plan import FasterPlan
@@ -34,7 +35,6 @@ from tiue_export.specs import (
 )
 
 from .graph_session import check_parts, runtime_versions
-from .record import END_TO_END, Facts
 from .session import StageClock
 from .settings import FasterSettings
 

@@ -13,6 +13,7 @@ import numpy as np
 from tiue_export.bundle.folder import Bundle, open_bundle
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import BundleError
+from tiue_export.proof.latency_record import END_TO_END, Facts
 from tiue_export.proof.parity import load_reference
 from tiue_export.registry.runtimes import RUNTIMES, open_runtime
 from tiue_export.specs import (
@@ -27,7 +28,6 @@ from tiue_export.specs import (
     check_finite,
 )
 
-from .record import END_TO_END, Facts
 from .session import StageClock
 from .settings import GraphSettings
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tiue_export.bundle.folder import disk_errors
+from tiue_export.proof.latency_change import ratio_text
+from tiue_export.proof.latency_record import END_TO_END, UNET, Measurement, Record
 
-from .record import END_TO_END, UNET, Measurement, Record
-from .report import ratio_text
 from .summary import Spread, denominator, ratio_to, spreads
 
 # Okabe and Ito's colours: told apart in every kind of colour vision.

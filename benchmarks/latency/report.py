@@ -9,9 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.errors import UsageError
+from tiue_export.proof.latency_change import ratio_text
+from tiue_export.proof.latency_record import END_TO_END, UNET, Measurement, Record
 
-from .record import END_TO_END, UNET, Measurement, Record
-from .summary import ANY, Ratio, denominator, peak_share, ratio_to, spreads
+from .summary import ANY, denominator, peak_share, ratio_to, spreads
 
 _PART_TITLES: Mapping[str, str] = {
     "text_encoder": "text",
@@ -121,15 +122,6 @@ def rich_table(record: Record, ratios_to: Sequence[str]) -> Table:
     return table
 
 
-def missing_lines(record: Record) -> list[str]:
-    """The rows that were not measured, each with its reason."""
-    return [
-        f"{entry.name}: not measured: {entry.reason or 'it had no turn'}"
-        for entry in record.contenders
-        if not entry.measured
-    ]
-
-
 def markdown(record: Record, ratios_to: Sequence[str]) -> str:
     """The table with its circumstances; rows that were not measured say why."""
     chosen = columns(record, ratios_to, detailed=True)
@@ -227,14 +219,6 @@ def _ratio_cell(
         return ratio_text(ratio) if interval else f"{ratio.value:.3g}"
 
     return cell
-
-
-def ratio_text(ratio: Ratio) -> str:
-    """A ratio with its interval, as in "0.25 [0.24-0.26]"."""
-    shown = f"{ratio.value:.3g}"
-    if ratio.low is None or ratio.high is None:
-        return shown
-    return f"{shown} [{ratio.low:.3g}-{ratio.high:.3g}]"
 
 
 def _work_cell(entry: Measurement) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
-from .record import END_TO_END, UNET, Facts
+from tiue_export.proof.latency_record import END_TO_END, UNET, Facts
+
 from .settings import FasterSettings, GraphSettings, SdCppSettings, SessionSettings, TorchSettings
 
 # Module and class by the settings' kind. Opened in the worker only: each imports its own backend.

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from tiue_export.proof.latency_change import Ratio
+from tiue_export.proof.latency_record import END_TO_END, STAGES, UNET, Measurement, Record
 from tiue_export.specs import Array
-
-from .record import END_TO_END, STAGES, UNET, Measurement, Record
 
 CONFIDENCE = 0.95
 _RESAMPLES = 10_000
@@ -31,15 +31,6 @@ class Spread:
     p10_ms: float
     p90_ms: float
     runs: int
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A quotient of two times with its 95 % interval; no interval from a single round."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 def spread(runs: Sequence[float]) -> Spread:

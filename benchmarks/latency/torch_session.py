@@ -22,12 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tiue_export.errors import CheckpointError, RuntimeFailure
 from tiue_export.graphs.build import ExportOptions, latent_shape, text_shape, vae_scale
 from tiue_export.graphs.build import vae_scaling_factor as scaling_factor
+from tiue_export.proof.latency_record import END_TO_END, UNET, Facts
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER
 from tiue_export.student.load import load_student
 from tiue_export.student.model import Features, Student
 
-from .record import END_TO_END, UNET, Facts
 from .session import StageClock
 from .settings import TorchSettings
 

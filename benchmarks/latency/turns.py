@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tiue_export.bundle.manifest import structured
+from tiue_export.proof.latency_record import Facts, Measurement, Settings, Turn
 from tiue_export.system.machine import available_memory_bytes
 
 from .contenders import Contender
 from .environment import busy_core_seconds, mapped_file_bytes
 from .process import ContenderFailure, WorkerProcess
-from .record import Facts, Measurement, Settings, Turn
 
 # Memory left to the rest of the machine when deciding what may stay loaded.
 _RESERVE_BYTES = 500_000_000

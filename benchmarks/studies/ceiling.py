@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 
 from tiue_export.errors import RuntimeFailure, UsageError, first_line
+from tiue_export.proof.latency_record import Ceiling
 from tiue_export.registry.spokes import run_explained
 from tiue_export.system.openvino_core import import_openvino, openvino_core
-
-from ..latency.record import Ceiling
 
 _ROWS, _CHANNELS, _SIDE = 4, 640, 32  # a 3x3 convolution of the middle resolution, K = 4 rows
 _MATRIX = 2048

@@ -24,6 +24,15 @@ from rich.console import Console
 from tiue_export.bundle.folder import Bundle, disk_errors, open_bundle
 from tiue_export.drawing.pipeline import replanned
 from tiue_export.errors import UsageError, unknown_name
+from tiue_export.proof.latency_record import (
+    UNET,
+    Measurement,
+    Record,
+    Settings,
+    read_record,
+    to_json,
+    write_text,
+)
 from tiue_export.registry.spokes import run_explained
 from tiue_export.sampling.plan_options import PlanChange
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER
@@ -34,8 +43,7 @@ from ..latency.contenders import Contender
 from ..latency.environment import describe_environment
 from ..latency.faster_session import loop_runs, plan_of
 from ..latency.made_bundle import MadeBundle
-from ..latency.record import UNET, Measurement, Record, Settings, read_record, to_json, write_text
-from ..latency.report import missing_lines, rich_table, standing_warnings
+from ..latency.report import rich_table, standing_warnings
 from ..latency.settings import FasterSettings, GraphSettings, TorchSettings
 from ..latency.summary import peak_share, spreads, summarized
 from ..latency.turns import measure
@@ -368,7 +376,7 @@ def _run(arguments: argparse.Namespace) -> None:
         if arguments.out is not None:
             write_text(arguments.out, to_json(record, summarized(record, ())))
         Console(width=None if sys.stdout.isatty() else 140).print(rich_table(record, ()))
-        for line in missing_lines(record):
+        for line in record.missing():
             print(line)
     if arguments.plot is not None:
         plot_scaling(record, arguments.plot)

@@ -25,6 +25,15 @@ from PIL import Image
 from tiue_export import load_student
 from tiue_export.bundle.folder import open_bundle
 from tiue_export.errors import CheckpointError, RegressionError, RuntimeFailure, UsageError
+from tiue_export.proof import latency_record as record
+from tiue_export.proof.latency_change import (
+    Change,
+    Ratio,
+    parse_limit,
+    ratio_text,
+    require_not_slower,
+)
+from tiue_export.proof.latency_request import ContenderRequest, LatencyOutputs, LatencyPlan
 from tiue_export.sampling.schedule import schedule_from_config
 from tiue_export.system.openvino_core import native_precisions
 
@@ -41,8 +50,8 @@ bench, comparison, contenders = (
 environment, plot, process = (
     module(f"latency.{name}") for name in ("environment", "plot", "process")
 )
-record, report, session, summary, turns = (
-    module(f"latency.{name}") for name in ("record", "report", "session", "summary", "turns")
+report, session, summary, turns = (
+    module(f"latency.{name}") for name in ("report", "session", "summary", "turns")
 )
 settings_of = module("latency.settings")
 ceiling, flops, made_bundle, scaling = (
@@ -152,7 +161,7 @@ def test_a_method_divides_each_contender_in_its_own_runtime_and_precision():
 def test_one_round_gives_a_ratio_without_an_interval():
     ratio = summary.paired_ratio([[3.0]], [[2.0]])
     assert (ratio.value, ratio.low, ratio.high) == (pytest.approx(1.5), None, None)
-    assert report.ratio_text(ratio) == "1.5"
+    assert ratio_text(ratio) == "1.5"
 
 
 @pytest.mark.parametrize("ratio", [summary.paired_ratio, summary.unpaired_ratio])
@@ -309,7 +318,7 @@ def test_torch_counts_attention_on_cpus_too(tiny_pipeline):
 
 
 def names(**asked) -> list[str]:
-    return [entry.name for entry in contenders.expand(contenders.Request(**asked))]
+    return [entry.name for entry in contenders.expand(ContenderRequest(**asked))]
 
 
 def test_a_bundle_runs_on_all_it_can_and_each_precision_is_named(compiled_bundle):
@@ -378,9 +387,7 @@ def test_all_means_every_contender_the_optional_ones_too(tiny_bundle):
 
 
 def test_without_weights_a_contender_keeps_its_row_and_says_so(tiny_bundle):
-    asked = contenders.Request(
-        (tiny_bundle,), contenders=("official", "rows-8", "one-step/ort/fp32")
-    )
+    asked = ContenderRequest((tiny_bundle,), contenders=("official", "rows-8", "one-step/ort/fp32"))
     found = contenders.expand(asked)
     assert {entry.missing for entry in found} == {"it needs the weights: give --ckpt"}
 
@@ -389,7 +396,7 @@ def test_without_weights_a_contender_keeps_its_row_and_says_so(tiny_bundle):
 def test_torch_draws_in_every_precision_that_it_is_measured_in(tiny_pipeline, precision):
     names = (f"naive/torch/{precision}", f"four-step/torch/{precision}")
     for entry in contenders.expand(
-        contenders.Request(contenders=names, checkpoint=str(tiny_pipeline), unet_only=True)
+        ContenderRequest(contenders=names, checkpoint=str(tiny_pipeline), unet_only=True)
     ):
         running = session.open_session(entry.settings.kind, vars(entry.settings))
         assert running.run()[UNET] > 0
@@ -398,7 +405,7 @@ def test_torch_draws_in_every_precision_that_it_is_measured_in(tiny_pipeline, pr
 
 def test_on_a_gpu_stable_diffusion_cpp_says_that_it_is_measured_on_the_cpu():
     (entry,) = contenders.expand(
-        contenders.Request(contenders=("one-step/sd-cpp/f16",), checkpoint="x", device="cuda")
+        ContenderRequest(contenders=("one-step/sd-cpp/f16",), checkpoint="x", device="cuda")
     )
     assert entry.missing == "stable-diffusion.cpp is measured on the CPU only, not on cuda"
 
@@ -407,14 +414,14 @@ def test_an_absent_stable_diffusion_cpp_is_a_reason_not_an_error(tiny_bundle):
     if importlib.util.find_spec("stable_diffusion_cpp") is not None:
         pytest.skip("it is installed here")
     (entry,) = contenders.expand(
-        contenders.Request(contenders=("one-step/sd-cpp/q8_0",), checkpoint="x")
+        ContenderRequest(contenders=("one-step/sd-cpp/q8_0",), checkpoint="x")
     )
     assert entry.missing.startswith("stable-diffusion.cpp is not installed")
 
 
 def test_guidance_runs_on_graphs_of_twice_the_batch(tiny_bundle):
     (entry,) = contenders.expand(
-        contenders.Request((tiny_bundle,), ("fifty-step/ort/fp32",), checkpoint="x")
+        ContenderRequest((tiny_bundle,), ("fifty-step/ort/fp32",), checkpoint="x")
     )
     assert entry.made["bundle"].batch == 1
     assert (entry.made["unet_bundle"].batch, entry.made["unet_bundle"].unet_only) == (2, True)
@@ -425,7 +432,7 @@ def test_guidance_runs_on_graphs_of_twice_the_batch(tiny_bundle):
 def test_contenders_of_two_runtimes_share_the_graphs_that_are_made_for_them(tiny_bundle):
     names = ("one-step/ort/fp32", "four-step/openvino/fp32", "fifty-step/ort/fp32")
     one, four, fifty = contenders.expand(
-        contenders.Request((tiny_bundle,), names, checkpoint="x", unet_only=True)
+        ContenderRequest((tiny_bundle,), names, checkpoint="x", unet_only=True)
     )
     assert one.made["bundle"] == four.made["bundle"] == fifty.made["bundle"]
     assert one.made["bundle"].openvino == ("fp32",)
@@ -436,7 +443,7 @@ def test_contenders_of_two_runtimes_share_the_graphs_that_are_made_for_them(tiny
     ("runtime", "forms"), [("ort", ()), ("openvino", ("fp32",))], ids=["ort", "openvino"]
 )
 def test_graphs_are_made_only_in_the_forms_that_are_measured(runtime, forms):
-    asked = contenders.Request(contenders=(f"one-step/{runtime}/fp32",), checkpoint="x")
+    asked = ContenderRequest(contenders=(f"one-step/{runtime}/fp32",), checkpoint="x")
     (entry,) = contenders.expand(asked)
     assert entry.made["bundle"].openvino == forms
 
@@ -479,18 +486,18 @@ def test_nothing_to_measure_says_what_to_give():
 def outcome(compiled_bundle, tiny_pipeline, tmp_path_factory):
     """One run with contenders that succeed, fail and are missing. Shared."""
     folder = tmp_path_factory.mktemp("bench")
-    asked = contenders.Request(
+    asked = ContenderRequest(
         contenders=("bundles", "one-step/torch/fp32", "fifty-step/torch/bf16", "sd-cpp"),
         runtimes=("ort", "openvino"),
         precisions=("fp32", "fp8"),
         checkpoint=str(tiny_pipeline),
     )
-    outputs = bench.Outputs(folder / "r.json", folder / "r.md", folder / "plots" / "r.png")
-    plan = bench.Plan(
+    outputs = LatencyOutputs(folder / "r.json", folder / "r.md", folder / "plots" / "r.png")
+    plan = LatencyPlan(
         (compiled_bundle.root,), asked, FEW, ("tiny-fp32/ort",), ("fp32=0.5",), outputs=outputs
     )
     lines: list[str] = []
-    return bench.run(plan, lines.append), outputs, lines
+    return bench.measure_latency(plan, lines.append), outputs, lines
 
 
 def test_every_contender_has_its_row_measured_or_with_the_reason(outcome):
@@ -796,11 +803,11 @@ def test_a_change_within_the_limit_passes(run, files, factor, limit):
 
 
 def test_noise_between_rounds_is_no_regression():
-    noisy = comparison.Change("a", WHOLE, 10, 11, summary.Ratio(1.1, 0.9, 1.3))
-    certain = comparison.Change("a", WHOLE, 10, 11, summary.Ratio(1.1, 1.05, 1.2))
+    noisy = Change("a", WHOLE, 10, 11, Ratio(1.1, 0.9, 1.3))
+    certain = Change("a", WHOLE, 10, 11, Ratio(1.1, 1.05, 1.2))
     assert not noisy.is_slower(0.05)
     assert certain.is_slower(0.05)
-    comparison.require_not_slower([noisy], 0.05)
+    require_not_slower([noisy], 0.05)
 
 
 def test_a_contender_that_vanished_or_fails_now_fails_the_check(run, files):
@@ -840,13 +847,13 @@ def test_bundles_of_one_run_are_held_against_the_first_in_the_same_lane():
     (change,) = comparison.compare_with_first_bundle(made_record(*rows), ["old", "new"])
     assert (change.name, change.ratio.value) == ("new/ort/fp32", pytest.approx(1.1))
     with pytest.raises(RegressionError, match=r"new/ort/fp32, end_to_end: 1\.1"):
-        comparison.require_not_slower([change], 0.05)
+        require_not_slower([change], 0.05)
 
 
 @pytest.mark.parametrize("text", ["fast", "-1%", "5%%", ""])
 def test_a_limit_that_is_no_percentage_is_refused(text):
     with pytest.raises(UsageError, match="expected a percentage such as 5%"):
-        comparison.parse_limit(text)
+        parse_limit(text)
 
 
 @pytest.mark.parametrize(

@@ -21,14 +21,16 @@ from tiue_export.graphs.build import ExportOptions
 from tiue_export.graphs.flops import count_flops
 from tiue_export.methods.scheduler import trajectory_of
 from tiue_export.methods.teacher import load_teacher
+from tiue_export.proof import latency_record as record
+from tiue_export.proof.latency_request import ContenderRequest, LatencyOutputs, LatencyPlan
 from tiue_export.sampling.plan import make_plan
 from tiue_export.sampling.plan_options import FasterOptions
 from tiue_export.specs import CONTROLNET, TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER
 
 PACKAGE = "tiue_export.benchmarks.latency"
-contenders, faster_session, record, bench, session = (
+contenders, faster_session, bench, session = (
     importlib.import_module(f"{PACKAGE}.{name}")
-    for name in ("contenders", "faster_session", "record", "bench", "session")
+    for name in ("contenders", "faster_session", "bench", "session")
 )
 scaling = importlib.import_module("tiue_export.benchmarks.studies.scaling")
 CONFIG = load_family("tiny").scheduler
@@ -55,7 +57,7 @@ def test_every_loop_decodes_every_step_once(later, max_rows, batch):
 
 
 def names(**asked) -> list[str]:
-    return [entry.name for entry in contenders.expand(contenders.Request(**asked))]
+    return [entry.name for entry in contenders.expand(ContenderRequest(**asked))]
 
 
 def test_a_bundle_with_a_plan_takes_part_in_three_ways(faster_bundle):
@@ -69,7 +71,7 @@ def test_a_bundle_that_follows_a_picture_says_why_it_is_not_measured(faster_bund
     manifest = faster_bundle.manifest
     graphs = {**manifest.graphs, CONTROLNET: manifest.graphs[UNET_ENCODER]}
     bundle = Bundle(faster_bundle.root, replace(manifest, graphs=graphs))
-    asked = contenders.Request(bundles=(bundle,), runtimes=("ort",))
+    asked = ContenderRequest(bundles=(bundle,), runtimes=("ort",))
     assert {entry.missing for entry in contenders.expand(asked)} == {
         "it follows a picture, which is not measured"
     }
@@ -85,13 +87,13 @@ def test_a_folder_named_like_another_bundles_loop_is_refused(faster_bundle, tiny
 @pytest.fixture(scope="module")
 def measured(faster_bundle, tmp_path_factory):
     """One round in ONNX Runtime. Shared."""
-    asked = contenders.Request(runtimes=("ort",))
+    asked = ContenderRequest(runtimes=("ort",))
     settings = record.Settings(rounds=1, runs=1, warmup=0, unet_only=False)
-    plan = bench.Plan(
+    plan = LatencyPlan(
         (faster_bundle.root,), asked, settings, measure_peak=False,
-        outputs=bench.Outputs(record=tmp_path_factory.mktemp("loops") / "r.json"),
+        outputs=LatencyOutputs(record=tmp_path_factory.mktemp("loops") / "r.json"),
     )  # fmt: skip
-    outcome = bench.run(plan)
+    outcome = bench.measure_latency(plan)
     return outcome, json.loads(plan.outputs.record.read_text("utf-8"))
 
 
@@ -178,7 +180,7 @@ def test_deepcache_elsewhere_is_refused(tiny_bundle, name, message):
 
 def test_without_its_package_deepcache_keeps_its_row_with_the_reason(monkeypatch):
     monkeypatch.setattr(contenders, "missing_modules", lambda modules: list(modules))
-    asked = contenders.Request(contenders=("deepcache",), checkpoint="x")
+    asked = ContenderRequest(contenders=("deepcache",), checkpoint="x")
     (entry,) = contenders.expand(asked)
     assert entry.missing == "DeepCache is not installed (pip install DeepCache)"
 

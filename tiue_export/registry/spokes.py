@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from tiue_export.bundle.folder import Bundle
     from tiue_export.proof.calibration import CalibrationData, CaptureOptions, CapturePlan
+    from tiue_export.proof.latency_change import Change, Comparison
+    from tiue_export.proof.latency_record import Record
+    from tiue_export.proof.latency_request import LatencyOutcome, LatencyPlan
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,4 +73,36 @@ def capture(
     on_run: Callable[[int, int], None] = lambda done, wanted: None,
 ) -> CalibrationData:
     """Capture what prompts feed the UNet into `root`, or go on where an earlier capture stopped."""
+    raise NotImplementedError
+
+
+@_door("benchmarks.latency.bench:measure_latency")
+def measure_latency(
+    plan: LatencyPlan, tell: Callable[[str], None] = lambda line: None
+) -> LatencyOutcome:
+    """Time contenders in turn and write the files; `tell` hears a line for each step."""
+    raise NotImplementedError
+
+
+@_door("benchmarks.latency.report:rich_table")
+def latency_table(record: Record, ratios_to: Sequence[str]) -> Table:
+    """The table of a record for a terminal."""
+    raise NotImplementedError
+
+
+@_door("benchmarks.latency.comparison:compare_records")
+def compare_records(before: Record, now: Record) -> Comparison:
+    """Every contender of either record, by name, and what else differs."""
+    raise NotImplementedError
+
+
+@_door("benchmarks.latency.comparison:change_table")
+def change_table(changes: Sequence[Change]) -> Table:
+    """Changes for a terminal, one row per contender."""
+    raise NotImplementedError
+
+
+@_door("benchmarks.latency.comparison:change_markdown")
+def change_markdown(compared: Comparison) -> str:
+    """The same as markdown, with what else differs."""
     raise NotImplementedError

@@ -16,14 +16,38 @@ from tiue_export.bundle.folder import disk_errors
 from tiue_export.bundle.manifest import structured
 from tiue_export.errors import BundleError, UsageError
 
-from .environment import Environment
-
 FORMAT_VERSION = 1
+# A load average above this share of the cores before anything started disturbs what follows.
+_BUSY_LOAD_SHARE = 0.25
 
 # Names of stages in `latency_ms`. A whole UNet pass that is not cut in two has no parts.
 UNET = "unet"
 END_TO_END = "end_to_end"
 STAGES = ("text_encoder", "unet_encoder", "unet_decoder", UNET, "vae_decoder", END_TO_END)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Machine, versions and load at the start. `cores` are those this process may use."""
+
+    started_at: str
+    program: str
+    system: str
+    python: str
+    cpu: str
+    cpu_flags: tuple[str, ...]
+    cores: int
+    governor: str | None
+    memory_bytes: int | None
+    memory_available_bytes: int | None
+    load_average: tuple[float, ...]
+    packages: dict[str, str]
+    variables: dict[str, str]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the machine had other work when the measurement began."""
+        return bool(self.load_average) and self.load_average[0] > _BUSY_LOAD_SHARE * self.cores
 
 
 @dataclass(frozen=True)
@@ -125,6 +149,14 @@ class Record:
     def by_name(self) -> dict[str, Measurement]:
         """The rows under their names."""
         return {entry.name: entry for entry in self.contenders}
+
+    def missing(self) -> list[str]:
+        """The rows that were not measured, each with its reason."""
+        return [
+            f"{entry.name}: not measured: {entry.reason or 'it had no turn'}"
+            for entry in self.contenders
+            if not entry.measured
+        ]
 
 
 def to_json(record: Record, summary: Mapping[str, Any]) -> str:
