@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import UsageError
+from tiue_export.proof.key_step_results import (
+    RESULT_FILE,
+    AnalysisRequest,
+    Candidate,
+    read_results,
+    write_results,
+)
 from tiue_export.registry.packages import EXPORT_NEEDS, require
+from tiue_export.registry.spokes import save_key_step_plots
 
 from .draw.prompt_file import prompts_in
 from .method_options import LoadRequest, MethodRequest, load
 from .report.stages import stage_bar
 from .report.tables import console, print_json
-
-_ANALYSIS = "tiue_export.benchmarks.studies.key_steps"
-_PLOT = "tiue_export.benchmarks.studies.key_steps_plot"
-_SIMILARITY = "tiue_export.benchmarks.studies.feature_similarity"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def run(request: AnalyzeRequest) -> None:
     require("plots", ("matplotlib",), "bench")
     check_checkpoint_path(request.ckpt)
     prompts = _prompts(request)
-    analysis = importlib.import_module(_ANALYSIS)
+    from tiue_export.reference.key_step_analysis import candidates, measure_prompt
     from tiue_export.reference.sharing_cost import torch_model
     from tiue_export.sampling.plan_options import FasterOptions
 
@@ -67,7 +68,7 @@ def run(request: AnalyzeRequest) -> None:
         teacher = load(asked, method, lambda part: bar.begin(f"load {part}"))
         assert teacher.plan is not None
         model = torch_model(teacher, request.height, request.width)
-        described = analysis.AnalysisRequest(
+        described = AnalysisRequest(
             sha256=teacher.source.sha256,
             scheduler=teacher.plan.scheduler,
             steps=teacher.schedule.steps,
@@ -75,8 +76,8 @@ def run(request: AnalyzeRequest) -> None:
             reach=request.reach or len(teacher.schedule.timesteps),
         )
         _check_budget(request, model.encoder_share, len(teacher.schedule.timesteps))
-        file = request.out / analysis.RESULT_FILE
-        results = [] if request.force else analysis.read_results(file, described)
+        file = request.out / RESULT_FILE
+        results = [] if request.force else read_results(file, described)
         bar.expect(request.count + 1)
         for number in range(request.count):
             prompt = prompts[number % len(prompts)]
@@ -84,17 +85,17 @@ def run(request: AnalyzeRequest) -> None:
             if any((r.prompt, r.seed) == (prompt, number) for r in results):
                 continue
             told = _within(bar.within, f"prompt {number + 1}")
-            results.append(analysis.measure_prompt(model, described, prompt, number, told))
-            analysis.write_results(file, described, results, (), model.encoder_share)
+            results.append(measure_prompt(model, described, prompt, number, told))
+            write_results(file, described, results, (), model.encoder_share)
         held_out = [
             (prompts[n % len(prompts)], n)
             for n in range(request.count, request.count + request.check)
         ]
         measured = results[: request.count]
         told = _within(bar.within, "draw by key steps")
-        found = analysis.candidates(model, described, measured, request.budget, held_out, told)
-        analysis.write_results(file, described, results, found, model.encoder_share)
-        plots = _save_plots(request, measured, found, teacher.source.name)
+        found = candidates(model, described, measured, request.budget, held_out, told)
+        write_results(file, described, results, found, model.encoder_share)
+        plots = save_key_step_plots(measured, found, request.out, teacher.source.name)
     best = found[-1]
     line = ",".join(map(str, best.key_steps))
     if request.as_json:
@@ -128,8 +129,9 @@ def _prompts(request: AnalyzeRequest) -> Sequence[str]:
     given = prompts_in(request.prompts)
     if given:
         return given
-    ours: Sequence[str] = importlib.import_module(_SIMILARITY).DEFAULT_PROMPTS
-    return ours
+    from tiue_export.reference.key_step_analysis import DEFAULT_PROMPTS
+
+    return DEFAULT_PROMPTS
 
 
 def _check_budget(request: AnalyzeRequest, encoder_share: float, steps: int) -> None:
@@ -144,18 +146,7 @@ def _within(show: Callable[[float, str], None], what: str) -> Callable[[int, int
     return lambda done, total: show(done / total, f"{what}: {done} of {total}")
 
 
-def _save_plots(
-    request: AnalyzeRequest, measured: Sequence[Any], found: Sequence[Any], name: str
-) -> list[Path]:
-    plot = importlib.import_module(_PLOT)
-    paths = [request.out / "blocks.png", request.out / "key_steps.png"]
-    with disk_errors(request.out):
-        plot.save_blocks_plot(measured, paths[0], name)
-        plot.save_key_steps_plot(measured, found, paths[1], name)
-    return paths
-
-
-def _table(found: Sequence[Any]) -> Table:
+def _table(found: Sequence[Candidate]) -> Table:
     table = Table(title="Key steps", title_justify="left", title_style="bold")
     table.add_column("list", no_wrap=True)
     table.add_column("key steps", overflow="fold")
@@ -174,7 +165,7 @@ def _table(found: Sequence[Any]) -> Table:
     return table
 
 
-def _verdict(found: Sequence[Any]) -> str:
+def _verdict(found: Sequence[Candidate]) -> str:
     """Whether choosing beat the published list at the same cost, on prompts held out."""
     published, chosen = found[0], found[2]
     means = [sum(c.deviation) / len(c.deviation) for c in (published, chosen)]

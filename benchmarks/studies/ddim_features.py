@@ -22,6 +22,7 @@ from tiue_export.checkpoint.tensors import sha256_of_files
 from tiue_export.checkpoint.tokenizer_files import write_tokenizer
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.errors import CheckpointError, UsageError
+from tiue_export.reference.key_step_analysis import named_blocks
 from tiue_export.sampling.schedule import ddim_settings
 from tiue_export.student.load import load_student
 from tiue_export.student.model import Student
@@ -159,15 +160,6 @@ class BlockOutputs:
             self.rows[name][self._step] = row
 
         return keep
-
-
-def named_blocks(unet: Any) -> dict[str, Any]:
-    """A UNet's blocks in the order they run: "down_blocks.0", ..., "mid_block", "up_blocks.0"..."""
-    return {
-        **{f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)},
-        "mid_block": unet.mid_block,
-        **{f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)},
-    }
 
 
 @torch.inference_mode()

@@ -39,6 +39,7 @@ from torch import Tensor
 from tiue_export._version import __version__
 from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import RuntimeFailure, UsageError, first_line
+from tiue_export.reference.key_step_analysis import DEFAULT_PROMPTS
 from tiue_export.registry.spokes import run_explained
 from tiue_export.sampling.noise import check_seeds, noise_from_seed
 from tiue_export.sampling.schedule import schedule_from_config
@@ -60,24 +61,6 @@ from .feature_similarity_report import (
 )
 
 _PACKAGES = ("numpy", "torch", "diffusers", "transformers", "tokenizers", "safetensors")
-DEFAULT_PROMPTS = (
-    "a red fox sitting in fresh snow, soft morning light",
-    "an old fishing boat on a calm lake at sunrise",
-    "two children flying a kite on a windy beach",
-    "a bowl of ramen with a soft egg on a wooden table",
-    "a narrow street with yellow houses after the rain",
-    "a man repairing a bicycle in a small workshop",
-    "a black cat asleep on a pile of books",
-    "a mountain railway crossing a stone bridge in autumn",
-    "a vase of white tulips beside an open window",
-    "a crowded vegetable market seen from above",
-    "an astronaut riding a green horse on the moon",
-    "a lighthouse in a storm, oil painting",
-    "a herd of elephants walking through tall grass",
-    "a kitchen with copper pans hanging over the stove",
-    "a tennis player about to hit the ball",
-    "a snow-covered pine forest under the northern lights",
-)
 
 
 def similarity_over_steps(features: Tensor) -> Similarity:

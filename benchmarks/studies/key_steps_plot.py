@@ -8,16 +8,28 @@ from typing import Any
 
 import numpy as np
 
+from tiue_export.bundle.folder import disk_errors
+from tiue_export.proof.key_step_results import Candidate, PromptResult, losses_of
 from tiue_export.specs import Array
 
 from ..figure import new_figure, save_figure
-from .key_steps import Candidate, PromptResult, losses_of
 
 _INK = {"down": "#0072B2", "mid": "#7F7F7F", "up": "#D55E00"}  # Okabe-Ito
 _DASHES = ("-", "--", "-.", ":")
 
 
-def save_blocks_plot(results: Sequence[PromptResult], path: Path, name: str) -> None:
+def save_key_step_plots(
+    results: Sequence[PromptResult], found: Sequence[Candidate], folder: Path, name: str
+) -> list[Path]:
+    """Write blocks.png and key_steps.png into `folder`; `name` is the model's."""
+    paths = [folder / "blocks.png", folder / "key_steps.png"]
+    with disk_errors(folder):
+        _save_blocks_plot(results, paths[0], name)
+        _save_key_steps_plot(results, found, paths[1], name)
+    return paths
+
+
+def _save_blocks_plot(results: Sequence[PromptResult], path: Path, name: str) -> None:
     """Change from step to step, norms of each block, and how far the norms spread over the run.
 
     Means over prompts. Needs matplotlib; leaves its global state alone.
@@ -52,7 +64,7 @@ def save_blocks_plot(results: Sequence[PromptResult], path: Path, name: str) -> 
     save_figure(figure, path)
 
 
-def save_key_steps_plot(
+def _save_key_steps_plot(
     results: Sequence[PromptResult], found: Sequence[Candidate], path: Path, name: str
 ) -> None:
     """What every group costs, where each list has its key steps, and cost against deviation."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from tiue_export.bundle.folder import Bundle
     from tiue_export.proof.calibration import CalibrationData, CaptureOptions, CapturePlan
+    from tiue_export.proof.key_step_results import Candidate, PromptResult
     from tiue_export.proof.latency_change import Change, Comparison
     from tiue_export.proof.latency_record import Record
     from tiue_export.proof.latency_request import LatencyOutcome, LatencyPlan
@@ -105,4 +106,12 @@ def change_table(changes: Sequence[Change]) -> Table:
 @_door("benchmarks.latency.comparison:change_markdown")
 def change_markdown(compared: Comparison) -> str:
     """The same as markdown, with what else differs."""
+    raise NotImplementedError
+
+
+@_door("benchmarks.studies.key_steps_plot:save_key_step_plots")
+def save_key_step_plots(
+    results: Sequence[PromptResult], found: Sequence[Candidate], folder: Path, name: str
+) -> list[Path]:
+    """Write blocks.png and key_steps.png into `folder`; `name` is the model's."""
     raise NotImplementedError

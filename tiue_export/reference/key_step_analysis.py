@@ -4,28 +4,28 @@ For each prompt: along plain sampling, how much every block's output changes fro
 how large it is (the analyses of Faster Diffusion, section 3.2 and appendix A.1), and what every
 possible group of steps would cost the picture. From the latter follow key steps for a budget; they
 are then drawn, beside the published ones and uniform ones, on prompts that took no part.
-
-Measured prompts are kept in one JSON file and not measured again. Definitions: change = mean of the
-squared difference over channels and positions; norm = Frobenius norm of the mean over channels.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tiue_export.bundle.folder import disk_errors
-from tiue_export.errors import RuntimeFailure, UsageError
+from tiue_export.errors import RuntimeFailure
 from tiue_export.methods.scheduler import diffusers_scheduler, plan_from_config
+from tiue_export.proof.key_step_results import (
+    AnalysisRequest,
+    BlockCurves,
+    Candidate,
+    PromptResult,
+    losses_of,
+)
 from tiue_export.reference.sharing_cost import (
     OnStep,
     TorchModel,
@@ -37,69 +37,36 @@ from tiue_export.sampling.key_steps import choose_key_steps, cost_of, encoder_ru
 from tiue_export.sampling.plan import key_steps_from
 from tiue_export.sampling.plan_options import FasterOptions
 from tiue_export.specs import Array
-from tiue_export.system.atomic_file import write_atomically
-
-from .ddim_features import named_blocks
 
 OnPrompt = Callable[[int, int], None]
-RESULT_FILE = "analysis.json"
+# Scenes of many kinds, for measuring what no single prompt shows.
+DEFAULT_PROMPTS = (
+    "a red fox sitting in fresh snow, soft morning light",
+    "an old fishing boat on a calm lake at sunrise",
+    "two children flying a kite on a windy beach",
+    "a bowl of ramen with a soft egg on a wooden table",
+    "a narrow street with yellow houses after the rain",
+    "a man repairing a bicycle in a small workshop",
+    "a black cat asleep on a pile of books",
+    "a mountain railway crossing a stone bridge in autumn",
+    "a vase of white tulips beside an open window",
+    "a crowded vegetable market seen from above",
+    "an astronaut riding a green horse on the moon",
+    "a lighthouse in a storm, oil painting",
+    "a herd of elephants walking through tall grass",
+    "a kitchen with copper pans hanging over the stove",
+    "a tennis player about to hit the ball",
+    "a snow-covered pine forest under the northern lights",
+)
 
 
-@dataclass(frozen=True)
-class AnalysisRequest:
-    """All that decides the numbers of one prompt; `sha256` is the UNet's, adapters included."""
-
-    sha256: str
-    scheduler: str
-    steps: int
-    guidance: float
-    reach: int
-
-
-@dataclass(frozen=True)
-class BlockCurves:
-    """One block along a run of T steps: `change` (T - 1,) between neighbours, `norm` (T,)."""
-
-    change: tuple[float, ...]
-    norm: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class PromptResult:
-    """One prompt: its blocks, and the losses (n + 1, n + 1) of all groups, None where infinite."""
-
-    prompt: str
-    seed: int
-    duration_s: float
-    blocks: Mapping[str, BlockCurves]
-    losses: tuple[tuple[float | None, ...], ...]
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> PromptResult:
-        """The inverse of `asdict`, from JSON."""
-        blocks = {
-            name: BlockCurves(tuple(curves["change"]), tuple(curves["norm"]))
-            for name, curves in data["blocks"].items()
-        }
-        losses = tuple(tuple(row) for row in data["losses"])
-        return PromptResult(
-            str(data["prompt"]), int(data["seed"]), float(data["duration_s"]), blocks, losses
-        )
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """Key steps, the share of plain sampling's operations, and what they cost.
-
-    `predicted` is the sum of the measured groups, `deviation` the RMS difference of the latents
-    from plain sampling over their RMS, on each prompt that was held out.
-    """
-
-    name: str
-    key_steps: tuple[int, ...]
-    flops_share: float
-    predicted: float
-    deviation: tuple[float, ...]
+def named_blocks(unet: Any) -> dict[str, Any]:
+    """A UNet's blocks in the order they run: "down_blocks.0", ..., "mid_block", "up_blocks.0"..."""
+    return {
+        **{f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)},
+        "mid_block": unet.mid_block,
+        **{f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)},
+    }
 
 
 class BlockChanges:
@@ -190,13 +157,6 @@ def _blocks(
     return changes.curves()
 
 
-def losses_of(results: Sequence[PromptResult]) -> Array:
-    """Mean losses (n + 1, n + 1) over prompts."""
-    tables = [[[np.inf if x is None else x for x in row] for row in r.losses] for r in results]
-    mean: Array = np.mean(np.array(tables, np.float64), axis=0)
-    return mean
-
-
 def candidates(
     model: TorchModel,
     request: AnalysisRequest,
@@ -253,49 +213,3 @@ def candidates(
             )
         )
     return found
-
-
-def read_results(path: Path, request: AnalysisRequest) -> list[PromptResult]:
-    """What a result file of the same request holds; none where there is no file.
-
-    Raises `UsageError` when the file is something else, or answers another request.
-    """
-    if not path.exists():
-        return []
-    try:
-        data = json.loads(path.read_text("utf-8"))
-        found = dict(data["request"])
-        results = [PromptResult.from_dict(item) for item in data["prompts"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path} exists and is no result of this analysis",
-            "Choose another --out, or pass --force to replace it.",
-        ) from error
-    wanted = asdict(request)
-    changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
-    if changed:
-        raise UsageError(
-            f"{path} holds an analysis with another {', another '.join(changed)}",
-            "Choose another --out, or pass --force to measure anew.",
-        )
-    return results
-
-
-def write_results(
-    path: Path,
-    request: AnalysisRequest,
-    results: Sequence[PromptResult],
-    found: Sequence[Candidate] = (),
-    encoder_share: float | None = None,
-) -> None:
-    """Replace the result file in one step."""
-    data = {
-        "what": "block changes along plain sampling, and what sharing an encoder run costs",
-        "request": asdict(request),
-        "encoder_share": encoder_share,
-        "candidates": [asdict(candidate) for candidate in found],
-        "prompts": [asdict(result) for result in results],
-    }
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(data, allow_nan=False) + "\n").encode())
