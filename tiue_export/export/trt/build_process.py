@@ -35,6 +35,7 @@ from typing import IO, Any
 
 from tiue_export.errors import TiueError
 from tiue_export.export.trt.precision import engine_census, network_census
+from tiue_export.system.machine import available_memory_bytes
 from tiue_export.system.tensorrt_flavor import Device, Flavor, load_flavor, this_device
 
 OK, FAILED, OUT_OF_MEMORY, NOT_PARSED, NOT_HALF, NO_GPU, NOT_INT8 = 0, 1, 13, 14, 15, 16, 17
@@ -402,21 +403,13 @@ def free_workspace_bytes(device: Device | None) -> int:
     if device is None:
         return 0
     if device.unified_memory:
-        return int(available_memory_bytes() * _SHARE_OF_UNIFIED_MEMORY)
+        return int((available_memory_bytes() or 0) * _SHARE_OF_UNIFIED_MEMORY)
     try:
         from cuda.bindings import runtime as cudart
     except ImportError:
         from cuda import cudart
     error, free, _ = cudart.cudaMemGetInfo()
     return 0 if int(error) else int(free * _SHARE_OF_GPU_MEMORY)
-
-
-def available_memory_bytes() -> int:
-    """MemAvailable: what Linux can hand out without swapping."""
-    for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def peak_memory_bytes() -> int:
