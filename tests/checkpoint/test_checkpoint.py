@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tiue_export import load_student
 from tiue_export.benchmarks.synthetic import write_ldm_file
+from tiue_export.checkpoint.container import check_container
 from tiue_export.checkpoint.family import family_names, load_family
 from tiue_export.checkpoint.ldm_names import LDM_PREFIX, ldm_names
 from tiue_export.errors import (
@@ -279,6 +280,15 @@ def test_a_pickle_is_refused_whatever_its_name_and_the_conversion_line_works(
     subprocess.run(line, shell=True, check=True)
     converted = line.split()[-1]
     assert load_student(converted).source.family == "tiny"
+
+
+@pytest.mark.parametrize("first_two", [b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"])
+def test_a_safetensors_file_whose_size_begins_like_a_pickle_is_read(tmp_path, first_two):
+    size = int.from_bytes(first_two, "little")
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(size)
+    file = tmp_path / "unlucky.safetensors"
+    file.write_bytes(size.to_bytes(8, "little") + header + bytes(4))
+    check_container(file)
 
 
 def test_a_folder_with_pickled_weights_only_is_refused(pipeline):

@@ -40,8 +40,10 @@ def refuse_pickle(path: Path) -> None:
     if not path.is_file():
         return
     with path.open("rb") as file:
-        head = file.read(4)
-    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or head == b"PK\x03\x04":
+        head = file.read(9)
+    # A safetensors header of 640 bytes has a size that begins like a pickle; "{" follows it.
+    begins = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+    if head.startswith(begins) and head[8:] != b"{":
         raise _pickle_error(path)
 
 
