@@ -8,7 +8,6 @@ TiUE's figure (a). All from the same noise, in PyTorch on the CPU.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +24,12 @@ from tiue_export.drawing.tokenizer import Tokenizer
 from tiue_export.errors import UsageError
 from tiue_export.graphs.build import ExportOptions, latent_shape, vae_scale, vae_scaling_factor
 from tiue_export.sampling.noise import noise_from_seed
-from tiue_export.sampling.schedule import Schedule, ddim_settings, schedule_from_config
+from tiue_export.sampling.schedule import Schedule, schedule_from_config
 from tiue_export.specs import Array, check_finite
 from tiue_export.student.load import load_student
 from tiue_export.student.model import Student
 
+from ..ddim import ddim_arguments
 from .judge import Contender, Draws
 from .yardstick import PICTURE_SIZE_PX
 
@@ -114,9 +114,7 @@ def teacher_contender(checkpoint: Checkpoint, steps: int, guidance: float) -> Co
     """`steps` of DDIM with classifier-free guidance; 1.0 runs without the null prompt."""
     if steps < 1:
         raise UsageError(f"--teacher-steps is {steps}; expected 1 or more")
-    settings = ddim_settings(checkpoint.student.scheduler_config)
-    known = inspect.signature(DDIMScheduler.__init__).parameters
-    scheduler: Any = DDIMScheduler(**{k: v for k, v in settings.items() if k in known})
+    scheduler: Any = DDIMScheduler(**ddim_arguments(checkpoint.student.scheduler_config))
     scheduler.set_timesteps(steps)
 
     def sample(noise: Tensor, prompts: Sequence[str]) -> tuple[Tensor, None]:

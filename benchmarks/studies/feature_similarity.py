@@ -15,6 +15,7 @@ family, four seeds). Compare with such a baseline of the same shape before drawi
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -38,16 +40,24 @@ from torch import Tensor
 
 from tiue_export._version import __version__
 from tiue_export.bundle.folder import disk_errors
-from tiue_export.errors import RuntimeFailure, UsageError, first_line
+from tiue_export.bundle.manifest import structured
+from tiue_export.checkpoint.tensors import sha256_of_files
+from tiue_export.checkpoint.tokenizer_files import tokenizer_of
+from tiue_export.drawing.tokenizer import Tokenizer
+from tiue_export.errors import BundleError, CheckpointError, RuntimeFailure, UsageError, first_line
+from tiue_export.graphs.build import ExportOptions, latent_shape
 from tiue_export.reference.key_step_analysis import DEFAULT_PROMPTS
+from tiue_export.reference.unet_blocks import named_blocks, watched_blocks
 from tiue_export.registry.spokes import run_explained
 from tiue_export.sampling.noise import check_seeds, noise_from_seed
 from tiue_export.sampling.schedule import schedule_from_config
+from tiue_export.student.load import load_student
+from tiue_export.student.model import Student
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.machine import describe_machine, installed_versions
 
+from ..ddim import ddim_arguments
 from ..figure import check_file, check_plot
-from .ddim_features import LoadedPipeline, block_outputs, load_pipeline
 from .feature_similarity_report import (
     PAPER,
     Similarity,
@@ -59,6 +69,8 @@ from .feature_similarity_report import (
     statements,
     summarise,
 )
+
+_NEEDED = ("unet", "text_encoder", "tokenizer", "scheduler")
 
 _PACKAGES = ("numpy", "torch", "diffusers", "transformers", "tokenizers", "safetensors")
 
@@ -89,6 +101,102 @@ class Settings:
     guidance: float = 1.0
 
 
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """What a sampling run needs, float32 on one device, without the VAE.
+
+    `scheduler` holds DDIMScheduler's arguments, `latent_shape` is (1, 4, H, W), and `sha256`
+    covers weights, configurations and vocabulary.
+    """
+
+    name: str
+    sha256: str
+    unet: Any
+    text_encoder: Any
+    tokenizer: Tokenizer
+    scheduler: Mapping[str, Any]
+    latent_shape: tuple[int, ...]
+
+    @torch.inference_mode()
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> text embeddings (B, L, D), float32."""
+        ids = torch.from_numpy(self.tokenizer(prompts)).to(self.unet.device)
+        embedding: Tensor = self.text_encoder(ids).last_hidden_state
+        return embedding
+
+
+def load_pipeline(folder: Path, device: str = "cpu") -> LoadedPipeline:
+    """Read unet, text_encoder, tokenizer and scheduler of a diffusers pipeline folder.
+
+    Raises `UsageError` for a path that is no folder, `CheckpointError` for an incomplete one, and
+    whatever `load_student` raises for weights that fit no Stable Diffusion 1.x/2.x UNet.
+    """
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder} is {'a file' if folder.exists() else 'not there'}; expected a diffusers "
+            "pipeline folder",
+            "Give the folder that holds model_index.json.",
+        )
+    missing = [f"{part}/" for part in _NEEDED if not (folder / part).is_dir()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is no diffusers pipeline folder: it lacks {', '.join(missing)}",
+            "Give the folder that holds model_index.json, with all its parts.",
+        )
+    student = load_student(folder, without=("vae",)).to(torch.device(device), torch.float32)
+    text_encoder: Any = student.text_encoder
+    return LoadedPipeline(
+        name=folder.resolve().name,
+        sha256=_sha256(folder, student),
+        unet=student.unet,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer_of(
+            folder / "tokenizer", int(text_encoder.config.max_position_embeddings)
+        ),
+        # The paper's spacing in figure (c).
+        scheduler={**ddim_arguments(student.scheduler_config), "timestep_spacing": "leading"},
+        latent_shape=latent_shape(student, ExportOptions(batch=1)),
+    )
+
+
+def _sha256(folder: Path, student: Student) -> str:
+    """One digest over the weights' digests and every small file beside them."""
+    files = (path for part in _NEEDED for path in (folder / part).iterdir())
+    small = sorted(path for path in files if path.suffix in {".json", ".txt"})
+    parts = [student.source.sha256, *student.source.part_sha256.values()]
+    return hashlib.sha256("\n".join([*parts, sha256_of_files(small, folder)]).encode()).hexdigest()
+
+
+@torch.inference_mode()
+def block_outputs(
+    pipeline: LoadedPipeline,
+    noise: Tensor,
+    text: Tensor,
+    steps: int,
+    guidance: float = 1.0,
+    on_step: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """One DDIM run (eta 0) of `steps` steps; each block's outputs, float32 (steps, C*h*w).
+
+    `noise` (1, 4, H, W); `text` (1, L, D), or (2, L, D) with the unconditional row first, which
+    `guidance` other than 1 needs. At 512 px (SD 2.1) a step of all blocks takes 25 MB.
+    """
+    scheduler = DDIMScheduler(**pipeline.scheduler)
+    scheduler.set_timesteps(steps)
+    sample = noise * scheduler.init_noise_sigma
+    rows: dict[str, list[Tensor]] = {name: [] for name in named_blocks(pipeline.unet)}
+    with watched_blocks(pipeline.unet, lambda name, row: rows[name].append(row.flatten())):
+        for timestep in scheduler.timesteps:
+            batch = sample.expand(len(text), -1, -1, -1)  # (1 or 2, 4, H, W)
+            predicted = pipeline.unet(batch, timestep, encoder_hidden_states=text).sample
+            if len(text) == 2:
+                unconditional, conditional = predicted.chunk(2)
+                predicted = unconditional + guidance * (conditional - unconditional)
+            sample = scheduler.step(predicted, timestep, sample, eta=0.0).prev_sample
+            on_step()
+    return {name: torch.stack(block) for name, block in rows.items()}
+
+
 def measure(
     pipeline: LoadedPipeline,
     settings: Settings,
@@ -102,7 +210,9 @@ def measure(
     start = time.perf_counter()
     blocks: dict[str, list[Similarity]] = {}
     for prompt, seed in zip(settings.prompts, settings.seeds, strict=True):
-        noise = torch.from_numpy(noise_from_seed(seed, pipeline.latent_shape)).to(pipeline.device)
+        noise = torch.from_numpy(noise_from_seed(seed, pipeline.latent_shape)).to(
+            pipeline.unet.device
+        )
         text = pipeline.embed([prompt] if settings.guidance == 1 else ["", prompt])
         rows = block_outputs(pipeline, noise, text, steps, settings.guidance, on_step)
         for name in list(rows):
@@ -151,8 +261,8 @@ def read_runs(path: Path, request: Mapping[str, Any]) -> dict[int, StepRun]:
     try:
         data = json.loads(path.read_text("utf-8"))
         found = dict(data["request"])
-        runs = [StepRun.from_dict(run) for run in data["runs"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        runs: tuple[StepRun, ...] = structured(tuple[StepRun, ...], data["runs"], str(path))
+    except (OSError, ValueError, KeyError, TypeError, BundleError) as error:
         raise UsageError(
             f"--json {path} exists and is no result of this benchmark",
             "Choose another file, or pass --force to replace it.",
@@ -176,7 +286,7 @@ def describe_request(pipeline: LoadedPipeline, settings: Settings) -> dict[str, 
         "scheduler": {"class": "DDIMScheduler", "eta": 0.0, **pipeline.scheduler},
         **asdict(settings),
         "dtype": "float32",
-        "device": str(pipeline.device),
+        "device": str(pipeline.unet.device),
     }
 
 
@@ -193,7 +303,7 @@ def write_result(path: Path, request: Mapping[str, Any], runs: Mapping[int, Step
         },
         "request": request,
         **report([summarise(run) for run in ordered]),
-        "runs": [run.to_dict() for run in ordered],
+        "runs": [asdict(run) for run in ordered],
     }
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.table import Table
 
@@ -25,7 +25,8 @@ PARTS: Mapping[str, str] = {
 SATURATION_TOLERANCE = 0.02
 
 
-class Similarity(NamedTuple):
+@dataclass(frozen=True)
+class Similarity:
     """Mean cosine similarities of one feature over the steps of a run, each in [-1, 1].
 
     `all_pairs`: every two different steps; `first_vs_rest`: the first (noisiest) step against each
@@ -38,7 +39,7 @@ class Similarity(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        return all(math.isfinite(value) for value in self)
+        return all(map(math.isfinite, astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -49,35 +50,6 @@ class StepRun:
     timesteps: tuple[int, ...]
     duration_s: float
     blocks: Mapping[str, tuple[Similarity, ...]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; each block becomes one list over prompts for each kind of mean."""
-        blocks = {
-            name: {
-                kind: [round(getattr(similarity, kind), 7) for similarity in prompts]
-                for kind in Similarity._fields
-            }
-            for name, prompts in self.blocks.items()
-        }
-        return {
-            "steps": self.steps,
-            "timesteps": list(self.timesteps),
-            "duration_s": round(self.duration_s, 3),
-            "blocks": blocks,
-        }
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> StepRun:
-        """What `to_dict` wrote; raises KeyError, TypeError or ValueError for anything else."""
-        blocks = {
-            str(name): tuple(
-                Similarity(*map(float, values))
-                for values in zip(*(kinds[kind] for kind in Similarity._fields), strict=True)
-            )
-            for name, kinds in data["blocks"].items()
-        }
-        timesteps = tuple(int(t) for t in data["timesteps"])
-        return StepRun(int(data["steps"]), timesteps, float(data["duration_s"]), blocks)
 
 
 @dataclass(frozen=True)
@@ -126,20 +98,18 @@ def summarise(run: StepRun) -> StepSummary:
 def _per_prompt(run: StepRun, part: str) -> list[Similarity]:
     """Means over the blocks of one part, prompt by prompt."""
     blocks = [prompts for name, prompts in run.blocks.items() if part_of(name) == part]
-    return [
-        Similarity(*(statistics.fmean(kind) for kind in zip(*same_prompt, strict=True)))
-        for same_prompt in zip(*blocks, strict=True)
-    ]
+    return [Similarity(*_means(same_prompt)) for same_prompt in zip(*blocks, strict=True)]
 
 
 def _part_summary(prompts: Sequence[Similarity]) -> PartSummary:
-    all_pairs, first_vs_rest, adjacent = zip(*prompts, strict=True)
-    return PartSummary(
-        statistics.fmean(all_pairs),
-        statistics.pstdev(all_pairs),
-        statistics.fmean(first_vs_rest),
-        statistics.fmean(adjacent),
-    )
+    all_pairs, first_vs_rest, adjacent = _means(prompts)
+    deviation = statistics.pstdev(prompt.all_pairs for prompt in prompts)
+    return PartSummary(all_pairs, deviation, first_vs_rest, adjacent)
+
+
+def _means(similarities: Sequence[Similarity]) -> list[float]:
+    """Each kind's mean, in the order of the fields."""
+    return [statistics.fmean(kind) for kind in zip(*map(astuple, similarities), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -306,8 +276,14 @@ def _two(encoder: float, decoder: float) -> str:
     return f"{encoder:.3f}, {decoder:.3f}"
 
 
-_INK = {"encoder": "#0072B2", "decoder": "#D55E00", "mid": "#7F7F7F"}  # Okabe-Ito
-_MARKERS = {"encoder": "o", "decoder": "s", "mid": "^"}
+# Colour (Okabe-Ito), marker and line.
+_LOOK = {
+    "encoder": ("#0072B2", "o", "-"),
+    "decoder": ("#D55E00", "s", "-"),
+    "mid": ("#7F7F7F", "^", "--"),
+    "own": ("black", "o", "-"),
+    "paper": ("#CC79A7", "D", "--"),
+}
 
 
 def save_plot(summary: Sequence[StepSummary], path: Path, name: str, note: str) -> None:
@@ -319,9 +295,28 @@ def save_plot(summary: Sequence[StepSummary], path: Path, name: str, note: str) 
     figure = new_figure((13.5, 4.9))
     figure.get_layout_engine().set(wspace=0.04)
     own, theirs, difference = figure.subplots(1, 3)
-    _plot_own(own, summary, name)
-    _plot_paper(theirs)
-    _plot_difference(difference, curves_of(summary), name)
+    curves = curves_of(summary)
+    for part in ("encoder", "decoder", "mid"):
+        parts: list[PartSummary] = [getattr(row, part) for row in summary]
+        _curve(own, curves.steps, [p.all_pairs for p in parts], part, part)
+        if part != "mid":
+            low = [p.all_pairs - p.all_pairs_std for p in parts]
+            high = [p.all_pairs + p.all_pairs_std for p in parts]
+            own.fill_between(curves.steps, low, high, color=_LOOK[part][0], alpha=0.15)
+            _curve(theirs, PAPER.steps, getattr(PAPER, part), part, part)
+    _curve(difference, curves.steps, curves.difference, "own", name)
+    _curve(difference, PAPER.steps, PAPER.difference, "paper", "paper")
+    difference.axhline(0.0, color="#555555", linewidth=1)
+    low_end, high_end = difference.get_ylim()
+    difference.set_ylim(min(low_end, -0.1 * high_end), max(high_end, -0.1 * low_end))
+    own.set_title(f"{name}: measured\n(band: 1 standard deviation over prompts)", fontsize=10)
+    theirs.set_title(
+        "TiUE paper, figure (c): SD 2.1\n(digitised; features not defined)", fontsize=10
+    )
+    difference.set_title("encoder - decoder\n(the paper's claim: above zero)", fontsize=10)
+    own.set_ylabel("mean cosine similarity, all pairs of steps")
+    theirs.set_ylabel("'Mean of Cosine Similarity' as printed")
+    difference.set_ylabel("difference of mean cosine similarity")
     for panel in (own, theirs, difference):
         panel.set_xlabel("number of DDIM steps T")
         panel.grid(alpha=0.3)
@@ -331,53 +326,11 @@ def save_plot(summary: Sequence[StepSummary], path: Path, name: str, note: str) 
     save_figure(figure, path)
 
 
-def _plot_own(panel: Any, summary: Sequence[StepSummary], name: str) -> None:
-    steps = [row.steps for row in summary]
-    labels = {"encoder": "encoder (down blocks)", "decoder": "decoder (up blocks)"}
-    for part in ("encoder", "decoder", "mid"):
-        parts: list[PartSummary] = [getattr(row, part) for row in summary]
-        mean = [p.all_pairs for p in parts]
-        panel.plot(
-            steps,
-            mean,
-            color=_INK[part],
-            marker=_MARKERS[part],
-            markersize=4,
-            linestyle="--" if part == "mid" else "-",
-            label=labels.get(part, "mid block"),
-        )
-        if part != "mid":
-            low = [p.all_pairs - p.all_pairs_std for p in parts]
-            high = [p.all_pairs + p.all_pairs_std for p in parts]
-            panel.fill_between(steps, low, high, color=_INK[part], alpha=0.15, linewidth=0)
-    panel.set_title(f"{name}: measured\n(band: 1 standard deviation over prompts)", fontsize=10)
-    panel.set_ylabel("mean cosine similarity, all pairs of steps")
-
-
-def _plot_paper(panel: Any) -> None:
-    for part, curve in (("encoder", PAPER.encoder), ("decoder", PAPER.decoder)):
-        panel.plot(
-            PAPER.steps, curve, color=_INK[part], marker=_MARKERS[part], markersize=4, label=part
-        )
-    panel.set_title(
-        "TiUE paper, figure (c): SD 2.1\n(digitised; features not defined)", fontsize=10
-    )
-    panel.set_ylabel("'Mean of Cosine Similarity' as printed")
-
-
-def _plot_difference(panel: Any, curves: Curves, name: str) -> None:
-    panel.plot(curves.steps, curves.difference, color="black", marker="o", markersize=4, label=name)
+def _curve(
+    panel: Any, steps: Sequence[int], values: Sequence[float], look: str, label: str
+) -> None:
+    colour, marker, line = _LOOK[look]
+    label = {"encoder": "encoder (down blocks)", "decoder": "decoder (up blocks)"}.get(label, label)
     panel.plot(
-        PAPER.steps,
-        PAPER.difference,
-        color="#CC79A7",
-        marker="D",
-        markersize=4,
-        linestyle="--",
-        label="paper",
+        steps, values, color=colour, marker=marker, linestyle=line, markersize=4, label=label
     )
-    panel.axhline(0.0, color="#555555", linewidth=1)
-    low, high = panel.get_ylim()
-    panel.set_ylim(min(low, -0.1 * high), max(high, -0.1 * low))
-    panel.set_title("encoder - decoder\n(the paper's claim: above zero)", fontsize=10)
-    panel.set_ylabel("difference of mean cosine similarity")

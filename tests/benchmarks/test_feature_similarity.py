@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from tiue_export.bundle.manifest import structured
 from tiue_export.errors import CheckpointError, UsageError
 from tiue_export.sampling.noise import noise_from_seed
 
 bench = importlib.import_module("tiue_export.benchmarks.studies.feature_similarity")
-features = importlib.import_module("tiue_export.benchmarks.studies.ddim_features")
+features = importlib.import_module("tiue_export.reference.unet_blocks")
 words = importlib.import_module("tiue_export.benchmarks.studies.feature_similarity_report")
 
 PROMPT = "a red fox in the snow"
@@ -36,7 +37,7 @@ DECODER = ["up_blocks.0", "up_blocks.1", "up_blocks.2"]
 
 @pytest.fixture(scope="module")
 def loaded(tiny_pipeline: Path):
-    return features.load_pipeline(tiny_pipeline)
+    return bench.load_pipeline(tiny_pipeline)
 
 
 @pytest.fixture
@@ -71,14 +72,14 @@ def run(capsys, monkeypatch, tmp_path):
 def test_identical_features_have_similarity_1_whatever_their_length(values) -> None:
     row = torch.tensor(values)
     same = torch.stack([row, 3 * row, 0.5 * row])
-    assert bench.similarity_over_steps(same) == pytest.approx((1.0, 1.0, 1.0), abs=1e-5)
+    assert astuple(bench.similarity_over_steps(same)) == pytest.approx((1.0, 1.0, 1.0), abs=1e-5)
 
 
 def test_three_vectors_by_hand() -> None:
     rows = torch.tensor([[2.0, 0.0], [1.0, 1.0], [0.0, 5.0]])  # at 0, 45 and 90 degrees
     half = math.sqrt(0.5)
     expected = (2 * half / 3, half / 2, half)
-    assert bench.similarity_over_steps(rows) == pytest.approx(expected, abs=1e-6)
+    assert astuple(bench.similarity_over_steps(rows)) == pytest.approx(expected, abs=1e-6)
 
 
 @given(st.integers(2, 7), st.integers(1, 30), st.integers(0, 1000))
@@ -94,7 +95,7 @@ def test_the_mean_is_the_plain_loop_over_pairs_of_steps(steps, width, seed) -> N
         np.mean([value for (i, _), value in cosines.items() if i == 0]),
         np.mean([value for (i, j), value in cosines.items() if j == i + 1]),
     )
-    assert bench.similarity_over_steps(rows) == pytest.approx(expected, abs=1e-5)
+    assert astuple(bench.similarity_over_steps(rows)) == pytest.approx(expected, abs=1e-5)
 
 
 # --- the features
@@ -110,7 +111,7 @@ def test_blocks_are_split_into_encoder_mid_and_decoder(loaded) -> None:
 
 
 def test_a_block_is_taken_with_its_down_or_upsampler(loaded) -> None:
-    rows = features.block_outputs(loaded, torch.zeros(1, 4, 8, 8), loaded.embed([PROMPT]), steps=2)
+    rows = bench.block_outputs(loaded, torch.zeros(1, 4, 8, 8), loaded.embed([PROMPT]), steps=2)
     sizes = {name: tuple(matrix.shape) for name, matrix in rows.items()}
     channels_times_side = {
         "down_blocks.0": (24, 4),
@@ -207,15 +208,15 @@ def test_the_hooks_leave_the_unet_even_after_an_interruption(loaded) -> None:
 
 def test_the_vae_is_neither_needed_nor_read(tiny_pipeline, pipeline, loaded) -> None:
     (pipeline / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
-    assert features.load_pipeline(pipeline).sha256 == loaded.sha256
+    assert bench.load_pipeline(pipeline).sha256 == loaded.sha256
     shutil.rmtree(pipeline / "vae")
-    assert features.load_pipeline(pipeline).sha256 == loaded.sha256
+    assert bench.load_pipeline(pipeline).sha256 == loaded.sha256
 
 
 def test_another_scheduler_or_vocabulary_is_another_pipeline(pipeline, loaded) -> None:
     config = pipeline / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "beta_end": 0.013}))
-    changed = features.load_pipeline(pipeline)
+    changed = bench.load_pipeline(pipeline)
     assert changed.sha256 != loaded.sha256
     assert changed.scheduler["beta_end"] == 0.013
 
@@ -230,7 +231,7 @@ def test_a_pndm_configuration_is_not_given_ddims_clipping(loaded) -> None:
 def test_a_folder_without_a_needed_part_is_refused_by_name(pipeline, part) -> None:
     shutil.rmtree(pipeline / part)
     with pytest.raises(CheckpointError, match=f"lacks {part}/"):
-        features.load_pipeline(pipeline)
+        bench.load_pipeline(pipeline)
 
 
 # --- what the numbers say
@@ -293,7 +294,8 @@ def test_a_summary_averages_over_blocks_and_prompts_by_hand() -> None:
 
 def test_a_run_survives_its_json() -> None:
     measured = step_run(2, down_blocks__0=[(0.25, 0.5, 1.0)], mid_block=[(0.1, 0.2, 0.3)])
-    assert words.StepRun.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
+    data = json.loads(json.dumps(asdict(measured)))
+    assert structured(words.StepRun, data, "a run") == measured
 
 
 # --- the command
@@ -315,7 +317,8 @@ def test_the_command_writes_numbers_table_words_and_plot(run, tiny_pipeline, tmp
     assert data["paper"]["encoder"] == list(words.PAPER.encoder)
     assert data["environment"]["packages"]["torch"]
     assert str(Path.home()) not in json.dumps(data["environment"])
-    encoder = [np.mean(data["runs"][1]["blocks"][name]["all_pairs"]) for name in ENCODER]
+    blocks = data["runs"][1]["blocks"]
+    encoder = [np.mean([prompt["all_pairs"] for prompt in blocks[name]]) for name in ENCODER]
     assert data["summary"][1]["encoder"]["all_pairs"] == pytest.approx(np.mean(encoder), abs=1e-6)
     assert str(tmp_path) not in json.dumps(data)
     with Image.open(tmp_path / "new" / "out.png") as picture:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,6 +32,7 @@ from tiue_export.reference.sharing_cost import (
     every_step,
     group_losses,
 )
+from tiue_export.reference.unet_blocks import named_blocks, watched_blocks
 from tiue_export.sampling.key_steps import choose_key_steps, cost_of, encoder_runs_within
 from tiue_export.sampling.plan import key_steps_from
 from tiue_export.sampling.plan_options import FasterOptions
@@ -60,53 +60,20 @@ DEFAULT_PROMPTS = (
 )
 
 
-def named_blocks(unet: Any) -> dict[str, Any]:
-    """A UNet's blocks in the order they run: "down_blocks.0", ..., "mid_block", "up_blocks.0"..."""
-    return {
-        **{f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)},
-        "mid_block": unet.mid_block,
-        **{f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)},
-    }
+@dataclass
+class _Followed:
+    """One block's curves in the making."""
 
+    change: list[float] = field(default_factory=list)
+    norm: list[float] = field(default_factory=list)
+    last: Tensor | None = None
 
-class BlockChanges:
-    """Forward hooks that follow every block's output over a run; a context manager.
-
-    Of several rows the last is followed, the conditional one of a guided call.
-    """
-
-    def __init__(self, unet: Any) -> None:
-        self._blocks = named_blocks(unet)
-        self._last: dict[str, Tensor] = {}
-        self._change: dict[str, list[float]] = {name: [] for name in self._blocks}
-        self._norm: dict[str, list[float]] = {name: [] for name in self._blocks}
-        self._hooks = ExitStack()
-
-    def __enter__(self) -> BlockChanges:
-        for name, block in self._blocks.items():
-            self._hooks.callback(block.register_forward_hook(self._follow(name)).remove)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._hooks.close()
-
-    def _follow(self, name: str) -> Callable[[Any, Any, Any], None]:
-        def follow(block: Any, inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            row = hidden[-1].detach().float()  # (C, h, w)
-            if name in self._last:
-                self._change[name].append(float((row - self._last[name]).square().mean()))
-            self._norm[name].append(float(row.mean(0).norm()))
-            self._last[name] = row.clone()
-
-        return follow
-
-    def curves(self) -> dict[str, BlockCurves]:
-        """What was followed, by block."""
-        return {
-            name: BlockCurves(tuple(self._change[name]), tuple(self._norm[name]))
-            for name in self._blocks
-        }
+    def add(self, row: Tensor) -> None:
+        """The block's output (C, h, w) of the next step."""
+        if self.last is not None:
+            self.change.append(float((row - self.last).square().mean()))
+        self.norm.append(float(row.mean(0).norm()))
+        self.last = row.clone()
 
 
 def measure_prompt(
@@ -148,13 +115,14 @@ def _blocks(
         teacher.scheduler_config, options.scheduler, options.asked_steps
     )
     sample, embedding = torch.from_numpy(model.noise(seed)), torch.from_numpy(text)
-    with BlockChanges(unet) as changes:
+    blocks = {name: _Followed() for name in named_blocks(unet)}
+    with watched_blocks(unet, lambda name, row: blocks[name].add(row)):
         for timestep in scheduler.timesteps:
             pair = unet(torch.cat([sample, sample]), timestep, embedding).sample
             without, conditioned = pair.chunk(2)
             output = without + options.guidance * (conditioned - without)
             sample = scheduler.step(output, timestep, sample).prev_sample
-    return changes.curves()
+    return {name: BlockCurves(tuple(b.change), tuple(b.norm)) for name, b in blocks.items()}
 
 
 def candidates(
