@@ -33,12 +33,10 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from torch import Tensor
 
-from tiue_export._version import __version__
 from tiue_export.bundle.folder import disk_errors
 from tiue_export.bundle.manifest import structured
 from tiue_export.checkpoint.tensors import sha256_of_files
@@ -54,10 +52,10 @@ from tiue_export.sampling.schedule import schedule_from_config
 from tiue_export.student.load import load_student
 from tiue_export.student.model import Student
 from tiue_export.system.atomic_file import write_atomically
-from tiue_export.system.machine import describe_machine, installed_versions
 
 from ..ddim import ddim_arguments
 from ..figure import check_file, check_plot
+from ..latency.environment import describe_environment
 from .feature_similarity_report import (
     PAPER,
     Similarity,
@@ -71,8 +69,6 @@ from .feature_similarity_report import (
 )
 
 _NEEDED = ("unet", "text_encoder", "tokenizer", "scheduler")
-
-_PACKAGES = ("numpy", "torch", "diffusers", "transformers", "tokenizers", "safetensors")
 
 
 def similarity_over_steps(features: Tensor) -> Similarity:
@@ -183,7 +179,7 @@ def block_outputs(
     """
     scheduler = DDIMScheduler(**pipeline.scheduler)
     scheduler.set_timesteps(steps)
-    sample = noise * scheduler.init_noise_sigma
+    sample = noise.to(pipeline.unet.device) * scheduler.init_noise_sigma
     rows: dict[str, list[Tensor]] = {name: [] for name in named_blocks(pipeline.unet)}
     with watched_blocks(pipeline.unet, lambda name, row: rows[name].append(row.flatten())):
         for timestep in scheduler.timesteps:
@@ -295,12 +291,8 @@ def write_result(path: Path, request: Mapping[str, Any], runs: Mapping[int, Step
     ordered = [runs[steps] for steps in sorted(runs)]
     result = {
         "what": "mean cosine similarity of UNet block outputs between DDIM steps",
-        "environment": {
-            "tiue-export": __version__,
-            "machine": describe_machine(),
-            "packages": installed_versions(_PACKAGES),
-            "torch_threads": torch.get_num_threads(),
-        },
+        "environment": asdict(describe_environment()),
+        "torch_threads": torch.get_num_threads(),
         "request": request,
         **report([summarise(run) for run in ordered]),
         "runs": [asdict(run) for run in ordered],
@@ -352,23 +344,13 @@ def _measure_missing(
 ) -> None:
     """Add to `runs` every step count it lacks, saving the file after each."""
     missing = [steps for steps in counts if steps not in runs]
-    if not missing:
-        return
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("UNet steps"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as progress:
         task = progress.add_task("", total=sum(missing) * len(settings.prompts))
         for steps in missing:
-            progress.update(task, description=f"T={steps}")
+            progress.update(task, description=f"UNet steps, T={steps}")
             runs[steps] = measure(pipeline, settings, steps, lambda: progress.advance(task))
             if json_path is not None:
                 write_result(json_path, request, runs)

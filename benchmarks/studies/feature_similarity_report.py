@@ -122,7 +122,44 @@ class Curves:
 
     @property
     def difference(self) -> tuple[float, ...]:
+        """Encoder - decoder."""
         return tuple(e - d for e, d in zip(self.encoder, self.decoder, strict=True))
+
+    @property
+    def violations(self) -> tuple[int, ...]:
+        """The step counts where the encoder is not the more similar."""
+        pairs = zip(self.steps, self.difference, strict=True)
+        return tuple(steps for steps, delta in pairs if not delta > 0)
+
+    @property
+    def flat_from(self) -> tuple[int, int]:
+        """The step count from which encoder and decoder stay within `SATURATION_TOLERANCE` of
+        their last value."""
+        return _flat_from(self.steps, self.encoder), _flat_from(self.steps, self.decoder)
+
+    @property
+    def saturates(self) -> bool | None:
+        """Whether both are flat over at least the upper half of the range of step counts; None
+        where the largest is less than twice the smallest."""
+        first, last = self.steps[0], self.steps[-1]
+        return None if last < 2 * first else max(self.flat_from) <= (first + last) / 2
+
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """What they say, for JSON."""
+        return {
+            "ordering_holds": not self.violations,
+            "violations": self.violations,
+            "smallest_difference": min(self.difference),
+            "largest_difference": max(self.difference),
+            "flat_from": self.flat_from,
+            "saturates": self.saturates,
+        }
+
+
+def _flat_from(steps: tuple[int, ...], curve: tuple[float, ...]) -> int:
+    far = [i for i, value in enumerate(curve) if abs(value - curve[-1]) > SATURATION_TOLERANCE]
+    return steps[far[-1] + 1 if far else 0]
 
 
 PAPER_SOURCE = (
@@ -150,79 +187,28 @@ def curves_of(summary: Sequence[StepSummary]) -> Curves:
     )
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the curves say.
-
-    `violations` are the step counts where the encoder is not the more similar. A curve saturates
-    when it stays within `SATURATION_TOLERANCE` of its last value over at least the upper half of
-    the range of step counts; `encoder_flat_from` and `decoder_flat_from` say from where.
-    `saturates` is None where the largest step count is less than twice the smallest.
-    """
-
-    ordering_holds: bool
-    violations: tuple[int, ...]
-    smallest_difference: float
-    largest_difference: float
-    encoder_flat_from: int
-    decoder_flat_from: int
-    saturates: bool | None
-
-
-def judge(curves: Curves) -> Verdict:
-    """Whether encoder > decoder at each step count, and whether both curves saturate."""
-    difference = curves.difference
-    violations = tuple(
-        t for t, delta in zip(curves.steps, difference, strict=True) if not delta > 0
-    )
-    flat_from = [_flat_from(curves.steps, curve) for curve in (curves.encoder, curves.decoder)]
-    first, last = curves.steps[0], curves.steps[-1]
-    return Verdict(
-        ordering_holds=not violations,
-        violations=violations,
-        smallest_difference=min(difference),
-        largest_difference=max(difference),
-        encoder_flat_from=flat_from[0],
-        decoder_flat_from=flat_from[1],
-        saturates=None if last < 2 * first else max(flat_from) <= (first + last) / 2,
-    )
-
-
-def _flat_from(steps: tuple[int, ...], curve: tuple[float, ...]) -> int:
-    """The smallest step count from which the curve stays near its last value."""
-    start = steps[-1]
-    for t, value in zip(reversed(steps), reversed(curve), strict=True):
-        if abs(value - curve[-1]) > SATURATION_TOLERANCE:
-            break
-        start = t
-    return start
-
-
 def statements(curves: Curves) -> tuple[str, str]:
     """The verdict in two sentences, with the paper's beside it."""
-    verdict, paper = judge(curves), judge(PAPER)
-    counts = len(curves.steps)
-    held = counts - len(verdict.violations)
-    where = ", ".join(f"T={t}" for t in verdict.violations)
+    counts, broken = len(curves.steps), len(curves.violations)
+    where = ", ".join(f"T={t}" for t in curves.violations)
+    spans = [f"{min(c.difference):+.3f} to {max(c.difference):+.3f}" for c in (curves, PAPER)]
     ordering = (
         "Ordering: the encoder's features are more alike than the decoder's at "
-        + (f"all {counts}" if verdict.ordering_holds else f"{held} of {counts}")
+        + (f"{counts - broken} of {counts}" if broken else f"all {counts}")
         + " step counts"
         + (f" (not at {where})" if where else "")
-        + f"; encoder - decoder is {verdict.smallest_difference:+.3f} to "
-        f"{verdict.largest_difference:+.3f} (paper: {paper.smallest_difference:+.3f} to "
-        f"{paper.largest_difference:+.3f}, at all {len(PAPER.steps)})."
+        + f"; encoder - decoder is {spans[0]} (paper: {spans[1]}, at all {len(PAPER.steps)})."
     )
     conclusion = {
         True: "both saturate",
         False: "they do not both saturate",
         None: "the range is too short to speak of saturation",
-    }[verdict.saturates]
+    }[curves.saturates]
+    (encoder, decoder), paper = curves.flat_from, PAPER.flat_from
     saturation = (
         f"Saturation: the encoder's curve stays within {SATURATION_TOLERANCE} of its value at "
-        f"T={curves.steps[-1]} from T={verdict.encoder_flat_from} on, the decoder's from "
-        f"T={verdict.decoder_flat_from} on (paper: {paper.encoder_flat_from} and "
-        f"{paper.decoder_flat_from}): {conclusion}."
+        f"T={curves.steps[-1]} from T={encoder} on, the decoder's from T={decoder} on (paper: "
+        f"{paper[0]} and {paper[1]}): {conclusion}."
     )
     return ordering, saturation
 
@@ -232,12 +218,8 @@ def report(summary: Sequence[StepSummary]) -> dict[str, Any]:
     curves = curves_of(summary)
     return {
         "summary": [asdict(row) for row in summary],
-        "verdict": {**asdict(judge(curves)), "statements": statements(curves)},
-        "paper": {
-            "source": PAPER_SOURCE,
-            **asdict(PAPER),
-            "verdict": asdict(judge(PAPER)),
-        },
+        "verdict": {**curves.verdict, "statements": statements(curves)},
+        "paper": {"source": PAPER_SOURCE, **asdict(PAPER), "verdict": PAPER.verdict},
     }
 
 

@@ -242,29 +242,27 @@ def curves(encoder, decoder, steps=(4, 8, 16, 32)):
 
 
 def test_the_papers_own_curves_are_ordered_and_saturate() -> None:
-    verdict = words.judge(words.PAPER)
-    assert len(words.PAPER.steps) == len(words.PAPER.encoder) == len(words.PAPER.decoder) == 13
-    assert verdict.ordering_holds
-    assert (verdict.smallest_difference, verdict.largest_difference) == pytest.approx(
-        (0.016, 0.031)
-    )
-    assert (verdict.encoder_flat_from, verdict.decoder_flat_from) == (15, 20)
-    assert verdict.saturates
+    paper = words.PAPER
+    assert len(paper.steps) == len(paper.encoder) == len(paper.decoder) == 13
+    assert paper.violations == ()
+    assert (min(paper.difference), max(paper.difference)) == pytest.approx((0.016, 0.031))
+    assert paper.flat_from == (15, 20)
+    assert paper.saturates
 
 
 def test_a_broken_order_is_said_with_its_step_counts() -> None:
     broken = curves((0.5, 0.6, 0.7, 0.7), (0.4, 0.6, 0.71, 0.6))
-    assert words.judge(broken).violations == (8, 16)
+    assert broken.violations == (8, 16)
     ordering, _ = words.statements(broken)
     assert "at 2 of 4 step counts (not at T=8, T=16)" in ordering
 
 
 def test_curves_that_still_rise_or_a_short_range_do_not_saturate() -> None:
     rising, flat = (0.2, 0.3, 0.4, 0.5), (0.5, 0.5, 0.5, 0.5)
-    assert words.judge(curves(rising, flat)).saturates is False
-    assert words.judge(curves(flat, flat)).saturates is True
+    assert curves(rising, flat).saturates is False
+    assert curves(flat, flat).saturates is True
     short = curves((0.5, 0.5), (0.4, 0.4), steps=(4, 5))
-    assert words.judge(short).saturates is None
+    assert short.saturates is None
     assert "too short" in words.statements(short)[1]
 
 
