@@ -24,6 +24,8 @@ from tiue_export.bundle.folder import MANIFEST_FILE
 from tiue_export.errors import RuntimeFailure
 from tiue_export.registry.spokes import run_explained
 
+from .settings import TorchSettings
+
 if TYPE_CHECKING:
     from tiue_export.student.model import Student
 
@@ -99,18 +101,24 @@ def make(asked: MadeBundle, folder: Path) -> None:
         compile_openvino(bundle, precisions, force=True, allow_parity_loss=True)
 
 
-def _student(asked: MadeBundle) -> Student:
-    from tiue_export.sampling.schedule import schedule_from_config
+def measured_student(checkpoint: str, asked: MadeBundle | TorchSettings) -> Student:
+    """The checkpoint at the K that is asked for, with no more parts than are measured."""
     from tiue_export.student.load import load_student
 
-    student = load_student(
-        asked.checkpoint,
+    return load_student(
+        checkpoint,
         asked.base,
         steps=asked.steps,
         allow_other_steps=asked.steps is not None,
         vae=None if asked.unet_only else asked.vae,
         without=("text_encoder", "vae") if asked.unet_only else (),
     )
+
+
+def _student(asked: MadeBundle) -> Student:
+    from tiue_export.sampling.schedule import schedule_from_config
+
+    student = measured_student(asked.checkpoint, asked)
     if asked.one_step:
         config = {**student.scheduler_config, "timestep_spacing": "trailing"}
         student.scheduler_config, student.schedule = config, schedule_from_config(config, 1)

@@ -10,6 +10,7 @@ from tiue_export.bundle.folder import disk_errors
 from tiue_export.proof.latency_change import ratio_text
 from tiue_export.proof.latency_record import END_TO_END, UNET, Measurement, Record
 
+from ..figure import new_figure, save_figure
 from .summary import Spread, denominator, ratio_to, spreads
 
 # Okabe and Ito's colours: told apart in every kind of colour vision.
@@ -28,32 +29,23 @@ _ROW_IN = 0.42
 
 
 def plot_record(record: Record, ratio_name: str | None, path: Path) -> None:
-    """Draw `path` (.png, .svg or .pdf): medians of the stages, p10 to p90 of the whole."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Draw `path` (.png): medians of the stages, p10 to p90 of the whole."""
     shown = [entry for entry in record.contenders if entry.measured]
-    height = 1.9 + _ROW_IN * max(1, len(shown))
-    figure, axes = pyplot.subplots(figsize=(10, height), layout="constrained")
-    try:
-        _draw(axes, shown, record, ratio_name)
-        handles, labels = axes.get_legend_handles_labels()
-        order = [labels.index(title) for title in _TITLES if title in labels]
-        figure.legend(
-            [handles[i] for i in order],
-            [labels[i] for i in order],
-            loc="outside lower center",
-            ncols=len(_TITLES),
-            fontsize=8,
-            frameon=False,
-        )
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150)
-    finally:
-        pyplot.close(figure)
+    figure = new_figure((10, 1.9 + _ROW_IN * max(1, len(shown))))
+    axes = figure.subplots()
+    _draw(axes, shown, record, ratio_name)
+    handles, labels = axes.get_legend_handles_labels()
+    order = [labels.index(title) for title in _TITLES if title in labels]
+    figure.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="outside lower center",
+        ncols=len(_TITLES),
+        fontsize=8,
+        frameon=False,
+    )
+    with disk_errors(path):
+        save_figure(figure, path)
 
 
 def _draw(axes: Any, shown: list[Measurement], record: Record, ratio_name: str | None) -> None:

@@ -25,9 +25,9 @@ from tiue_export.graphs.build import vae_scaling_factor as scaling_factor
 from tiue_export.proof.latency_record import END_TO_END, UNET, Facts
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER
-from tiue_export.student.load import load_student
 from tiue_export.student.model import Features, Student
 
+from .made_bundle import measured_student
 from .session import StageClock
 from .settings import TorchSettings
 
@@ -170,14 +170,7 @@ class TorchSession:
 
 def _loaded(settings: TorchSettings) -> Student:
     assert settings.checkpoint is not None
-    student = load_student(
-        settings.checkpoint,
-        settings.base,
-        steps=settings.steps,
-        allow_other_steps=settings.steps is not None,
-        vae=None if settings.unet_only else settings.vae,
-        without=("text_encoder", "vae") if settings.unet_only else (),
-    )
+    student = measured_student(settings.checkpoint, settings)
     parts = {"text encoder": student.text_encoder, "VAE": student.vae}
     missing = [name for name, part in parts.items() if part is None]
     if missing and not settings.unet_only:

@@ -266,6 +266,11 @@ _LOOK = {
     "own": ("black", "o", "-"),
     "paper": ("#CC79A7", "D", "--"),
 }
+_TITLES = {
+    "encoder": "encoder (down blocks)",
+    "decoder": "decoder (up blocks)",
+    "mid": "mid block",
+}
 
 
 def save_plot(summary: Sequence[StepSummary], path: Path, name: str, note: str) -> None:
@@ -312,7 +317,7 @@ def _curve(
     panel: Any, steps: Sequence[int], values: Sequence[float], look: str, label: str
 ) -> None:
     colour, marker, line = _LOOK[look]
-    label = {"encoder": "encoder (down blocks)", "decoder": "decoder (up blocks)"}.get(label, label)
+    label = _TITLES.get(label, label)
     panel.plot(
         steps, values, color=colour, marker=marker, linestyle=line, markersize=4, label=label
     )
