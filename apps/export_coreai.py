@@ -50,17 +50,12 @@ def run(request: CoreaiRequest) -> None:
         check_precision,
         compile_coreai,
     )
-    from tiue_export.export.onnx.bundle import Observer, StageReport
     from tiue_export.export.own_student import StudentPlace
 
     check_precision(request.precision)
     start = time.perf_counter()
     path = _bundle_path(request, checkpoint)
     with stage_bar(quiet=request.as_json) as bar:
-
-        def on_done(report: StageReport) -> None:
-            bar.done(report.stage, report.seconds, report.peak_memory_bytes, report.size_bytes)
-
         opened = open_bundle(path)
         require_one_pass(opened, "coreai")
         bar.expect(len(opened.manifest.graphs) + 1)
@@ -70,7 +65,7 @@ def run(request: CoreaiRequest) -> None:
             CoreaiOptions(request.precision),
             force=request.force,
             allow_parity_loss=request.allow_parity_loss,
-            observer=Observer(bar.begin, on_done, bar.within),
+            observer=bar.observer(),
         )
     compiled = bundle.manifest.compiled[FOLDER]
     seconds = round(time.perf_counter() - start, 1)

@@ -80,19 +80,13 @@ def run(request: CoremlRequest) -> None:
     check_checkpoint_path(checkpoint)
     from tiue_export.export.coreml.bundle import (
         FOLDER,
-        Observer,
         compile_coreml,
     )
-    from tiue_export.export.onnx.bundle import StageReport
     from tiue_export.export.own_student import StudentPlace
 
     start = time.perf_counter()
     path = _bundle_path(request, checkpoint, options)
     with stage_bar(quiet=request.as_json) as bar:
-
-        def on_done(report: StageReport) -> None:
-            bar.done(report.stage, report.seconds, report.peak_memory_bytes, report.size_bytes)
-
         opened = open_bundle(path)
         searched = options.target_psnr_db is not None or options.target_mb is not None
         bar.expect(len(opened.manifest.graphs) + searched)
@@ -102,7 +96,7 @@ def run(request: CoremlRequest) -> None:
             options,
             force=request.force,
             allow_parity_loss=request.allow_parity_loss,
-            observer=Observer(bar.begin, on_done, bar.within),
+            observer=bar.observer(),
         )
     compiled = bundle.manifest.compiled[FOLDER]
     seconds = round(time.perf_counter() - start, 1)

@@ -159,9 +159,9 @@ def export(
 ) -> tuple[Bundle | None, list[dict[str, object]], float]:
     """Load and export behind a progress bar; (None, [], 0) after a dry run printed its plan."""
     from tiue_export.export.dry_run import plan_export
-    from tiue_export.export.onnx.bundle import Observer, StageReport, export_onnx
+    from tiue_export.export.onnx.bundle import export_onnx
     from tiue_export.graphs.build import ExportOptions
-    from tiue_export.system.memory import PeakMemory
+    from tiue_export.system.progress import StageReport, stage
 
     options = ExportOptions(
         precision=request.precision,
@@ -176,16 +176,10 @@ def export(
     )
     prompts = prompts_in(request.audit_prompts, "--audit-prompts")
     start = time.perf_counter()
-    stages: list[dict[str, object]] = []
+    reports: list[StageReport] = []
     with stage_bar(quiet=request.as_json) as bar:
-
-        def on_done(report: StageReport) -> None:
-            stages.append(dataclasses.asdict(report))
-            bar.done(report.stage, report.seconds, report.peak_memory_bytes, report.size_bytes)
-
-        bar.begin("load student")
-        loading = time.perf_counter()
-        with PeakMemory() as memory:
+        observer = bar.observer(reports)
+        with stage(observer, "load student"):
             asked = LoadRequest(
                 request.ckpt,
                 base=request.base,
@@ -195,7 +189,6 @@ def export(
                 allow_other_steps=request.allow_other_steps,
             )
             student = load(asked, request.method, lambda part: bar.begin(f"load {part}"))
-        on_done(StageReport("load student", time.perf_counter() - loading, memory.peak_bytes))
         if request.dry_run:
             _print_plan(plan_export(student, options), out, as_json=request.as_json)
             return None, [], 0.0
@@ -212,9 +205,9 @@ def export(
             allow_parity_loss=request.allow_parity_loss,
             audit=request.audit,
             audit_prompts=prompts,
-            observer=Observer(bar.begin, on_done, bar.within),
+            observer=observer,
         )
-    return bundle, stages, time.perf_counter() - start
+    return bundle, [dataclasses.asdict(report) for report in reports], time.perf_counter() - start
 
 
 def _print_plan(plan: object, out: Path, *, as_json: bool) -> None:

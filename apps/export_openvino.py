@@ -58,18 +58,13 @@ def run(request: OpenvinoRequest) -> None:
     start = time.perf_counter()
     path = _bundle_path(request)
     with stage_bar(quiet=request.as_json) as bar:
-        from tiue_export.export.onnx.bundle import Observer, StageReport
-
-        def on_done(report: StageReport) -> None:
-            bar.done(report.stage, report.seconds, report.peak_memory_bytes, report.size_bytes)
-
         options = OpenvinoOptions(request.weights, request.precisions or native_precisions())
         bundle = compile_openvino(
             open_bundle(path),
             options,
             force=request.force,
             allow_parity_loss=request.allow_parity_loss,
-            observer=Observer(bar.begin, on_done, bar.within),
+            observer=bar.observer(),
         )
     compiled = bundle.manifest.compiled[FOLDER]
     if request.as_json:

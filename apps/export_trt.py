@@ -15,7 +15,6 @@ from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.bundle.manifest import Compiled, CompiledGraph
 from tiue_export.errors import UsageError
 from tiue_export.export.trt.bundle import (
-    TrtObserver,
     check_refittable,
     compile_trt,
     refit_from,
@@ -26,7 +25,7 @@ from tiue_export.system.tensorrt_flavor import FOLDERS, TITLES
 from .export_onnx import ExportRequest, export_first
 from .method_options import MethodRequest
 from .report.next_line import draw_line
-from .report.stages import StageBar, stage_bar
+from .report.stages import stage_bar
 from .report.tables import console, megabytes, print_json
 
 
@@ -99,7 +98,7 @@ def run(request: TrtRequest) -> None:
         return
     with stage_bar(quiet=request.as_json) as bar:
         bar.expect(len(plan.to_build))
-        built = compile_trt(opened, options, _observer(bar))
+        built = compile_trt(opened, options, bar.observer())
     seconds = time.perf_counter() - start
     _print_result(built, plan.flavor.folder, plan.to_build, seconds, request)
 
@@ -247,24 +246,6 @@ def _give_memory_back() -> None:
     return_freed_memory()
 
 
-def _observer(bar: StageBar) -> TrtObserver:
-    def on_done(graph: str, compiled: CompiledGraph) -> None:
-        report = compiled.report
-        bar.done(
-            f"build {graph}",
-            float(report["build_seconds"]),
-            int(report["peak_memory_bytes"]),
-            _plan_bytes(compiled),
-        )
-
-    return TrtObserver(
-        on_start=lambda graph: bar.begin(f"build {graph}"),
-        on_progress=lambda graph, fraction, phase: bar.within(fraction, f"{graph}: {phase}"[:48]),
-        on_done=on_done,
-        on_note=bar.note,
-    )
-
-
 def _run_refit(request: TrtRequest, source: str) -> None:
     assert request.bundle is not None
     start, old = time.perf_counter(), open_bundle(request.bundle)
@@ -278,7 +259,7 @@ def _run_refit(request: TrtRequest, source: str) -> None:
         new = open_bundle(path)
     with stage_bar(quiet=request.as_json) as bar:
         bar.expect(len(old.manifest.graphs))
-        refitted = refit_from(old, new, _observer(bar))
+        refitted = refit_from(old, new, bar.observer())
     seconds = time.perf_counter() - start
     folder = FOLDERS[compiled.backend]
     names = tuple(refitted.manifest.compiled[folder].graphs)

@@ -17,9 +17,10 @@ from tiue_export.errors import UsageError
 from tiue_export.proof.calibration import open_calibration
 from tiue_export.proof.quantization_plan import read_plan
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.progress import StageReport
 
 from .report.next_line import draw_line
-from .report.stages import StageBar, stage_bar
+from .report.stages import stage_bar
 from .report.tables import console, megabytes, print_json
 
 _PACKAGE = "tiue_export.calibration"
@@ -74,11 +75,11 @@ def run(request: QuantizeRequest) -> None:
         check_target(out, force=request.force)
     data = open_calibration(request.calibration, bundle)
     start = time.perf_counter()
-    stages: list[dict[str, object]] = []
+    reports: list[StageReport] = []
     with stage_bar(quiet=request.as_json) as bar:
-        progress = _progress(bar)
+        observer = bar.observer(reports)
         if request.plan_only:
-            analysis = quantizer.make_plan(bundle, data, options, progress)
+            analysis = quantizer.make_plan(bundle, data, options, observer)
             plan = analysis.plan
             curve = analysis.selection.points if analysis.selection else []
             made = None
@@ -89,8 +90,7 @@ def run(request: QuantizeRequest) -> None:
                 out,
                 options,
                 force=request.force,
-                observer=_observer(bar, stages),
-                progress=progress,
+                observer=observer,
             )
             plan, curve = made.plan, made.curve
     pictures = _pictures(request, plan, curve)
@@ -98,7 +98,7 @@ def run(request: QuantizeRequest) -> None:
         write_atomically(request.save_plan, plan.to_json().encode())
     seconds = round(time.perf_counter() - start, 2)
     if request.as_json:
-        print_json(_facts(request, out, plan, curve, made, stages, pictures, seconds))
+        print_json(_facts(request, out, plan, curve, made, reports, pictures, seconds))
         return
     _print(request, out, plan, made, pictures, seconds)
 
@@ -196,25 +196,6 @@ def _refuse_plots_of_nothing(request: QuantizeRequest) -> None:
         )
 
 
-def _progress(bar: StageBar) -> Any:
-    analysis = importlib.import_module(f"{_PACKAGE}.analysis")
-    return analysis.Progress(
-        on_stage=bar.begin,
-        on_step=lambda fraction, detail: bar.within(fraction, detail[:60]),
-        on_note=bar.note,
-    )
-
-
-def _observer(bar: StageBar, stages: list[dict[str, object]]) -> Any:
-    from tiue_export.export.onnx.bundle import Observer, StageReport
-
-    def on_done(report: StageReport) -> None:
-        stages.append(dataclasses.asdict(report))
-        bar.done(report.stage, report.seconds, report.peak_memory_bytes, report.size_bytes)
-
-    return Observer(bar.begin, on_done, bar.within)
-
-
 def _pictures(request: QuantizeRequest, plan: Any, curve: Any) -> list[str]:
     if request.plots is None:
         return []
@@ -231,7 +212,7 @@ def _facts(
     plan: Any,
     curve: Any,
     made: Any,
-    stages: list[dict[str, object]],
+    reports: list[StageReport],
     pictures: list[str],
     seconds: float,
 ) -> dict[str, object]:
@@ -242,7 +223,7 @@ def _facts(
         "int8_share": round(plan.int8_share, 4),
         "curve": [dataclasses.asdict(point) for point in curve],
         "plots": pictures,
-        "stages": stages,
+        "stages": [dataclasses.asdict(report) for report in reports],
         "seconds": seconds,
     }
     if made is None:

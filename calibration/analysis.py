@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ from tiue_export.proof.quantization_plan import (
 )
 from tiue_export.specs import UNET_GRAPHS, Array
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.progress import Observer
 
 from .capture import choose_runs
 from .histogram import RangeMethod
@@ -97,15 +98,6 @@ class AnalysisOptions:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How an analysis tells of itself: the stage, its fraction from 0 to 1, what it is at."""
-
-    on_stage: Callable[[str], None] = lambda stage: None
-    on_step: Callable[[float, str], None] = lambda fraction, detail: None
-    on_note: Callable[[str], None] = lambda text: None
-
-
-@dataclass(frozen=True)
 class Analysis:
     """A plan with what led to it."""
 
@@ -121,10 +113,10 @@ class Analyser:
         bundle: Bundle,
         data: CalibrationData,
         options: AnalysisOptions,
-        progress: Progress | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.bundle, self.data, self.options = bundle, data, options
-        self._progress = progress or Progress()
+        self._observer = observer or Observer()
         self._ranged, self._judged = choose_runs(data, options.held_out)
         batch = bundle.manifest.batch or 1
         self.layers: dict[str, list[Layer]] = {}
@@ -162,7 +154,9 @@ class Analyser:
         def on_run() -> None:
             nonlocal done
             done += 1
-            self._progress.on_step(done / len(runs), f"ranges of {graph}, run {done}/{len(runs)}")
+            self._observer.on_progress(
+                done / len(runs), f"ranges of {graph}, run {done}/{len(runs)}"
+            )
 
         spec = self.bundle.spec(graph)
         feeds = (
@@ -182,7 +176,7 @@ class Analyser:
 
     def _find_ranges(self) -> None:
         for graph in UNET_GRAPHS:
-            self._progress.on_stage(f"ranges of {graph}")
+            self._observer.on_start(f"ranges of {graph}")
             kept = self._kept("ranges", graph=graph)
             if kept.is_file():
                 found = json.loads(kept.read_text("utf-8"))
@@ -244,7 +238,7 @@ class Analyser:
 
     def _probe(self, groups: Mapping[tuple[str, str], Sequence[Layer]]) -> list[Unit]:
         """Quantize one unit at a time; what is already measured is not measured again."""
-        self._progress.on_stage("sensitivity")
+        self._observer.on_start("sensitivity")
         journal = self._kept("sensitivity", level=self.options.sensitivity)
         known = _read_journal(journal)
         probe: Probe | None = None
@@ -260,19 +254,19 @@ class Analyser:
                 _append(journal, key, known[key])
             units.append(Unit(tuple(group), known[key], name))
             detail = f"{name}: {known[key]:.1f} dB"
-            self._progress.on_step((number + 1) / len(groups), detail)
+            self._observer.on_progress((number + 1) / len(groups), detail)
         return units
 
     def _select(self, units: Sequence[Unit]) -> Selection:
-        self._progress.on_stage("choose layers")
+        self._observer.on_start("choose layers")
         probe = Probe(self.bundle, self.data, self._judged, self.options.threads)
 
         def measure(chosen: Sequence[Unit]) -> float:
             names = {(layer.graph, layer.name) for unit in chosen for layer in unit.layers}
             with self._written(names) as paths:
                 value = probe.of_files(paths)
-            self._progress.on_step(0.5, f"{len(names)} layers in int8: {value:.1f} dB")
-            self._progress.on_note(f"{len(names)} layers in int8: {value:.2f} dB")
+            self._observer.on_progress(0.5, f"{len(names)} layers in int8: {value:.1f} dB")
+            self._observer.on_note(f"{len(names)} layers in int8: {value:.2f} dB")
             return value
 
         options = self.options

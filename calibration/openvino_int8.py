@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from typing import Any
 from tiue_export.bundle.folder import Bundle, file_records
 from tiue_export.bundle.manifest import Compiled, CompiledGraph
 from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_name
-from tiue_export.export.onnx.bundle import Observer, StageReport
 from tiue_export.export.openvino import FOLDER
 from tiue_export.proof.quantization_plan import (
     W8A8,
@@ -29,8 +27,8 @@ from tiue_export.proof.quantization_plan import (
 )
 from tiue_export.registry.packages import require
 from tiue_export.specs import UNET_GRAPHS, Feeds
-from tiue_export.system.memory import PeakMemory, return_freed_memory
 from tiue_export.system.openvino_core import import_openvino, openvino_core
+from tiue_export.system.progress import Observer, stage
 
 from .quantized_bundle import check_quantizable, finish, link_files
 
@@ -107,10 +105,7 @@ def _quantize_graph(
 ) -> CompiledGraph:
     openvino = import_openvino()
 
-    observer.on_start(f"quantize {name}")
-    return_freed_memory()
-    start = time.perf_counter()
-    with PeakMemory() as memory, _quiet():
+    with stage(observer, f"quantize {name}") as running, _quiet():
         try:
             model = openvino_core().read_model(bundle.root / form.path)
             model = _quantized(model, name, plan, options)
@@ -120,16 +115,15 @@ def _quantize_graph(
             raise RuntimeFailure(f"NNCF cannot quantize {name}: {first_line(error)}") from error
         fakes = sum(op.get_type_name() == "FakeQuantize" for op in model.get_ops())
         del model
-    files = file_records(folder, [f"{FOLDER}/{name}.xml", f"{FOLDER}/{name}.bin"])
-    seconds, size_bytes = time.perf_counter() - start, sum(f.size_bytes for f in files.values())
-    observer.on_done(StageReport(f"quantize {name}", seconds, memory.peak_bytes, size_bytes))
+        files = file_records(folder, [f"{FOLDER}/{name}.xml", f"{FOLDER}/{name}.bin"])
+        running.size_bytes = sum(record.size_bytes for record in files.values())
     return CompiledGraph(
         path=f"{FOLDER}/{name}.xml",
         identity=form.identity,
         files=files,
         report={
-            "convert_s": round(seconds, 2),
-            "peak_memory_bytes": memory.peak_bytes,
+            "convert_s": round(running.seconds, 2),
+            "peak_memory_bytes": running.peak_memory_bytes,
             "fake_quantize": fakes,
         },
     )

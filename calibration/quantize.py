@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
 
 from tiue_export.bundle.folder import Bundle, new_bundle, open_bundle
 from tiue_export.errors import UsageError, unknown_name
-from tiue_export.export.onnx.bundle import Observer, StageReport
 from tiue_export.export.openvino import OpenvinoOptions, compile_openvino
 from tiue_export.proof.calibration import CalibrationData
 from tiue_export.proof.parity import with_dtypes
@@ -24,9 +21,9 @@ from tiue_export.proof.quantization_plan import (
 )
 from tiue_export.registry.packages import require
 from tiue_export.specs import Feeds
-from tiue_export.system.memory import PeakMemory, return_freed_memory
+from tiue_export.system.progress import Observer, stage
 
-from .analysis import KINDS, Analyser, Analysis, AnalysisOptions, Progress
+from .analysis import KINDS, Analyser, Analysis, AnalysisOptions
 from .capture import choose_runs
 from .openvino_int8 import (
     INT4,
@@ -52,7 +49,6 @@ from .verdict import (
 
 ONNX, OPENVINO = "onnx", "openvino"
 BACKENDS = (ONNX, OPENVINO)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,23 +88,22 @@ def quantize(
     *,
     force: bool = False,
     observer: Observer | None = None,
-    progress: Progress | None = None,
 ) -> Quantized:
     """Make `out` from `bundle`, or raise and leave nothing.
 
     Raises `ParityError` below the gate (unless `allow_loss`), `RegressionError` when it is not
     faster, or for weights alone not smaller (unless `allow_slower`).
     """
-    observer, progress = observer or Observer(), progress or Progress()
+    observer = observer or Observer()
     _check(bundle, options)
     with new_bundle(out, force=force) as folder:
-        analysis = _timed("plan", observer, lambda: _plan(bundle, data, options, progress))
+        with stage(observer, "plan"):
+            analysis = _plan(bundle, data, options, observer)
         plan = analysis.plan
-        draft = _timed(
-            "write graphs", observer, lambda: _write(bundle, plan, data, options, folder, observer)
-        )
-        return_freed_memory()
-        verdict = _timed("judge", observer, lambda: _judge(bundle, draft, plan, data, options))
+        with stage(observer, "write graphs"):
+            draft = _write(bundle, plan, data, options, folder, observer)
+        with stage(observer, "judge"):
+            verdict = _judge(bundle, draft, plan, data, options)
         require_worth(verdict, allow_loss=options.allow_loss, allow_slower=options.allow_slower)
         curve = tuple(analysis.selection.points) if analysis.selection else ()
         facts = {**verdict.to_data(), "curve": [dataclasses.asdict(point) for point in curve]}
@@ -117,11 +112,11 @@ def quantize(
 
 
 def make_plan(
-    bundle: Bundle, data: CalibrationData, options: QuantizeOptions, progress: Progress
+    bundle: Bundle, data: CalibrationData, options: QuantizeOptions, observer: Observer
 ) -> Analysis:
     """The plan alone, without writing a bundle."""
     _check(bundle, options)
-    return _plan(bundle, data, options, progress)
+    return _plan(bundle, data, options, observer)
 
 
 def _check(bundle: Bundle, options: QuantizeOptions) -> None:
@@ -152,14 +147,14 @@ def _check(bundle: Bundle, options: QuantizeOptions) -> None:
 
 
 def _plan(
-    bundle: Bundle, data: CalibrationData, options: QuantizeOptions, progress: Progress
+    bundle: Bundle, data: CalibrationData, options: QuantizeOptions, observer: Observer
 ) -> Analysis:
     if options.plan is not None:
         plan = read_plan(options.plan)
         require_same_student(plan, bundle.manifest, str(bundle.root))
         return Analysis(plan, None)
     kind = WEIGHTS if options.kind == INT4 else options.kind
-    return Analyser(bundle, data, replace(options.analysis, kind=kind), progress).run()
+    return Analyser(bundle, data, replace(options.analysis, kind=kind), observer).run()
 
 
 def _write(
@@ -200,12 +195,3 @@ def _judge(
     must_be = SMALLER if options.kind in (WEIGHTS, INT4) else FASTER
     judged = replace(options.judged, must_be=None if options.any_speed else must_be)
     return judge(bundle, draft, plan, data, held_out, judged)
-
-
-def _timed(stage: str, observer: Observer, work: Callable[[], T]) -> T:
-    observer.on_start(stage)
-    start = time.perf_counter()
-    with PeakMemory() as memory:
-        result = work()
-    observer.on_done(StageReport(stage, time.perf_counter() - start, memory.peak_bytes))
-    return result

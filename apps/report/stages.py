@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from tiue_export.system.progress import Observer, StageReport
+
 from .tables import megabytes
+
+_DETAIL_LETTERS = 60
 
 
 class StageBar:
@@ -32,6 +36,7 @@ class StageBar:
 
     def within(self, fraction: float, detail: str) -> None:
         """How far the running stage is, from 0 to 1, and what it is at."""
+        detail = detail[:_DETAIL_LETTERS]
         if self._progress is not None and self._task is not None:
             self._progress.update(
                 self._task, completed=self._finished + fraction, description=detail
@@ -42,18 +47,29 @@ class StageBar:
         if self._stderr is not None:
             self._stderr.print(f"  {text}", markup=False, highlight=False)
 
-    def done(self, stage: str, seconds: float, peak_bytes: int, size_bytes: int) -> None:
+    def done(self, report: StageReport) -> None:
         """A stage ended."""
         if self._stderr is None:
             return
-        size = megabytes(size_bytes) if size_bytes else ""
+        size = megabytes(report.size_bytes) if report.size_bytes else ""
         self._stderr.print(
-            f"  {stage:<24}{seconds:7.1f} s   {size:>8}   peak memory {megabytes(peak_bytes)}",
+            f"  {report.stage:<24}{report.seconds:7.1f} s   {size:>8}   "
+            f"peak memory {megabytes(report.peak_memory_bytes)}",
             highlight=False,
         )
         self._finished += 1
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=self._finished)
+
+    def observer(self, reports: list[StageReport] | None = None) -> Observer:
+        """What long work tells, shown here; its finished stages are added to `reports` too."""
+
+        def on_done(report: StageReport) -> None:
+            if reports is not None:
+                reports.append(report)
+            self.done(report)
+
+        return Observer(self.begin, on_done, self.within, self.note)
 
 
 @contextmanager

@@ -52,8 +52,8 @@ from tiue_export.export.coreml.recipe import (  # noqa: E402
     read_recipe,
     rounded_to,
 )
-from tiue_export.export.onnx.bundle import Observer  # noqa: E402
 from tiue_export.export.own_student import StudentPlace, open_student  # noqa: E402
+from tiue_export.system.progress import Observer  # noqa: E402
 
 from hypothesis import given, settings  # noqa: E402 isort: skip
 from hypothesis import strategies as st  # noqa: E402 isort: skip

@@ -19,13 +19,13 @@ from tiue_export import ExportOptions, Pipeline, export_onnx, load_student, open
 from tiue_export.benchmarks.synthetic import write_ldm_file
 from tiue_export.errors import BundleError, ParityError
 from tiue_export.export.dry_run import plan_export
-from tiue_export.export.onnx.bundle import Observer
 from tiue_export.export.onnx.write import OPSET, onnx_from_graph
 from tiue_export.graphs.build import build_graphs
-from tiue_export.proof.gates import psnr_db
+from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
 from tiue_export.registry.runtimes import open_runtime
 from tiue_export.specs import RuntimeOptions
+from tiue_export.system.progress import Observer
 
 
 def graph_hashes(bundle) -> dict[str, dict[str, str]]:
@@ -268,7 +268,7 @@ def test_a_failing_gate_leaves_nothing_unless_the_loss_is_allowed(
     micro_folder, tmp_path, monkeypatch
 ):
     student = load_student(micro_folder)
-    monkeypatch.setitem(__import__("tiue_export.proof.parity").parity.GATES_PSNR_DB, "fp32", 290.0)
+    monkeypatch.setitem(GATES_PSNR_DB, "fp32", 290.0)
     with pytest.raises(ParityError) as caught:
         export_onnx(student, tmp_path / "bundle")
     assert re.search(

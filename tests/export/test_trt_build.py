@@ -45,10 +45,11 @@ from tiue_export.export.trt.build_process import (
     is_memory_error,
     parse,
 )
-from tiue_export.export.trt.bundle import TrtObserver, compile_trt, easier, refit_from
+from tiue_export.export.trt.bundle import compile_trt, easier, refit_from
 from tiue_export.export.trt.plan import TrtOptions, TrtPlan, plan_trt
 from tiue_export.export.trt.precision import Census, engine_census, network_census
 from tiue_export.specs import GRAPH_NAMES, UNET_DECODER
+from tiue_export.system.progress import Observer
 from tiue_export.system.tensorrt_flavor import (
     BEYOND_CORE,
     FOLDERS,
@@ -146,7 +147,7 @@ def test_valid_engines_are_kept_and_others_asked_for_anew(engines):
     before = (engines.root / "tiue.json").read_bytes()
     started: list[str] = []
     same = replace(ADA, compute_capabilities=("8.9", "8.6", "8.6"))
-    again = compile_trt(engines, same, TrtObserver(on_start=started.append))
+    again = compile_trt(engines, same, Observer(on_start=started.append))
     assert (started, again) == ([], engines)
     assert (engines.root / "tiue.json").read_bytes() == before
     everything = tuple(engines.manifest.graphs)
@@ -169,8 +170,8 @@ def test_an_engine_that_is_missing_is_added_beside_the_others(half_bundle, tmp_p
     inode = (first.root / "trt-rtx" / "text_encoder.plan").stat().st_ino
     write_manifest(whole.root, replace(whole.manifest, compiled=first.manifest.compiled))
     started: list[str] = []
-    bundle = compile_trt(open_bundle(whole.root), ADA, TrtObserver(on_start=started.append))
-    assert started == ["vae_decoder"]
+    bundle = compile_trt(open_bundle(whole.root), ADA, Observer(on_start=started.append))
+    assert started == ["build vae_decoder"]
     assert tuple(open_bundle(bundle.root).manifest.compiled["trt-rtx"].graphs) == two
     assert (bundle.root / "trt-rtx" / "text_encoder.plan").stat().st_ino == inode
 
@@ -225,16 +226,18 @@ def test_a_kill_half_way_keeps_what_was_finished_and_a_bundle_that_opens(half_bu
     bundle = with_graphs(half_bundle, tmp_path / "b", TEXT, "unet_decoder")
     script = (
         "import sys; from tiue_export import open_bundle\n"
-        "from tiue_export.export.trt.bundle import TrtObserver, compile_trt\n"
+        "from tiue_export.export.trt.bundle import compile_trt\n"
+        "from tiue_export.system.progress import Observer\n"
         "from tiue_export.export.trt.plan import TrtOptions\n"
-        "tell = lambda graph: print(graph, flush=True)\n"
+        "tell = lambda stage: print(stage, flush=True)\n"
         "options = TrtOptions(flavor='rtx', compute_capabilities=('8.6', '8.9'))\n"
-        "compile_trt(open_bundle(sys.argv[1]), options, TrtObserver(on_start=tell))\n"
+        "compile_trt(open_bundle(sys.argv[1]), options, Observer(on_start=tell))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(bundle.root)], stdout=subprocess.PIPE, text=True
     )
-    assert [process.stdout.readline() for _ in range(2)] == ["text_encoder\n", "unet_decoder\n"]
+    told = [process.stdout.readline().split() for _ in range(2)]
+    assert told == [["build", TEXT], ["build", "unet_decoder"]]
     (builder,) = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -264,14 +267,15 @@ def test_out_of_memory_climbs_down_the_ladder_says_so_and_gives_up_with_advice(s
         "import functools, resource, sys; from subprocess import Popen\n"
         "from tiue_export import open_bundle\n"
         "from tiue_export.errors import ResourceError\n"
-        "from tiue_export.export import trt_bundle\n"
-        "from tiue_export.export.trt.bundle import TrtObserver, compile_trt\n"
+        "from tiue_export.export.trt import bundle as trt_bundle\n"
+        "from tiue_export.export.trt.bundle import compile_trt\n"
+        "from tiue_export.system.progress import Observer\n"
         "from tiue_export.export.trt.plan import TrtOptions\n"
         "bundle = open_bundle(sys.argv[1])\n"
         "options = TrtOptions(flavor='rtx', workspace_mb=256)\n"
         "limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (250 << 20, 250 << 20))\n"
         "trt_bundle.subprocess.Popen = functools.partial(Popen, preexec_fn=limit)\n"
-        "try: compile_trt(bundle, options, TrtObserver(on_note=print))\n"
+        "try: compile_trt(bundle, options, Observer(on_note=print))\n"
         "except ResourceError as error: print(error)\n"
     )
     done = subprocess.run(

@@ -15,7 +15,6 @@ from tiue_export import Pipeline, export_onnx, open_bundle
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.drawing.pipeline import Job
 from tiue_export.errors import BundleError, UsageError
-from tiue_export.export.onnx.bundle import Observer
 from tiue_export.graphs.build import ExportOptions, build_graphs
 from tiue_export.methods.teacher import load_teacher
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
@@ -30,6 +29,7 @@ from tiue_export.specs import (
     UNET_GRAPHS,
     RuntimeOptions,
 )
+from tiue_export.system.progress import Observer
 
 STEPS, KEYS = 6, (0, 1, 3)  # of the fixture
 FOX = "a red fox"

@@ -12,7 +12,6 @@ import importlib
 import importlib.metadata
 import io
 import logging
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -39,14 +38,14 @@ from tiue_export.errors import (
     first_line,
     unknown_name,
 )
-from tiue_export.export.onnx.bundle import Observer, StageReport
 from tiue_export.export.own_student import StudentPlace, fp32_options, open_student
 from tiue_export.graphs.build import Graph, build_graphs
 from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry.packages import require
 from tiue_export.registry.runtimes import open_runtime
 from tiue_export.specs import UNET_GRAPHS, RuntimeOptions
-from tiue_export.system.memory import PeakMemory, return_freed_memory
+from tiue_export.system.memory import return_freed_memory
+from tiue_export.system.progress import Observer, stage
 
 FOLDER = "coreai"
 PRECISIONS = ("fp16", "fp32")
@@ -130,17 +129,13 @@ def _convert(
     version: str,
     observer: Observer,
 ) -> CompiledGraph:
-    observer.on_start(f"convert {name}")
-    start = time.perf_counter()
     asset = folder / f"{name}.aimodel"
-    with PeakMemory() as memory:
+    with stage(observer, f"convert {name}") as running:
         _write(_graph(bundle, place, name, options), asset)
         return_freed_memory()
-    inside = [p.relative_to(folder).as_posix() for p in asset.rglob("*") if p.is_file()]
-    records = file_records(folder, sorted(inside))
-    size_bytes = sum(record.size_bytes for record in records.values())
-    seconds = time.perf_counter() - start
-    observer.on_done(StageReport(f"convert {name}", seconds, memory.peak_bytes, size_bytes))
+        inside = [p.relative_to(folder).as_posix() for p in asset.rglob("*") if p.is_file()]
+        records = file_records(folder, sorted(inside))
+        running.size_bytes = sum(record.size_bytes for record in records.values())
     return CompiledGraph(
         path=f"{FOLDER}/{name}.aimodel/metadata.json",
         identity=form_identity(
@@ -150,7 +145,10 @@ def _convert(
             versions=[version, importlib.metadata.version("coreai-torch"), __version__],
         ),
         files={f"{FOLDER}/{file}": record for file, record in records.items()},
-        report={"convert_s": round(seconds, 2), "peak_memory_bytes": memory.peak_bytes},
+        report={
+            "convert_s": round(running.seconds, 2),
+            "peak_memory_bytes": running.peak_memory_bytes,
+        },
     )
 
 
@@ -207,13 +205,10 @@ def _prove(
 ) -> list[ParityRecord]:
     """Run the new assets where they lie, on captured inputs."""
     trial = trial_of(bundle, FOLDER, folder, compiled)
-    observer.on_start("verify")
-    start = time.perf_counter()
-    with PeakMemory() as memory:
+    with stage(observer, "verify"):
         runtime = open_runtime("coreai", trial, RuntimeOptions(low_memory=True))
         try:
             records = measure_runtime(trial, runtime, load_reference(bundle))
         finally:
             runtime.close()
-    observer.on_done(StageReport("verify", time.perf_counter() - start, memory.peak_bytes))
     return records

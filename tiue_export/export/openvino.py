@@ -7,7 +7,6 @@ The IR keeps the ONNX graph's tensor names. Weights are stored in float32, or in
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,13 +20,12 @@ from tiue_export.bundle.folder import (
 )
 from tiue_export.bundle.manifest import Compiled, CompiledGraph, ParityRecord
 from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_name
-from tiue_export.export.onnx.bundle import Observer, StageReport
 from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry.packages import require
 from tiue_export.registry.runtimes import open_runtime
 from tiue_export.specs import RuntimeOptions
-from tiue_export.system.memory import PeakMemory
 from tiue_export.system.openvino_core import import_openvino
+from tiue_export.system.progress import Observer, stage
 
 FOLDER = "openvino"
 WEIGHTS = ("fp32", "fp16")
@@ -93,10 +91,8 @@ def _convert(
 ) -> CompiledGraph:
     openvino = import_openvino()
 
-    observer.on_start(f"convert {graph}")
-    start = time.perf_counter()
     file = folder / f"{graph}.xml"
-    with PeakMemory() as memory:
+    with stage(observer, f"convert {graph}") as running:
         try:
             model = openvino.convert_model(bundle.graph_path(graph))
             openvino.save_model(model, file, compress_to_fp16=options.weights == "fp16")
@@ -106,15 +102,16 @@ def _convert(
                 "Check `tiue-export doctor`; bundles need OpenVINO 2025.1 or newer.",
             ) from error
         del model
-    records = file_records(folder, [f"{graph}.xml", f"{graph}.bin"])
-    size_bytes = sum(record.size_bytes for record in records.values())
-    seconds = time.perf_counter() - start
-    observer.on_done(StageReport(f"convert {graph}", seconds, memory.peak_bytes, size_bytes))
+        records = file_records(folder, [f"{graph}.xml", f"{graph}.bin"])
+        running.size_bytes = sum(record.size_bytes for record in records.values())
     return CompiledGraph(
         path=f"{FOLDER}/{graph}.xml",
         identity=form_identity(bundle, graph, weights=options.weights, version=version),
         files={f"{FOLDER}/{name}": record for name, record in records.items()},
-        report={"convert_s": round(seconds, 2), "peak_memory_bytes": memory.peak_bytes},
+        report={
+            "convert_s": round(running.seconds, 2),
+            "peak_memory_bytes": running.peak_memory_bytes,
+        },
     )
 
 
@@ -126,17 +123,14 @@ def _prove(
     reference = load_reference(bundle)
     records: list[ParityRecord] = []
     for precision in options.precisions:
-        stage = f"verify in {precision}"
-        observer.on_start(stage)
-        start = time.perf_counter()
-        with PeakMemory() as memory:
+        name = f"verify in {precision}"
+        with stage(observer, name):
             runtime = open_runtime(
                 "openvino", trial, RuntimeOptions(device="cpu", precision=precision)
             )
             try:
-                on_step = observer.steps_of(stage)
+                on_step = observer.steps_of(name)
                 records += measure_runtime(trial, runtime, reference, on_step)
             finally:
                 runtime.close()
-        observer.on_done(StageReport(stage, time.perf_counter() - start, memory.peak_bytes))
     return records

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
@@ -39,7 +38,6 @@ from tiue_export.export.coreml.job import (
     start_pool_of_loop,
 )
 from tiue_export.export.coreml.profiles import (
-    RECIPE,
     CoremlOptions,
     CoremlPlan,
     check_limit,
@@ -48,12 +46,12 @@ from tiue_export.export.coreml.profiles import (
 )
 from tiue_export.export.coreml.recipe import MixedRecipe, RecipeJob, find_recipe
 from tiue_export.export.coreml.swift import check_swift, write_swift_resources
-from tiue_export.export.onnx.bundle import Observer, StageReport
 from tiue_export.export.own_student import Size, StudentPlace
 from tiue_export.proof.gates import weakest
 from tiue_export.proof.parity import load_reference, require_passed
 from tiue_export.registry.packages import require
 from tiue_export.specs import CONTROLNET, TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
+from tiue_export.system.progress import Observer, stage
 
 FOLDER = "coreml"
 RECIPE_FILE = "recipe.json"
@@ -217,32 +215,28 @@ def _recipe(export: _Export) -> MixedRecipe | None:
         return MixedRecipe(bits=options.recipe)
     if options.target_psnr_db is None and options.target_mb is None:
         return None
-    stage = "find bits per layer"
-    export.observer.on_start(stage)
-    start, progress = time.perf_counter(), export.work / "progress.json"
-    recipe = export.run(
-        find_recipe,
-        RecipeJob(
-            export.place,
-            manifest,
-            export.plan,
-            export.sizes[0],
-            export.work,
-            options.target_psnr_db,
-            options.target_mb,
+    progress = export.work / "progress.json"
+    with stage(export.observer, "find bits per layer", in_child=True) as running:
+        recipe = export.run(
+            find_recipe,
+            RecipeJob(
+                export.place,
+                manifest,
+                export.plan,
+                export.sizes[0],
+                export.work,
+                options.target_psnr_db,
+                options.target_mb,
+                progress,
+            ),
             progress,
-        ),
-        progress,
-    )
-    seconds = time.perf_counter() - start
-    export.observer.on_done(StageReport(stage, seconds, recipe.peak_memory_bytes))
+        )
+        running.peak_memory_bytes = recipe.peak_memory_bytes
     return recipe
 
 
 def _make(export: _Export, graph: str, recipe: MixedRecipe | None) -> GraphResult:
     """One graph's package, in its own process."""
-    stage = f"convert {graph}"
-    export.observer.on_start(stage)
     manifest = export.bundle.manifest
     tokenizer = export.bundle.root / _TOKENIZER
     job = GraphJob(
@@ -259,12 +253,9 @@ def _make(export: _Export, graph: str, recipe: MixedRecipe | None) -> GraphResul
         tokenizer=tokenizer if tokenizer.is_file() else None,
         gate_db=export.options.target_psnr_db,
     )
-    start = time.perf_counter()
-    result = export.run(run_job, job)
-    seconds = time.perf_counter() - start
-    export.observer.on_done(
-        StageReport(stage, seconds, result.peak_memory_bytes, result.size_bytes)
-    )
+    with stage(export.observer, f"convert {graph}", in_child=True) as running:
+        result = export.run(run_job, job)
+        running.peak_memory_bytes, running.size_bytes = result.peak_memory_bytes, result.size_bytes
     return result
 
 
@@ -408,6 +399,3 @@ def _identity(export: _Export, graph: str, version: str) -> str:
         prompts=options.prompts,
         version=version,
     )
-
-
-__all__ = ["FOLDER", "RECIPE", "Observer", "compile_coreml"]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,6 @@ from tiue_export.reference.capture import Capture, capture, measure_half_arithme
 from tiue_export.reference.half_audit import RangeRecorder, audit_student
 from tiue_export.registry.packages import require
 from tiue_export.registry.runtimes import open_runtime
-from tiue_export.sampling.sampler import OnStep
 from tiue_export.specs import (
     BATCH,
     GRAPH_NAMES,
@@ -69,38 +67,13 @@ from tiue_export.specs import (
     RuntimeOptions,
 )
 from tiue_export.student.model import Student
-from tiue_export.system.memory import PeakMemory, return_freed_memory
+from tiue_export.system.memory import return_freed_memory
+from tiue_export.system.progress import Observer, stage
 
 _IF_LOST = (
     "Try --precision fp32, or accept the loss with --allow-parity-loss (the manifest then says so)."
 )
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
-
-
-@dataclass(frozen=True)
-class StageReport:
-    """One finished stage ("export NAME", "verify NAME"): what it wrote, the memory it needed."""
-
-    stage: str
-    seconds: float
-    peak_memory_bytes: int
-    size_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Observer:
-    """How an export tells of its progress; the default tells nobody.
-
-    `on_progress` hears how far a long stage is, 0 to 1, and what it is at.
-    """
-
-    on_start: Callable[[str], None] = lambda stage: None
-    on_done: Callable[[StageReport], None] = lambda report: None
-    on_progress: Callable[[float, str], None] = lambda fraction, detail: None
-
-    def steps_of(self, stage: str) -> OnStep:
-        """A listener for a sampler's steps that tells of them as the stage's progress."""
-        return lambda done, total: self.on_progress(done / total, f"{stage}: {done} of {total}")
 
 
 def export_onnx(
@@ -131,7 +104,7 @@ def export_onnx(
         found = None
         if recorder.watched:
             if audit_prompts:
-                with _stage(observer, f"audit on {len(audit_prompts)} prompts"):
+                with stage(observer, f"audit on {len(audit_prompts)} prompts"):
                     list(audit_student(student, options, tokenizer, audit_prompts, recorder))
             found = _audit(recorder, captured.reference.inputs, audit_prompts, folder)
             options = replace(options, float32=_joined(options.float32, recorder))
@@ -197,10 +170,10 @@ def _export_graphs(
 
 def _export_graph(graph: Graph, folder: Path, observer: Observer) -> GraphRecord:
     name = graph.spec.name
-    with _stage(observer, f"export {name}") as done:
+    with stage(observer, f"export {name}") as running:
         onnx_from_graph(graph, folder / name)
         files = records_below(folder, name)
-        done["size_bytes"] = sum(record.size_bytes for record in files.values())
+        running.size_bytes = sum(record.size_bytes for record in files.values())
     return GraphRecord(
         path=f"{name}/{MODEL_FILE}",
         inputs=graph.spec.inputs,
@@ -220,9 +193,9 @@ def _capture(
     recorder: RangeRecorder,
     observer: Observer,
 ) -> Capture:
-    stage = "run student in fp32"
-    with _stage(observer, stage):
-        captured = capture(student, options, tokenizer, recorder, observer.steps_of(stage))
+    name = "run student in fp32"
+    with stage(observer, name):
+        captured = capture(student, options, tokenizer, recorder, observer.steps_of(name))
         captured.reference.save(folder / REFERENCE_FILE)
     return captured
 
@@ -245,7 +218,7 @@ def _measure(
     for name, (feeds, expected) in captured.graph_io.items():
         precision = bundle.manifest.graphs[name].precision
         kind, spec = weakest(overall, precision), bundle.spec(name)
-        with _stage(observer, f"verify {name}"):
+        with stage(observer, f"verify {name}"):
             if name in modules:
                 graphs.append(measure_half_arithmetic(modules.pop(name), feeds, expected, inputs))
                 return_freed_memory()
@@ -260,10 +233,10 @@ def _measure(
         pool.update(outputs)
         if name == TEXT_ENCODER:
             pool["encoder_hidden_states"] = outputs["last_hidden_state"]
-        for tensor, stage in CHAIN_OUTPUTS.get(name, {}).items():
-            reference, value = known[stage], outputs[tensor].astype("float32")
+        for tensor, subject in CHAIN_OUTPUTS.get(name, {}).items():
+            reference, value = known[subject], outputs[tensor].astype("float32")
             hop = f"ONNX {overall} chain"
-            chain.append(parity_record(hop, stage, reference, value, kind, inputs))
+            chain.append(parity_record(hop, subject, reference, value, kind, inputs))
         if name == UNET_DECODER:
             scaled = outputs["latents"] / bundle.manifest.vae_scaling_factor
             pool["latent_sample"] = scaled.astype("float32")
@@ -273,7 +246,7 @@ def _measure(
             # From here on "sample" names the picture; the noise has been used.
             del pool["sample"]
     if bundle.manifest.faster is not None:
-        with _stage(observer, "verify loop"), _ort(bundle) as runtime:
+        with stage(observer, "verify loop"), _ort(bundle) as runtime:
             hop = f"ONNX {overall}"
             on_step = observer.steps_of("verify loop")
             chain.append(measure_loop(bundle, runtime, captured.reference, hop, on_step))
@@ -287,18 +260,6 @@ def _ort(bundle: Bundle) -> Iterator[Runtime]:
         yield runtime
     finally:
         runtime.close()
-
-
-@contextmanager
-def _stage(observer: Observer, stage: str) -> Iterator[dict[str, int]]:
-    observer.on_start(stage)
-    facts: dict[str, int] = {}
-    return_freed_memory()
-    start = time.perf_counter()
-    with PeakMemory() as memory:
-        yield facts
-    seconds = time.perf_counter() - start
-    observer.on_done(StageReport(stage, seconds, memory.peak_bytes, facts.get("size_bytes", 0)))
 
 
 def _write_parts(student: Student, options: ExportOptions, folder: Path) -> Tokenizer | None:

@@ -16,8 +16,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,6 +44,7 @@ from tiue_export.export.trt.build_process import (
     is_memory_error,
 )
 from tiue_export.export.trt.plan import TrtOptions, TrtPlan, plan_trt
+from tiue_export.system.progress import Observer, Stage, stage
 from tiue_export.system.tensorrt_flavor import FOLDERS, Flavor, load_flavor, this_device
 
 CHILD = "tiue_export.export.trt.build_process"
@@ -54,22 +55,8 @@ _ABOUT_NUMBERS = re.compile(r"overflow|accuracy|precision loss|\bnan\b", re.IGNO
 _LEAST_WORKSPACE_MB = 64
 
 
-@dataclass(frozen=True)
-class TrtObserver:
-    """How a build tells of its progress; the default tells nobody.
-
-    `on_progress` gets graph, fraction from 0 to 1 and what the builder does; `on_done` graph and
-    finished engine; `on_note` what the user should know, such as settings that had to give way.
-    """
-
-    on_start: Callable[[str], None] = lambda graph: None
-    on_progress: Callable[[str, float, str], None] = lambda graph, fraction, phase: None
-    on_done: Callable[[str, CompiledGraph], None] = lambda graph, compiled: None
-    on_note: Callable[[str], None] = lambda text: None
-
-
 def compile_trt(
-    bundle: Bundle, options: TrtOptions | None = None, observer: TrtObserver | None = None
+    bundle: Bundle, options: TrtOptions | None = None, observer: Observer | None = None
 ) -> Bundle:
     """Build the engines that the bundle lacks for this request; returns the bundle with all.
 
@@ -77,7 +64,7 @@ def compile_trt(
     `ResourceError` when memory runs out at the easiest settings too, `RuntimeFailure` when TensorRT
     fails. A failure leaves the bundle openable, with the engines that were finished.
     """
-    options, observer = options or TrtOptions(), observer or TrtObserver()
+    options, observer = options or TrtOptions(), observer or Observer()
     plan = plan_trt(bundle, options)
     existing = bundle.manifest.compiled.get(plan.flavor.folder)
     # A complete set with other settings is worth more than a part of the new one.
@@ -88,7 +75,7 @@ def compile_trt(
     return bundle
 
 
-def refit_from(bundle: Bundle, new: Bundle, observer: TrtObserver | None = None) -> Bundle:
+def refit_from(bundle: Bundle, new: Bundle, observer: Observer | None = None) -> Bundle:
     """Put the weights of `new` into the engines of `bundle`; the engines go into `new`.
 
     For a fine-tuned student of the same shape, whose ONNX bundle is `new`: seconds in place of a
@@ -96,16 +83,16 @@ def refit_from(bundle: Bundle, new: Bundle, observer: TrtObserver | None = None)
     them. Raises `BundleError` when there are none or the graphs differ, `RuntimeFailure` without
     the GPU.
     """
-    observer = observer or TrtObserver()
+    observer = observer or Observer()
     compiled, plans = check_refittable(bundle)
     _check_same_graphs(bundle, new)
     where = FOLDERS[compiled.backend]
     with compiled_folder(new, where) as folder:
         graphs = {}
         for name, plan in plans.items():
-            observer.on_start(name)
-            graphs[name] = _refit(name, plan, folder, new, compiled, observer)
-            observer.on_done(name, graphs[name])
+            with stage(observer, f"refit {name}", in_child=True) as running:
+                graphs[name] = _refit(name, plan, folder, new, compiled, observer)
+                _tell(running, graphs[name])
         return add_compiled(new, where, folder, replace(compiled, graphs=graphs))
 
 
@@ -142,17 +129,17 @@ def easier(request: EngineRequest, workspace_mb: int) -> EngineRequest | None:
 
 
 def _build_group(
-    bundle: Bundle, names: tuple[str, ...], plan: TrtPlan, observer: TrtObserver
+    bundle: Bundle, names: tuple[str, ...], plan: TrtPlan, observer: Observer
 ) -> Bundle:
     """Build some graphs and add them beside the finished ones that this plan keeps."""
     where = plan.flavor.folder
     with compiled_folder(bundle, where) as folder:
         graphs = _keep_valid(bundle, folder, plan, names)
         for name in names:
-            observer.on_start(name)
-            report = _build(name, plan.request(bundle, name, folder / f"{name}.plan"), observer)
-            graphs[name] = _entry(folder, where, name, plan.identities[name], report)
-            observer.on_done(name, graphs[name])
+            with stage(observer, f"build {name}", in_child=True) as running:
+                report = _build(name, plan.request(bundle, name, folder / f"{name}.plan"), observer)
+                graphs[name] = _entry(folder, where, name, plan.identities[name], report)
+                _tell(running, graphs[name])
         compiled = Compiled(
             backend=plan.flavor.name,
             version=plan.flavor.version,
@@ -161,6 +148,11 @@ def _build_group(
             graphs={name: graphs[name] for name in plan.identities if name in graphs},
         )
         return add_compiled(bundle, where, folder, compiled)
+
+
+def _tell(running: Stage, engine: CompiledGraph) -> None:
+    running.peak_memory_bytes = int(engine.report["peak_memory_bytes"])
+    running.size_bytes = sum(record.size_bytes for record in engine.files.values())
 
 
 def _keep_valid(
@@ -182,7 +174,7 @@ def _keep_valid(
     return kept
 
 
-def _build(name: str, request: EngineRequest, observer: TrtObserver) -> dict[str, Any]:
+def _build(name: str, request: EngineRequest, observer: Observer) -> dict[str, Any]:
     """Build one engine, with easier settings each time memory runs out; its report."""
     attempts = 0
     while True:
@@ -206,7 +198,7 @@ def _refit(
     folder: Path,
     new: Bundle,
     compiled: Compiled,
-    observer: TrtObserver,
+    observer: Observer,
 ) -> CompiledGraph:
     onnx = str(new.graph_path(name).resolve())
     request = EngineRequest(
@@ -232,7 +224,7 @@ class _OutOfMemory(Exception):
         self.workspace_mb = workspace_mb
 
 
-def _run(name: str, request: EngineRequest, observer: TrtObserver) -> dict[str, Any]:
+def _run(name: str, request: EngineRequest, observer: Observer) -> dict[str, Any]:
     """One child process, from its request to its report."""
     told: dict[str, dict[str, Any]] = {"workspace": {"megabytes": request.workspace_mb}}
     warnings = 0
@@ -244,7 +236,7 @@ def _run(name: str, request: EngineRequest, observer: TrtObserver) -> dict[str, 
                 kind = event.pop("event")
                 told[kind] = event
                 if kind == "progress":
-                    observer.on_progress(name, event["fraction"], event["phase"])
+                    observer.on_progress(event["fraction"], f"{name}: {event['phase']}")
                 elif kind == "log":
                     warnings += 1
                     if _ABOUT_NUMBERS.search(event["text"]):
