@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from rich.markup import escape
 from rich.table import Table
@@ -15,7 +14,19 @@ from rich.table import Table
 from tiue_export.bundle.folder import check_target, open_bundle, require_one_pass
 from tiue_export.errors import UsageError
 from tiue_export.proof.calibration import open_calibration
-from tiue_export.proof.quantization_plan import read_plan
+from tiue_export.proof.quantization import (
+    CONTENDER,
+    OPENVINO,
+    AnalysisOptions,
+    MeasuredPlan,
+    Quantized,
+    QuantizeOptions,
+    RangeMethod,
+    Verdict,
+    VerdictOptions,
+)
+from tiue_export.proof.quantization_plan import QuantizationPlan, read_plan
+from tiue_export.registry.spokes import make_plan, quantize, save_quantization_plots
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.progress import StageReport
 
@@ -23,7 +34,7 @@ from .report.next_line import draw_line
 from .report.stages import stage_bar
 from .report.tables import console, megabytes, print_json
 
-_PACKAGE = "tiue_export.calibration"
+T = TypeVar("T")
 _KIND = "w8a8"
 # Sets of layers that --plots has measured beside those the search needs: a curve, not a point.
 _CURVE_SETS = 6
@@ -66,8 +77,7 @@ class QuantizeRequest:
 
 def run(request: QuantizeRequest) -> None:
     """Plan, write, judge; print what was gained and what was lost."""
-    quantizer = importlib.import_module(f"{_PACKAGE}.quantize")
-    options = _options(request, quantizer)
+    options = _options(request)
     bundle = open_bundle(request.bundle)
     require_one_pass(bundle, "quantize")
     out = request.out or Path(f"{request.bundle.resolve().name}-{request.kind or _KIND}")
@@ -76,78 +86,69 @@ def run(request: QuantizeRequest) -> None:
     data = open_calibration(request.calibration, bundle)
     start = time.perf_counter()
     reports: list[StageReport] = []
+    made: Quantized | None = None
     with stage_bar(quiet=request.as_json) as bar:
         observer = bar.observer(reports)
         if request.plan_only:
-            analysis = quantizer.make_plan(bundle, data, options, observer)
-            plan = analysis.plan
-            curve = analysis.selection.points if analysis.selection else []
-            made = None
+            measured = make_plan(bundle, data, options, observer)
         else:
-            made = quantizer.quantize(
-                bundle,
-                data,
-                out,
-                options,
-                force=request.force,
-                observer=observer,
-            )
-            plan, curve = made.plan, made.curve
-    pictures = _pictures(request, plan, curve)
+            made = quantize(bundle, data, out, options, force=request.force, observer=observer)
+            measured = MeasuredPlan(made.plan, made.curve)
+    pictures: list[Path] = []
+    if request.plots is not None:
+        pictures = save_quantization_plots(measured.plan, measured.curve, request.plots)
     if request.save_plan is not None:
-        write_atomically(request.save_plan, plan.to_json().encode())
+        write_atomically(request.save_plan, measured.plan.to_json().encode())
     seconds = round(time.perf_counter() - start, 2)
     if request.as_json:
-        print_json(_facts(request, out, plan, curve, made, reports, pictures, seconds))
+        facts = {
+            "bundle": None if made is None else str(out),
+            **_plan_facts(measured),
+            "plots": [str(path) for path in pictures],
+            "stages": [dataclasses.asdict(report) for report in reports],
+            "seconds": seconds,
+        }
+        if made is None:
+            print_json({**facts, "plan": dataclasses.asdict(measured.plan)})
+        else:
+            print_json({**facts, "verdict": made.verdict.to_data()})
         return
-    _print(request, out, plan, made, pictures, seconds)
+    _print(measured.plan, made, pictures, seconds)
 
 
-def _options(request: QuantizeRequest, quantizer: Any) -> Any:
-    histogram = importlib.import_module(f"{_PACKAGE}.histogram")
-    analysis = importlib.import_module(f"{_PACKAGE}.analysis")
-    verdict = importlib.import_module(f"{_PACKAGE}.verdict")
+def _options(request: QuantizeRequest) -> QuantizeOptions:
     _refuse_beside_plan(request)
     _refuse_plots_of_nothing(request)
-    ranges = request.ranges or "percentile"
-    if request.percentile is not None and ranges != "percentile":
-        raise UsageError(f"--percentile belongs to --ranges percentile, not {ranges}")
+    if request.percentile is not None and request.ranges not in (None, "percentile"):
+        raise UsageError(f"--percentile belongs to --ranges percentile, not {request.ranges}")
     if request.smooth is not None and request.no_smooth:
         raise UsageError("--smooth and --no-smooth contradict each other", "Leave one out.")
-    given: dict[str, float | int | None] = {
-        "target_psnr_db": request.target_psnr,
-        "held_out": request.held_out,
-        "smoothing_alpha": request.smooth,
-    }
-    chosen: dict[str, float | int | None] = {
-        name: value for name, value in given.items() if value is not None
-    }
-    if request.no_smooth:
-        chosen["smoothing_alpha"] = None
-    if request.held_out is not None:
-        chosen["probed"] = min(request.held_out, analysis.AnalysisOptions().probed)
-    method: dict[str, str | float] = {"name": ranges}
-    if request.percentile is not None:
-        method["percentile"] = request.percentile
-    runtime = request.runtime or ("openvino" if request.backend == "openvino" else "ort")
-    judged = {"rounds": request.rounds} if request.rounds is not None else {}
-    return quantizer.QuantizeOptions(
+    ranges, analysis, judged = RangeMethod(), AnalysisOptions(), VerdictOptions()
+    held_out = _given(request.held_out, analysis.held_out)
+    return QuantizeOptions(
         kind=request.kind or _KIND,
         backend=request.backend,
-        analysis=analysis.AnalysisOptions(
-            ranges=histogram.RangeMethod(**method),
-            sensitivity=request.sensitivity or "layer",
+        analysis=AnalysisOptions(
+            ranges=RangeMethod(
+                _given(request.ranges, ranges.name), _given(request.percentile, ranges.percentile)
+            ),
+            smoothing_alpha=None
+            if request.no_smooth
+            else _given(request.smooth, analysis.smoothing_alpha),
+            sensitivity=_given(request.sensitivity, analysis.sensitivity),
+            target_psnr_db=_given(request.target_psnr, analysis.target_psnr_db),
+            held_out=held_out,
+            probed=min(held_out, analysis.probed),
             threads=request.threads,
             curve_sets=0 if request.plots is None else _CURVE_SETS,
-            **chosen,
         ),
-        judged=verdict.VerdictOptions(
-            runtime=runtime,
+        judged=VerdictOptions(
+            runtime=request.runtime or ("openvino" if request.backend == OPENVINO else "ort"),
             precision=request.precision,
             device=request.device,
             threads=request.threads,
             low_memory=request.low_memory,
-            **judged,
+            rounds=_given(request.rounds, judged.rounds),
         ),
         plan=request.plan,
         scales=request.scales,
@@ -155,6 +156,10 @@ def _options(request: QuantizeRequest, quantizer: Any) -> Any:
         allow_loss=request.allow_parity_loss,
         allow_slower=request.allow_slower,
     )
+
+
+def _given(value: T | None, usual: T) -> T:
+    return usual if value is None else value
 
 
 def _refuse_beside_plan(request: QuantizeRequest) -> None:
@@ -196,45 +201,17 @@ def _refuse_plots_of_nothing(request: QuantizeRequest) -> None:
         )
 
 
-def _pictures(request: QuantizeRequest, plan: Any, curve: Any) -> list[str]:
-    if request.plots is None:
-        return []
-    plots = importlib.import_module(f"{_PACKAGE}.plots")
-    made = [plots.plot_sensitivity(plan, request.plots / "sensitivity.png")]
-    if curve:
-        made.append(plots.plot_curve(plan, curve, request.plots / "int8-share.png"))
-    return [str(path) for path in made]
-
-
-def _facts(
-    request: QuantizeRequest,
-    out: Path,
-    plan: Any,
-    curve: Any,
-    made: Any,
-    reports: list[StageReport],
-    pictures: list[str],
-    seconds: float,
-) -> dict[str, object]:
-    modes = [layer.mode for layer in plan.layers]
-    facts: dict[str, object] = {
-        "bundle": None if made is None else str(out),
+def _plan_facts(measured: MeasuredPlan) -> dict[str, object]:
+    modes = [layer.mode for layer in measured.plan.layers]
+    return {
         "layers": {mode: modes.count(mode) for mode in dict.fromkeys(modes)},
-        "int8_share": round(plan.int8_share, 4),
-        "curve": [dataclasses.asdict(point) for point in curve],
-        "plots": pictures,
-        "stages": [dataclasses.asdict(report) for report in reports],
-        "seconds": seconds,
+        "int8_share": round(measured.plan.int8_share, 4),
+        "curve": [dataclasses.asdict(point) for point in measured.curve],
     }
-    if made is None:
-        facts["plan"] = dataclasses.asdict(plan)
-    else:
-        facts["verdict"] = made.verdict.to_data()
-    return facts
 
 
 def _print(
-    request: QuantizeRequest, out: Path, plan: Any, made: Any, pictures: list[str], seconds: float
+    plan: QuantizationPlan, made: Quantized | None, pictures: list[Path], seconds: float
 ) -> None:
     console.print(_plan_table(plan))
     for picture in pictures:
@@ -249,7 +226,7 @@ def _print(
     if not verdict.worth_it:
         console.print(f"[bold yellow]Not {verdict.must_be} here, and allowed.[/]")
     console.print(
-        f"[bold green]{escape(str(out))}[/]: {verdict.speed_ratio:.2f}x the speed on "
+        f"[bold green]{escape(str(made.bundle.root))}[/]: {verdict.speed_ratio:.2f}x the speed on "
         f"{escape(verdict.runtime)}, {verdict.latents_psnr_db:.1f} dB, in {seconds:.0f} s",
         highlight=False,
     )
@@ -257,7 +234,7 @@ def _print(
     console.print(f"next:  {draw_line(made.bundle, f'--runtime {runtime}')}", markup=False)
 
 
-def _plan_table(plan: Any) -> Table:
+def _plan_table(plan: QuantizationPlan) -> Table:
     title = f"{plan.int8_share:.0%} of the UNet's operations in int8, ranges by {plan.ranges}"
     table = Table(title=title, title_justify="left", title_style="bold")
     for column, justify in (("what", "left"), ("layers", "right"), ("of operations", "right")):
@@ -271,15 +248,15 @@ def _plan_table(plan: Any) -> Table:
     return table
 
 
-def _verdict_table(verdict: Any) -> Table:
+def _verdict_table(verdict: Verdict) -> Table:
     title = f"Side by side on {verdict.runtime}, {verdict.inputs}"
     table = Table(title=escape(title), title_justify="left", title_style="bold")
     table.add_column("")
     for column in ("UNet ms", "size", "PSNR dB", "gate"):
         table.add_column(column, justify="right")
     for name, times in verdict.latency_ms.items():
-        own = name == "quantized"
-        size = verdict.size_bytes["quantized" if own else "float"]
+        own = name == CONTENDER
+        size = verdict.size_bytes[name if own else "float"]
         psnr = f"{verdict.latents_psnr_db:.1f}" if own else "-"
         gate = f"{verdict.gate_psnr_db:.0f}" if own else "-"
         table.add_row(escape(name), f"{times['unet']:.1f}", megabytes(size), psnr, gate)

@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ import numpy as np
 
 from tiue_export._version import __version__
 from tiue_export.bundle.folder import Bundle
-from tiue_export.errors import UsageError, unknown_name
 from tiue_export.graphs.flops import count_flops
 from tiue_export.proof.calibration import CalibrationData, graphs_sha256
+from tiue_export.proof.quantization import BY_RULE, AnalysisOptions
 from tiue_export.proof.quantization_plan import (
     FLOAT,
     PLAN_VERSION,
@@ -39,12 +39,9 @@ from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.progress import Observer
 
 from .capture import choose_runs
-from .histogram import RangeMethod
 from .observe import Observed, observe, watched
 from .onnx_layers import Fold, Layer, Weights, find_folds, find_layers
 from .placement import (
-    BY_RULE,
-    SENSITIVITIES,
     Selection,
     Unit,
     excluded_by_rule,
@@ -56,45 +53,8 @@ from .probe import Probe
 from .qdq_onnx import LEVELS, matched_folds, write_qdq
 from .simulate import Simulated, simulated_model
 
-KINDS = (W8A8, "hybrid", WEIGHTS)
-DEFAULT_TARGET_DB = 35.0
 # Beyond 2**8 a factor could push a half graph's norm or weight out of its range.
 _LARGEST_EXPONENT = 8
-
-
-@dataclass(frozen=True)
-class AnalysisOptions:
-    """How a plan is made.
-
-    `kind` w8a8; hybrid: convolutions w8a8, linear layers int8 weights; int8-weights: no range is
-    needed. `smoothing_alpha` None folds nothing. `held_out` runs judge sets of layers, `probed` of
-    them single layers. `curve_sets` further sets are measured for the curve of quality against
-    operations in int8.
-    """
-
-    kind: str = W8A8
-    ranges: RangeMethod = field(default_factory=RangeMethod)
-    smoothing_alpha: float | None = 0.5
-    sensitivity: str = "layer"
-    target_psnr_db: float = DEFAULT_TARGET_DB
-    held_out: int = 4
-    probed: int = 2
-    threads: int | None = None
-    curve_sets: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise unknown_name("kind", self.kind, KINDS)
-        if self.sensitivity not in SENSITIVITIES:
-            raise unknown_name("sensitivity", self.sensitivity, SENSITIVITIES)
-        if self.smoothing_alpha is not None and not 0 < self.smoothing_alpha < 1:
-            raise UsageError(
-                f"--smooth is {self.smoothing_alpha:g}; expected a number between 0 and 1",
-                "0.5 shares the difficulty evenly between input and weights; --no-smooth leaves it "
-                "out.",
-            )
-        if not 1 <= self.probed <= self.held_out:
-            raise UsageError(f"{self.probed} probed runs; expected 1 to {self.held_out}")
 
 
 @dataclass(frozen=True)

@@ -9,35 +9,15 @@ Thresholds are for symmetric int8. Methods:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from tiue_export.errors import UsageError, unknown_name
+from tiue_export.proof.quantization import RangeMethod
 from tiue_export.specs import Array
 
-METHODS = ("min-max", "percentile", "entropy")
 BINS = 2048
 LEVELS = 127
 _LEAST_BINS = LEVELS + 1
 _CANDIDATES = 96
-
-
-@dataclass(frozen=True)
-class RangeMethod:
-    """How a threshold is chosen; `percentile` in percent, for that method."""
-
-    name: str = "percentile"
-    percentile: float = 99.99
-
-    def __post_init__(self) -> None:
-        if self.name not in METHODS:
-            raise unknown_name("range method", self.name, METHODS)
-        if not 50 <= self.percentile <= 100:
-            raise UsageError(f"--percentile is {self.percentile:g}; expected 50 to 100")
-
-    def __str__(self) -> str:
-        return f"percentile {self.percentile:g}" if self.name == "percentile" else self.name
 
 
 class Histogram:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from tiue_export.proof.quantization import BY_BLOCK, Point
+
 from .onnx_layers import CONV, Layer
 
 # Modules that NVIDIA's and Intel's recipes keep in float too: they do little work, and what they
@@ -16,8 +18,6 @@ RULES = (
     (r"(^|\.)conv_out$", "rule: the last convolution makes the latents themselves"),
     (r"(^|\.)conv_shortcut$", "rule: a shortcut hands its error on undamped"),
 )
-BY_LAYER, BY_BLOCK, BY_RULE = "layer", "block", "none"
-SENSITIVITIES = (BY_LAYER, BY_BLOCK, BY_RULE)
 _BLOCK = re.compile(r"^(.*?\.(?:resnets|attentions|upsamplers|downsamplers|text)\.[^.]+)")
 
 
@@ -56,15 +56,6 @@ def units_of(layers: Iterable[Layer], sensitivity: str) -> dict[tuple[str, str],
         found = _BLOCK.match(layer.module) if sensitivity == BY_BLOCK else None
         groups.setdefault((layer.graph, found[1] if found else layer.name), []).append(layer)
     return groups
-
-
-@dataclass(frozen=True)
-class Point:
-    """One set of quantized layers: its part of all operations and what the latents measured."""
-
-    units: int
-    int8_share: float
-    psnr_db: float
 
 
 @dataclass

@@ -7,17 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from tiue_export.bundle.folder import disk_errors
+from tiue_export.proof.quantization import Point
 from tiue_export.proof.quantization_plan import W8A8, QuantizationPlan
 from tiue_export.registry.packages import require
 from tiue_export.specs import UNET_ENCODER
-
-from .placement import Point
 
 _MOST_BARS = 60
 _COLOURS = {True: "#3b6ea5", False: "#c0632b"}  # encoder, decoder
 
 
-def plot_sensitivity(plan: QuantizationPlan, path: Path) -> Path:
+def save_quantization_plots(
+    plan: QuantizationPlan, curve: Sequence[Point], folder: Path
+) -> list[Path]:
+    """Write sensitivity.png into `folder`, and int8-share.png where sets were measured."""
+    paths = [_plot_sensitivity(plan, folder / "sensitivity.png")]
+    if curve:
+        paths.append(_plot_curve(plan, curve, folder / "int8-share.png"))
+    return paths
+
+
+def _plot_sensitivity(plan: QuantizationPlan, path: Path) -> Path:
     """Bars: PSNR of the latents with one layer alone in int8, the worst first."""
     units = {
         (layer.graph, layer.unit or layer.name): layer
@@ -46,7 +55,7 @@ def plot_sensitivity(plan: QuantizationPlan, path: Path) -> Path:
     return _save(figure, path)
 
 
-def plot_curve(plan: QuantizationPlan, points: Sequence[Point], path: Path) -> Path:
+def _plot_curve(plan: QuantizationPlan, points: Sequence[Point], path: Path) -> Path:
     """Measured sets of layers: share of operations in int8 against the latents' PSNR."""
     figure, axes = _figure(6, 4)
     ordered = sorted(points, key=lambda point: point.int8_share)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tiue_export.bundle.folder import Bundle, new_bundle, open_bundle
@@ -12,8 +12,19 @@ from tiue_export.errors import UsageError, unknown_name
 from tiue_export.export.openvino import OpenvinoOptions, compile_openvino
 from tiue_export.proof.calibration import CalibrationData
 from tiue_export.proof.parity import with_dtypes
+from tiue_export.proof.quantization import (
+    BACKENDS,
+    FASTER,
+    KINDS,
+    ONNX,
+    OPENVINO,
+    SMALLER,
+    MeasuredPlan,
+    Quantized,
+    QuantizeOptions,
+    Verdict,
+)
 from tiue_export.proof.quantization_plan import (
-    W8A8,
     WEIGHTS,
     QuantizationPlan,
     read_plan,
@@ -23,7 +34,7 @@ from tiue_export.registry.packages import require
 from tiue_export.specs import Feeds
 from tiue_export.system.progress import Observer, stage
 
-from .analysis import KINDS, Analyser, Analysis, AnalysisOptions
+from .analysis import Analyser
 from .capture import choose_runs
 from .openvino_int8 import (
     INT4,
@@ -31,53 +42,16 @@ from .openvino_int8 import (
     require_nncf,
     write_nncf_graphs,
 )
-from .placement import Point
 from .quantized_bundle import (
     add_verdict,
     check_quantizable,
     write_quantized_graphs,
 )
 from .verdict import (
-    FASTER,
-    SMALLER,
-    Verdict,
-    VerdictOptions,
     judge,
     require_worth,
     with_parity,
 )
-
-ONNX, OPENVINO = "onnx", "openvino"
-BACKENDS = (ONNX, OPENVINO)
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """What to make and what it must reach.
-
-    `kind` is one of the analysis' kinds, or 4-bit with the openvino backend. `plan` replays a file
-    in place of an analysis. `any_speed` leaves speed and size unjudged.
-    """
-
-    kind: str = W8A8
-    backend: str = ONNX
-    analysis: AnalysisOptions = field(default_factory=AnalysisOptions)
-    judged: VerdictOptions = field(default_factory=VerdictOptions)
-    plan: Path | None = None
-    scales: str = "auto"
-    any_speed: bool = False
-    allow_loss: bool = False
-    allow_slower: bool = False
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """The new bundle, what it was judged by, and the sets that were tried on the way."""
-
-    bundle: Bundle
-    plan: QuantizationPlan
-    verdict: Verdict
-    curve: tuple[Point, ...]
 
 
 def quantize(
@@ -98,22 +72,22 @@ def quantize(
     _check(bundle, options)
     with new_bundle(out, force=force) as folder:
         with stage(observer, "plan"):
-            analysis = _plan(bundle, data, options, observer)
-        plan = analysis.plan
+            measured = _plan(bundle, data, options, observer)
+        plan = measured.plan
         with stage(observer, "write graphs"):
             draft = _write(bundle, plan, data, options, folder, observer)
         with stage(observer, "judge"):
             verdict = _judge(bundle, draft, plan, data, options)
         require_worth(verdict, allow_loss=options.allow_loss, allow_slower=options.allow_slower)
-        curve = tuple(analysis.selection.points) if analysis.selection else ()
-        facts = {**verdict.to_data(), "curve": [dataclasses.asdict(point) for point in curve]}
+        curve = [dataclasses.asdict(point) for point in measured.curve]
+        facts = {**verdict.to_data(), "curve": curve}
         add_verdict(draft, facts, with_parity(draft.manifest, verdict))
-    return Quantized(open_bundle(out), plan, verdict, curve)
+    return Quantized(open_bundle(out), plan, verdict, measured.curve)
 
 
 def make_plan(
     bundle: Bundle, data: CalibrationData, options: QuantizeOptions, observer: Observer
-) -> Analysis:
+) -> MeasuredPlan:
     """The plan alone, without writing a bundle."""
     _check(bundle, options)
     return _plan(bundle, data, options, observer)
@@ -148,13 +122,15 @@ def _check(bundle: Bundle, options: QuantizeOptions) -> None:
 
 def _plan(
     bundle: Bundle, data: CalibrationData, options: QuantizeOptions, observer: Observer
-) -> Analysis:
+) -> MeasuredPlan:
     if options.plan is not None:
         plan = read_plan(options.plan)
         require_same_student(plan, bundle.manifest, str(bundle.root))
-        return Analysis(plan, None)
+        return MeasuredPlan(plan, ())
     kind = WEIGHTS if options.kind == INT4 else options.kind
-    return Analyser(bundle, data, replace(options.analysis, kind=kind), observer).run()
+    analysis = Analyser(bundle, data, replace(options.analysis, kind=kind), observer).run()
+    points = analysis.selection.points if analysis.selection else ()
+    return MeasuredPlan(analysis.plan, tuple(points))
 
 
 def _write(

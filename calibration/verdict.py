@@ -6,11 +6,10 @@ timed in turn, so that other work on the machine meets both alike.
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from tiue_export.errors import ParityError, RegressionError
 from tiue_export.proof.calibration import CalibrationData
 from tiue_export.proof.gates import max_abs_error, psnr_db
 from tiue_export.proof.parity import with_dtypes
+from tiue_export.proof.quantization import CONTENDER, SMALLER, Verdict, VerdictOptions
 from tiue_export.proof.quantization_plan import (
     QuantizationPlan,
     gate_of,
@@ -35,67 +35,6 @@ from tiue_export.specs import (
     RuntimeOptions,
     check_finite,
 )
-
-QUANTIZED = "quantized"
-FASTER, SMALLER = "faster", "smaller"
-DEFAULT_ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class VerdictOptions:
-    """Where to judge, on which captured runs, and what it takes to pass.
-
-    `must_be` faster or smaller; None: for a device that this machine is not, where speed is only
-    reported. `gate_psnr_db` None takes the gate of what the graphs became.
-    """
-
-    runtime: str = "ort"
-    precision: str = "auto"
-    device: str = "cpu"
-    threads: int | None = None
-    low_memory: bool = False
-    rounds: int = DEFAULT_ROUNDS
-    must_be: str | None = FASTER
-    gate_psnr_db: float | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was measured. `latency_ms`: contender -> graph -> median; `unet` is their sum.
-
-    `speed_ratio` is the fastest float contender's time over the quantized one's: above 1 is a gain.
-    Sizes are of the UNet's files in the form that ran.
-    """
-
-    runtime: str
-    inputs: str
-    latents_psnr_db: float
-    max_abs_error: float
-    gate_psnr_db: float
-    latency_ms: Mapping[str, Mapping[str, float]]
-    speed_ratio: float
-    size_bytes: Mapping[str, int]
-    int8_share: float
-    must_be: str | None
-    blame: tuple[str, ...]
-
-    @property
-    def accurate(self) -> bool:
-        return self.latents_psnr_db >= self.gate_psnr_db
-
-    @property
-    def worth_it(self) -> bool:
-        """Whether it is faster or smaller, as asked."""
-        if self.must_be == FASTER:
-            return self.speed_ratio > 1
-        if self.must_be == SMALLER:
-            return self.size_bytes[QUANTIZED] < self.size_bytes["float"]
-        return True
-
-    def to_data(self) -> dict[str, Any]:
-        """For JSON."""
-        words = {"accurate": self.accurate, "worth_it": self.worth_it}
-        return {**dataclasses.asdict(self), **words}
 
 
 def judge(
@@ -131,25 +70,25 @@ def judge(
                 runtime.close()
     reference, latents = (
         np.concatenate([pool["latents"] for pool in pools[name]])
-        for name in (next(iter(contenders)), QUANTIZED)
+        for name in (next(iter(contenders)), CONTENDER)
     )
     for times in latency_ms.values():
         times["unet"] = round(sum(times.values()), 3)
-    floats = [times["unet"] for name, times in latency_ms.items() if name != QUANTIZED]
+    floats = [times["unet"] for name, times in latency_ms.items() if name != CONTENDER]
     kinds = {new.manifest.graphs[graph].precision for graph in UNET_GRAPHS}
     gate = gate_of(kinds) if options.gate_psnr_db is None else options.gate_psnr_db
     psnr = psnr_db(reference, latents)
     return Verdict(
-        runtime=titles[QUANTIZED],
+        runtime=titles[CONTENDER],
         inputs=f"{len(numbers) * data.index.batch} captured prompts held out of the ranges",
         latents_psnr_db=round(psnr, 2),
         max_abs_error=max_abs_error(reference, latents),
         gate_psnr_db=gate,
         latency_ms=latency_ms,
-        speed_ratio=round(min(floats) / latency_ms[QUANTIZED]["unet"], 4),
+        speed_ratio=round(min(floats) / latency_ms[CONTENDER]["unet"], 4),
         size_bytes={
             "float": _size_bytes(base, options.runtime),
-            QUANTIZED: _size_bytes(new, options.runtime),
+            CONTENDER: _size_bytes(new, options.runtime),
         },
         int8_share=round(plan.int8_share, 4),
         must_be=options.must_be,
@@ -202,13 +141,13 @@ def _contenders(
         low_memory=options.low_memory,
     )
     if not RUNTIMES[options.runtime].chooses_precision:
-        return {"float": (base, plain), QUANTIZED: (new, plain)}
+        return {"float": (base, plain), CONTENDER: (new, plain)}
     plain = replace(plain, precision=_chosen_precision(base, options.runtime, plain))
     found = {
         f"float {precision}": (base, replace(plain, precision=precision))
         for precision in dict.fromkeys(("fp32", plain.precision))
     }
-    found[QUANTIZED] = (new, plain)
+    found[CONTENDER] = (new, plain)
     return found
 
 
@@ -265,6 +204,6 @@ def _slow_graphs(verdict: Verdict) -> str:
     """Each graph's time, float and quantized."""
     parts = []
     for graph in UNET_GRAPHS:
-        floats = min(t[graph] for name, t in verdict.latency_ms.items() if name != QUANTIZED)
-        parts.append(f"{graph} {floats:.1f} -> {verdict.latency_ms[QUANTIZED][graph]:.1f} ms")
+        floats = min(t[graph] for name, t in verdict.latency_ms.items() if name != CONTENDER)
+        parts.append(f"{graph} {floats:.1f} -> {verdict.latency_ms[CONTENDER][graph]:.1f} ms")
     return ", ".join(parts)

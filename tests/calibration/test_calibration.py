@@ -22,6 +22,7 @@ from tiue_export.calibration import capture, histogram, observe
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, ResourceError, RuntimeFailure, UsageError
 from tiue_export.proof import calibration as dataset
+from tiue_export.proof.quantization import RANGE_METHODS, RangeMethod
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER
 
@@ -304,10 +305,10 @@ def test_a_histogram_that_grows_loses_no_value_and_knows_the_largest(batches):
     flat = np.abs(np.concatenate([np.array(batch) for batch in batches]))
     assert found.counts.sum() == flat.size
     assert found.largest == flat.max()
-    assert found.threshold(histogram.RangeMethod("min-max")) == flat.max()
-    everything = found.threshold(histogram.RangeMethod("percentile", 100))
+    assert found.threshold(RangeMethod("min-max")) == flat.max()
+    everything = found.threshold(RangeMethod("percentile", 100))
     assert everything <= flat.max()
-    half = found.threshold(histogram.RangeMethod("percentile", 50))
+    half = found.threshold(RangeMethod("percentile", 50))
     assert half <= everything
     # Exact to one bin.
     assert np.mean(flat <= half + found.width) >= 0.5
@@ -318,7 +319,7 @@ def test_entropy_clips_a_lone_outlier_and_keeps_a_flat_distribution():
     peaked, flat = histogram.Histogram(), histogram.Histogram()
     peaked.add(np.append(random.standard_normal(200_000), 40.0))
     flat.add(random.uniform(-1, 1, 200_000))
-    method = histogram.RangeMethod("entropy")
+    method = RangeMethod("entropy")
     assert 2.5 < peaked.threshold(method) < 12
     assert flat.threshold(method) > 0.95
 
@@ -326,14 +327,14 @@ def test_entropy_clips_a_lone_outlier_and_keeps_a_flat_distribution():
 def test_a_tensor_of_zeros_has_a_range_of_zero():
     empty = histogram.Histogram()
     empty.add(np.zeros(10))
-    assert {empty.threshold(histogram.RangeMethod(name)) for name in histogram.METHODS} == {0.0}
+    assert {empty.threshold(RangeMethod(name)) for name in RANGE_METHODS} == {0.0}
 
 
 def test_unknown_methods_and_percentiles_are_refused():
     with pytest.raises(UsageError, match="unknown range method 'max'; there are: entropy, min-max"):
-        histogram.RangeMethod("max")
+        RangeMethod("max")
     with pytest.raises(UsageError, match="--percentile is 20; expected 50 to 100"):
-        histogram.RangeMethod("percentile", 20)
+        RangeMethod("percentile", 20)
 
 
 def test_memory_of_a_capture_does_not_grow_with_the_number_of_prompts(tiny_bundle, tmp_path):

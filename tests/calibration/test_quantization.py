@@ -20,15 +20,14 @@ from tiue_export.bundle.folder import open_bundle
 from tiue_export.calibration import (
     analysis,
     capture,
-    histogram,
     placement,
-    plots,
     probe,
     simulate,
     verdict,
 )
 from tiue_export.calibration import quantize as quantizer
 from tiue_export.calibration.onnx_layers import find_folds, find_layers
+from tiue_export.calibration.plots import save_quantization_plots
 from tiue_export.calibration.qdq_onnx import quantize_weight, scale_in, write_qdq
 from tiue_export.calibration.quantized_bundle import check_quantizable
 from tiue_export.drawing.pipeline import Pipeline
@@ -36,6 +35,16 @@ from tiue_export.errors import BundleError, ParityError, RegressionError, UsageE
 from tiue_export.proof.calibration import CaptureOptions, open_calibration
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
+from tiue_export.proof.quantization import (
+    BY_BLOCK,
+    BY_LAYER,
+    FASTER,
+    SMALLER,
+    AnalysisOptions,
+    QuantizeOptions,
+    RangeMethod,
+    VerdictOptions,
+)
 from tiue_export.proof.quantization_plan import (
     FLOAT,
     PLAN_FILE,
@@ -55,12 +64,10 @@ needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec(MODULES["rtx"]) is None, reason="TensorRT-RTX is not installed"
 )
 PROMPTS = ("a red fox", "an owl in a tree", "two boats")
-BY_RULE = analysis.AnalysisOptions(
-    ranges=histogram.RangeMethod("min-max"), sensitivity="none", held_out=1, probed=1
-)
-QUICK = verdict.VerdictOptions(rounds=1, threads=1)
+BY_RULE = AnalysisOptions(ranges=RangeMethod("min-max"), sensitivity="none", held_out=1, probed=1)
+QUICK = VerdictOptions(rounds=1, threads=1)
 # Whether int8 is faster on this machine is not what most tests are about.
-ANY_SPEED = quantizer.QuantizeOptions(analysis=BY_RULE, judged=QUICK, any_speed=True)
+ANY_SPEED = QuantizeOptions(analysis=BY_RULE, judged=QUICK, any_speed=True)
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +334,7 @@ def test_weights_alone_need_no_range_quarter_the_size_and_pass_their_own_gate(
     options = replace(ANY_SPEED, kind=WEIGHTS, any_speed=False)
     light = quantizer.quantize(tiny_bundle, data, tmp_path / "out", options)
     assert light.verdict.gate_psnr_db == 45
-    assert light.verdict.must_be == verdict.SMALLER
+    assert light.verdict.must_be == SMALLER
     assert light.plan.ranges == "none"
     record = light.bundle.manifest.graphs[UNET_DECODER]
     (size,) = (f.size_bytes for name, f in record.files.items() if name.endswith(".data"))
@@ -401,9 +408,9 @@ def test_blocks_hold_what_belongs_together():
         "other/Conv",
     )
     layers = [find_layer(name, 1) for name in names]
-    blocks = placement.units_of(layers, placement.BY_BLOCK)
+    blocks = placement.units_of(layers, BY_BLOCK)
     assert [len(group) for group in blocks.values()] == [2, 2, 1]
-    assert len(placement.units_of(layers, placement.BY_LAYER)) == 5
+    assert len(placement.units_of(layers, BY_LAYER)) == 5
 
 
 @pytest.fixture(scope="module")
@@ -462,12 +469,9 @@ def test_a_line_that_a_kill_cut_off_costs_one_measurement_and_swallows_none(
 
 def test_pictures_show_the_losses_and_the_curve(analysed, tmp_path):
     _, found = analysed
-    sizes = [
-        plots.plot_sensitivity(found.plan, tmp_path / "p" / "s.png").stat().st_size,
-        plots.plot_curve(found.plan, found.selection.points, tmp_path / "p" / "c.png")
-        .stat()
-        .st_size,
-    ]
+    saved = save_quantization_plots(found.plan, found.selection.points, tmp_path / "p")
+    sizes = [path.stat().st_size for path in saved]
+    assert [path.name for path in saved] == ["sensitivity.png", "int8-share.png"]
     assert min(sizes) > 5_000
 
 
@@ -519,12 +523,12 @@ def test_below_the_gate_it_is_refused_with_the_layers_to_blame_unless_allowed(
 
 
 def test_slower_or_larger_is_refused_unless_allowed(made):
-    slow = replace(made.verdict, must_be=verdict.FASTER, speed_ratio=0.8)
+    slow = replace(made.verdict, must_be=FASTER, speed_ratio=0.8)
     with pytest.raises(RegressionError, match=r"not faster on ort cpu: unet_encoder \d") as caught:
         verdict.require_worth(slow, allow_loss=False, allow_slower=False)
     assert "--any-speed" in caught.value.next_step
     verdict.require_worth(slow, allow_loss=False, allow_slower=True)
-    large = replace(made.verdict, must_be=verdict.SMALLER, size_bytes={"float": 1, "quantized": 2})
+    large = replace(made.verdict, must_be=SMALLER, size_bytes={"float": 1, "quantized": 2})
     with pytest.raises(RegressionError, match="is not smaller"):
         verdict.require_worth(large, allow_loss=False, allow_slower=False)
     verdict.require_worth(replace(slow, must_be=None), allow_loss=False, allow_slower=False)

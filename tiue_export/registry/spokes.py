@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from tiue_export.proof.latency_change import Change, Comparison
     from tiue_export.proof.latency_record import Record
     from tiue_export.proof.latency_request import LatencyOutcome, LatencyPlan
+    from tiue_export.proof.quantization import MeasuredPlan, Point, Quantized, QuantizeOptions
+    from tiue_export.proof.quantization_plan import QuantizationPlan
+    from tiue_export.system.progress import Observer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,6 +77,36 @@ def capture(
     on_run: Callable[[int, int], None] = lambda done, wanted: None,
 ) -> CalibrationData:
     """Capture what prompts feed the UNet into `root`, or go on where an earlier capture stopped."""
+    raise NotImplementedError
+
+
+@_door("calibration.quantize:make_plan")
+def make_plan(
+    bundle: Bundle, data: CalibrationData, options: QuantizeOptions, observer: Observer
+) -> MeasuredPlan:
+    """The plan alone, without writing a bundle."""
+    raise NotImplementedError
+
+
+@_door("calibration.quantize:quantize")
+def quantize(
+    bundle: Bundle,
+    data: CalibrationData,
+    out: Path,
+    options: QuantizeOptions,
+    *,
+    force: bool = False,
+    observer: Observer | None = None,
+) -> Quantized:
+    """Make `out` from `bundle`, or raise why it is not worth having and leave nothing."""
+    raise NotImplementedError
+
+
+@_door("calibration.plots:save_quantization_plots")
+def save_quantization_plots(
+    plan: QuantizationPlan, curve: Sequence[Point], folder: Path
+) -> list[Path]:
+    """Write sensitivity.png into `folder`, and int8-share.png where sets were measured."""
     raise NotImplementedError
 
 
