@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ RANK = {name: at for at, names in enumerate(ORDER.split(" < ")) for name in name
 LIGHT_ROOMS = {*LIGHT.replace("<", "").split(), *DOORS}
 # Never in the light half or in a device runtime, not even inside a function.
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "coremltools"}
+# "tiue_export.apps.cli", "tiue_export.runtimes.fake:open_runtime"
+SPOKE_NAME = re.compile(rf"{HUB}\.({'|'.join(SPOKES)})(?:\.\w+)*\.?(?::\w+)?")
 TYPES_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
@@ -91,6 +94,24 @@ def spoke_breaches(path: str, source: str) -> list[str]:
         if named and named[0] in SPOKES:
             found.append(f"{path}:{item.line} imports the spoke {item.target}")
     return found
+
+
+def string_breaches(path: str, source: str) -> list[str]:
+    """Names of a spoke in strings, with which it could be imported: the registry's alone.
+
+    A spoke may name its own files, which it runs in a process of their own.
+    """
+    top = path.partition("/")[0]
+    if path.startswith(f"{HUB}/registry/") or top in ("docs", "examples"):
+        return []
+    return [
+        f"{path}:{node.lineno} names the spoke {node.value}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and (named := SPOKE_NAME.fullmatch(node.value))
+        and named[1] != top
+    ]
 
 
 def shadow_breaches(modules: list[str]) -> list[str]:
@@ -208,6 +229,10 @@ def test_no_file_imports_a_spoke_statically() -> None:
     assert [line for path, text in FILES.items() for line in spoke_breaches(path, text)] == []
 
 
+def test_only_the_registry_reaches_another_spoke_by_string() -> None:
+    assert [line for path, text in FILES.items() for line in string_breaches(path, text)] == []
+
+
 def test_no_hub_module_hides_a_spoke() -> None:
     assert shadow_breaches(list(MODULES)) == []
 
@@ -275,6 +300,33 @@ def test_a_planted_import_of_a_spoke_is_caught(path: str, source: str) -> None:
 )
 def test_siblings_hub_modules_and_names_in_strings_are_allowed(path: str, source: str) -> None:
     assert spoke_breaches(path, source) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("apps/bench.py", 'bench = import_module("tiue_export.benchmarks.latency.bench")'),
+        ("apps/bench.py", '_PACKAGE = "tiue_export.benchmarks.latency"'),
+        ("apps/bench.py", 'import_module(f"tiue_export.benchmarks.{name}")'),
+        ("benchmarks/latency/bench.py", 'import_module("tiue_export.apps.doctor")'),
+        ("tiue_export/export/coreai.py", 'open = "tiue_export.runtimes.coreai:open_runtime"'),
+    ],
+)
+def test_a_planted_name_of_a_spoke_is_caught(path: str, source: str) -> None:
+    assert string_breaches(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("tiue_export/registry/spokes.py", '_door("tiue_export.apps.cli:main")'),
+        ("benchmarks/latency/process.py", '_WORKER = "tiue_export.benchmarks.latency.worker"'),
+        ("apps/doctor.py", '"""Next: python -m tiue_export.benchmarks.studies.ceiling."""'),
+        ("apps/studio/serving.py", 'import_module("gradio")'),
+    ],
+)
+def test_the_registrys_names_and_a_spokes_own_are_allowed(path: str, source: str) -> None:
+    assert string_breaches(path, source) == []
 
 
 @pytest.mark.parametrize("name", ["runtimes", "apps", "calibration.ranges"])
