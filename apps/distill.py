@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,7 +14,9 @@ from tiue_export.registry.packages import TRAIN_NEEDS, require
 from .report.tables import console, print_json
 
 
-def run(file: Path | None, overrides: dict[str, Any], list_presets: bool, as_json: bool) -> None:
+def run(
+    file: Path | None, overrides: Mapping[str, object], list_presets: bool, as_json: bool
+) -> None:
     """Train, and print where the student lies and what to type next."""
     require("distillation", TRAIN_NEEDS, "train")
     from tiue_export.errors import UsageError

@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -32,7 +31,7 @@ class PipeConsole(Console):
 console = PipeConsole(width=None if sys.stdout.isatty() else 140)
 
 
-def print_json(data: Any) -> None:
+def print_json(data: object) -> None:
     """One strict JSON object on standard output."""
     print(json.dumps(data, indent=1, allow_nan=False, default=str))
 

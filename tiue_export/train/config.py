@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -171,7 +172,7 @@ def preset_names() -> tuple[str, ...]:
     return tuple(sorted(e.name[:-5] for e in folder.iterdir() if e.name.endswith(".toml")))
 
 
-def read_config(file: Path, overrides: dict[str, Any] | None = None) -> DistillConfig:
+def read_config(file: Path, overrides: Mapping[str, object] | None = None) -> DistillConfig:
     """The configuration in `file`; `preset = "..."` in it fills what the file leaves open.
 
     Relative paths are relative to the file; a hub id of teacher or student stays one. `overrides`
