@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
@@ -21,32 +20,12 @@ from tiue_export.proof.key_step_results import (
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 from tiue_export.registry.spokes import save_key_step_plots
 
+from .commands.analyze import AnalyzeRequest
 from .draw.prompt_file import prompts_in
-from .method_options import LoadRequest, MethodRequest, load
+from .export.load import load
+from .options.graphs import ExportRequest
 from .report.stages import stage_bar
 from .report.tables import console, print_json
-
-
-@dataclass(frozen=True)
-class AnalyzeRequest:
-    """The options of `tiue-export analyze`; `count` prompts are measured, `check` held out."""
-
-    ckpt: str
-    out: Path
-    base: str | None = None
-    prompts: Path | None = None
-    count: int = 4
-    check: int = 2
-    steps: int | None = None
-    scheduler: str | None = None
-    guidance: float | None = None
-    reach: int | None = None
-    budget: float | None = None
-    lora: tuple[str, ...] = ()
-    height: int | None = None
-    width: int | None = None
-    force: bool = False
-    as_json: bool = False
 
 
 def run(request: AnalyzeRequest) -> None:
@@ -61,11 +40,17 @@ def run(request: AnalyzeRequest) -> None:
 
     with stage_bar(quiet=request.as_json) as bar:
         bar.begin("load model")
-        method = MethodRequest(
-            "faster", request.scheduler, guidance=request.guidance, lora=request.lora
+        model_options = ExportRequest(
+            base=request.base,
+            vae=request.vae,
+            family=request.family,
+            lora=request.lora,
+            method="faster",
+            steps=request.steps,
+            scheduler=request.scheduler,
+            guidance=request.guidance,
         )
-        asked = LoadRequest(request.ckpt, base=request.base, steps=request.steps)
-        teacher = load(asked, method, lambda part: bar.begin(f"load {part}"))
+        teacher = load(request.ckpt, model_options, lambda part: bar.begin(f"load {part}"))
         assert teacher.plan is not None
         model = torch_model(teacher, request.height, request.width)
         described = AnalysisRequest(

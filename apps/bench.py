@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -21,40 +21,8 @@ from tiue_export.registry.spokes import (
     measure_latency,
 )
 
+from .commands.bench import BenchRequest
 from .report.tables import console, print_json
-
-
-@dataclass(frozen=True)
-class BenchRequest:
-    """The options of `tiue-export bench`; lists hold what was given between commas too."""
-
-    bundles: tuple[Path, ...]
-    runtimes: tuple[str, ...] = ()
-    precisions: tuple[str, ...] = ()
-    contenders: tuple[str, ...] = ()
-    ratios_to: tuple[str, ...] = ()
-    device: str = "cpu"
-    ckpt: str | None = None
-    base: str | None = None
-    vae: str | None = None
-    rounds: int = 5
-    runs: int = 3
-    warmup: int = 1
-    threads: int | None = None
-    height: int | None = None
-    width: int | None = None
-    unet_only: bool = False
-    reload: bool = False
-    peaks: tuple[str, ...] = ()
-    measure_peak: bool = True
-    work: Path | None = None
-    timeout_s: float = 3600.0
-    out: Path | None = None
-    markdown: Path | None = None
-    plot: Path | None = None
-    compare: tuple[Path, Path] | None = None
-    fail_if_slower: str | None = None
-    as_json: bool = False
 
 
 def run(request: BenchRequest) -> None:
@@ -137,7 +105,7 @@ def _plan(request: BenchRequest) -> LatencyPlan:
         settings=settings,
         ratios_to=request.ratios_to,
         peaks=request.peaks,
-        measure_peak=request.measure_peak,
+        measure_peak=not request.no_peak,
         work=request.work,
         timeout_s=request.timeout_s,
         outputs=LatencyOutputs(request.out, request.markdown, request.plot),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from tiue_export.bundle.folder import open_bundle, require_one_pass
@@ -15,26 +14,9 @@ from tiue_export.registry.spokes import capture, plan_capture
 from tiue_export.specs import RuntimeOptions
 from tiue_export.train.prompts import read_prompts
 
+from .commands.calibrate import CalibrateRequest
 from .report.stages import stage_bar
 from .report.tables import console, megabytes, print_json
-
-
-@dataclass(frozen=True)
-class CalibrateRequest:
-    """The options of `tiue-export calibrate`."""
-
-    bundle: Path
-    out: Path | None = None
-    prompts: Path | None = None
-    column: str | None = None
-    count: int | None = None
-    seed: int = 0
-    runtime: str = "ort"
-    device: str = "auto"
-    threads: int | None = None
-    dry_run: bool = False
-    force: bool = False
-    as_json: bool = False
 
 
 def run(request: CalibrateRequest) -> None:

@@ -11,8 +11,39 @@ import typer
 
 from tiue_export._version import __version__
 
-from .commands import analyze, carry, check, draw, export, quantize, start, train
+from .commands.analyze import analyze
+from .commands.audit import audit
+from .commands.bench import bench
+from .commands.bundle import app as bundle_app
+from .commands.cache import cache
+from .commands.calibrate import calibrate
+from .commands.coreai import coreai
+from .commands.coreml import coreml
+from .commands.demo import demo
+from .commands.distill import distill
+from .commands.doctor import doctor
+from .commands.generate import generate
+from .commands.init import init
+from .commands.inspect import inspect
+from .commands.onnx import onnx
+from .commands.openvino import openvino
+from .commands.parity import parity
+from .commands.quantize import quantize
+from .commands.serve import serve
+from .commands.studio import studio
+from .commands.triton import triton
+from .commands.trt import trt
 from .welcome import panel_of
+
+# In the order of --help.
+_COMMANDS = (
+    *(init, demo, doctor),
+    *(onnx, openvino, coreml, coreai, trt, audit, analyze, calibrate, quantize),
+    *(generate, studio, serve),
+    *(inspect, parity, bench),
+    *(triton, cache),
+    distill,
+)
 
 app = typer.Typer(
     name="tiue-export",
@@ -51,10 +82,9 @@ def root(
         run(context.command.commands, Path())  # type: ignore[attr-defined]
 
 
-for _group in (start, export, analyze, quantize, draw, check, carry, train):
-    for _command in _group.app.registered_commands:
-        _command.rich_help_panel = panel_of(_command.callback.__name__ if _command.callback else "")
-    app.add_typer(_group.app)  # without a name: its commands are the program's own
+for _command in _COMMANDS:
+    app.command(rich_help_panel=panel_of(_command.__name__))(_command)
+app.add_typer(bundle_app, name="bundle", rich_help_panel=panel_of("bundle"))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,10 +13,10 @@ from tiue_export.checkpoint.demo_student import NAME, demo_student
 from tiue_export.errors import BundleError
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 
-from .draw.generate import GenerateRequest
+from .commands.generate import DrawOptions
 from .draw.generate import run as generate
-from .export_onnx import ExportRequest
-from .export_onnx import run as export_onnx
+from .export.onnx import export_checkpoint, print_exported
+from .options.graphs import ExportRequest
 from .report.tables import console, print_json
 
 PROMPTS = (
@@ -57,10 +57,12 @@ def _tell(out: Path, force: bool) -> dict[str, object]:
     bundle, sheet = out / "bundle", out / "sheet.png"
     console.print("[bold]1. export and proof[/]  tiue-export onnx --ckpt demo")
     console.print(f"   a trained student of 128 px: {student}\n", markup=False)
-    export_onnx(ExportRequest(NAME, bundle, precision="fp32", force=True))
+    exported = export_checkpoint(NAME, ExportRequest(out=bundle, force=True), "fp32")
+    assert exported is not None  # it was no dry run
+    print_exported(exported, as_json=False)
     console.print(f"\n[bold]2. {len(PROMPTS) * SEEDS} pictures, without torch[/]")
     drawn = generate(
-        GenerateRequest(
+        DrawOptions(
             bundle,
             PROMPTS,
             count=SEEDS,

@@ -4,34 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import UsageError
 from tiue_export.proof.half_range import GraphAudit, OverflowAudit
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 
+from .commands.audit import AuditRequest
 from .draw.prompt_file import prompts_in
 from .report.tables import console, island_lines, overflow_table, print_json
-
-
-@dataclass(frozen=True)
-class AuditRequest:
-    """The options of `tiue-export audit`; `top` operations of each graph are listed."""
-
-    ckpt: str
-    base: str | None = None
-    vae: str | None = None
-    prompts: Path | None = None
-    height: int | None = None
-    width: int | None = None
-    steps: int | None = None
-    allow_other_steps: bool = False
-    family: str | None = None
-    hoist: str = "decoder"
-    top: int = 10
-    as_json: bool = False
 
 
 def run(request: AuditRequest) -> None:

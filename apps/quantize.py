@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +29,7 @@ from tiue_export.registry.spokes import make_plan, quantize, save_quantization_p
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.progress import StageReport
 
+from .commands.quantize import QuantizeRequest
 from .report.next_line import draw_line
 from .report.stages import stage_bar
 from .report.tables import console, megabytes, print_json
@@ -39,40 +39,6 @@ _KIND = "w8a8"
 # Sets of layers that --plots has measured beside those the search needs: a curve, not a point.
 _CURVE_SETS = 6
 _NO_SENSITIVITY = "--plots needs a sensitivity, which this plan does not have"
-
-
-@dataclass(frozen=True)
-class QuantizeRequest:
-    """The options of `tiue-export quantize`; None means the default of what it is passed to."""
-
-    bundle: Path
-    calibration: Path
-    out: Path | None = None
-    kind: str | None = None
-    backend: str = "onnx"
-    target_psnr: float | None = None
-    ranges: str | None = None
-    percentile: float | None = None
-    smooth: float | None = None
-    no_smooth: bool = False
-    sensitivity: str | None = None
-    plan: Path | None = None
-    scales: str = "auto"
-    held_out: int | None = None
-    runtime: str | None = None
-    precision: str = "auto"
-    device: str = "cpu"
-    threads: int | None = None
-    low_memory: bool = False
-    rounds: int | None = None
-    any_speed: bool = False
-    allow_parity_loss: bool = False
-    allow_slower: bool = False
-    plots: Path | None = None
-    save_plan: Path | None = None
-    plan_only: bool = False
-    force: bool = False
-    as_json: bool = False
 
 
 def run(request: QuantizeRequest) -> None:

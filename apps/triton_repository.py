@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.markup import escape
@@ -11,23 +11,12 @@ from rich.table import Table
 from tiue_export.bundle.folder import open_bundle, require_one_pass, require_whole_vae
 from tiue_export.registry.packages import require
 
+from .commands.triton import RepositoryOptions
+from .options.output import WriteOptions
 from .report.tables import console, megabytes, print_json
 
 
-@dataclass(frozen=True)
-class TritonRequest:
-    """The options of `tiue-export triton`."""
-
-    bundle: Path
-    out: Path
-    backend: str = "onnxruntime"
-    name: str | None = None
-    max_batch: int = 4
-    force: bool = False
-    as_json: bool = False
-
-
-def run(request: TritonRequest) -> None:
+def run(path: Path, repository: RepositoryOptions, output: WriteOptions) -> None:
     """Write the repository and show its models."""
     require("writing a Triton repository", ("onnx",), "export")
     from tiue_export.export.triton.repository import (
@@ -36,17 +25,17 @@ def run(request: TritonRequest) -> None:
         write_triton_repository,
     )
 
-    bundle = open_bundle(request.bundle)
+    bundle = open_bundle(path)
     require_one_pass(bundle, "triton")
     require_whole_vae(bundle, "triton")
-    options = TritonOptions(request.backend, request.name, request.max_batch)
+    options = TritonOptions(repository.backend, repository.name, repository.max_batch)
     made: TritonRepository = write_triton_repository(
-        bundle, request.out, options, force=request.force
+        bundle, repository.out, options, force=output.force
     )
-    if request.as_json:
-        print_json({"out": str(request.out), "models": [asdict(model) for model in made.models]})
+    if output.as_json:
+        print_json({"out": str(repository.out), "models": [asdict(model) for model in made.models]})
         return
-    table = Table(title=escape(str(request.out)), title_justify="left", title_style="bold")
+    table = Table(title=escape(str(repository.out)), title_justify="left", title_style="bold")
     for column in ("model", "backend", "inputs", "outputs"):
         table.add_column(column, overflow="fold")
     table.add_column("size", justify="right")

@@ -10,7 +10,7 @@ from tiue_export.bundle.folder import Bundle
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.specs import Array, Feeds, RuntimeOptions
 from tiue_export.system.cache_folder import user_cache_folder
-from tiue_export.system.openvino_core import import_openvino, openvino_core
+from tiue_export.system.openvino_core import arithmetic_of, import_openvino, openvino_core
 
 ov = import_openvino()
 
@@ -88,7 +88,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> OpenvinoRuntime:
         raise UsageError(f"--threads is {options.threads}; expected 1 or more")
     core = openvino_core()
     device = _device(core, options.device)
-    return OpenvinoRuntime(bundle, core, device, _arithmetic(core, device, options), options)
+    return OpenvinoRuntime(bundle, core, device, arithmetic_of(device, options.precision), options)
 
 
 def _device(core: Any, wanted: str) -> str:
@@ -104,23 +104,6 @@ def _device(core: Any, wanted: str) -> str:
             "Install Intel's driver for it, or use --device cpu.",
         )
     return device
-
-
-def _arithmetic(core: Any, device: str, options: RuntimeOptions) -> str:
-    native = {str(name) for name in core.get_property(device, "OPTIMIZATION_CAPABILITIES")}
-    known = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
-    if options.precision == "auto":
-        order = ("bf16", "fp32") if device == "CPU" else ("fp16", "fp32")
-        return next((name for name in order if known[name] in native), "fp32")
-    if options.precision not in known:
-        raise unknown_name("precision", options.precision, ("auto", *known))
-    if known[options.precision] not in native:
-        offered = [name for name, own in known.items() if own in native]
-        raise UsageError(
-            f"this {device} does not compute in {options.precision}; it has {', '.join(offered)}",
-            f"Use --precision {offered[0]}.",
-        )
-    return options.precision
 
 
 def _config(core: Any, device: str, arithmetic: str, options: RuntimeOptions) -> dict[str, Any]:

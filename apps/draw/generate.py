@@ -6,21 +6,21 @@ import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle.folder import disk_errors, open_bundle
+from tiue_export.bundle.folder import Bundle, disk_errors, open_bundle
 from tiue_export.drawing.contact_sheet import contact_sheet
 from tiue_export.drawing.picture import picture_from_file, save_png
 from tiue_export.drawing.pipeline import Picture, Pipeline, Result, replanned
 from tiue_export.errors import UsageError
 from tiue_export.sampling.noise import check_seeds, noise_from_file
 from tiue_export.sampling.plan_options import PlanChange
-from tiue_export.specs import RuntimeOptions
+from tiue_export.specs import Array
 
+from ..commands.generate import DrawOptions, PictureOutput, PromptOptions
 from ..report.stages import step_bar
 from ..report.tables import console, print_json
 from .fastest_runtime import choice_facts, resolved_runtime
@@ -30,71 +30,25 @@ from .prompt_file import prompts_in
 _SLUG_LENGTH = 40
 
 
-@dataclass(frozen=True)
-class GenerateRequest:
-    """The options of `tiue-export generate`."""
-
-    bundle: Path
-    prompts: tuple[str, ...] = ()
-    prompts_file: Path | None = None
-    seed: int | None = None
-    count: int = 1
-    out: Path = Path("pictures")
-    sheet: Path | None = None
-    latents: Path | None = None
-    time_stages: bool = False
-    runtime: str = "ort"
-    device: str = "auto"
-    threads: int | None = None
-    precision: str = "auto"
-    low_memory: bool = False
-    provider: str | None = None
-    cuda_graph: bool | None = None
-    ckpt: str | None = None
-    base: str | None = None
-    vae: str | None = None
-    guidance: float | None = None
-    negative_prompt: str | None = None
-    plan_change: PlanChange = field(default_factory=PlanChange)
-    control: Path | None = None
-    control_scale: float | None = None
-    force: bool = False
-    as_json: bool = False
-
-
-def run(request: GenerateRequest) -> dict[str, object]:
+def run(draw: DrawOptions) -> dict[str, object]:
     """Draw and write every picture; existing files are refused before anything is drawn.
 
-    Returns what `as_json` prints: files, prompts, seeds and latencies.
+    Returns what `--json` prints: files, prompts, seeds and latencies.
     """
-    prompts = [*request.prompts, *prompts_in(request.prompts_file)]
-    if not prompts:
-        raise UsageError(
-            "no prompt was given", 'Type one in quotes: tiue-export generate BUNDLE "a red fox"'
-        )
-    if request.latents is not None and request.seed is not None:
-        raise UsageError("--latents and --seed both say what the noise is", "Give one of them.")
-    paths = _paths(request, prompts)
-    _check_sheet(request)
+    prompts = _prompts(draw)
+    paths = _paths(draw, prompts)
+    _check_sheet(draw)
     start = time.perf_counter()
-    bundle = replanned(open_bundle(request.bundle), request.plan_change)
-    noise = None
-    if request.latents is not None:
-        shape = (1, *(int(side) for side in bundle.manifest.latent_shape[1:]))
-        noise = noise_from_file(request.latents, shape)
-    else:
-        check_seeds(request.seed or 0, max(1, request.count))
-    options = _runtime_options(request)
-    noise_name = None if request.latents is None else request.latents.name
-    if request.control is None and request.control_scale is not None:
-        raise UsageError("--control-scale is how strongly a picture is followed; none was given")
-    size = bundle.manifest.width_px, bundle.manifest.height_px
-    control = None if request.control is None else picture_from_file(request.control, size)
+    change = PlanChange(draw.steps, draw.key_steps, draw.inject, draw.max_decoder_rows)
+    bundle = replanned(open_bundle(draw.bundle), change)
+    noise, control = _noise(draw, bundle), _control(draw, bundle)
+    options, quiet = draw.runtime_options(draw), draw.as_json
+    noise_name = None if draw.latents is None else draw.latents.name
     written: list[Path] = []
-    runtime, chosen = resolved_runtime(
-        bundle, request.runtime, options, quiet=request.as_json, control=control
+    name, chosen = resolved_runtime(
+        bundle, draw.runtime, options, quiet=quiet, control=control
     )
-    with Pipeline.open(bundle, runtime, options) as pipeline:
+    with Pipeline.open(bundle, name, options) as pipeline:
         _warn_of_cut_prompts(pipeline, prompts)
         opened = time.perf_counter()
 
@@ -104,36 +58,36 @@ def run(request: GenerateRequest) -> dict[str, object]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_png(picture.image, path, picture_parameters(picture, pipeline, noise_name))
             written.append(path)
-            if not request.as_json:
+            if not quiet:
                 console.print(str(path), markup=False, highlight=False)
 
-        with step_bar(shown=bundle.manifest.faster is not None and not request.as_json) as on_step:
+        with step_bar(shown=bundle.manifest.faster is not None and not quiet) as on_step:
             result = pipeline(
                 prompts,
-                seed=request.seed or 0,
-                count=request.count,
+                seed=draw.seed or 0,
+                count=draw.count,
                 latents=noise,
-                guidance=request.guidance,
-                negative_prompt=request.negative_prompt,
+                guidance=draw.guidance,
+                negative_prompt=draw.negative,
                 control=control,
-                control_scale=1.0 if request.control_scale is None else request.control_scale,
+                control_scale=1.0 if draw.control_scale is None else draw.control_scale,
                 on_picture=write,
                 on_step=on_step,
             )
         device = f"{pipeline.runtime.name} {pipeline.runtime.device}"
     drawn = time.perf_counter()
-    if request.sheet is not None:
-        _write_sheet(request.sheet, result.pictures, request.count)
+    if draw.sheet is not None:
+        _write_sheet(draw.sheet, result.pictures, draw.count)
     facts = {
         "runtime": device,
         **({} if chosen is None else {"runtime_choice": choice_facts(chosen)}),
-        **_drawn_facts(request, result, written),
+        **_drawn_facts(draw, result, written),
         "open_ms": round((opened - start) * 1e3, 1),
         "draw_ms": round((drawn - opened) * 1e3, 1),
     }
-    if request.as_json:
+    if quiet:
         print_json(facts)
-    elif request.time_stages:
+    elif draw.time_stages:
         console.print(_time_table(result.stage_latency_ms, device))
         console.print(
             f"opened in {opened - start:.2f} s (hashes verified), "
@@ -142,61 +96,73 @@ def run(request: GenerateRequest) -> dict[str, object]:
     return facts
 
 
+def _prompts(what: PromptOptions) -> list[str]:
+    """Every prompt; a request without one, or with two kinds of noise, is refused."""
+    prompts = [*what.prompts, *prompts_in(what.prompts_file)]
+    if not prompts:
+        raise UsageError(
+            "no prompt was given", 'Type one in quotes: tiue-export generate BUNDLE "a red fox"'
+        )
+    if what.latents is not None and what.seed is not None:
+        raise UsageError("--latents and --seed both say what the noise is", "Give one of them.")
+    return prompts
+
+
+def _noise(what: PromptOptions, bundle: Bundle) -> Array | None:
+    """The initial noise of `--latents`, (1, 4, H, W) float32; None where seeds give it."""
+    if what.latents is None:
+        check_seeds(what.seed or 0, max(1, what.count))
+        return None
+    shape = (1, *(int(side) for side in bundle.manifest.latent_shape[1:]))
+    return noise_from_file(what.latents, shape)
+
+
+def _control(what: PromptOptions, bundle: Bundle) -> Array | None:
+    """The picture that a ControlNet follows, at the bundle's size."""
+    if what.control is None:
+        if what.control_scale is not None:
+            raise UsageError(
+                "--control-scale is how strongly a picture is followed; none was given"
+            )
+        return None
+    return picture_from_file(what.control, (bundle.manifest.width_px, bundle.manifest.height_px))
+
+
 def _drawn_facts(
-    request: GenerateRequest, result: Result, written: Sequence[Path]
+    output: PictureOutput, result: Result, written: Sequence[Path]
 ) -> dict[str, object]:
     return {
         "pictures": [
             {"path": str(path), "prompt": picture.prompt, "seed": picture.seed}
             for path, picture in zip(written, result.pictures, strict=True)
         ],
-        **({} if request.sheet is None else {"sheet": str(request.sheet)}),
+        **({} if output.sheet is None else {"sheet": str(output.sheet)}),
         "stage_latency_ms": result.stage_latency_ms,
     }
 
 
-def with_resolved_runtime(request: GenerateRequest) -> GenerateRequest:
-    """The same request with "auto" replaced by the fastest runtime's name."""
-    quiet, options = request.as_json, _runtime_options(request)
-    name, _ = resolved_runtime(request.bundle, request.runtime, options, quiet=quiet)
-    return replace(request, runtime=name)
-
-
-def _runtime_options(request: GenerateRequest) -> RuntimeOptions:
-    return RuntimeOptions(
-        device=request.device,
-        threads=request.threads,
-        low_memory=request.low_memory,
-        precision=request.precision,
-        checkpoint=request.ckpt,
-        base=request.base,
-        vae=request.vae,
-        provider=request.provider,
-        cuda_graph=request.cuda_graph,
-    )
-
-
-def _paths(request: GenerateRequest, prompts: list[str]) -> list[Path]:
+def _paths(draw: DrawOptions, prompts: list[str]) -> list[Path]:
     """One path per picture, in drawing order; none may exist without --force."""
-    total = len(prompts) * request.count
-    blocked = next((p for p in (request.out, *request.out.parents) if p.is_file()), None)
-    if blocked is not None and request.out.suffix.lower() != ".png":
-        raise UsageError(f"--out {request.out}: {blocked} is a file", "Give --out a folder.")
-    if request.out.suffix.lower() == ".png":
+    out = draw.out
+    total = len(prompts) * draw.count
+    blocked = next((p for p in (out, *out.parents) if p.is_file()), None)
+    if blocked is not None and out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: {blocked} is a file", "Give --out a folder.")
+    if out.suffix.lower() == ".png":
         if total != 1:
             raise UsageError(
-                f"--out {request.out} names one picture, the request makes {total}",
+                f"--out {out} names one picture, the request makes {total}",
                 "Give --out a folder.",
             )
-        paths = [request.out]
+        paths = [out]
     else:
         paths = [
-            request.out / f"{number:04d}-{slug(prompt)}-{_noise_name(request, i)}.png"
+            out / f"{number:04d}-{slug(prompt)}-{_noise_name(draw, i)}.png"
             for number, prompt in enumerate(prompts)
-            for i in range(request.count)
+            for i in range(draw.count)
         ]
     existing = [path for path in paths if path.exists()]
-    if existing and not request.force:
+    if existing and not draw.force:
         raise UsageError(
             f"{existing[0]} exists already"
             + (f", and {len(existing) - 1} more" if len(existing) > 1 else ""),
@@ -205,13 +171,13 @@ def _paths(request: GenerateRequest, prompts: list[str]) -> list[Path]:
     return paths
 
 
-def _check_sheet(request: GenerateRequest) -> None:
-    sheet = request.sheet
+def _check_sheet(output: PictureOutput) -> None:
+    sheet = output.sheet
     if sheet is None:
         return
     if sheet.suffix.lower() != ".png":
         raise UsageError(f"--sheet is {sheet}; expected a .png file")
-    if sheet.exists() and not request.force:
+    if sheet.exists() and not output.force:
         raise UsageError(f"{sheet} exists already", "Pass --force to replace it.")
 
 
@@ -225,10 +191,10 @@ def _write_sheet(path: Path, pictures: Sequence[Picture], count: int) -> None:
         save_png(sheet, path, {"prompt": " | ".join(row[0].prompt for row in rows)})
 
 
-def _noise_name(request: GenerateRequest, i: int) -> str:
-    if request.latents is not None:
-        return slug(request.latents.stem)
-    return f"seed{(request.seed or 0) + i}"
+def _noise_name(what: PromptOptions, i: int) -> str:
+    if what.latents is not None:
+        return slug(what.latents.stem)
+    return f"seed{(what.seed or 0) + i}"
 
 
 def slug(prompt: str) -> str:

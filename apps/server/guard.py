@@ -7,8 +7,8 @@ import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..commands.serve import ServerLimits
 from .answers import ApiError
-from .settings import ServerLimits
 
 _OPEN_PATHS = ("/healthz", "/docs", "/openapi.json", "/static-offline-docs")
 

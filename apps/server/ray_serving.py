@@ -17,7 +17,7 @@ from ..ray_cluster import connected
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
-    from .serving import ServeRequest
+    from ..commands.serve import ServeOptions
 
 _NAME = "tiue-export"
 # Ray holds requests back beyond this; refusing with 429 is the application's part.
@@ -25,7 +25,7 @@ _BESIDE_THE_QUEUE = 64
 
 
 def serve_on_ray(
-    request: ServeRequest, settings: ServerSettings, announce: Callable[[], None]
+    request: ServeOptions, settings: ServerSettings, announce: Callable[[], None]
 ) -> None:
     """Serve on the Ray cluster at RAY_ADDRESS, or on one of this machine's own, until stopped."""
     replicas = 1 if request.replicas is None else request.replicas
@@ -58,11 +58,11 @@ def build_app(bundle: Path, runtime: str, options: RuntimeOptions, settings: Ser
     return create_app(worker, settings)
 
 
-def _deployment(request: ServeRequest, settings: ServerSettings, replicas: int) -> Any:
+def _deployment(request: ServeOptions, settings: ServerSettings, replicas: int) -> Any:
     from ray import serve
 
     # Ray sends this function to its replicas: it carries plain values only.
-    bundle, runtime, options = request.bundle.resolve(), request.runtime, request.options
+    bundle, runtime, options = request.bundle.resolve(), request.runtime, request.runtime_options()
 
     def build() -> Any:
         return build_app(bundle, runtime, options, settings)

@@ -9,7 +9,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from tiue_export.errors import ResourceError, UsageError
 from tiue_export.registry.packages import SERVER_NEEDS, require
 from tiue_export.specs import RuntimeOptions
 
+from ..commands.serve import ServeOptions, ServerLimits
 from ..report.tables import print_json
-from .settings import ServerLimits, ServerSettings
+from .settings import ServerSettings
 
 TOKEN_VARIABLE = "TIUE_EXPORT_TOKEN"
 _LEAST_TOKEN = 8
@@ -32,29 +32,10 @@ _BACKLOG = 2048
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
-@dataclass(frozen=True)
-class ServeRequest:
-    """The options of `tiue-export serve`."""
-
-    bundle: Path
-    host: str = "127.0.0.1"
-    port: int = 8000
-    limits: ServerLimits = field(default_factory=ServerLimits)
-    model_names: tuple[str, ...] = ()
-    allowed_hosts: tuple[str, ...] = ()
-    urls: bool = False
-    token_file: Path | None = None
-    ray: bool = False
-    replicas: int | None = None
-    runtime: str = "ort"
-    options: RuntimeOptions = field(default_factory=RuntimeOptions)
-    as_json: bool = False
-
-
-def run(request: ServeRequest) -> None:
+def run(request: ServeOptions, limits: ServerLimits) -> None:
     """Serve until SIGINT or SIGTERM; then finish what was accepted."""
     require("the server", SERVER_NEEDS, "app")
-    settings = _settings(request)
+    settings = _settings(request, limits)
     if request.replicas is not None and not request.ray:
         raise UsageError("--replicas is for --ray", "Add --ray, or leave it out.")
     if request.ray:
@@ -72,13 +53,13 @@ def pipeline_opener(bundle: Path, runtime: str, options: RuntimeOptions) -> Call
     return lambda: Pipeline.open(opened, runtime, options)
 
 
-def _serve(request: ServeRequest, settings: ServerSettings, listener: socket.socket) -> None:
+def _serve(request: ServeOptions, settings: ServerSettings, listener: socket.socket) -> None:
     import uvicorn
 
     from .images_api import create_app
     from .worker import DrawingWorker
 
-    opener = pipeline_opener(request.bundle, request.runtime, request.options)
+    opener = pipeline_opener(request.bundle, request.runtime, request.runtime_options())
     worker = DrawingWorker(opener, settings.limits)
     worker.start()
     try:
@@ -101,19 +82,19 @@ def _serve(request: ServeRequest, settings: ServerSettings, listener: socket.soc
         Console(stderr=True).print("stopped; every accepted request was answered")
 
 
-def _settings(request: ServeRequest) -> ServerSettings:
+def _settings(request: ServeOptions, limits: ServerLimits) -> ServerSettings:
     """Everything that can be wrong with the options, said before the bundle is opened."""
-    request.limits.check()
+    limits.check()
     if not 0 <= request.port <= 65535:
         raise UsageError(f"--port is {request.port}; expected 0 to 65535 (0: any free one)")
-    hosts = request.allowed_hosts
+    hosts = request.allowed_host
     if not hosts:
         # A page in a browser could reach a loopback server through a name of its own that
         # resolves to 127.0.0.1 (DNS rebinding); the Host header gives it away.
         hosts = (*_LOOPBACK_HOSTS, request.host) if is_loopback(request.host) else ("*",)
     return ServerSettings(
-        limits=request.limits,
-        model_names=request.model_names,
+        limits=limits,
+        model_names=request.model_name,
         allowed_hosts=hosts,
         urls=request.urls,
         token=_token(request.token_file),
@@ -191,7 +172,7 @@ def _stopped_quietly(server: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _announce(request: ServeRequest, settings: ServerSettings, port: int) -> None:
+def _announce(request: ServeOptions, settings: ServerSettings, port: int) -> None:
     host = f"[{request.host}]" if ":" in request.host else request.host
     url = f"http://{host}:{port}"
     name = request.bundle.resolve().name

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from tiue_export.drawing.pipeline import Job, Picture, Pipeline, Result
 from tiue_export.errors import RuntimeFailure
 
+from ..commands.serve import ServerLimits
 from .metrics import ServerMetrics
-from .settings import ServerLimits
 
 _log = logging.getLogger(__name__)
 # A run that fails once may be its prompt's fault; three in a row are the runtime's.

@@ -9,7 +9,7 @@ import socket
 import tempfile
 import webbrowser
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tiue_export.errors import UsageError
 from tiue_export.registry.packages import require
 from tiue_export.specs import RuntimeOptions
 
+from ..commands.studio import StudioOptions
 from ..report.tables import console, print_json
 from .choices import Offer, find_choices
 from .drawing import Drawer
@@ -27,23 +28,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MAX_UPLOAD = "64mb"
 
 
-@dataclass(frozen=True)
-class StudioRequest:
-    """The options of `tiue-export studio`."""
-
-    bundles: tuple[Path, ...]
-    runtimes: tuple[str, ...] = ()
-    out: Path | None = None
-    host: str = "127.0.0.1"
-    port: int = 7860
-    device: str = "auto"
-    threads: int | None = None
-    low_memory: bool = False
-    open_browser: bool = False
-    as_json: bool = False
-
-
-def run(request: StudioRequest) -> None:
+def run(request: StudioOptions) -> None:
     """Serve until interrupted. Drafts lie in a temporary folder that goes with the program."""
     require("the studio", ("gradio", "fastapi", "uvicorn"), "studio")
     if not request.bundles:
@@ -93,7 +78,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _announce(request: StudioRequest, offer: Offer, listener: socket.socket) -> None:
+def _announce(request: StudioOptions, offer: Offer, listener: socket.socket) -> None:
     """Where to look, and what can be chosen there."""
     port = listener.getsockname()[1]
     local = request.host in _LOOPBACK

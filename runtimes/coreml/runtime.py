@@ -174,8 +174,8 @@ class _Evaluated:
                 raise RuntimeFailure(
                     f'{self._graph}: output "{name}" holds non-finite values; they begin at op '
                     f'{culprit.op} "{culprit.name}" with {culprit.nonfinite} of them',
-                    "Half precision holds up to 65504. Convert it again with "
-                    "--compute-precision fp32, or look at --precision fp32."
+                    "Half precision holds up to 65504. Run it with --precision fp32, or convert "
+                    "it again so: tiue-export coreml --precision fp32."
                     if self._precision == "fp16"
                     else "The weights themselves overflow: check the checkpoint.",
                 )

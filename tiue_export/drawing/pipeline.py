@@ -268,9 +268,9 @@ class Pipeline:
         if batch is not None:
             return batch, batch
         if not isinstance(self.runtime, BatchLimited):
-            return 1, _DYNAMIC_BATCH
+            return 1, DYNAMIC_BATCH
         smallest, largest = self.runtime.batch_range()
-        return smallest, max(smallest, min(largest, _DYNAMIC_BATCH))
+        return smallest, max(smallest, min(largest, DYNAMIC_BATCH))
 
     def _draw(
         self,
@@ -402,7 +402,7 @@ class Pipeline:
         self.close()
 
 
-_DYNAMIC_BATCH = 4
+DYNAMIC_BATCH = 4
 
 
 def replanned(bundle: Bundle, change: PlanChange) -> Bundle:

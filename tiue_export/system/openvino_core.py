@@ -7,6 +7,11 @@ import importlib
 import sys
 from typing import Any
 
+from tiue_export.errors import UsageError, unknown_name
+
+# The arithmetics that can be asked for, and OpenVINO's name of the capability each one needs.
+_CAPABILITIES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16"}
+
 
 def import_openvino() -> Any:
     """The `openvino` module.
@@ -36,3 +41,20 @@ def native_precisions() -> tuple[str, ...]:
     """What the CPU computes natively: fp32, and bf16 where it has instructions for it."""
     capabilities = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return ("fp32", "bf16") if "BF16" in capabilities else ("fp32",)
+
+
+def arithmetic_of(device: str, precision: str) -> str:
+    """What `precision` is on a device: "auto" its fastest; one it cannot compute in is refused."""
+    native = set(openvino_core().get_property(device, "OPTIMIZATION_CAPABILITIES"))
+    offered = [name for name, capability in _CAPABILITIES.items() if capability in native]
+    if precision == "auto":
+        order = ("bf16", "fp32") if device == "CPU" else ("fp16", "fp32")
+        return next((name for name in order if name in offered), "fp32")
+    if precision not in _CAPABILITIES:
+        raise unknown_name("precision", precision, ("auto", *_CAPABILITIES))
+    if precision not in offered:
+        raise UsageError(
+            f"this {device} does not compute in {precision}; it has {', '.join(offered)}",
+            f"Use --precision {offered[0]}.",
+        )
+    return precision

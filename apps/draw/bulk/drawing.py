@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiue_export.drawing.picture import png_bytes
-from tiue_export.drawing.pipeline import Job as DrawnJob
 from tiue_export.drawing.pipeline import Picture, Pipeline
 from tiue_export.specs import RuntimeOptions
 
 from ..picture_parameters import picture_parameters
-from .plan import Job
+from .plan import TableJob
 
 
 @dataclass(frozen=True)
@@ -39,20 +38,19 @@ class Sample:
     record: str
 
 
-def draw_jobs(pipeline: Pipeline, jobs: Sequence[Job]) -> list[Sample]:
+def draw_jobs(pipeline: Pipeline, jobs: Sequence[TableJob]) -> list[Sample]:
     """Draw and encode; equal jobs give equal bytes."""
-    drawn = [DrawnJob(j.prompt, j.seed, j.negative, j.guidance) for j in jobs]
-    result = pipeline.draw(drawn)
+    result = pipeline.draw([each.job for each in jobs])
     return [
         _sample(job, picture, pipeline) for job, picture in zip(jobs, result.pictures, strict=True)
     ]
 
 
-def _sample(job: Job, picture: Picture, pipeline: Pipeline) -> Sample:
+def _sample(job: TableJob, picture: Picture, pipeline: Pipeline) -> Sample:
     parameters = picture_parameters(picture, pipeline)
     if job.columns:
         # Parquet holds dates and bytes, which JSON does not.
         plain = json.loads(json.dumps(dict(job.columns), default=str))
         parameters = {**parameters, "columns": plain}
     record = json.dumps({"key": job.key, **parameters}, ensure_ascii=False)
-    return Sample(job.key, png_bytes(picture.image, parameters), job.prompt, record)
+    return Sample(job.key, png_bytes(picture.image, parameters), job.job.prompt, record)

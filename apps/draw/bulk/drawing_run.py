@@ -7,24 +7,25 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tiue_export.bundle.folder import disk_errors, open_bundle
+from tiue_export.bundle.folder import Bundle, disk_errors, open_bundle
 from tiue_export.drawing.pipeline import check_steering
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.sampling.plan import check_guidance
-from tiue_export.specs import RuntimeOptions
 
+from ...commands.generate import BulkOptions, DrawOptions
+from ...options.group import given
 from ...report.tables import console, print_json
+from ..fastest_runtime import resolved_runtime
 from .drawing import PipelineSource, Sample
-from .plan import BulkPlan, Chunk, chunk_pictures, plan_jobs, run_identity
+from .plan import BulkPlan, Chunk, TableJob, chunk_pictures, plan_jobs, run_identity
 from .png_folder import PngFolder
 from .progress import Pace, duration, shown
-from .prompt_table import read_rows
+from .prompt_table import TABLES, PromptRow, read_rows
 from .tar_shards import TarShards
 from .worker_pool import draw_here, draw_in_processes
 from .writer import PictureWriter
@@ -41,60 +42,54 @@ _DIFFERENCES = {
 }
 
 
-@dataclass(frozen=True)
-class BulkRequest:
-    """The options of a bulk run; `file_format` is png or tar."""
-
-    bundle: Path
-    prompts_file: Path
-    out: Path
-    prompt_column: str = "prompt"
-    count: int = 1
-    seed: int = 0
-    negative_prompt: str | None = None
-    guidance: float | None = None
-    file_format: str = "png"
-    shard_pictures: int = 1000
-    workers: int = 1
-    ray: bool = False
-    runtime: str = "ort"
-    options: RuntimeOptions = field(default_factory=RuntimeOptions)
-    as_json: bool = False
+# What of a request for pictures a bulk run honours.
+_USABLE = (
+    *("bundle", "prompts_file", "seed", "count", "negative", "guidance", "out", "as_json"),
+    *("runtime", "device", "threads", "precision", "provider", "cuda_graph", "low_memory"),
+    *("ckpt", "base", "vae"),
+)
+_FORMAT = "png"
+_SHARD_PICTURES = 1000
+_PROMPT_COLUMN = "prompt"
 
 
-def run(request: BulkRequest) -> None:
+def in_bulk(draw: DrawOptions, bulk: BulkOptions) -> bool:
+    """Whether the prompts are a table, or an option of bulk runs was given."""
+    path = draw.prompts_file
+    return bool(given(bulk)) or (path is not None and path.suffix.lower() in TABLES)
+
+
+def run(draw: DrawOptions, bulk: BulkOptions) -> None:
     """Draw every picture of the table that is not there yet."""
-    _check(request)
-    rows = read_rows(request.prompts_file, request.prompt_column)
-    bundle = open_bundle(request.bundle)
-    if request.guidance is not None or request.negative_prompt is not None:
-        check_steering(bundle, request.guidance is not None)
-    if request.guidance is not None:
-        check_guidance(request.guidance)
-    negative = request.negative_prompt or ""
-    jobs = plan_jobs(rows, request.count, request.seed, negative, request.guidance)
-    plan = BulkPlan(jobs, chunk_pictures(bundle), request.shard_pictures)
-    options = request.options
+    table, out, quiet = _check(draw, bulk), draw.out, draw.as_json
+    rows = read_rows(table, bulk.prompt_column or _PROMPT_COLUMN)
+    bundle = open_bundle(draw.bundle)
+    plan = BulkPlan(
+        _jobs(draw, bundle, rows), chunk_pictures(bundle), bulk.shard_size or _SHARD_PICTURES
+    )
+    options = draw.runtime_options(draw)
+    name, _ = resolved_runtime(bundle, draw.runtime, options, quiet=quiet)
+    file_format = bulk.file_format or _FORMAT
     runtime = {
-        "runtime": request.runtime,
+        "runtime": name,
         "device": options.device,
         "precision": options.precision,
         "provider": options.provider,
     }
-    identity = run_identity(plan, bundle, request.file_format, runtime)
-    source = PipelineSource(request.bundle.resolve(), request.runtime, options)
-    with disk_errors(request.out / _RECORD), _owned(request.out, identity):
-        writer = _WRITERS[request.file_format](request.out, plan)
+    identity = run_identity(plan, bundle, file_format, runtime)
+    source = PipelineSource(draw.bundle.resolve(), name, options)
+    with disk_errors(out / _RECORD), _owned(out, identity):
+        writer = _WRITERS[file_format](out, plan)
         written = writer.written()
         missing = [chunk for chunk in plan.chunks() if chunk.index not in written]
-        pace = Pace(len(jobs), len(jobs) - sum(len(chunk.jobs) for chunk in missing))
-        if pace.found and not request.as_json:
+        pace = Pace(len(plan.jobs), len(plan.jobs) - sum(len(chunk.jobs) for chunk in missing))
+        if pace.found and not quiet:
             Console(stderr=True).print(
                 f"going on: {pace.found} of {pace.total} pictures are there", highlight=False
             )
         try:
-            with shown(pace, quiet=request.as_json) as tell:
-                for chunk, samples in _drawn(request, source, missing):
+            with shown(pace, quiet=quiet) as tell:
+                for chunk, samples in _drawn(bulk, source, missing):
                     writer.write(chunk, samples)
                     pace.add(len(samples))
                     tell()
@@ -106,29 +101,58 @@ def run(request: BulkRequest) -> None:
         finally:
             writer.close()
         files = writer.finish()
-    _report(request, pace, files)
+    _report(out, pace, files, as_json=quiet)
 
 
-def _check(request: BulkRequest) -> None:
-    if request.file_format not in _WRITERS:
-        raise unknown_name("format", request.file_format, _WRITERS)
-    for option, value in (("--workers", request.workers), ("--shard-size", request.shard_pictures)):
-        if value < 1:
+def _check(draw: DrawOptions, bulk: BulkOptions) -> Path:
+    """The file of prompts; options that a bulk run would not honour are refused."""
+    table = draw.prompts_file
+    if table is None:
+        verb = "is" if len(given(bulk)) == 1 else "are"
+        raise UsageError(
+            f"{', '.join(given(bulk))} {verb} for drawing a file of prompts",
+            "Add --prompts prompts.tsv (or .jsonl, .parquet, .txt).",
+        )
+    if refused := given(draw, usable=_USABLE):
+        raise UsageError(
+            f"drawing {table} in bulk takes no {' and no '.join(refused)}",
+            "Bulk runs go on where they stopped; choose another --out to begin anew."
+            if refused == ("--force",)
+            else "Leave it out.",
+        )
+    if draw.out.suffix.lower() in (".png", ".tar"):
+        raise UsageError(f"--out {draw.out} is one file", "Give --out a folder.")
+    if bulk.shard_size is not None and bulk.file_format != "tar":
+        raise UsageError("--shard-size is for --format tar", "Add --format tar, or leave it out.")
+    if bulk.file_format not in (None, *_WRITERS):
+        raise unknown_name("format", str(bulk.file_format), _WRITERS)
+    for option, value in (("--workers", bulk.workers), ("--shard-size", bulk.shard_size)):
+        if value is not None and value < 1:
             raise UsageError(f"{option} is {value}; expected 1 or more")
+    return table
+
+
+def _jobs(draw: DrawOptions, bundle: Bundle, rows: Sequence[PromptRow]) -> tuple[TableJob, ...]:
+    if draw.guidance is not None or draw.negative is not None:
+        check_steering(bundle, draw.guidance is not None)
+    if draw.guidance is not None:
+        check_guidance(draw.guidance)
+    return plan_jobs(rows, draw.count, draw.seed or 0, draw.negative or "", draw.guidance)
 
 
 def _drawn(
-    request: BulkRequest, source: PipelineSource, chunks: Sequence[Chunk]
+    bulk: BulkOptions, source: PipelineSource, chunks: Sequence[Chunk]
 ) -> Iterator[tuple[Chunk, list[Sample]]]:
+    workers = bulk.workers or 1
     if not chunks:
         return iter(())
-    if request.ray:
+    if bulk.ray:
         from .ray_pool import draw_on_ray
 
-        return draw_on_ray(source, chunks, request.workers)
-    if request.workers == 1:
+        return draw_on_ray(source, chunks, workers)
+    if workers == 1:
         return draw_here(source, chunks)
-    return draw_in_processes(source, chunks, request.workers)
+    return draw_in_processes(source, chunks, workers)
 
 
 @contextmanager
@@ -175,11 +199,11 @@ def _agree(out: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def _report(request: BulkRequest, pace: Pace, files: Sequence[Path]) -> None:
-    if request.as_json:
+def _report(out: Path, pace: Pace, files: Sequence[Path], *, as_json: bool) -> None:
+    if as_json:
         print_json(
             {
-                "out": str(request.out),
+                "out": str(out),
                 "pictures": pace.total,
                 "found": pace.found,
                 "drawn": pace.drawn,
@@ -190,7 +214,7 @@ def _report(request: BulkRequest, pace: Pace, files: Sequence[Path]) -> None:
         )
         return
     console.print(
-        f"{pace.total} pictures in {request.out}, none missing, none twice: {pace.drawn} drawn in "
+        f"{pace.total} pictures in {out}, none missing, none twice: {pace.drawn} drawn in "
         f"{duration(pace.elapsed_s)} ({pace.pictures_per_s:.2f} images/s), {pace.found} found",
         markup=False,
         highlight=False,

@@ -15,6 +15,7 @@ from typing import Any
 
 from tiue_export._version import __version__
 from tiue_export.bundle.folder import Bundle
+from tiue_export.drawing.pipeline import DYNAMIC_BATCH, Job
 from tiue_export.errors import UsageError
 from tiue_export.sampling.noise import MAX_SEED
 
@@ -22,20 +23,16 @@ from .prompt_table import PromptRow
 
 # Few enough that a kill costs little, enough that handing them around costs nothing.
 _CHUNK_PICTURES = 8
-_DYNAMIC_BATCH = 4
 _READS_ONNX = ("ort", "torch", "fake")
 
 
 @dataclass(frozen=True)
-class Job:
-    """One picture: its file's stem, what to draw, and the table's other columns."""
+class TableJob:
+    """One picture of a table: its file's stem, what to draw, and the table's other columns."""
 
     key: str
-    prompt: str
-    seed: int
+    job: Job
     columns: Mapping[str, Any] = field(default_factory=dict)
-    negative: str = ""
-    guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,14 +41,14 @@ class Chunk:
 
     index: int
     shard: int
-    jobs: tuple[Job, ...]
+    jobs: tuple[TableJob, ...]
 
 
 @dataclass(frozen=True)
 class BulkPlan:
     """All jobs in order, and how they are cut: into shards, those into chunks."""
 
-    jobs: tuple[Job, ...]
+    jobs: tuple[TableJob, ...]
     chunk_pictures: int
     shard_pictures: int
 
@@ -63,7 +60,7 @@ class BulkPlan:
                 yield Chunk(index, shard, jobs[start : start + self.chunk_pictures])
                 index += 1
 
-    def shards(self) -> list[tuple[Job, ...]]:
+    def shards(self) -> list[tuple[TableJob, ...]]:
         """The jobs of each shard."""
         size = self.shard_pictures
         return [self.jobs[start : start + size] for start in range(0, len(self.jobs), size)]
@@ -71,8 +68,9 @@ class BulkPlan:
     def sha256(self) -> str:
         """Over everything that decides what is drawn and where it lies."""
         digest = hashlib.sha256(f"{self.chunk_pictures} {self.shard_pictures}\n".encode())
-        for job in self.jobs:
-            record = [job.key, job.prompt, job.seed, job.columns, job.negative, job.guidance]
+        for each in self.jobs:
+            job = each.job
+            record = [each.key, job.prompt, job.seed, each.columns, job.negative, job.guidance]
             digest.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
 
@@ -83,7 +81,7 @@ def plan_jobs(
     seed: int,
     negative: str = "",
     guidance: float | None = None,
-) -> tuple[Job, ...]:
+) -> tuple[TableJob, ...]:
     """`count` pictures a row. A row's own seed counts on from itself, else picture i of all from
     `seed` + i: no two rows start from the same noise, which would tie an evaluation's pictures.
     """
@@ -98,19 +96,20 @@ def plan_jobs(
             )
         for i in range(count):
             key = row.key if count == 1 else f"{row.key}-{i}"
-            jobs.append(Job(key, row.prompt, first + i, row.columns, negative, guidance))
+            job = Job(row.prompt, first + i, negative, guidance)
+            jobs.append(TableJob(key, job, row.columns))
     seen: set[str] = set()
-    for job in jobs:
+    for each in jobs:
         # Some file systems take A.png and a.png for one file.
-        if job.key.lower() in seen:
-            raise UsageError(f"two pictures would be named {job.key!r}", "Change the ids.")
-        seen.add(job.key.lower())
+        if each.key.lower() in seen:
+            raise UsageError(f"two pictures would be named {each.key!r}", "Change the ids.")
+        seen.add(each.key.lower())
     return tuple(jobs)
 
 
 def chunk_pictures(bundle: Bundle) -> int:
     """A whole number of the bundle's runs."""
-    batch = bundle.manifest.batch or _DYNAMIC_BATCH
+    batch = bundle.manifest.batch or DYNAMIC_BATCH
     return batch * math.ceil(_CHUNK_PICTURES / batch)
 
 

@@ -55,10 +55,10 @@ class PngFolder:
             )
         lines = [
             json.dumps(
-                {"file_name": f"{job.key}.png", "prompt": job.prompt, "seed": job.seed},
+                {"file_name": f"{each.key}.png", "prompt": each.job.prompt, "seed": each.job.seed},
                 ensure_ascii=False,
             )
-            for job in self._plan.jobs
+            for each in self._plan.jobs
         ]
         _write_whole(self._folder / _INDEX, ("\n".join(lines) + "\n").encode())
         return [self._folder / _INDEX]

@@ -16,7 +16,7 @@ from typing import BinaryIO
 from tiue_export.errors import RuntimeFailure
 
 from .drawing import Sample
-from .plan import BulkPlan, Chunk, Job
+from .plan import BulkPlan, Chunk, TableJob
 
 _SUFFIXES = (".png", ".txt", ".json")
 
@@ -114,7 +114,7 @@ def _member(name: str, content: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + content + padding
 
 
-def _ends(path: Path, jobs: Sequence[Job]) -> Iterator[tuple[str, int]]:
+def _ends(path: Path, jobs: Sequence[TableJob]) -> Iterator[tuple[str, int]]:
     """Key and end in bytes of each whole sample, as long as they are the expected ones in order."""
     size_bytes = path.stat().st_size
     expected = ((job.key, suffix) for job in jobs for suffix in _SUFFIXES)

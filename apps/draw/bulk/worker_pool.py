@@ -17,7 +17,7 @@ from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import ResourceError, RuntimeFailure
 
 from .drawing import PipelineSource, Sample, draw_jobs
-from .plan import Chunk, Job
+from .plan import Chunk, TableJob
 
 # In flight per worker: one being drawn, one waiting.
 _AHEAD = 2
@@ -79,7 +79,7 @@ def _next(
 _pipeline: Pipeline | None = None
 
 
-def _draw(source: PipelineSource, jobs: tuple[Job, ...]) -> list[Sample]:
+def _draw(source: PipelineSource, jobs: tuple[TableJob, ...]) -> list[Sample]:
     global _pipeline
     if _pipeline is None:
         _pipeline = source.open()

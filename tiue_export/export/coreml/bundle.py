@@ -58,7 +58,7 @@ RECIPE_FILE = "recipe.json"
 _TOKENIZER = "tokenizer/tokenizer.json"
 _POLL_S = 0.25
 _IF_LOST = (
-    "Choose a gentler --compress (or --target-psnr), --compute-precision fp32, or accept the loss "
+    "Choose a gentler --compress (or --target-psnr), --precision fp32, or accept the loss "
     "with --allow-parity-loss (the manifest then says so)."
 )
 T = TypeVar("T")

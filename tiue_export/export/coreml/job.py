@@ -345,7 +345,7 @@ def _evaluate(job: GraphJob, size: Size) -> Evaluation:
         raise ParityError(
             f"{job.package.name} is not usable: {bad.op} {bad.name!r} gives {bad.nonfinite} "
             "non-finite values on a real prompt",
-            "Try --compute-precision fp32; please report the student it happened with.",
+            "Try --precision fp32; please report the student it happened with.",
         )
     if job.graph == UNET_ENCODER:
         features = {name: array.astype(np.float32) for name, array in evaluation.outputs.items()}

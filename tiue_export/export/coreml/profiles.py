@@ -22,14 +22,6 @@ DECODER_BATCHES = (1, 2, 4)
 PRECISIONS = ("fp16", "fp32")
 COMPUTE_UNITS = ("ALL", "CPU_AND_GPU", "CPU_AND_NE", "CPU_ONLY")
 RECIPE = "recipe"
-# The words of Apple's own converter (apple/ml-stable-diffusion) that mean one of ours.
-_APPLES_WORDS = {
-    "original": "sdpa",
-    "split_einsum": "split",
-    "split_einsum_v2": "split-chunked",
-    "float16": "fp16",
-    "float32": "fp32",
-}
 # coremltools' guide, "Bisect Model": on iPhone's Neural Engine a model cannot exceed 1 GB.
 NEURAL_ENGINE_LIMIT_BYTES = 1_000_000_000
 
@@ -271,7 +263,7 @@ def _check_together(plan: CoremlPlan, options: CoremlOptions) -> None:
         )
     if plan.precision == "fp32" and compression.kind != "none":
         raise UsageError(
-            f"{plan.compress} is for half precision; --compute-precision is fp32",
+            f"{plan.compress} is for half precision; --precision is fp32",
             "Leave one of them out.",
         )
     if compression.kind == "w8a8" and not options.prompts:
@@ -292,7 +284,7 @@ def _check_together(plan: CoremlPlan, options: CoremlOptions) -> None:
     if compression.kind != "recipe" and has_goal:
         raise UsageError(
             f"a recipe sets the bits of each layer, and --compress is {plan.compress}",
-            "Leave --compress (--quantize-nbits) out.",
+            "Leave --compress out.",
         )
 
 
@@ -322,7 +314,7 @@ def check_limit(plan: CoremlPlan, graph: str, weights: int) -> None:
     raise UsageError(
         f"{graph} would take {size_bytes / 1e6:.0f} MB in {bits} bits; a model on the Neural "
         f"Engine of an iPhone or iPad is limited to {plan.limit_bytes / 1e6:.0f} MB",
-        "Use --quantize-nbits 8 or 6"
+        "Use --compress palettize-8 or palettize-6"
         + (
             f", or export the bundle with --hoist-into encoder, which moves weights to {other}."
             if graph == UNET_DECODER
@@ -356,16 +348,11 @@ def function_named(height: int, width: int) -> str:
     return f"size_{height}x{width}"
 
 
-def in_our_words(text: str) -> str:
-    """Apple's spelling of an attention or a precision in ours; anything else as it is."""
-    return _APPLES_WORDS.get(text.lower(), text)
-
-
 def _named(kind: str, name: str, legal: Iterable[str]) -> str:
-    word, names = in_our_words(name), tuple(legal)
-    if word not in names:
+    names = tuple(legal)
+    if name not in names:
         raise unknown_name(kind, name, names)
-    return word
+    return name
 
 
 def _compute_unit(name: str) -> str:

@@ -1,36 +1,39 @@
-"""The command that trains a student."""
+"""`tiue-export distill`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..report.failures import explained
-from .shared_options import Json
-
-app = typer.Typer()
+from ..options.group import OptionGroup, command
+from ..options.output import JsonOptions
 
 
-@app.command()
-@explained
-def distill(
+@dataclass(frozen=True)
+class TrainingOptions(OptionGroup):
+    """A configuration, and what differs from it."""
+
+    panel = "Training"
     config: Annotated[
         Path | None, typer.Argument(help="TOML file; see docs/training.md.", show_default=False)
-    ] = None,
+    ] = None
     out: Annotated[
         Path | None, typer.Option("--out", help="Run folder \\[default: the file's `out`].")
-    ] = None,
+    ] = None
     iterations: Annotated[
         int | None,
         typer.Option("--iterations", help="Stop after this many \\[default: the file's]."),
-    ] = None,
+    ] = None
     presets: Annotated[
         bool, typer.Option("--presets", help="List the presets a configuration can name.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+    ] = False
+
+
+@command
+def distill(training: TrainingOptions, output: JsonOptions) -> None:
     """Train a TiUE student from a teacher. Run the same line again to resume.
 
     On several GPUs or machines, put `accelerate launch -m tiue_export` for `tiue-export`.
@@ -39,6 +42,7 @@ def distill(
     """
     from ..distill import run
 
-    overrides = {"out": None if out is None else str(out), "iterations": iterations}
-    given = {key: value for key, value in overrides.items() if value is not None}
-    run(config, given, presets, as_json)
+    out = None if training.out is None else str(training.out)
+    overrides = {"out": out, "iterations": training.iterations}
+    chosen = {key: value for key, value in overrides.items() if value is not None}
+    run(training.config, chosen, training.presets, output.as_json)

@@ -1,0 +1,51 @@
+"""`tiue-export audit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..options.checkpoint import CheckpointOptions, FamilyOptions, PartOptions, StepOptions
+from ..options.graphs import HoistOptions, SizeOptions
+from ..options.group import OptionGroup, command
+from ..options.output import JsonOptions
+
+
+@dataclass(frozen=True)
+class AuditScope(OptionGroup):
+    """What is drawn for the audit, and how much of it is told."""
+
+    panel = "Audit"
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="Text file, one prompt a line \\[default: two of ours]."),
+    ] = None
+    top: Annotated[int, typer.Option("--top", help="Operations to list for each graph.")] = 10
+
+
+@dataclass(frozen=True)
+class AuditRequest(
+    JsonOptions,
+    AuditScope,
+    HoistOptions,
+    SizeOptions,
+    StepOptions,
+    FamilyOptions,
+    PartOptions,
+    CheckpointOptions,
+):
+    """An audit of one student."""
+
+
+@command
+def audit(request: AuditRequest) -> None:
+    """Show how near a student's values come to half precision's limit, and what must stay float32.
+
+    Example:  tiue-export audit --ckpt student.safetensors --base sd21-base/ --prompts prompts.txt
+    """
+    from ..overflow_audit import run
+
+    run(request)

@@ -1,0 +1,74 @@
+"""`tiue-export bundle pack` and `unpack`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..options.bundle import BundleOptions
+from ..options.group import OptionGroup, command
+from ..options.output import WriteOptions
+
+app = typer.Typer(
+    help=(
+        "Carry a bundle to a device: one .tar with what it needs, and back.\n\n"
+        "Example:  tiue-export bundle pack fox --runtime trt"
+    ),
+    no_args_is_help=True,
+)
+
+
+@dataclass(frozen=True)
+class PackOptions(OptionGroup):
+    """The archive to write, and for whom."""
+
+    panel = "Output"
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Archive to write \\[default: NAME.tar].")
+    ] = None
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime", help="Only what it needs: ort, trt, rtx, openvino \\[default: all]."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class UnpackOptions(OptionGroup):
+    """The archive to read, and where it goes."""
+
+    panel = "Output"
+    archive: Annotated[Path, typer.Argument(help="Archive of bundle pack.", show_default=False)]
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write \\[default: the archive's name].")
+    ] = None
+
+
+@app.command()
+@command
+def pack(what: BundleOptions, archive: PackOptions, output: WriteOptions) -> None:
+    """Pack a bundle into one .tar, with only what a device needs.
+
+    For trt the ONNX graphs, as its engines are built on the device; for rtx the engines alone.
+
+    Example:  tiue-export bundle pack fox --runtime trt
+    """
+    from ..bundle_archive import pack as run
+
+    run(what.bundle, archive.out, archive.runtime, force=output.force, as_json=output.as_json)
+
+
+@app.command()
+@command
+def unpack(what: UnpackOptions, output: WriteOptions) -> None:
+    """Unpack an archive; every file is verified before the bundle appears.
+
+    Example:  tiue-export bundle unpack fox-trt.tar
+    """
+    from ..bundle_archive import unpack as run
+
+    run(what.archive, what.out, force=output.force, as_json=output.as_json)

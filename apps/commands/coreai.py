@@ -1,0 +1,33 @@
+"""`tiue-export coreai`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from ..options.checkpoint import StudentSourceOptions
+from ..options.graphs import ExportRequest
+from ..options.group import OptionGroup, command
+
+
+@dataclass(frozen=True)
+class CoreaiForm(OptionGroup):
+    """What assets compute in."""
+
+    panel = "Core AI"
+    precision: Annotated[str, typer.Option("--precision", help="fp16 or fp32.")] = "fp16"
+
+
+@command
+def coreai(source: StudentSourceOptions, own: CoreaiForm, export: ExportRequest) -> None:
+    """Experimental: Core AI assets for macOS and iOS 27, run here by Apple's interpreter.
+
+    Example:  tiue-export coreai --ckpt student.safetensors --base sd21-base/ --out fox
+
+    Example:  tiue-export coreai --ckpt student.safetensors --bundle fox --precision fp32
+    """
+    from ..export.coreai import run
+
+    run(source, own, export)

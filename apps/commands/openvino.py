@@ -1,0 +1,41 @@
+"""`tiue-export openvino`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from ..options.checkpoint import SourceOptions
+from ..options.graphs import ExportRequest
+from ..options.group import OptionGroup, command
+
+
+@dataclass(frozen=True)
+class OpenvinoForm(OptionGroup):
+    """How OpenVINO stores the graphs, and the arithmetic they are proven in."""
+
+    panel = "OpenVINO"
+    weights: Annotated[
+        str, typer.Option("--weights", help="fp32, or fp16 for files half the size.")
+    ] = "fp32"
+    precision: Annotated[
+        tuple[str, ...],
+        typer.Option("--precision", help="Arithmetic to prove \\[default: all this CPU has]."),
+    ] = ()
+
+
+@command
+def openvino(source: SourceOptions, own: OpenvinoForm, export: ExportRequest) -> None:
+    """Add OpenVINO graphs to a bundle: the fastest way to run a student on an Intel or AMD CPU.
+
+    Example:  tiue-export openvino --bundle fox
+
+    Example:  tiue-export openvino --ckpt student.safetensors --base sd21-base/ --out fox
+
+    Example:  tiue-export openvino --ckpt sd21-base/ --method faster --steps 50 --out fox
+    """
+    from ..export.openvino import run
+
+    run(source, own, export)

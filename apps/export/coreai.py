@@ -1,0 +1,58 @@
+"""Core AI assets for a bundle, from its checkpoint, run on this machine."""
+
+from __future__ import annotations
+
+import time
+
+from tiue_export.registry.packages import EXPORT_NEEDS, require
+
+from ..commands.coreai import CoreaiForm
+from ..options.checkpoint import StudentSourceOptions
+from ..options.graphs import ExportRequest
+from ..report.stages import stage_bar
+from .forms import (
+    Form,
+    bundle_of,
+    check_source,
+    form_table,
+    print_done,
+    print_form,
+    print_form_plan,
+)
+
+_OF_THE_STUDENT = ("base", "vae", "lora")
+FORM = Form("coreai", "Core AI", "coreai", (*Form.usable, *_OF_THE_STUDENT))
+
+
+def run(source: StudentSourceOptions, own: CoreaiForm, export: ExportRequest) -> None:
+    """Export the bundle first where there is none, then convert, prove, and print."""
+    check_source(FORM, source, export)
+    require("Core AI export", ("coreai", "coreai_torch"), "coreai")
+    require("exporting", EXPORT_NEEDS, "export")
+    from tiue_export.bundle.folder import require_one_pass
+    from tiue_export.export.coreai import CoreaiOptions, check_precision, compile_coreai
+    from tiue_export.export.own_student import StudentPlace
+
+    check_precision(own.precision)
+    start = time.perf_counter()
+    bundle = bundle_of(FORM, source, export)
+    if bundle is not None:
+        require_one_pass(bundle, "coreai")
+    if bundle is None or export.dry_run:
+        print_form_plan(FORM, bundle, {"precision": own.precision}, as_json=export.as_json)
+        return
+    assert source.ckpt is not None
+    with stage_bar(quiet=export.as_json) as bar:
+        bar.expect(len(bundle.manifest.graphs) + 1)
+        made = compile_coreai(
+            bundle,
+            StudentPlace(source.ckpt, export.base, export.vae, export.lora),
+            CoreaiOptions(own.precision),
+            force=export.force,
+            allow_parity_loss=export.allow_parity_loss,
+            observer=bar.observer(),
+        )
+    seconds = time.perf_counter() - start
+    print_form(FORM, made, form_table(FORM, made), FORM.title, seconds, as_json=export.as_json)
+    if not export.as_json:
+        print_done(made, seconds, "On macOS 27", "coreai")

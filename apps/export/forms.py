@@ -1,0 +1,169 @@
+"""What every command does that adds a compiled form to a bundle: source, plan, result."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table
+
+from tiue_export.bundle.folder import Bundle, open_bundle
+from tiue_export.checkpoint.container import check_checkpoint_path
+from tiue_export.errors import UsageError
+
+from ..options.checkpoint import SourceOptions, StudentSourceOptions
+from ..options.graphs import ExportRequest
+from ..options.group import refuse
+from ..report.tables import console, megabytes, parity_table, print_json
+from .onnx import export_checkpoint, print_exported
+from .support import refuse_unsupported
+
+# What a command still means when the bundle is there already.
+_OF_ANY_SOURCE = ("allow_parity_loss", "dry_run", "force", "as_json")
+
+
+@dataclass(frozen=True)
+class Form:
+    """One compiled form: its command, its name for people and its folder in a bundle.
+
+    `usable` names the fields of an export's options that it can use beside `--bundle` too.
+    """
+
+    command: str
+    title: str
+    folder: str
+    usable: Collection[str] = _OF_ANY_SOURCE
+
+
+def check_source(
+    form: Form, source: SourceOptions, export: ExportRequest, *, batch_range: bool = False
+) -> None:
+    """Refuse, before any work, sources that are not one and options that would have no effect.
+
+    `batch_range`: a form of a range of batches, as TensorRT's engines are.
+    """
+    needs_student = isinstance(source, StudentSourceOptions)
+    if needs_student and source.ckpt is None:
+        place = f" --bundle {shlex.quote(str(source.bundle))}" if source.bundle else ""
+        raise UsageError(
+            f"--ckpt is missing: {form.title} reads no ONNX, so its graphs are made from the "
+            "student itself, also for a bundle that is there",
+            f"tiue-export {form.command} --ckpt student.safetensors{place} (with --base as at the "
+            "export).",
+        )
+    if not needs_student and (source.ckpt is None) == (source.bundle is None):
+        raise UsageError(
+            "give a checkpoint or a bundle, one of them",
+            f"tiue-export {form.command} --ckpt student.safetensors, or --bundle BUNDLE.",
+        )
+    if source.bundle is not None:
+        refuse(
+            f"for the export of a checkpoint; {source.bundle} has its graphs already",
+            "Leave it out, or export anew with --ckpt and without --bundle.",
+            export,
+            usable=form.usable,
+        )
+    refuse_unsupported(form.command, export)
+    if not batch_range:
+        export.check_one_batch()
+    if source.ckpt is not None:
+        check_checkpoint_path(source.ckpt)
+
+
+def bundle_of(
+    form: Form, source: SourceOptions, export: ExportRequest, precision: str = "fp32"
+) -> Bundle | None:
+    """The bundle that was named, or a new one of the checkpoint; None after a dry run's plan.
+
+    With JSON nothing is printed of the export: the form's object is the only one.
+    """
+    if source.bundle is not None:
+        return open_bundle(source.bundle)
+    assert source.ckpt is not None
+    both = isinstance(source, StudentSourceOptions)
+    ckpt = f" --ckpt {shlex.quote(source.ckpt)}" if both else ""
+    exported = export_checkpoint(source.ckpt, export, precision, f"{form.command}{ckpt} --bundle")
+    if exported is None:
+        return None
+    if not export.as_json:
+        print_exported(exported, as_json=False)
+    return exported.bundle
+
+
+def print_form_plan(
+    form: Form, bundle: Bundle | None, settings: Mapping[str, object], *, as_json: bool
+) -> None:
+    """What would be made; without a bundle a line below the plan of its export."""
+    words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+    if bundle is None:
+        if not as_json:  # one object, which the export's plan was
+            console.print(f"then {form.title}: {words}", markup=False)
+        return
+    exists = form.folder in bundle.manifest.compiled
+    sizes = {
+        name: sum(file.size_bytes for file in record.files.values())
+        for name, record in bundle.manifest.graphs.items()
+    }
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle.root),
+                "form": form.folder,
+                "exists": exists,
+                "graphs": list(sizes),
+                "settings": settings,
+            }
+        )
+        return
+    title = f"Plan for {form.title} (nothing was made)"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("graph", "ONNX", form.title):
+        table.add_column(column)
+    for name, size_bytes in sizes.items():
+        table.add_row(name, megabytes(size_bytes), "there; --force anew" if exists else "to make")
+    console.print(table)
+    console.print(f"with {words}", markup=False)
+
+
+def print_form(
+    form: Form, bundle: Bundle, table: Table, proof: str, seconds: float, *, as_json: bool
+) -> None:
+    """The graphs that were made and what they proved, or one JSON object."""
+    compiled = bundle.manifest.compiled[form.folder]
+    if as_json:
+        record = {"bundle": str(bundle.root), **dataclasses.asdict(compiled)}
+        print_json({**record, "seconds": round(seconds, 1)})
+        return
+    console.print(table)
+    console.print(parity_table(compiled.parity, f"{proof} {compiled.version} against the student"))
+
+
+def form_table(form: Form, bundle: Bundle) -> Table:
+    """Each graph of a compiled form with its size, and what making it took."""
+    table = Table(title=escape(f"{bundle.root}/{form.folder}"), title_justify="left")
+    table.add_column("graph")
+    for column in ("size", "convert s", "peak memory"):
+        table.add_column(column, justify="right")
+    for graph, compiled in bundle.manifest.compiled[form.folder].graphs.items():
+        size_bytes = sum(record.size_bytes for record in compiled.files.values())
+        table.add_row(
+            graph,
+            megabytes(size_bytes),
+            f"{compiled.report['convert_s']:.1f}",
+            megabytes(float(compiled.report["peak_memory_bytes"])),
+        )
+    return table
+
+
+def print_done(bundle: Bundle, seconds: float, where: str, runtime: str) -> None:
+    """The line to type on the device that the form is for."""
+    place = escape(shlex.quote(str(bundle.root)))
+    console.print(
+        f"[bold green]Done[/] in {seconds:.0f} s. {where}:  tiue-export parity {place} "
+        f"--runtime {runtime}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,214 @@
+"""A checkpoint to a verified ONNX bundle: checked, loaded, exported with progress, and told."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, check_target
+from tiue_export.checkpoint.container import check_checkpoint_path
+from tiue_export.errors import BundleError
+from tiue_export.proof.half_range import load_audit
+from tiue_export.registry.packages import EXPORT_NEEDS, require
+from tiue_export.specs import CONTROLNET, GRAPH_NAMES
+
+from ..draw.prompt_file import prompts_in
+from ..options.graphs import ExportRequest
+from ..report.next_line import draw_line
+from ..report.stages import stage_bar
+from ..report.tables import (
+    console,
+    graph_table,
+    island_lines,
+    megabytes,
+    overflow_table,
+    parity_table,
+    print_json,
+)
+from .load import load
+
+if TYPE_CHECKING:
+    from tiue_export.export.dry_run import Plan
+    from tiue_export.graphs.build import ExportOptions
+
+_VISIBLE_LOSS_DB = 40.0
+_LARGEST = 3
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle that was just made: how long it took, and each stage as JSON tells it."""
+
+    bundle: Bundle
+    seconds: float
+    stages: list[dict[str, object]]
+
+
+def export_checkpoint(
+    ckpt: str, export: ExportRequest, precision: str, instead: str = ""
+) -> Exported | None:
+    """Export behind a progress bar; None after a dry run, whose plan is printed.
+
+    Everything that can be refused without the model is refused before it is loaded. `instead` is
+    the command that would use a bundle which lies at the output already.
+    """
+    require("exporting", EXPORT_NEEDS, "export")
+    export.check_method()
+    export.check_audit(precision)
+    options, quiet = graph_options(export, precision), export.as_json
+    prompts = prompts_in(export.audit_prompts, "--audit-prompts")
+    check_checkpoint_path(ckpt)
+    out = output_path(ckpt, export, precision)
+    if not export.dry_run:
+        _check_output(out, instead, force=export.force)
+    from tiue_export.export.dry_run import plan_export
+    from tiue_export.export.onnx.bundle import export_onnx
+    from tiue_export.system.progress import StageReport, stage
+
+    start = time.perf_counter()
+    reports: list[StageReport] = []
+    with stage_bar(quiet=quiet) as bar:
+        observer = bar.observer(reports)
+        with stage(observer, "load student"):
+            student = load(ckpt, export, lambda part: bar.begin(f"load {part}"))
+        if export.dry_run:
+            _print_plan(plan_export(student, options), out, as_json=quiet)
+            return None
+        graphs = 2 + (student.text_encoder is not None) + (student.vae is not None)
+        loop = student.plan is not None
+        # Load, reference, audit, export each, verify each, verify the loop.
+        bar.expect(2 + bool(prompts) + 2 * graphs + loop)
+        bundle = export_onnx(
+            student,
+            out,
+            options,
+            force=export.force,
+            allow_parity_loss=export.allow_parity_loss,
+            audit=not export.no_audit,
+            audit_prompts=prompts,
+            observer=observer,
+        )
+    stages = [dataclasses.asdict(report) for report in reports]
+    return Exported(bundle, time.perf_counter() - start, stages)
+
+
+def graph_options(export: ExportRequest, precision: str) -> ExportOptions:
+    """The options in the words of the graphs; wrong ones are refused here."""
+    from tiue_export.graphs.build import ExportOptions
+
+    batch, dynamic_batch = export.graph_batch()
+    return ExportOptions(
+        precision=precision,
+        height=export.height,
+        width=export.width,
+        batch=batch,
+        dynamic_batch=dynamic_batch,
+        hoist=export.hoist,
+        merge_below=export.merge_below or 0.0,
+        vae_precision=export.vae_precision or "auto",
+        vae_tile=export.vae_tile,
+    )
+
+
+def output_path(ckpt: str, export: ExportRequest, precision: str) -> Path:
+    """`--out`, or NAME-PRECISION in the current folder."""
+    place = Path(ckpt).resolve()
+    name = place.stem if place.suffix == ".safetensors" else place.name
+    method = f"-{export.method}" if export.in_loop else ""
+    return export.out or Path(f"{name}{method}-{precision}")
+
+
+def _check_output(out: Path, instead: str, *, force: bool) -> None:
+    if instead and (out / MANIFEST_FILE).is_file() and not force:
+        raise BundleError(
+            f"{out} already holds a bundle",
+            f"Use it: tiue-export {instead} {shlex.quote(str(out))}; or choose another --out, or "
+            "pass --force to export again.",
+        )
+    check_target(out, force=force)
+
+
+def print_exported(exported: Exported, *, as_json: bool) -> None:
+    """Graphs, audit and parity, and the line to type next; or one JSON object."""
+    bundle, manifest = exported.bundle, exported.bundle.manifest
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle.root),
+                "seconds": round(exported.seconds, 2),
+                "stages": exported.stages,
+                "manifest": dataclasses.asdict(manifest),
+            }
+        )
+        return
+    for note in manifest.source.notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(graph_table(manifest))
+    _print_proof(bundle)
+    console.print(
+        f"[bold green]{escape(str(bundle.root))}[/]: {megabytes(bundle.size_bytes)} in "
+        f"{exported.seconds:.0f} s, {manifest.width_px}x{manifest.height_px} px, {_steps(bundle)}"
+    )
+    missing = [name for name in GRAPH_NAMES if name not in manifest.graphs]
+    if missing:
+        console.print(f"Without {' and '.join(missing)}, which --base would bring.")
+    else:
+        more = ["--control edges.png"] if CONTROLNET in manifest.graphs else []
+        console.print(f"next:  {draw_line(bundle, *more, '--time')}", markup=False)
+
+
+def _print_proof(bundle: Bundle) -> None:
+    """What the audit found and what parity cost."""
+    audit = load_audit(bundle)
+    if audit is not None:
+        console.print(overflow_table(audit.graphs, _LARGEST))
+        for line in island_lines(audit.graphs):
+            console.print(line, markup=False, soft_wrap=True)
+    console.print(parity_table(bundle.manifest.parity))
+    for record in bundle.manifest.parity:
+        if record.gate is None and record.value < _VISIBLE_LOSS_DB:
+            console.print(
+                f"[bold yellow]{record.hop} costs more than a visible amount: "
+                f"{record.value:.1f} dB.[/] Lower --merge-below."
+            )
+    if bundle.manifest.parity_loss_allowed:
+        console.print("[bold yellow]A gate failed and was allowed; the manifest says so.[/]")
+
+
+def _steps(bundle: Bundle) -> str:
+    plan = bundle.manifest.faster
+    if plan is None:
+        return f"K={bundle.manifest.schedule.steps}"
+    calls = len(bundle.manifest.schedule.timesteps)
+    return f"{calls} {plan.scheduler} steps, encoder at {len(plan.groups)} of them"
+
+
+def _print_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"bundle": str(out), **dataclasses.asdict(plan)})
+        return
+    table = Table(title="Plan (nothing was written)", title_justify="left", title_style="bold")
+    for column in ("graph", "inputs", "outputs", "weights"):
+        table.add_column(column, justify="left" if column == "graph" else "right")
+    for graph in plan.graphs:
+        table.add_row(
+            graph.name, str(graph.inputs), str(graph.outputs), megabytes(graph.weight_bytes)
+        )
+    console.print(table)
+    if plan.key_steps:
+        at = ", ".join(map(str, plan.key_steps))
+        what = f"{len(plan.timesteps)} steps, the encoder runs at steps {at}"
+    else:
+        what = f"K={plan.steps}, decoder rows at t = {', '.join(map(str, plan.timesteps))}"
+    console.print(f"latents {plan.latent_shape}, {what}")
+    console.print(
+        f"disk {megabytes(plan.size_bytes)} at {out}, memory about {megabytes(plan.memory_bytes)}",
+        markup=False,
+    )

@@ -1,0 +1,233 @@
+"""TensorRT engines from a checkpoint or a bundle, with proof of precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from tiue_export.bundle.engine_identity import PORTABLE
+from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.manifest import Compiled, CompiledGraph
+from tiue_export.errors import UsageError
+from tiue_export.export.trt.bundle import compile_trt
+from tiue_export.export.trt.plan import TrtOptions, TrtPlan, plan_trt, resolve_target
+from tiue_export.system.tensorrt_flavor import TITLES
+
+from ..commands.trt import EngineOptions
+from ..options.checkpoint import SourceOptions
+from ..options.graphs import ExportRequest
+from ..report.next_line import draw_line
+from ..report.stages import stage_bar
+from ..report.tables import console, megabytes, print_json
+from .forms import Form, bundle_of, check_source
+
+FORM = Form("trt", "TensorRT", "trt", ("max_decoder_rows", "batch", "dry_run", "as_json"))
+
+
+def run(source: SourceOptions, engine: EngineOptions, export: ExportRequest) -> None:
+    """Build what is missing, and print the engines."""
+    if source.ckpt is not None and engine.precision == "int8":
+        raise UsageError(
+            "--precision int8 takes a quantized bundle: int8 needs ranges measured on real prompts",
+            "tiue-export onnx, calibrate, quantize --any-speed, then trt --bundle: docs/int8.md.",
+        )
+    check_source(FORM, source, export, batch_range=True)
+    options = _trt_options(source, engine, export)
+    as_json = export.as_json
+    if source.ckpt is not None:
+        resolve_target(options)  # before the minutes that an export takes
+    bundle = bundle_of(FORM, source, export, engine.precision or "fp16")
+    if bundle is None:
+        _print_target(options, as_json=as_json)
+        return
+    if source.ckpt is not None:
+        give_memory_back()
+    start, plan = time.perf_counter(), plan_trt(bundle, options)
+    if export.dry_run:
+        _print_plan(bundle, plan, as_json=as_json)
+        return
+    with stage_bar(quiet=as_json) as bar:
+        bar.expect(len(plan.to_build))
+        built = compile_trt(bundle, options, bar.observer())
+    seconds = time.perf_counter() - start
+    print_engines(built, plan.flavor.folder, plan.to_build, seconds, as_json=as_json)
+
+
+def engine_table(compiled: Compiled) -> Table:
+    """Each engine with its size, what it took to build, and the precision of its layers."""
+    title = f"{TITLES[compiled.backend]} {compiled.version} engines for {_for_whom(compiled)}"
+    table = Table(title=escape(title), title_justify="left", title_style="bold")
+    table.add_column("graph", no_wrap=True)
+    int8 = any("products_int8" in graph.report for graph in compiled.graphs.values())
+    for column in ("plan", "build s", "peak memory", "layers in half", "in float", "casts"):
+        table.add_column(column, justify="right")
+    if int8:
+        table.add_column("products in int8", justify="right")
+    table.add_column("what is in float", overflow="fold")
+    for name, graph in compiled.graphs.items():
+        report = graph.report
+        table.add_row(
+            name,
+            megabytes(_plan_bytes(graph)),
+            f"{float(report.get('build_seconds', 0)):.1f}",
+            megabytes(float(report.get("peak_memory_bytes", 0))),
+            str(report.get("layers_half", "?")),
+            str(report.get("layers_float", "?")),
+            str(report.get("layers_cast", "?")),
+            *([str(report.get("products_int8", 0))] if int8 else []),
+            escape(str(report.get("float_because", "")) or "-"),
+        )
+    return table
+
+
+def give_memory_back() -> None:
+    """The builder needs what the export has used; torch's allocator keeps what it once had."""
+    from tiue_export.system.memory import return_freed_memory
+
+    return_freed_memory()
+
+
+def print_engines(
+    bundle: Bundle, folder: str, built: Sequence[str], seconds: float, *, as_json: bool
+) -> None:
+    """The engines of a bundle, those that were just made among them; or one JSON object."""
+    compiled = bundle.manifest.compiled[folder]
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle.root),
+                "seconds": round(seconds, 2),
+                "built": list(built),
+                "compiled": {folder: dataclasses.asdict(compiled)},
+            }
+        )
+        return
+    console.print(engine_table(compiled))
+    total = sum(_plan_bytes(graph) for graph in compiled.graphs.values())
+    kept = [name for name in compiled.graphs if name not in built]
+    console.print(
+        f"[bold green]{escape(str(bundle.root / folder))}[/]: {megabytes(total)}, "
+        f"{len(built)} built in {seconds:.0f} s"
+        + (f", {len(kept)} valid already: {', '.join(kept)}" if kept else ""),
+        highlight=False,
+    )
+    if not any("engine_layers_half" in graph.report for graph in compiled.graphs.values()):
+        console.print(
+            "Layers are counted in the strongly typed network, whose types bind the builder; "
+            "the engine itself opens on its GPU only.",
+            highlight=False,
+        )
+    console.print(f"next:  {draw_line(bundle, '--runtime trt')}", markup=False)
+
+
+def _trt_options(source: SourceOptions, engine: EngineOptions, export: ExportRequest) -> TrtOptions:
+    """The options in the words of the build; a plan that is exported now has its own bound."""
+    return TrtOptions(
+        flavor=engine.flavor,
+        compute_capabilities=_compute_capabilities(engine.sm),
+        precision=engine.precision,
+        batch=export.batch_profile(),
+        max_decoder_rows=export.max_decoder_rows if source.ckpt is None else None,
+        optimization_level=engine.optimization_level,
+        workspace_mb=engine.workspace_mb,
+        version_compatible=engine.version_compatible,
+        hardware_compatible=engine.hardware_compatible,
+        refit=engine.refit,
+        rebuild=engine.rebuild,
+    )
+
+
+def _compute_capabilities(sm: str | None) -> tuple[str, ...]:
+    """ "86,89,120" -> ("8.6", "8.9", "12.0"); with the point is understood too."""
+    listed = []
+    for part in (sm or "").split(","):
+        text = part.strip().lower().removeprefix("sm").removeprefix("_")
+        if not text:
+            continue
+        digits = text.replace(".", "", 1)
+        if not digits.isdigit() or len(digits) < 2:
+            raise UsageError(
+                f"--sm {part.strip()!r} is no compute capability; expected numbers such as "
+                "86,89,120",
+                "RTX 30: 86, RTX 40: 89, RTX 50: 120; nvidia-smi --query-gpu=compute_cap tells.",
+            )
+        listed.append(f"{digits[:-1]}.{digits[-1]}")
+    return tuple(listed)
+
+
+def _print_plan(bundle: Bundle, plan: TrtPlan, *, as_json: bool) -> None:
+    sizes = {
+        name: sum(record.size_bytes for record in bundle.manifest.graphs[name].files.values())
+        for name in plan.identities
+    }
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle.root),
+                "flavor": plan.flavor.name,
+                "version": plan.flavor.version,
+                "target": plan.target,
+                "flags": plan.flags,
+                "to_build": plan.to_build,
+                "identities": plan.identities,
+            }
+        )
+        return
+    title = f"Plan for {plan.flavor.title} (nothing was built)"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in ("graph", "ONNX", "engine"):
+        table.add_column(column)
+    for name, size_bytes in sizes.items():
+        state = "to build" if name in plan.to_build else "valid already"
+        table.add_row(name, megabytes(size_bytes), state)
+    console.print(table)
+    console.print(_settings(plan), markup=False)
+
+
+def _settings(plan: TrtPlan) -> str:
+    target = ", ".join(f"{key} {value}" for key, value in plan.target.items())
+    flags = plan.flags
+    batch = ":".join(map(str, dict.fromkeys(plan.batch)))
+    parts = [
+        f"{flags['precision']}",
+        f"batch {batch}",
+        *(
+            [f"decoder steps {plan.decoder_steps[0]} to {plan.decoder_steps[-1]} at once"]
+            if plan.decoder_steps
+            else []
+        ),
+        f"optimization level {flags['optimization_level']}",
+        f"workspace {flags['workspace_mb']} MB"
+        if flags["workspace_mb"]
+        else "workspace: what fits",
+        *(name.replace("_", " ") for name, value in flags.items() if value is True),
+    ]
+    return f"for {target}\nwith {', '.join(parts)}"
+
+
+def _print_target(options: TrtOptions, *, as_json: bool) -> None:
+    if as_json:
+        return  # one JSON object, which the export's plan was
+    flavor, _, target = resolve_target(options)
+    words = ", ".join(f"{key} {value}" for key, value in target.items())
+    console.print(f"then engines by {flavor.title} for {words}", markup=False)
+
+
+def _for_whom(compiled: Compiled) -> str:
+    target = compiled.target
+    if "gpu" in target:
+        return f"{target['gpu']} ({target['compute_capability']})"
+    wanted = target.get("compute_capabilities", "?")
+    return (
+        "Ampere and newer"
+        if wanted == PORTABLE
+        else f"compute capability {wanted.replace(',', ', ')}"
+    )
+
+
+def _plan_bytes(graph: CompiledGraph) -> int:
+    return sum(record.size_bytes for record in graph.files.values())

@@ -1,0 +1,181 @@
+"""How a checkpoint becomes graphs, and how they are proven: the same in every export command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiue_export.errors import UsageError
+
+from .checkpoint import FamilyOptions, MethodOptions, PartOptions
+from .group import OptionGroup, refuse
+from .output import BundleOutput
+
+
+@dataclass(frozen=True)
+class SizeOptions(OptionGroup):
+    """The picture's size."""
+
+    panel = "Graphs"
+    height: Annotated[
+        int | None, typer.Option("--height", help="Pixels \\[default: the model's].")
+    ] = None
+    width: Annotated[
+        int | None, typer.Option("--width", help="Pixels \\[default: the model's].")
+    ] = None
+
+
+@dataclass(frozen=True)
+class BatchOptions(OptionGroup):
+    """How many pictures the graphs draw at once."""
+
+    panel = "Graphs"
+    batch: Annotated[str | None, typer.Option("--batch", help="Images per run \\[default: 1].")] = (
+        None
+    )
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Leave the batch axis open.")
+    ] = False
+
+    def batch_profile(self) -> tuple[int, int, int] | None:
+        """ "2" -> (2, 2, 2); "1:2:4" -> (1, 2, 4): smallest, usual and largest batch."""
+        if self.batch is None:
+            return None
+        parts = self.batch.split(":")
+        if len(parts) not in (1, 3) or not all(part.strip().isdigit() for part in parts):
+            raise UsageError(
+                f"--batch is {self.batch!r}; expected one number, or min:opt:max",
+                "Write --batch 1, or for TensorRT engines --batch 1:2:4.",
+            )
+        numbers = [int(part) for part in parts]
+        smallest, usual, largest = numbers * 3 if len(numbers) == 1 else numbers
+        return smallest, usual, largest
+
+    def graph_batch(self) -> tuple[int, bool]:
+        """The batch that graphs are exported with, and whether its axis is left open."""
+        smallest, _, largest = self.batch_profile() or (1, 1, 1)
+        return smallest, self.dynamic_batch or smallest != largest
+
+    def check_one_batch(self) -> None:
+        """Refuse a range where no engine is built for one."""
+        if self.batch is not None and ":" in self.batch:
+            raise UsageError(
+                f"--batch {self.batch} is a range, which is for TensorRT engines; graphs take one "
+                "batch, or any",
+                "Write --batch N, or --dynamic-batch.",
+            )
+
+
+@dataclass(frozen=True)
+class EngineBatchOptions(BatchOptions):
+    """The same for engines, which are built for a range of batches."""
+
+    batch: Annotated[
+        str | None,
+        typer.Option("--batch", help="Images per run: 1, or min:opt:max such as 1:2:4."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class HoistOptions(OptionGroup):
+    """Where the part of the decoder is computed that is the same at every timestep."""
+
+    panel = "Graphs"
+    hoist_into: Annotated[
+        str | None,
+        typer.Option(
+            "--hoist-into",
+            help="Graph for the time-independent part: decoder, encoder \\[default: decoder].",
+        ),
+    ] = None
+    no_hoist: Annotated[
+        bool, typer.Option("--no-hoist", help="Naive batched decoder, for comparison.")
+    ] = False
+
+    @property
+    def hoist(self) -> str:
+        """ "decoder", "encoder" or "none"; both options at once are refused."""
+        if self.no_hoist and self.hoist_into is not None:
+            raise UsageError(
+                "--no-hoist and --hoist-into were both given", "Leave one of them out."
+            )
+        return "none" if self.no_hoist else self.hoist_into or "decoder"
+
+
+@dataclass(frozen=True)
+class GraphOptions(OptionGroup):
+    """What else changes the graphs."""
+
+    panel = "Graphs"
+    merge_below: Annotated[
+        float | None,
+        typer.Option("--merge-below", help="Merge decoder rows weighing less (try 0.02)."),
+    ] = None
+    vae_precision: Annotated[
+        str | None,
+        typer.Option(
+            "--vae-precision",
+            help="fp16, fp32 or bf16 \\[default: as the other graphs, by the audit].",
+        ),
+    ] = None
+    vae_tile: Annotated[
+        int | None,
+        typer.Option("--vae-tile", help="Decode in tiles of so many pixels, for less memory."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class AuditOptions(OptionGroup):
+    """The search for values that half precision cannot hold."""
+
+    panel = "Proof"
+    no_audit: Annotated[
+        bool, typer.Option("--no-audit", help="fp16 without looking for overflow first.")
+    ] = False
+    audit_prompts: Annotated[
+        Path | None,
+        typer.Option("--audit-prompts", help="More prompts to audit on: text file, one a line."),
+    ] = None
+
+    def check_audit(self, precision: str) -> None:
+        """Refuse them for graphs that nothing is audited in, and prompts of no audit."""
+        if self.no_audit and self.audit_prompts is not None:
+            raise UsageError(
+                "--no-audit and --audit-prompts were both given", "Leave one of them out."
+            )
+        if precision != "fp16":
+            refuse(
+                f"for graphs in half precision; the ONNX graphs made here are {precision}",
+                "Leave it out, or export in half precision: tiue-export onnx --precision fp16.",
+                self,
+                only=("no_audit", "audit_prompts"),
+            )
+
+
+@dataclass(frozen=True)
+class ParityOptions(OptionGroup):
+    """Whether a failed gate ends the command."""
+
+    panel = "Proof"
+    allow_parity_loss: Annotated[
+        bool, typer.Option("--allow-parity-loss", help="Keep what fails a gate; it is recorded.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class ExportRequest(
+    BundleOutput,
+    ParityOptions,
+    AuditOptions,
+    GraphOptions,
+    HoistOptions,
+    BatchOptions,
+    SizeOptions,
+    MethodOptions,
+    FamilyOptions,
+    PartOptions,
+):
+    """What decides an export, beside the checkpoint itself: the same for every backend."""

@@ -1,0 +1,162 @@
+"""What draws, and on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..completion import runtime_names
+from .group import OptionGroup, refuse
+
+if TYPE_CHECKING:
+    from tiue_export.specs import RuntimeOptions
+
+
+@dataclass(frozen=True)
+class ThreadOptions(OptionGroup):
+    """How much of a processor is used."""
+
+    panel = "Runtime"
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", help="CPU threads \\[default: the runtime's choice]."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class DeviceOptions(ThreadOptions):
+    """Where a runtime computes."""
+
+    panel = "Runtime"
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="auto, cpu, cuda; with openvino gpu, npu; with coreml gpu, ane, evaluator.",
+        ),
+    ] = "auto"
+
+
+@dataclass(frozen=True)
+class MemoryOptions(OptionGroup):
+    """What a runtime may keep."""
+
+    panel = "Runtime"
+    low_memory: Annotated[
+        bool,
+        typer.Option(
+            "--low-memory",
+            help="Give memory back between operations (trt: one graph at a time); slower.",
+        ),
+    ] = False
+
+
+@dataclass(frozen=True)
+class RuntimeName(OptionGroup):
+    """Which runtime draws."""
+
+    panel = "Runtime"
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            help="ort, openvino, trt, coreml, coreai, torch (needs --ckpt) or fake.",
+            autocompletion=runtime_names,
+        ),
+    ] = "ort"
+
+
+@dataclass(frozen=True)
+class RuntimeOrAuto(RuntimeName):
+    """The same, for a command that can look for the fastest."""
+
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            help="ort, openvino, trt, coreml, coreai, torch (needs --ckpt), fake, or auto: the "
+            "fastest here, measured once and remembered.",
+            autocompletion=runtime_names,
+        ),
+    ] = "ort"
+
+
+@dataclass(frozen=True)
+class PrecisionOptions(OptionGroup):
+    """The arithmetic of a runtime that can choose."""
+
+    panel = "Runtime"
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision", help="auto, fp32, bf16 or fp16, for runtimes that can choose (openvino)."
+        ),
+    ] = "auto"
+
+
+@dataclass(frozen=True)
+class ArithmeticOptions(PrecisionOptions):
+    """How a runtime computes."""
+
+    panel = "Runtime"
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            "--provider", help="With ort: cpu, cuda or rtx (plug-in) \\[default: by --device]."
+        ),
+    ] = None
+    cuda_graph: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph",
+            help="All in one launch on a GPU \\[default: trt yes, if it can be; ort no].",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class ReferenceOptions(OptionGroup):
+    """The student itself, which `--runtime torch` draws with."""
+
+    panel = "Runtime"
+    ckpt: Annotated[str | None, typer.Option("--ckpt", help="Student for --runtime torch.")] = None
+    base: Annotated[
+        str | None, typer.Option("--base", help="torch: pipeline for what the student lacks.")
+    ] = None
+    vae: Annotated[str | None, typer.Option("--vae", help="torch: folder of another VAE.")] = None
+
+
+@dataclass(frozen=True)
+class RuntimeChoice(MemoryOptions, ArithmeticOptions, DeviceOptions, RuntimeName):
+    """All that opens a runtime."""
+
+    def runtime_options(self, reference: ReferenceOptions | None = None) -> RuntimeOptions:
+        """What the registry opens the runtime with."""
+        from tiue_export.specs import RuntimeOptions
+
+        torch = reference or ReferenceOptions()
+        if self.runtime not in ("torch", "auto"):
+            refuse(
+                f"for --runtime torch; {self.runtime} draws with the bundle's own graphs",
+                "Leave it out, or add --runtime torch.",
+                torch,
+                only=("ckpt", "base", "vae"),
+            )
+        return RuntimeOptions(
+            device=self.device,
+            threads=self.threads,
+            low_memory=self.low_memory,
+            precision=self.precision,
+            checkpoint=torch.ckpt,
+            base=torch.base,
+            vae=torch.vae,
+            provider=self.provider,
+            cuda_graph=self.cuda_graph,
+        )
+
+
+@dataclass(frozen=True)
+class RuntimeOrAutoChoice(RuntimeOrAuto, RuntimeChoice):
+    """The same, of a command that draws for a person: the fastest may be looked for."""
