@@ -29,7 +29,12 @@ DEVICES: Mapping[str, str] = {
     "mac": "Apple: Mac, iPhone, iPad",
 }
 # Names in single files of whole pipelines: original Stable Diffusion, and diffusers' own.
-_WHOLE = ("cond_stage_model.", "text_encoder.")
+_OTHER_PARTS = ("cond_stage_model.", "text_encoder.", "first_stage_model.", "vae.")
+_UNET_ALONE = "It holds a UNet alone: text encoder, VAE and tokenizer come from a pipeline folder."
+_UNET_READ = (
+    "Of a single file only the UNet is read, though this one holds more: text encoder, VAE and "
+    "tokenizer come from a pipeline folder."
+)
 _PROMPT = '"a red fox in the snow"'
 
 
@@ -44,11 +49,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `--ckpt` and `--base` will be; `whole` when no base is needed."""
+    """What `--ckpt` and `--base` will be; `whole` when no base is needed, else `lacks` says why."""
 
     ckpt: str
     base: str | None
     whole: bool
+    lacks: str = ""
 
 
 def run(
@@ -67,7 +73,7 @@ def run(
         ckpt = _ask("Checkpoint (.safetensors, diffusers folder or hub id)", "--ckpt")
     found = look_at(ckpt, base)
     if not found.whole and base is None and _can_ask():
-        print("It holds a UNet alone: text encoder, VAE and tokenizer come from a pipeline folder.")
+        print(found.lacks)
         found = look_at(ckpt, _ask("Pipeline folder or hub id", "--base"))
     steps = steps_for(device, found, commands)
     if as_json:
@@ -83,17 +89,19 @@ def look_at(ckpt: str, base: str | None) -> Checkpoint:
     check_checkpoint_path(ckpt)
     if base is not None:
         check_checkpoint_path(base)
-    return Checkpoint(ckpt, base, base is not None or _is_whole(checkpoint_place(ckpt)))
+    place = checkpoint_place(ckpt)
+    if base is not None or is_hub_id(str(place)) or (place / "model_index.json").is_file():
+        return Checkpoint(ckpt, base, whole=True)
+    return Checkpoint(ckpt, None, whole=False, lacks=_lacks(place))
 
 
-def _is_whole(path: Path) -> bool:
-    if is_hub_id(str(path)) or (path / "model_index.json").is_file():
-        return True
+def _lacks(path: Path) -> str:
+    """Why a base is needed: the loader takes a single file's UNet alone, whatever else it holds."""
     if not path.is_file():
-        return False
+        return _UNET_ALONE
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return any(name.startswith(_WHOLE) for name in header)
+    return _UNET_READ if any(name.startswith(_OTHER_PARTS) for name in header) else _UNET_ALONE
 
 
 def steps_for(device: str, found: Checkpoint, commands: Collection[str]) -> list[Step]:
@@ -185,7 +193,7 @@ def _show(device: str, found: Checkpoint, steps: list[Step]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"\n[bold]{DEVICES[device]}[/]")
     if not found.whole:
-        console.print("PIPELINE_FOLDER: a diffusers pipeline with text encoder, VAE and tokenizer.")
+        console.print(f"{found.lacks}\nPIPELINE_FOLDER stands for it: a folder, or a hub id.")
     where = "here"
     for number, step in enumerate(steps, 1):
         if step.where != where:

@@ -145,10 +145,12 @@ def test_without_a_similar_name_the_bundles_there_are_listed(tmp_path):
 
 
 def test_a_folder_that_holds_one_bundle_suggests_it(tmp_path):
-    bundles_at(tmp_path, "fox")
+    alone = tmp_path / "alone"  # bundles beside it are told too
+    alone.mkdir()
+    bundles_at(alone, "fox")
     with pytest.raises(BundleError, match="is no bundle") as caught:
-        open_bundle(tmp_path)
-    assert caught.value.next_step == f"Did you mean {str(tmp_path / 'fox')!r}?"
+        open_bundle(alone)
+    assert caught.value.next_step == f"Did you mean {str(alone / 'fox')!r}?"
 
 
 @pytest.mark.parametrize(
@@ -215,3 +217,27 @@ def test_the_demo_as_json_is_one_object_its_files_exist_and_are_not_overwritten(
     assert "tiue-export inspect" in err
     code, _, err = run("demo")
     assert (code, "holds an earlier demo" in err) == (6, True)
+
+
+def test_the_first_command_of_init_works_as_typed_for_a_single_file_of_a_whole_pipeline(
+    run, tiny_pipeline, tmp_path
+):
+    """Text encoder and VAE lie in such a file, but its UNet alone is read."""
+    from safetensors.torch import load_file, save_file
+
+    from tiue_export.benchmarks.synthetic import write_ldm_file
+
+    torch = importlib.import_module("torch")
+    file = write_ldm_file(tiny_pipeline, tmp_path / "whole.safetensors")
+    more = {"cond_stage_model.transformer.x": torch.zeros(1), "first_stage_model.y": torch.zeros(1)}
+    save_file({**load_file(file), **more}, file)
+    code, out, _ = run("init", "--device", "cpu", "--ckpt", file)
+    assert code == 0
+    assert "--base PIPELINE_FOLDER" in out
+    assert "Of a single file only the UNet is read, though this one holds more" in out
+    code, out, _ = run("init", "--device", "cpu", "--ckpt", file, "--base", tiny_pipeline, "--json")
+    line = json.loads(out)["steps"][1]["command"]
+    code, out, err = run(*shlex.split(line)[1:], "--dry-run")
+    assert code == 0, err
+    assert "text_encoder" in out
+    assert "vae_decoder" in out

@@ -45,9 +45,7 @@ def run(draw: DrawOptions) -> dict[str, object]:
     options, quiet = draw.runtime_options(draw), draw.as_json
     noise_name = None if draw.latents is None else draw.latents.name
     written: list[Path] = []
-    name, chosen = resolved_runtime(
-        bundle, draw.runtime, options, quiet=quiet, control=control
-    )
+    name, chosen = resolved_runtime(bundle, draw.runtime, options, quiet=quiet, control=control)
     with Pipeline.open(bundle, name, options) as pipeline:
         _warn_of_cut_prompts(pipeline, prompts)
         opened = time.perf_counter()

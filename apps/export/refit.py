@@ -146,4 +146,5 @@ def _print_plan(old: Bundle, new: Bundle | None, graphs: tuple[str, ...], *, as_
         f"then {whose} weights go into the engines of {old.root}: {', '.join(graphs)}"
         + ("" if new is None else " (nothing was written)"),
         markup=False,
+        soft_wrap=True,
     )

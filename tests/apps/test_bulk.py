@@ -22,6 +22,7 @@ from PIL import Image
 
 from tiue_export import Pipeline, RuntimeOptions
 from tiue_export.drawing.picture import METADATA_KEY, parameters_from_png
+from tiue_export.drawing.pipeline import Job
 from tiue_export.errors import RuntimeFailure, UsageError
 
 BULK = "tiue_export.apps.draw.bulk"
@@ -32,12 +33,12 @@ progress = importlib.import_module(f"{BULK}.progress")
 png_folder = importlib.import_module(f"{BULK}.png_folder")
 ray_pool = importlib.import_module(f"{BULK}.ray_pool")
 tar_shards = importlib.import_module(f"{BULK}.tar_shards")
-BulkPlan, Job = plan_module.BulkPlan, plan_module.Job
+BulkPlan, TableJob = plan_module.BulkPlan, plan_module.TableJob
 read_rows, PromptRow = table_module.read_rows, table_module.PromptRow
 
 
 def jobs_named(count: int) -> tuple:
-    return tuple(Job(f"k{i:03d}", f"thing {i}", i) for i in range(count))
+    return tuple(TableJob(f"k{i:03d}", Job(f"thing {i}", i)) for i in range(count))
 
 
 def samples_of(jobs) -> list:
@@ -439,7 +440,7 @@ def test_a_second_run_into_the_same_folder_waits_its_turn(run, tiny_bundle, tmp_
     [
         (["--force"], "in bulk takes no --force"),
         (["--sheet", "s.png", "--time"], "in bulk takes no --sheet and no --time"),
-        (["a fox"], "in bulk takes no prompts on the command line"),
+        (["a fox"], "in bulk takes no PROMPTS"),
         (["--out", "x.png"], "--out x.png is one file"),
         (["--out", "used"], "used holds notes.txt and is no bulk run's folder"),
         (["--out", "prompts.tsv"], "--out prompts.tsv is a file"),

@@ -391,8 +391,8 @@ def test_a_full_disk_keeps_nothing_and_says_so(micro_folder, tmp_path):
             "none.txt",
         ),
         (["onnx", "--steps", 2, "--dry-run"], 5, "or pass --allow-other-steps to export K=2"),
-        (["coreml", "--attention-implementation", "NONE"], 2, "unknown attention 'NONE'"),
-        (["coreml", "--compute-precision", "int3"], 2, "unknown precision 'int3'"),
+        (["coreml", "--attention", "NONE"], 2, "unknown attention 'NONE'"),
+        (["coreml", "--precision", "int3"], 2, "unknown precision 'int3'"),
     ],
 )
 def test_an_option_reaches_what_refuses_its_value(run, tiny_pipeline, arguments, code, message):
@@ -408,7 +408,7 @@ def test_other_steps_are_planned_when_allowed(run, tiny_pipeline):
     assert (code, "K=2" in out) == (0, True)
 
 
-def test_low_vram_frees_graphs_between_stages_and_draws_the_same(
+def test_low_memory_frees_graphs_between_stages_and_draws_the_same(
     run, tiny_bundle, tmp_path, monkeypatch
 ):
     seen = []
@@ -421,7 +421,7 @@ def test_low_vram_frees_graphs_between_stages_and_draws_the_same(
     monkeypatch.setattr(
         importlib.import_module("tiue_export.drawing.pipeline"), "open_runtime", opened
     )
-    for name, more in (("a.png", []), ("b.png", ["--low-vram"])):
+    for name, more in (("a.png", []), ("b.png", ["--low-memory"])):
         assert run("generate", tiny_bundle.root, "a fox", "--seed", 1, "--out", name, *more)[0] == 0
     assert seen == [False, True]
     pictures = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png")]

@@ -38,7 +38,8 @@ serving = importlib.import_module(f"{SERVER}.serving")
 settings_module = importlib.import_module(f"{SERVER}.settings")
 picture_store = importlib.import_module(f"{SERVER}.picture_store")
 worker_module = importlib.import_module(f"{SERVER}.worker")
-Limits, Settings = settings_module.ServerLimits, settings_module.ServerSettings
+Limits = importlib.import_module("tiue_export.apps.commands.serve").ServerLimits
+Settings = settings_module.ServerSettings
 GENERATIONS = "/v1/images/generations"
 ONE_THREAD = RuntimeOptions(threads=1)
 

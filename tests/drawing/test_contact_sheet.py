@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiue_export.apps.draw.generate import GenerateRequest, run
+from tiue_export.apps.commands.generate import DrawOptions
+from tiue_export.apps.draw.generate import run
 from tiue_export.drawing.contact_sheet import contact_sheet
 from tiue_export.errors import UsageError
 
@@ -66,7 +67,7 @@ def test_a_sheet_of_many_large_pictures_stays_within_4096_pixels():
 def test_generate_writes_a_sheet_of_prompts_by_seeds(tiny_bundle, tmp_path, capsys):
     sheet = tmp_path / "new" / "sheet.png"
     prompts = ("a red fox", "an owl", "a cat")
-    request = GenerateRequest(
+    request = DrawOptions(
         tiny_bundle.root, prompts, count=2, out=tmp_path / "out", sheet=sheet, as_json=True
     )
     run(request)
@@ -89,5 +90,5 @@ def test_a_sheet_that_cannot_be_written_is_refused_before_drawing(
     (tmp_path / "there.png").touch()
     sheet: Path = tmp_path / name
     with pytest.raises(UsageError, match=says):
-        run(GenerateRequest(tiny_bundle.root, ("a fox",), out=tmp_path / "out", sheet=sheet))
+        run(DrawOptions(tiny_bundle.root, ("a fox",), out=tmp_path / "out", sheet=sheet))
     assert not (tmp_path / "out").exists()

@@ -155,7 +155,10 @@ def test_an_unknown_precision_and_a_size_for_a_bundle_are_refused(run, own, micr
     code, _, err = run(*arguments, "--precision", "int8")
     assert (code, "unknown precision 'int8'" in err) == (UsageError.exit_code, True)
     code, _, err = run(*arguments, "--height", 128)
-    assert (code, "--height and --bundle were both given" in err) == (UsageError.exit_code, True)
+    assert (code, "--height is for the export of a checkpoint" in err) == (
+        UsageError.exit_code,
+        True,
+    )
 
 
 def test_a_wrong_precision_is_refused_before_anything_is_exported(run, micro_folder, tmp_path):

@@ -563,8 +563,6 @@ def test_the_command_converts_in_child_processes_and_prints_both_tables(
     ("arguments", "message"),
     [
         (["--bundle", "b"], "--ckpt is missing: Core ML reads no ONNX"),
-        (["--ckpt", "c", "--quantize-nbits", "5"], "expected 4, 6 or 8"),
-        (["--ckpt", "c", "--quantize-nbits", "6", "--compress", "int8"], "were both given"),
         (["--ckpt", "c", "--min-deployment-target", "iOS12"], "unknown deployment target 'iOS12'"),
         (["--ckpt", "c", "--compress", "w8a8"], "got no calibration prompts"),
         (["--ckpt", "c", "--calibration-prompts", "none.txt"], "cannot be read"),
@@ -579,18 +577,13 @@ def test_bad_input_is_one_clear_message(run, arguments, message):
 
 
 def test_sizes_are_given_in_one_way(run, micro_folder, own):
-    code, _, err = run(
-        "coreml", "--ckpt", micro_folder, "--bundle", own.root, "--latent-h", 8, "--height", 128
-    )
+    both = ["coreml", "--ckpt", micro_folder, "--bundle", own.root, "--width", 128]
+    code, _, err = run(*both, "--size", "64x64")
     assert code == UsageError.exit_code
-    assert "--height 128 and --latent-h 8 contradict each other" in err
-    code, _, err = run(
-        "coreml", "--ckpt", micro_folder, "--bundle", own.root, "--latent-w", 16, "--size", "64x64"
-    )
-    assert "--size and --height/--width (--latent-h/--latent-w) were both given" in err
-    code, _, err = run("coreml", "--ckpt", micro_folder, "--bundle", own.root, "--latent-w", 16)
-    assert code == BundleError.exit_code
-    assert "exists, with its own size and steps; --width would change them" in err
+    assert "--width is for one size, and --size was given too" in err
+    code, _, err = run(*both)
+    assert code == UsageError.exit_code
+    assert f"--width is for the export of a checkpoint; {own.root} has its graphs already" in err
 
 
 def test_without_coremltools_the_extra_is_named(run, micro_folder, monkeypatch):

@@ -377,7 +377,7 @@ def test_onnx_refuses_a_student_for_the_loop(run, tiny_pipeline):
 def test_openvino_refuses_export_options_for_a_bundle(run, faster_bundle):
     code, _, err = run("openvino", "--bundle", faster_bundle.root, "--method", "faster")
     assert code == 2
-    assert "are for --ckpt" in err.replace("\n", " ")
+    assert "--method is for the export of a checkpoint" in err.replace("\n", " ")
 
 
 def test_a_lora_is_merged_on_the_way(run, teacher_folder, tmp_path):
