@@ -45,8 +45,10 @@ def samples_of(jobs) -> list:
     """Files of a picture's shape without a picture."""
     end = b"\0\0\0\0IEND\xaeB`\x82"
     return [
-        drawing.Sample(job.key, bytes(100 + job.seed * 37) + end, job.prompt, f'{{"{job.key}": 1}}')
-        for job in jobs
+        drawing.Sample(
+            each.key, bytes(100 + each.job.seed * 37) + end, each.job.prompt, f'{{"{each.key}": 1}}'
+        )
+        for each in jobs
     ]
 
 
@@ -132,7 +134,7 @@ def test_a_table_that_cannot_be_drawn_is_told_with_its_line(tmp_path, name, cont
 def test_each_picture_of_a_table_has_a_seed_of_its_own() -> None:
     rows = [PromptRow("a", "x"), PromptRow("b", "y", 100), PromptRow("c", "z")]
     jobs = plan_module.plan_jobs(rows, count=2, seed=5)
-    assert [(job.key, job.seed) for job in jobs] == [
+    assert [(each.key, each.job.seed) for each in jobs] == [
         ("a-0", 5),
         ("a-1", 6),
         ("b-0", 100),

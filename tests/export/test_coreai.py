@@ -187,7 +187,7 @@ def test_without_assets_the_runtime_says_how_to_make_them(tiny_bundle):
 
 
 def test_without_the_packages_the_extra_is_named(run, micro_folder, monkeypatch):
-    from tiue_export import registry
+    from tiue_export.registry import packages as registry
 
     real = registry._found
     monkeypatch.setattr(registry, "_found", lambda name: "coreai" not in name and real(name))

@@ -587,7 +587,7 @@ def test_sizes_are_given_in_one_way(run, micro_folder, own):
 
 
 def test_without_coremltools_the_extra_is_named(run, micro_folder, monkeypatch):
-    from tiue_export import registry
+    from tiue_export.registry import packages as registry
 
     real = registry._found
     monkeypatch.setattr(registry, "_found", lambda name: name != "coremltools" and real(name))
