@@ -846,6 +846,7 @@ def test_a_dry_run_prints_the_plan_and_builds_nothing(run, small):
 @needs_rtx
 @no_gpu
 def test_the_command_explains_what_it_cannot_do(run, small, tiny_pipeline):
+    refit = ["trt", "--bundle", small.root, "--refit-from", "x"]
     bundle = ["trt", "--bundle", small.root, "--flavor", "rtx"]
     for arguments, code, part in (
         (["trt"], 2, "give a checkpoint or a bundle, one of them"),
@@ -856,14 +857,10 @@ def test_the_command_explains_what_it_cannot_do(run, small, tiny_pipeline):
         ([*bundle, "--out", "x"], 2, "--out is for the export of a checkpoint"),
         ([*bundle, "--method", "faster"], 2, "--method is for the export of a checkpoint"),
         ([*bundle, "--max-decoder-rows", "4"], 2, "--max-decoder-rows is for a model in a loop"),
-        ([*bundle, "--refit-from", "x", "--steps", "2"], 2, "--steps is decided by"),
-        (
-            [*bundle, "--refit-from", "x", "--max-decoder-rows", "4"],
-            2,
-            "--max-decoder-rows is decid",
-        ),
+        ([*refit, "--steps", "2"], 2, "--steps is decided by"),
+        ([*refit, "--max-decoder-rows", "4"], 2, "--max-decoder-rows is decided by"),
         ([*bundle, "--precision", "fp32"], 2, "--precision is fp32, but the graphs of"),
-        ([*bundle, "--refit-from", "x"], 6, "has no TensorRT engines to refit"),
+        (refit, 6, "has no TensorRT engines to refit"),
         (["trt", "--ckpt", tiny_pipeline, "--refit-from", "x"], 2, "takes engines that are there"),
         (["trt", "--ckpt", tiny_pipeline, "--flavor", "rtx", "--sm", "90"], 2, "cannot build for"),
     ):
