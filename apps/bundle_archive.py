@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from tiue_export.bundle.archive import pack_bundle, unpack_bundle
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.errors import UsageError
 
 from .report.tables import console, megabytes, print_json

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.disk_errors import disk_errors
 
 from .report.tables import console, megabytes, print_json
 

@@ -6,7 +6,7 @@ import shlex
 import time
 from pathlib import Path
 
-from tiue_export.bundle.folder import open_bundle, require_one_pass
+from tiue_export.bundle.read import open_bundle, require_one_pass
 from tiue_export.errors import UsageError
 from tiue_export.proof.calibration import CaptureOptions, CapturePlan
 from tiue_export.registry.packages import require

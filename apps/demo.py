@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.checkpoint.demo_student import NAME, demo_student
 from tiue_export.errors import BundleError
 from tiue_export.registry.packages import EXPORT_NEEDS, require

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle.folder import Bundle, open_bundle
+from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.proof.half_range import load_audit
 from tiue_export.sampling.plan import FasterPlan
 

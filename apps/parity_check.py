@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry.runtimes import open_runtime
 from tiue_export.specs import Placed, RuntimeOptions

@@ -10,7 +10,8 @@ from typing import TypeVar
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle.folder import check_target, open_bundle, require_one_pass
+from tiue_export.bundle.read import open_bundle, require_one_pass
+from tiue_export.bundle.write import check_target
 from tiue_export.errors import UsageError
 from tiue_export.proof.calibration import open_calibration
 from tiue_export.proof.quantization import (

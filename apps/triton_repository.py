@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle.folder import open_bundle, require_one_pass, require_whole_vae
+from tiue_export.bundle.read import open_bundle, require_one_pass, require_whole_vae
 from tiue_export.registry.packages import require
 
 from .commands.triton import RepositoryOptions

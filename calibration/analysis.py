@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from tiue_export._version import __version__
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.graphs.flops import count_flops
 from tiue_export.proof.calibration import CalibrationData, graphs_sha256
 from tiue_export.proof.quantization import BY_RULE, AnalysisOptions

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.errors import BundleError, ResourceError, UsageError
 from tiue_export.proof.calibration import (

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle.folder import Bundle, file_records
 from tiue_export.bundle.manifest import Compiled, CompiledGraph
+from tiue_export.bundle.read import Bundle, file_records
 from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_name
 from tiue_export.export.openvino import FOLDER
 from tiue_export.proof.quantization_plan import (

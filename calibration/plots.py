@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.proof.quantization import Point
 from tiue_export.proof.quantization_plan import W8A8, QuantizationPlan
 from tiue_export.registry.packages import require
 from tiue_export.specs import UNET_ENCODER
+from tiue_export.system.disk_errors import disk_errors
 
 _MOST_BARS = 60
 _COLOURS = {True: "#3b6ea5", False: "#c0632b"}  # encoder, decoder

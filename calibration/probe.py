@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.proof.calibration import CalibrationData
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import with_dtypes

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tiue_export.bundle.folder import Bundle, new_bundle, open_bundle
+from tiue_export.bundle.read import Bundle, open_bundle
+from tiue_export.bundle.write import new_bundle
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.export.openvino import OpenvinoOptions, compile_openvino
 from tiue_export.proof.calibration import CalibrationData

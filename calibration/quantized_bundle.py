@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle.folder import Bundle, file_records, records_below, write_manifest
 from tiue_export.bundle.manifest import GraphRecord, Manifest
+from tiue_export.bundle.read import Bundle, file_records, records_below
+from tiue_export.bundle.write import write_manifest
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.proof.quantization_plan import (
     PLAN_FILE,

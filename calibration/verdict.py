@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.bundle.folder import Bundle
 from tiue_export.bundle.manifest import Manifest, ParityRecord
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import ParityError, RegressionError
 from tiue_export.proof.calibration import CalibrationData
 from tiue_export.proof.gates import max_abs_error, psnr_db

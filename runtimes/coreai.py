@@ -18,7 +18,7 @@ import numpy as np
 from coreai.authoring.asset import AIModelAsset
 from coreai.runtime import NDArray
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.specs import Array, Feeds, RuntimeOptions, check_finite
 

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.specs import Array, Feeds, RuntimeOptions, axis_size
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.specs import Array, Feeds, RuntimeOptions
 from tiue_export.system.cache_folder import user_cache_folder

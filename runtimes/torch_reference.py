@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import CheckpointError, RuntimeFailure, UsageError, unknown_name
 from tiue_export.graphs.build import ExportOptions, Graph, build_graphs
 from tiue_export.specs import Array, Feeds, RuntimeOptions

@@ -113,7 +113,7 @@ def half_bundle(tiny_student, made_once):
 @pytest.fixture(scope="session")
 def compiled_bundle(tiny_bundle, made_once, tmp_path_factory: pytest.TempPathFactory):
     """A copy of the tiny bundle, of its name, with every compiled form that runs here. Shared."""
-    from tiue_export.bundle.folder import open_bundle
+    from tiue_export.bundle.read import open_bundle
     from tiue_export.export.openvino import compile_openvino
 
     def make(folder: Path) -> None:
@@ -143,7 +143,7 @@ def demo_bundle(made_once):
 def coreml_bundle(compiled_bundle, tiny_pipeline, made_once):
     """A copy of the compiled bundle with Core ML packages in fp32 too. Shared."""
     pytest.importorskip("coremltools", reason="coremltools is not installed")
-    from tiue_export.bundle.folder import open_bundle
+    from tiue_export.bundle.read import open_bundle
     from tiue_export.export.coreml.bundle import compile_coreml
     from tiue_export.export.coreml.profiles import CoremlOptions
     from tiue_export.export.own_student import StudentPlace
@@ -164,7 +164,7 @@ def coreml_bundle(compiled_bundle, tiny_pipeline, made_once):
 def coreai_bundle(coreml_bundle, tiny_pipeline, made_once):
     """A copy of that with Core AI assets in fp32 too: every form that runs here. Shared."""
     pytest.importorskip("coreai", reason="coreai-core is not installed")
-    from tiue_export.bundle.folder import open_bundle
+    from tiue_export.bundle.read import open_bundle
     from tiue_export.export.coreai import CoreaiOptions, compile_coreai
     from tiue_export.export.own_student import StudentPlace
 

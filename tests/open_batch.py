@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.specs import BATCH
 
 

@@ -265,13 +265,13 @@ def test_no_folder_imports_itself_in_a_circle() -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("tiue_export/bundle/folder.py", "import runtimes"),
-        ("tiue_export/bundle/folder.py", "from runtimes.ort import OrtRuntime"),
-        ("tiue_export/bundle/folder.py", "import tiue_export.apps.cli"),
-        ("tiue_export/bundle/folder.py", "from tiue_export import calibration"),
+        ("tiue_export/bundle/read.py", "import runtimes"),
+        ("tiue_export/bundle/read.py", "from runtimes.ort import OrtRuntime"),
+        ("tiue_export/bundle/read.py", "import tiue_export.apps.cli"),
+        ("tiue_export/bundle/read.py", "from tiue_export import calibration"),
         ("tiue_export/registry/spokes.py", "from .. import runtimes"),
         (
-            "tiue_export/bundle/folder.py",
+            "tiue_export/bundle/read.py",
             "def late():\n    from tiue_export.benchmarks import report",
         ),
         ("tiue_export/export/onnx/write.py", "from ...apps import cli"),
@@ -293,7 +293,7 @@ def test_a_planted_import_of_a_spoke_is_caught(path: str, source: str) -> None:
         ("apps/cli.py", "from .failures import explained"),
         ("apps/cli.py", "from . import tables"),
         ("apps/web/server.py", "from ..tables import console"),
-        ("apps/cli.py", "from tiue_export.bundle.folder import open_bundle"),
+        ("apps/cli.py", "from tiue_export.bundle.read import open_bundle"),
         ("runtimes/ort/runtime.py", "import onnxruntime as ort"),
         ("tiue_export/registry/spokes.py", 'import_module("tiue_export.apps.cli")'),
     ],
@@ -374,8 +374,8 @@ def test_a_planted_torch_in_a_device_runtime_is_caught() -> None:
     [
         ("errors", "from tiue_export.specs import Array"),
         ("sampling.noise", "from tiue_export.drawing.picture import save_png"),
-        ("bundle.folder", "def late():\n    from tiue_export.student.model import Student"),
-        ("specs", "if TYPE_CHECKING:\n    from tiue_export.bundle.folder import Bundle"),
+        ("bundle.read", "def late():\n    from tiue_export.student.model import Student"),
+        ("specs", "if TYPE_CHECKING:\n    from tiue_export.bundle.read import Bundle"),
         ("graphs.build", "from ..export.onnx import write"),
         ("student.load", "from tiue_export import Pipeline"),
         ("reference.capture", "from tiue_export.train.loop import train"),

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 from test_docs import PROGRAM, mistakes
 
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.errors import BundleError
 
 INIT = importlib.import_module("tiue_export.apps.init")

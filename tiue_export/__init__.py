@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tiue_export._version import __version__
 
 if TYPE_CHECKING:
-    from tiue_export.bundle.folder import Bundle, open_bundle
+    from tiue_export.bundle.read import Bundle, open_bundle
     from tiue_export.drawing.pipeline import Pipeline
     from tiue_export.errors import TiueError
     from tiue_export.export.onnx.bundle import export_onnx
@@ -29,8 +29,8 @@ logging.getLogger("diffusers.utils.import_utils").addFilter(
 )
 
 _HOMES = {
-    "Bundle": "bundle.folder",
-    "open_bundle": "bundle.folder",
+    "Bundle": "bundle.read",
+    "open_bundle": "bundle.read",
     "load_student": "student.load",
     "TiueError": "errors",
     "export_onnx": "export.onnx.bundle",

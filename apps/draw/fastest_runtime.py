@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle.folder import Bundle, open_bundle
+from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.specs import Array, RuntimeOptions
 
 from .runtime_choice import (

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle.folder import Bundle, disk_errors, open_bundle
+from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.contact_sheet import contact_sheet
 from tiue_export.drawing.picture import picture_from_file, save_png
 from tiue_export.drawing.pipeline import Picture, Pipeline, Result, replanned
@@ -19,6 +19,7 @@ from tiue_export.errors import UsageError
 from tiue_export.sampling.noise import check_seeds, noise_from_file
 from tiue_export.sampling.plan_options import PlanChange
 from tiue_export.specs import Array
+from tiue_export.system.disk_errors import disk_errors
 
 from ..commands.generate import DrawOptions, PictureOutput, PromptOptions
 from ..report.stages import step_bar

@@ -18,8 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from tiue_export._version import __version__
-from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, disk_errors
 from tiue_export.bundle.manifest import structured
+from tiue_export.bundle.read import MANIFEST_FILE, Bundle
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, RuntimeFailure, TiueError, UsageError, first_line
 from tiue_export.proof.parity import PROMPTS
@@ -27,6 +27,7 @@ from tiue_export.registry.runtimes import RUNTIMES
 from tiue_export.specs import CONTROLNET, Array, RuntimeOptions
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.machine import cpu_name, installed_versions, usable_cores
 from tiue_export.system.tensorrt_flavor import this_device
 

@@ -29,7 +29,7 @@ def run(source: StudentSourceOptions, own: CoreaiForm, export: ExportRequest) ->
     check_source(FORM, source, export)
     require("Core AI export", ("coreai", "coreai_torch"), "coreai")
     require("exporting", EXPORT_NEEDS, "export")
-    from tiue_export.bundle.folder import require_one_pass
+    from tiue_export.bundle.read import require_one_pass
     from tiue_export.export.coreai import CoreaiOptions, check_precision, compile_coreai
     from tiue_export.export.own_student import StudentPlace
 

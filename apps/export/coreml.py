@@ -8,7 +8,7 @@ from dataclasses import replace
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.export.coreml.profiles import CoremlOptions, check_loop, plan_coreml, size_named
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 

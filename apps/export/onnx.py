@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, check_target
+from tiue_export.bundle.read import MANIFEST_FILE, Bundle
+from tiue_export.bundle.write import check_target
 from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import BundleError
 from tiue_export.proof.half_range import load_audit

@@ -7,8 +7,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.bundle.manifest import Manifest
+from tiue_export.bundle.read import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.errors import UsageError
 from tiue_export.export.trt.bundle import check_refittable, refit_from
 from tiue_export.specs import VAE_DECODER

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.bundle.engine_identity import PORTABLE
-from tiue_export.bundle.folder import Bundle
 from tiue_export.bundle.manifest import Compiled, CompiledGraph
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import UsageError
 from tiue_export.export.trt.bundle import compile_trt
 from tiue_export.export.trt.plan import TrtOptions, TrtPlan, plan_trt, resolve_target

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 
 # What the demo family cannot draw would make a poor first picture of it.
 _EXAMPLES = {"demo": "a red apple"}

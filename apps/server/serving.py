@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import ResourceError, UsageError
 from tiue_export.registry.packages import SERVER_NEEDS, require

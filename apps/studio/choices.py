@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import TiueError, UsageError, unknown_name
 from tiue_export.registry.runtimes import RUNTIMES, open_runtime
 from tiue_export.specs import RuntimeOptions

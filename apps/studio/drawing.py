@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.drawing.picture import save_png
 from tiue_export.drawing.pipeline import Job, Pipeline
 from tiue_export.errors import UsageError
 from tiue_export.sampling.noise import check_seeds
 from tiue_export.specs import Array
+from tiue_export.system.disk_errors import disk_errors
 
 from ..draw.generate import slug
 from ..draw.picture_parameters import picture_parameters

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.errors import UsageError
 from tiue_export.registry.packages import require
 from tiue_export.specs import RuntimeOptions

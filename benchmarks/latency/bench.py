@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from tiue_export.bundle.folder import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.bundle.manifest import Manifest
+from tiue_export.bundle.read import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.drawing.pipeline import replanned
 from tiue_export.errors import RuntimeFailure, UsageError
 from tiue_export.proof.latency_record import (

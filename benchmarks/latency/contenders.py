@@ -29,7 +29,7 @@ from .settings import (
 )
 
 if TYPE_CHECKING:
-    from tiue_export.bundle.folder import Bundle
+    from tiue_export.bundle.read import Bundle
 
 BUNDLES = "bundles"
 TORCH = "torch"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tiue_export.bundle.folder import Bundle, open_bundle
+from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.pipeline import replanned
 from tiue_export.drawing.vae_tiles import decode_in_tiles, tile_size
 from tiue_export.proof.latency_record import END_TO_END, Facts

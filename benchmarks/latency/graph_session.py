@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from tiue_export.bundle.folder import Bundle, open_bundle
+from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import BundleError
 from tiue_export.proof.latency_record import END_TO_END, Facts

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiue_export.bundle.folder import MANIFEST_FILE
+from tiue_export.bundle.read import MANIFEST_FILE
 from tiue_export.errors import RuntimeFailure
 from tiue_export.registry.spokes import run_explained
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.proof.latency_change import ratio_text
 from tiue_export.proof.latency_record import END_TO_END, UNET, Measurement, Record
+from tiue_export.system.disk_errors import disk_errors
 
 from ..figure import new_figure, save_figure
 from .summary import Spread, denominator, ratio_to, spreads

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import CheckpointError, RuntimeFailure
 from tiue_export.proof.latency_record import END_TO_END, UNET, Facts
 from tiue_export.proof.parity import PROMPTS
 from tiue_export.specs import TEXT_ENCODER, VAE_DECODER
+from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.machine import usable_cores
 
 from .settings import SdCppSettings

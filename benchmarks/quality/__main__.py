@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import UsageError
 from tiue_export.registry.spokes import run_explained

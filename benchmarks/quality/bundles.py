@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.drawing.picture import pixels_from_sample
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import UsageError

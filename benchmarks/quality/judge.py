@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import UsageError
 from tiue_export.proof.gates import psnr_db
 from tiue_export.registry.packages import require
 from tiue_export.specs import Array
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.disk_errors import disk_errors
 
 from .metrics import (
     diversity,

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.drawing.contact_sheet import contact_sheet
 from tiue_export.drawing.picture import image_from_pixels, save_png
 from tiue_export.proof.gates import IDENTICAL_DB
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.disk_errors import disk_errors
 
 from ..figure import new_figure, save_figure
 from .judge import Contender, Draws, Request, Scores

@@ -25,10 +25,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import CheckpointError, UsageError, first_line
 from tiue_export.specs import Array
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.disk_errors import disk_errors
 
 FORMAT_VERSION = 1
 FAMILY = "demo"

@@ -37,7 +37,6 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.bundle.manifest import structured
 from tiue_export.checkpoint.tensors import sha256_of_files
 from tiue_export.checkpoint.tokenizer_files import tokenizer_of
@@ -52,6 +51,7 @@ from tiue_export.sampling.schedule import schedule_from_config
 from tiue_export.student.load import load_student
 from tiue_export.student.model import Student
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.disk_errors import disk_errors
 
 from ..ddim import ddim_arguments
 from ..figure import check_file, check_plot

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.proof.key_step_results import Candidate, PromptResult, losses_of
 from tiue_export.specs import Array
+from tiue_export.system.disk_errors import disk_errors
 
 from ..figure import new_figure, save_figure
 

@@ -23,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.bundle.folder import Bundle, disk_errors, open_bundle
+from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.registry.packages import require
 from tiue_export.registry.spokes import run_explained
 from tiue_export.specs import GRAPH_NAMES, UNET_DECODER
+from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.openvino_core import openvino_core
 
 _TYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}

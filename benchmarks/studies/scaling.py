@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tiue_export.bundle.folder import Bundle, disk_errors, open_bundle
+from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.pipeline import replanned
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.proof.latency_record import (
@@ -36,6 +36,7 @@ from tiue_export.proof.latency_record import (
 from tiue_export.registry.spokes import run_explained
 from tiue_export.sampling.plan_options import PlanChange
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER
+from tiue_export.system.disk_errors import disk_errors
 
 from ..figure import check_file, check_plot, new_figure, save_figure
 from ..latency.bench import counted, ready, work_folder

@@ -29,9 +29,9 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.table import Table
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import RuntimeFailure, UsageError
 from tiue_export.registry.spokes import run_explained
+from tiue_export.system.disk_errors import disk_errors
 
 _PATH = "/v1/images/generations"
 _STOP_S = 60

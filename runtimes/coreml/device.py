@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.bundle.manifest import FileRecord
 from tiue_export.errors import RuntimeFailure, first_line
 from tiue_export.export.coreml.mil.package import TensorType, has_native_library, quiet_coremltools
 from tiue_export.specs import Array, Feeds
+from tiue_export.system.disk_errors import disk_errors
 
 # coremltools: models/compute_plan.py, models/model.py (_verify_optimization_hint_input).
 _HINTS_SINCE = (15, 0)

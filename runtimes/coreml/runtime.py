@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, unknown_name
 from tiue_export.export.coreml.mil.package import MilPackage, TensorType
 from tiue_export.proof.gates import GATES_PSNR_DB, weakest

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import RuntimeFailure, first_line
 from tiue_export.specs import GRAPH_NAMES, VAE_DECODER, Array, ChainResult, Feeds, check_finite
 

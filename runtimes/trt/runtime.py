@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tiue_export.bundle.engine_identity import check_engine, compiled_for, rebuild_line
-from tiue_export.bundle.folder import Bundle
 from tiue_export.bundle.manifest import Compiled
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import RuntimeFailure, TiueError, UsageError, first_line
 from tiue_export.specs import (
     GRAPH_NAMES,

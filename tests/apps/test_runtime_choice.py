@@ -9,7 +9,7 @@ import pytest
 
 from tiue_export.apps.draw import runtime_choice
 from tiue_export.apps.draw.runtime_choice import RuntimeChoice, choose_runtime, remembered_choices
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.errors import BundleError, RuntimeFailure
 from tiue_export.registry.runtimes import RUNTIMES
 from tiue_export.specs import RuntimeOptions

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.drawing.picture import parameters_from_png, save_png
 from tiue_export.errors import UsageError
 from tiue_export.proof.gates import IDENTICAL_DB

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from tiue_export import load_student
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.errors import CheckpointError, RegressionError, RuntimeFailure, UsageError
 from tiue_export.proof import latency_record as record
 from tiue_export.proof.latency_change import (

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tiue_export import export_onnx
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.checkpoint.family import load_family
 from tiue_export.errors import UsageError
 from tiue_export.graphs.build import ExportOptions

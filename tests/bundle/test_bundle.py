@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tiue_export.bundle.folder import Bundle, check_target, new_bundle, open_bundle, records_below
 from tiue_export.bundle.manifest import FileRecord
+from tiue_export.bundle.read import Bundle, open_bundle, records_below
+from tiue_export.bundle.write import check_target, new_bundle
 from tiue_export.errors import BundleError, ResourceError
 
 WEIGHTS = "unet_decoder/model.onnx.data"
@@ -354,7 +355,7 @@ def test_leftovers_of_dead_exports_of_the_same_name_are_removed_and_no_others(fo
 
 def test_a_killed_export_leaves_nothing_that_opens_and_the_next_one_cleans_up(folder):
     script = (
-        "import os, signal, sys; from tiue_export.bundle.folder import new_bundle\n"
+        "import os, signal, sys; from tiue_export.bundle.write import new_bundle\n"
         "with new_bundle(sys.argv[1], force=True) as folder:\n"
         "    (folder / 'tiue.json').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -12,15 +12,9 @@ from pathlib import Path
 import pytest
 
 from tiue_export.bundle.archive import manifest_for, pack_bundle, unpack_bundle
-from tiue_export.bundle.folder import (
-    Bundle,
-    add_compiled,
-    all_files,
-    compiled_folder,
-    file_records,
-    open_bundle,
-)
 from tiue_export.bundle.manifest import Compiled, CompiledGraph, Manifest
+from tiue_export.bundle.read import Bundle, all_files, file_records, open_bundle
+from tiue_export.bundle.write import add_compiled, compiled_folder
 from tiue_export.errors import BundleError, UsageError
 
 

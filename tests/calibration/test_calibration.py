@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.calibration import capture, histogram, observe
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, ResourceError, RuntimeFailure, UsageError
@@ -92,7 +92,7 @@ def test_a_killed_capture_leaves_whole_shards_only(tiny_bundle, tmp_path):
     code = (
         "import time\n"
         "from pathlib import Path\n"
-        "from tiue_export.bundle.folder import open_bundle\n"
+        "from tiue_export.bundle.read import open_bundle\n"
         "from tiue_export.calibration import capture as c\n"
         f"o = c.CaptureOptions(prompts={PROMPTS!r}, count=6, shard_bytes=1)\n"
         f"c.capture(open_bundle({str(tiny_bundle.root)!r}), Path({str(out)!r}), o,"

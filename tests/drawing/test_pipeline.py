@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tiue_export import Pipeline
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.drawing.picture import pixels_from_sample
 from tiue_export.errors import BundleError, RuntimeFailure, TiueError, UsageError
 from tiue_export.proof.gates import psnr_db

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.errors import (
     BundleError,
     CheckpointError,

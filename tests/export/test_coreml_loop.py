@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tiue_export import Pipeline, export_onnx, open_bundle
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import CheckpointError, RuntimeFailure, UsageError
 from tiue_export.export.coreml.profiles import CoremlOptions
 from tiue_export.export.own_student import StudentPlace, open_student

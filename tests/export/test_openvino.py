@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiue_export.bundle.folder import add_compiled, compiled_folder, open_bundle
+from tiue_export.bundle.read import open_bundle
+from tiue_export.bundle.write import add_compiled, compiled_folder
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, ParityError, RuntimeFailure, TiueError, UsageError
 from tiue_export.export.openvino import FOLDER, OpenvinoOptions, compile_openvino
@@ -221,7 +222,7 @@ def test_ctrl_c_after_two_runtimes_were_closed_is_an_interrupt_not_a_crash(compi
     # Two cores freed in the order they were made left a signal stack that was unmapped.
     script = f"""
 import gc, os, signal
-from tiue_export.bundle.folder import open_bundle
+from tiue_export.bundle.read import open_bundle
 from tiue_export.registry.runtimes import open_runtime
 from tiue_export.specs import RuntimeOptions
 bundle = open_bundle({str(compiled_bundle.root)!r})

@@ -17,8 +17,8 @@ import pytest
 from open_batch import with_open_batch
 
 from tiue_export import Pipeline, RuntimeOptions
-from tiue_export.bundle.folder import Bundle, open_bundle
 from tiue_export.bundle.manifest import Compiled, CompiledGraph
+from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.errors import UsageError
 from tiue_export.export.triton.repository import (
     TritonOptions,

@@ -26,8 +26,9 @@ from tiue_export.bundle.engine_identity import (
     tensorrt_target,
     this_platform,
 )
-from tiue_export.bundle.folder import Bundle, open_bundle, write_manifest
 from tiue_export.bundle.manifest import Compiled, CompiledGraph, FileRecord
+from tiue_export.bundle.read import Bundle, open_bundle
+from tiue_export.bundle.write import write_manifest
 from tiue_export.errors import (
     BundleError,
     MissingExtraError,

@@ -15,8 +15,8 @@ from PIL import Image
 
 from tiue_export import Pipeline, export_onnx
 from tiue_export.benchmarks.synthetic import fill
-from tiue_export.bundle.folder import Bundle
 from tiue_export.bundle.manifest import GraphRecord
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import CheckpointError, UnsupportedModelError, UsageError
 from tiue_export.graphs.build import ExportOptions, build_graphs, run_graph
 from tiue_export.methods.scheduler import diffusers_scheduler, plan_from_config

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tiue_export.bundle.folder import Bundle, file_records, open_bundle
+from tiue_export.bundle.read import Bundle, file_records, open_bundle
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError
 from tiue_export.proof.parity import load_reference, measure_runtime

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import CheckpointError, RuntimeFailure, TiueError, UsageError
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference

@@ -23,14 +23,9 @@ from test_layering import ROOT
 
 from tiue_export import Pipeline
 from tiue_export.bundle.engine_identity import graph_identity, rtx_target, tensorrt_target
-from tiue_export.bundle.folder import (
-    Bundle,
-    add_compiled,
-    compiled_folder,
-    file_records,
-    open_bundle,
-)
 from tiue_export.bundle.manifest import Compiled, CompiledGraph
+from tiue_export.bundle.read import Bundle, file_records, open_bundle
+from tiue_export.bundle.write import add_compiled, compiled_folder
 from tiue_export.errors import (
     BundleError,
     MissingExtraError,

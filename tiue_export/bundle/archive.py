@@ -18,17 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from tiue_export.bundle.folder import (
-    MANIFEST_FILE,
-    Bundle,
-    all_files,
-    check_listed,
-    disk_errors,
-    new_bundle,
-    open_bundle,
-)
 from tiue_export.bundle.manifest import FileRecord, Manifest
+from tiue_export.bundle.read import MANIFEST_FILE, Bundle, all_files, check_listed, open_bundle
+from tiue_export.bundle.write import new_bundle
 from tiue_export.errors import BundleError, UsageError, unknown_name
+from tiue_export.system.disk_errors import disk_errors
 
 # Runtimes that start from the ONNX graphs: TensorRT plans fit one GPU only and are built on it.
 FROM_ONNX = ("ort", "trt")

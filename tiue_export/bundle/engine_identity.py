@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from tiue_export.bundle.folder import Bundle
 from tiue_export.bundle.manifest import Compiled, GraphRecord
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError, RuntimeFailure
 from tiue_export.system.tensorrt_flavor import FOLDERS, TITLES, Device, Flavor
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tiue_export.bundle.folder import Bundle, open_bundle
+from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size

@@ -21,16 +21,9 @@ from typing import Any
 import torch
 
 from tiue_export._version import __version__
-from tiue_export.bundle.folder import (
-    Bundle,
-    add_compiled,
-    compiled_folder,
-    file_records,
-    form_identity,
-    require_one_pass,
-    trial_of,
-)
 from tiue_export.bundle.manifest import Compiled, CompiledGraph, ParityRecord
+from tiue_export.bundle.read import Bundle, file_records, require_one_pass
+from tiue_export.bundle.write import add_compiled, compiled_folder, form_identity, trial_of
 from tiue_export.errors import (
     BundleError,
     RuntimeFailure,

@@ -10,15 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tiue_export.bundle.folder import (
-    Bundle,
-    add_compiled,
-    compiled_folder,
-    file_records,
-    form_identity,
-    trial_of,
-)
 from tiue_export.bundle.manifest import Compiled, CompiledGraph, ParityRecord
+from tiue_export.bundle.read import Bundle, file_records
+from tiue_export.bundle.write import add_compiled, compiled_folder, form_identity, trial_of
 from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_name
 from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry.packages import require

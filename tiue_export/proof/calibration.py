@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from tiue_export._version import __version__
-from tiue_export.bundle.folder import Bundle, file_records
 from tiue_export.bundle.manifest import FileRecord, structured
+from tiue_export.bundle.read import Bundle, file_records
 from tiue_export.errors import BundleError, UsageError
 from tiue_export.proof.quantization_plan import student_identity
 from tiue_export.specs import UNET_ENCODER, UNET_GRAPHS, Array, RuntimeOptions, TensorSpec

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tiue_export.bundle.folder import Bundle
 from tiue_export.bundle.manifest import structured
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError
 
 HALF_MAX = 65504.0

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import UsageError
 from tiue_export.specs import Array
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.disk_errors import disk_errors
 
 RESULT_FILE = "analysis.json"
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.bundle.manifest import structured
 from tiue_export.errors import BundleError, UsageError
+from tiue_export.system.disk_errors import disk_errors
 
 FORMAT_VERSION = 1
 # A load average above this share of the cores before anything started disturbs what follows.

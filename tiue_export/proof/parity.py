@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tiue_export.bundle.folder import REFERENCE_FILE, Bundle
 from tiue_export.bundle.manifest import ParityRecord
+from tiue_export.bundle.read import REFERENCE_FILE, Bundle
 from tiue_export.errors import BundleError, ParityError
 from tiue_export.proof.gates import GATES_PSNR_DB, max_abs_error, psnr_db, weakest
 from tiue_export.sampling.plan import FasterPlan

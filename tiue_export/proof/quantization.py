@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.proof.quantization_plan import W8A8, WEIGHTS, QuantizationPlan
 

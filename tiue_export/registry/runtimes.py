@@ -13,7 +13,7 @@ from tiue_export.registry.packages import require
 from tiue_export.specs import Runtime, RuntimeOptions
 
 if TYPE_CHECKING:
-    from tiue_export.bundle.folder import Bundle
+    from tiue_export.bundle.read import Bundle
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tiue_export.bundle.folder import Bundle
+    from tiue_export.bundle.read import Bundle
     from tiue_export.proof.calibration import CalibrationData, CaptureOptions, CapturePlan
     from tiue_export.proof.key_step_results import Candidate, PromptResult
     from tiue_export.proof.latency_change import Change, Comparison

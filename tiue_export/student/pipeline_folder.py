@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.checkpoint.parts import quiet_libraries
 from tiue_export.errors import UsageError
 from tiue_export.student.load import STEPS_KEY
+from tiue_export.system.disk_errors import disk_errors
 
 
 def write_pipeline(

@@ -12,9 +12,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import UsageError
 from tiue_export.student.pipeline_folder import write_pipeline
+from tiue_export.system.disk_errors import disk_errors
 
 from .clip_term import clip_sha256
 from .config import DistillConfig

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from tiue_export.bundle.folder import disk_errors
 from tiue_export.errors import CheckpointError, UsageError, first_line
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.disk_errors import disk_errors
 
 CONFIG_FILE = "run.json"
 STATE_FILE = "state.pt"

@@ -12,10 +12,11 @@ from typing import Any
 
 from rich.console import Console
 
-from tiue_export.bundle.folder import Bundle, disk_errors, open_bundle
+from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.pipeline import check_steering
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.sampling.plan import check_guidance
+from tiue_export.system.disk_errors import disk_errors
 
 from ...commands.generate import BulkOptions, DrawOptions
 from ...options.group import given

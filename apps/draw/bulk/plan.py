@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tiue_export._version import __version__
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.drawing.pipeline import DYNAMIC_BATCH, Job
 from tiue_export.errors import UsageError
 from tiue_export.sampling.noise import MAX_SEED

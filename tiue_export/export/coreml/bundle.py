@@ -21,14 +21,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tiue_export._version import __version__
-from tiue_export.bundle.folder import (
-    Bundle,
-    add_compiled,
-    compiled_folder,
-    file_records,
-    form_identity,
-)
 from tiue_export.bundle.manifest import Compiled, CompiledGraph, FileRecord, Manifest, ParityRecord
+from tiue_export.bundle.read import Bundle, file_records
+from tiue_export.bundle.write import add_compiled, compiled_folder, form_identity
 from tiue_export.errors import BundleError, ResourceError, UsageError
 from tiue_export.export.coreml.job import (
     GraphJob,

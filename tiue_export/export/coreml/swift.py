@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tiue_export.bundle.folder import Bundle
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError
 from tiue_export.export.coreml.profiles import CoremlPlan
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from tiue_export._version import __version__
-from tiue_export.bundle.folder import (
+from tiue_export.bundle.manifest import FORMAT_VERSION, GraphRecord, Manifest, ParityRecord
+from tiue_export.bundle.read import (
     MANIFEST_FILE,
     REFERENCE_FILE,
     Bundle,
-    check_target,
     file_records,
-    new_bundle,
     open_bundle,
     records_below,
 )
-from tiue_export.bundle.manifest import FORMAT_VERSION, GraphRecord, Manifest, ParityRecord
+from tiue_export.bundle.write import check_target, new_bundle
 from tiue_export.checkpoint.tokenizer_files import write_tokenizer
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.drawing.vae_tiles import first_tile, tile_size

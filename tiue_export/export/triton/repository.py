@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import onnx
 from onnx import TensorProto, helper
 
-from tiue_export.bundle.folder import Bundle, disk_errors
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.export.triton.config import (
     EnsembleStep,
@@ -30,6 +30,7 @@ from tiue_export.specs import (
     VAE_DECODER,
     GraphSpec,
 )
+from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.tensorrt_flavor import FOLDERS
 
 BACKENDS = ("onnxruntime", "tensorrt")

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from tiue_export.bundle.engine_identity import check_engine, compiled_for, graph_identity
-from tiue_export.bundle.folder import Bundle, add_compiled, compiled_folder, file_records
 from tiue_export.bundle.manifest import Compiled, CompiledGraph
+from tiue_export.bundle.read import Bundle, file_records
+from tiue_export.bundle.write import add_compiled, compiled_folder
 from tiue_export.errors import (
     BundleError,
     ParityError,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiue_export.bundle.engine_identity import Flags, graph_identity, rtx_target, tensorrt_target
-from tiue_export.bundle.folder import Bundle
 from tiue_export.bundle.manifest import Compiled
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import RuntimeFailure, UsageError, unknown_name
 from tiue_export.export.trt.build_process import EngineRequest
 from tiue_export.proof.quantization_plan import QUANTIZED, W8A8

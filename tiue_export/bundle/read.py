@@ -1,0 +1,213 @@
+"""A bundle on disk, opened with every hash checked, and what is looked up in it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tiue_export.bundle.manifest import CompiledGraph, FileRecord, GraphRecord, Manifest
+from tiue_export.errors import BundleError, UsageError
+from tiue_export.specs import VAE_DECODER, GraphSpec
+
+MANIFEST_FILE = "tiue.json"
+REFERENCE_FILE = "parity/reference.safetensors"
+# A folder that is being written: .NAME.partial-HOST-PROCESS-RANDOM, beside its target.
+PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<host>[^-]+)-(?P<pid>\d{1,9})-[0-9a-f]{8}")
+_COPY_AGAIN = "Copy the bundle again, or export it again."
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle: its folder and its manifest."""
+
+    root: Path
+    manifest: Manifest
+
+    def spec(self, graph: str) -> GraphSpec:
+        """The contract of one graph, or an error that says why the bundle lacks it."""
+        record = self.manifest.graphs.get(graph)
+        if record is None:
+            raise BundleError(
+                f"{self.root} has no {graph}: it was exported from a checkpoint without that part",
+                "Export again with --base and the pipeline folder that holds it.",
+            )
+        return record.spec(graph)
+
+    def graph_path(self, graph: str) -> Path:
+        """The ONNX file of one graph."""
+        self.spec(graph)
+        record = self.manifest.graphs[graph]
+        if record.omitted:
+            raise BundleError(
+                f"{self.root} was packed for one runtime, without its ONNX files",
+                "Use the bundle it was packed from, or pack that one with --runtime ort.",
+            )
+        return self.root / record.path
+
+    def file(self, name: str) -> Path:
+        """A file of the bundle that the manifest answers for; others are not trusted."""
+        if name not in self.manifest.files:
+            raise BundleError(
+                f"{self.root}: the manifest lists no {name}", "Export the bundle again."
+            )
+        return self.root / name
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(record.size_bytes for _, record in all_files(self.manifest))
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Open a bundle folder, checking the manifest and the SHA-256 of every file in it.
+
+    Raises `BundleError`: no bundle, unfinished export, unknown format version, a missing,
+    truncated or altered file.
+    """
+    root = Path(path)
+    if PARTIAL.fullmatch(root.name):
+        raise BundleError(f"{root} is an unfinished export", "Export again; it can be deleted.")
+    if not (root / MANIFEST_FILE).is_file():
+        raise BundleError(
+            f"{root} is no bundle: it has no {MANIFEST_FILE}"
+            if root.is_dir()
+            else f"{root} does not exist"
+            if not root.exists()
+            else f"{root} is a file; a bundle is a folder with a {MANIFEST_FILE}",
+            _bundle_meant(root),
+        )
+    manifest = read_manifest(root)
+    _verify(root, manifest)
+    return Bundle(root, manifest)
+
+
+def read_manifest(root: Path) -> Manifest:
+    """What tiue.json says, its files unchecked. Raises `BundleError` where it cannot be read."""
+    path = root / MANIFEST_FILE
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+    return Manifest.from_json(text, str(path))
+
+
+def _bundle_meant(root: Path) -> str:
+    """What to type for a bundle that is not there: its neighbour of a similar name, or how to."""
+    import difflib
+
+    try:
+        near = [path.parent for path in root.parent.glob(f"[!.]*/{MANIFEST_FILE}")]
+        near += [path.parent for path in root.glob(f"[!.]*/{MANIFEST_FILE}")]
+    except OSError:  # a folder that cannot be listed suggests nothing
+        near = []
+    names = {path.name: path for path in near}
+    close = difflib.get_close_matches(root.name, names, n=1)
+    if close or len(near) == 1:
+        return f"Did you mean {str(names[close[0]] if close else near[0])!r}?"
+    if near:
+        listed = ", ".join(sorted(str(path) for path in near)[:5])
+        return f"Bundles there: {listed}."
+    return "Make one with: tiue-export onnx --ckpt student.safetensors --out BUNDLE"
+
+
+def require_one_pass(bundle: Bundle, what: str) -> None:
+    """Refuse a bundle of Faster Diffusion where only a distilled student will do."""
+    if bundle.manifest.faster is not None:
+        raise UsageError(
+            f"{what} is for distilled students, which draw in one pass; {bundle.root} draws in a "
+            "loop (Faster Diffusion)",
+            "ONNX Runtime (CPU, CUDA) and OpenVINO run it: see docs/faster-diffusion.md.",
+        )
+
+
+def require_whole_vae(bundle: Bundle, what: str) -> None:
+    """Refuse a bundle whose VAE decodes tiles where nobody would put them together."""
+    manifest = bundle.manifest
+    record = manifest.graphs.get(VAE_DECODER)
+    if record is not None and record.inputs[0].shape[2:] != tuple(manifest.latent_shape[2:]):
+        raise UsageError(
+            f"{what} decodes a picture as a whole; the VAE of {bundle.root} takes tiles",
+            "Export again without --vae-tile.",
+        )
+
+
+def all_files(manifest: Manifest) -> list[tuple[str, FileRecord]]:
+    """Every file the manifest answers for, with its record; those left out when packing are not."""
+    files = list(manifest.files.items())
+    for graph in manifest.graphs.values():
+        if not graph.omitted:
+            files.extend(graph.files.items())
+    for compiled in manifest.compiled.values():
+        for form in compiled.graphs.values():
+            files.extend(form.files.items())
+    return files
+
+
+def file_records(root: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+    """Size and SHA-256 of files below `root`, hashed side by side."""
+    listed = sorted(names)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(listed, pool.map(lambda name: _record(root / name), listed), strict=True))
+
+
+def records_below(root: Path, folder: str) -> Mapping[str, FileRecord]:
+    """Records of all files below `root`/`folder`, keyed by path relative to `root`."""
+    names = [p.relative_to(root).as_posix() for p in (root / folder).rglob("*") if p.is_file()]
+    return file_records(root, names)
+
+
+def _record(path: Path) -> FileRecord:
+    digest, size_bytes = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+            size_bytes += len(piece)
+    return FileRecord(size_bytes, digest.hexdigest())
+
+
+def check_listed(root: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that answers for paths outside `root`, for itself, or not for its graphs.
+
+    Needs no file; `root` names the bundle in errors.
+    """
+    entries: list[tuple[str, GraphRecord | CompiledGraph]] = [*manifest.graphs.items()]
+    for folder, compiled in manifest.compiled.items():
+        entries += [(f"{folder}/{graph}", form) for graph, form in compiled.graphs.items()]
+    for graph, entry in entries:
+        if entry.path not in entry.files:
+            raise BundleError(
+                f"{root}: the manifest gives {entry.path!r} as {graph}, which is none of its "
+                "hashed files",
+                _COPY_AGAIN,
+            )
+    for name, _ in all_files(manifest):
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts:
+            raise BundleError(f"{root}: the manifest points outside the bundle: {name!r}")
+        if pure == PurePosixPath(MANIFEST_FILE):
+            raise BundleError(f"{root}: the manifest lists itself", _COPY_AGAIN)
+
+
+def _verify(root: Path, manifest: Manifest) -> None:
+    check_listed(root, manifest)
+    files = dict(all_files(manifest))
+    for name, record in files.items():
+        path = root / name
+        if not path.is_file():
+            raise BundleError(f"{root}: {name} is missing", _COPY_AGAIN)
+        size_bytes = path.stat().st_size
+        if size_bytes != record.size_bytes:
+            raise BundleError(
+                f"{root}: {name} has {size_bytes:,} bytes; the manifest says {record.size_bytes:,}",
+                _COPY_AGAIN,
+            )
+    for name, found in file_records(root, files).items():
+        if found.sha256 != files[name].sha256:
+            raise BundleError(
+                f"{root}: {name} was altered after the export: its SHA-256 is "
+                f"{found.sha256[:12]}..., the manifest says {files[name].sha256[:12]}...",
+                _COPY_AGAIN,
+            )

@@ -1,0 +1,236 @@
+"""Bundles are written whole or not at all, and forms are added to them one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from tiue_export.bundle.lock import locked
+from tiue_export.bundle.manifest import Compiled, Manifest
+from tiue_export.bundle.read import MANIFEST_FILE, PARTIAL, Bundle, read_manifest
+from tiue_export.errors import BundleError
+from tiue_export.system.disk_errors import disk_errors
+
+_REPLACED = re.compile(r"\.(?P<name>.+)\.replaced-(?P<host>[^-]+)-(?P<pid>\d{1,9})-[0-9a-f]{8}")
+
+
+@contextlib.contextmanager
+def new_bundle(path: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """A fresh folder beside `path` that becomes `path` when the block ends without an error.
+
+    A killed or failed export leaves `path` as it was. Leftovers of killed exports of the same
+    name on this machine are removed. An existing bundle is replaced only with `force`; any other
+    folder never.
+    """
+    target = Path(path).resolve()
+    _remove_leftovers(target)
+    check_target(target, force=force)
+    partial = _beside(target, "partial")
+    with disk_errors(target):
+        try:  # before mkdir: a SIGTERM that arrives while it runs raises as it returns
+            partial.mkdir(parents=True)
+            yield partial
+            _sync(partial)
+            # Again: hours may have passed, and another export may have finished here.
+            check_target(target, force=force)
+            _replace(partial, target)
+        finally:
+            if partial.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def compiled_folder(bundle: Bundle, name: str) -> Iterator[Path]:
+    """A fresh folder inside the bundle for compiled graphs; `add_compiled` puts it in place.
+
+    It is removed when the block ends, whatever happened: a killed or failed compilation leaves the
+    bundle as it was.
+    """
+    _remove_leftovers(bundle.root / name)
+    partial = _beside(bundle.root / name, "partial")
+    with disk_errors(bundle.root / name):
+        try:
+            partial.mkdir()
+            yield partial
+        except FileNotFoundError as error:
+            if partial.exists():
+                raise
+            raise BundleError(
+                f"{bundle.root} was replaced while its {name} form was made",
+                "Run the command again.",
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def trial_of(bundle: Bundle, name: str, folder: Path, compiled: Compiled) -> Bundle:
+    """The bundle as if `compiled`, whose files still lie in `folder`, were in place at NAME/.
+
+    Runtimes read paths from the manifest: so they can prove what is not yet listed.
+    """
+    moved = {
+        graph: replace(form, path=form.path.replace(name, folder.name, 1))
+        for graph, form in compiled.graphs.items()
+    }
+    forms = {**bundle.manifest.compiled, name: replace(compiled, graphs=moved)}
+    return Bundle(bundle.root, replace(bundle.manifest, compiled=forms))
+
+
+def form_identity(bundle: Bundle, graph: str, **decides: object) -> str:
+    """SHA-256 over a graph's ONNX files and all else that decides its compiled form."""
+    files = {name: file.sha256 for name, file in bundle.manifest.graphs[graph].files.items()}
+    content = json.dumps({"files": files, **decides}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def add_compiled(
+    bundle: Bundle,
+    name: str,
+    folder: Path,
+    compiled: Compiled,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> Bundle:
+    """Move `folder`, made by `compiled_folder`, to NAME/ in the bundle and list it; returns both.
+
+    An earlier NAME/ is replaced. What other processes added since `bundle` was read stays listed: a
+    writer holds the bundle (`locked`, which tells `on_note` of a wait) and reads its manifest anew.
+    Raises `BundleError` when the bundle was exported again meanwhile, or NAME made by another
+    process. A kill in between leaves a bundle that opens, without NAME.
+    """
+    target = bundle.root / name
+    with disk_errors(target), locked(bundle.root, on_note):
+        now = _manifest_now(bundle, name)
+        others = {key: value for key, value in now.compiled.items() if key != name}
+        _sync(folder)
+        if target.exists():
+            write_manifest(bundle.root, replace(now, compiled=others))
+            shutil.rmtree(target)
+        folder.rename(target)
+        manifest = replace(now, compiled={**others, name: compiled})
+        write_manifest(bundle.root, manifest)
+    return Bundle(bundle.root, manifest)
+
+
+def _manifest_now(bundle: Bundle, name: str) -> Manifest:
+    """The bundle's manifest as it is on disk, if a form NAME made from `bundle` still belongs."""
+    now = read_manifest(bundle.root)
+    if now.graphs != bundle.manifest.graphs:
+        raise BundleError(
+            f"{bundle.root} was exported again while its {name} form was made",
+            "Run the command again.",
+        )
+    if _identities(now, name) != _identities(bundle.manifest, name):
+        raise BundleError(
+            f"another process put a {name} form into {bundle.root} while this one was made",
+            "Keep that one, or run the command again with --force.",
+        )
+    return now
+
+
+def _identities(manifest: Manifest, name: str) -> dict[str, str]:
+    form = manifest.compiled.get(name)
+    return {} if form is None else {key: graph.identity for key, graph in form.graphs.items()}
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write tiue.json so that a reader sees the old one or the new one."""
+    target = root / MANIFEST_FILE
+    _remove_leftovers(target)
+    partial = _beside(target, "partial")  # without file locks another process may write one too
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(manifest.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(target)
+
+
+def check_target(path: str | Path, *, force: bool) -> None:
+    """Refuse a target that is in the way, before any work is done."""
+    target = Path(path)
+    if target.resolve() == Path.cwd() or (target.exists() and os.path.ismount(target)):
+        raise BundleError(
+            f"{target} is the current folder or a mount point, which cannot be replaced whole",
+            f"Name a new folder inside it: {target / 'bundle'}",
+        )
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not (target / MANIFEST_FILE).is_file():
+        raise BundleError(
+            f"{target} exists and is no bundle; it is never replaced", "Choose another output."
+        )
+    if not force:
+        raise BundleError(
+            f"{target} already holds a bundle",
+            "Choose another output, or pass --force to replace it.",
+        )
+
+
+def _replace(partial: Path, target: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    # A kill between the two renames leaves the old bundle under this name; the next export to
+    # the same place puts it back (`_remove_leftovers`).
+    old = _beside(target, "replaced")
+    with locked(target):  # nobody is adding a form to the old one
+        target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+    shutil.rmtree(old)
+
+
+def _sync(folder: Path) -> None:
+    """Force every file to disk, so that a power cut cannot leave a bundle with empty files."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _remove_leftovers(target: Path) -> None:
+    if not target.parent.is_dir():
+        return
+    for path in list(target.parent.iterdir()):
+        found = PARTIAL.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
+        if not found or found["name"] != target.name or found["host"] != _host():
+            continue
+        if _alive(int(found["pid"])):
+            continue
+        if _REPLACED.fullmatch(path.name) and not target.exists():
+            path.rename(target)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _beside(target: Path, state: str) -> Path:
+    """A hidden sibling of `target` that names the process it belongs to."""
+    owner = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return target.with_name(f".{target.name}.{state}-{owner}")
+
+
+def _host() -> str:
+    return re.sub(r"\W", "_", socket.gethostname()) or "host"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
