@@ -18,10 +18,10 @@ from tiue_export.proof.key_step_results import (
 )
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 from tiue_export.registry.spokes import save_key_step_plots
+from tiue_export.sampling.plan import DEFAULT_GUIDANCE
 
 from .commands.analyze import AnalyzeRequest
 from .draw.prompt_file import prompts_in
-from .export.load import load
 from .options.graphs import ExportRequest
 from .report.stages import stage_bar
 from .report.tables import console, print_json
@@ -33,9 +33,10 @@ def run(request: AnalyzeRequest) -> None:
     require("plots", ("matplotlib",), "bench")
     check_checkpoint_path(request.ckpt)
     prompts = _prompts(request)
+    from tiue_export.methods.load import load_for_method
     from tiue_export.reference.key_step_analysis import candidates, measure_prompt
     from tiue_export.reference.sharing_cost import torch_model
-    from tiue_export.sampling.plan_options import FasterOptions
+    from tiue_export.sampling.key_step_options import FasterOptions
 
     with stage_bar(quiet=request.as_json) as bar:
         bar.begin("load model")
@@ -49,17 +50,21 @@ def run(request: AnalyzeRequest) -> None:
             scheduler=request.scheduler,
             guidance=request.guidance,
         )
-        teacher = load(request.ckpt, model_options, lambda part: bar.begin(f"load {part}"))
-        assert teacher.plan is not None
+        teacher = load_for_method(
+            model_options.checkpoint(request.ckpt),
+            "faster",
+            model_options.sampling(),
+            lambda part: bar.begin(f"load {part}"),
+        )
         model = torch_model(teacher, request.height, request.width)
         described = AnalysisRequest(
             sha256=teacher.source.sha256,
             scheduler=teacher.plan.scheduler,
-            steps=teacher.schedule.steps,
-            guidance=teacher.plan.guidance,
-            reach=request.reach or len(teacher.schedule.timesteps),
+            steps=teacher.plan.steps,
+            guidance=request.guidance or DEFAULT_GUIDANCE,
+            reach=request.reach or teacher.plan.rows,
         )
-        _check_budget(request, model.encoder_share, len(teacher.schedule.timesteps))
+        _check_budget(request, model.encoder_share, teacher.plan.rows)
         file = request.out / RESULT_FILE
         results = [] if request.force else read_results(file, described)
         bar.expect(request.count + 1)

@@ -6,11 +6,12 @@ import shlex
 import time
 from pathlib import Path
 
-from tiue_export.bundle.read import open_bundle, require_one_pass
+from tiue_export.bundle.read import open_bundle
 from tiue_export.errors import UsageError
 from tiue_export.proof.calibration import CaptureOptions, CapturePlan
 from tiue_export.registry.packages import require
 from tiue_export.registry.spokes import capture, plan_capture
+from tiue_export.registry.support import require_support
 from tiue_export.specs import RuntimeOptions
 from tiue_export.train.prompts import read_prompts
 
@@ -23,7 +24,7 @@ def run(request: CalibrateRequest) -> None:
     """Capture, or go on with a capture that was stopped, and say what there is."""
     require("calibration", ("psutil",), "export")
     bundle, prompts = open_bundle(request.bundle), _prompts(request)
-    require_one_pass(bundle, "calibrate")
+    require_support("calibrate", bundle)
     out = request.out or Path(f"{request.bundle.resolve().name}-calibration")
     options = CaptureOptions(
         prompts=prompts,

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.proof.half_range import load_audit
-from tiue_export.sampling.plan import FasterPlan
+from tiue_export.sampling.plan import Plan
 
 from .report.tables import (
     console,
@@ -29,8 +29,8 @@ def run(path: Path, as_json: bool) -> None:
         print_json(dataclasses.asdict(bundle.manifest))
         return
     console.print(_facts(bundle))
-    plan = bundle.manifest.faster
-    console.print(_constants(bundle) if plan is None else _groups(bundle, plan))
+    plan = bundle.manifest.plan
+    console.print(_constants(plan) if plan.one_pass else _passes(plan))
     console.print(graph_table(bundle.manifest))
     audit = load_audit(bundle)
     if audit is not None:
@@ -99,18 +99,19 @@ def _compiled(bundle: Bundle) -> Table:
     return table
 
 
-def _groups(bundle: Bundle, plan: FasterPlan) -> Table:
+def _passes(plan: Plan) -> Table:
     """One row for each run of the encoder; the coefficients are in tiue.json."""
-    calls = len(bundle.manifest.schedule.timesteps)
+    chosen = f" ({plan.chosen_by})" if plan.chosen_by else ""
+    guidance = "" if plan.guidance is None else f", guidance {plan.guidance:g}"
     title = (
-        f"Faster Diffusion: {calls} {plan.scheduler} steps, {len(plan.groups)} encoder runs "
-        f"({plan.chosen_by}), guidance {plan.guidance:g}"
+        f"{plan.method}: {plan.rows} {plan.scheduler} steps, {len(plan.passes)} encoder runs"
+        f"{chosen}{guidance}"
     )
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in ("key step", "timestep", "decoder steps", "down to t"):
         table.add_column(column, justify="right")
-    for group in plan.groups:
-        cells = (group.first_step, group.timesteps[0], group.rows, group.timesteps[-1])
+    for one in plan.passes:
+        cells = (one.first_row, one.encoder_timestep, one.rows, one.timesteps[-1])
         table.add_row(*map(str, cells))
     injection = plan.injection
     if injection is None:
@@ -123,17 +124,16 @@ def _groups(bundle: Bundle, plan: FasterPlan) -> Table:
     return table
 
 
-def _constants(bundle: Bundle) -> Table:
-    schedule = bundle.manifest.schedule
-    title = f"Eq. 11, K={schedule.steps}, {schedule.prediction_type}, {schedule.timestep_spacing}"
+def _constants(plan: Plan) -> Table:
+    title = f"Eq. 11, K={plan.steps}, {plan.prediction_type}, {plan.timestep_spacing}"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("term")
     table.add_column("timestep", justify="right")
     table.add_column("coefficient", justify="right")
-    table.add_row("noise", "", f"{schedule.noise_coefficient:+.9f}")
-    rows = zip(schedule.timesteps, schedule.output_coefficients, strict=True)
+    table.add_row("noise", "", f"{plan.latents.noise:+.9f}")
+    rows = zip(plan.timesteps, plan.latents.outputs, strict=True)
     for row, (timestep, weight) in enumerate(rows):
         table.add_row(f"decoder row {row}", str(timestep), f"{weight:+.9f}")
-    for timestep in schedule.merged_timesteps:
+    for timestep in plan.merged_timesteps:
         table.add_row("merged", str(timestep), "into its neighbour")
     return table

@@ -42,9 +42,10 @@ def _prompts(request: AuditRequest) -> list[str]:
 
 def _audits(request: AuditRequest, prompts: list[str]) -> Iterator[GraphAudit]:
     from tiue_export.checkpoint.tokenizer_files import tokenizer_of
-    from tiue_export.graphs.build import ExportOptions, text_shape
+    from tiue_export.graphs.options import ExportOptions
+    from tiue_export.graphs.shapes import shapes_of
+    from tiue_export.methods.load import load_student
     from tiue_export.reference.half_audit import audit_student
-    from tiue_export.student.load import load_student
 
     options = ExportOptions(height=request.height, width=request.width, hoist=request.hoist)
     student = load_student(
@@ -57,6 +58,6 @@ def _audits(request: AuditRequest, prompts: list[str]) -> Iterator[GraphAudit]:
     )
     tokenizer = None
     if student.tokenizer_folder is not None:
-        tokenizer = tokenizer_of(student.tokenizer_folder, text_shape(student, options)[1])
+        tokenizer = tokenizer_of(student.tokenizer_folder, shapes_of(student, options).text[1])
     for ranges in audit_student(student, options, tokenizer, prompts):
         yield ranges.audit(request.top)

@@ -22,7 +22,7 @@ def run(path: Path, runtime_name: str, options: RuntimeOptions, as_json: bool) -
     reference = load_reference(bundle)
     runtime = open_runtime(runtime_name, bundle, options)
     try:
-        with step_bar(shown=bundle.manifest.faster is not None and not as_json) as on_step:
+        with step_bar(shown=not bundle.manifest.plan.one_pass and not as_json) as on_step:
             records = measure_runtime(bundle, runtime, reference, on_step)
         placement = runtime.placement() if isinstance(runtime, Placed) and not as_json else {}
     finally:

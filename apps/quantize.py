@@ -10,7 +10,7 @@ from typing import TypeVar
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle.read import open_bundle, require_one_pass
+from tiue_export.bundle.read import open_bundle
 from tiue_export.bundle.write import check_target
 from tiue_export.errors import UsageError
 from tiue_export.proof.calibration import open_calibration
@@ -27,6 +27,7 @@ from tiue_export.proof.quantization import (
 )
 from tiue_export.proof.quantization_plan import QuantizationPlan, read_plan
 from tiue_export.registry.spokes import make_plan, quantize, save_quantization_plots
+from tiue_export.registry.support import require_support
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.progress import StageReport
 
@@ -46,7 +47,7 @@ def run(request: QuantizeRequest) -> None:
     """Plan, write, judge; print what was gained and what was lost."""
     options = _options(request)
     bundle = open_bundle(request.bundle)
-    require_one_pass(bundle, "quantize")
+    require_support("quantize", bundle)
     out = request.out or Path(f"{request.bundle.resolve().name}-{request.kind or _KIND}")
     if not request.plan_only:
         check_target(out, force=request.force)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle.read import open_bundle, require_one_pass, require_whole_vae
+from tiue_export.bundle.read import open_bundle
 from tiue_export.registry.packages import require
 
 from .commands.triton import RepositoryOptions
@@ -26,8 +26,6 @@ def run(path: Path, repository: RepositoryOptions, output: WriteOptions) -> None
     )
 
     bundle = open_bundle(path)
-    require_one_pass(bundle, "triton")
-    require_whole_vae(bundle, "triton")
     options = TritonOptions(repository.backend, repository.name, repository.max_batch)
     made: TritonRepository = write_triton_repository(
         bundle, repository.out, options, force=output.force

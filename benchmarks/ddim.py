@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers import DDIMScheduler
 
-from tiue_export.sampling.schedule import ddim_settings
+from tiue_export.sampling.ddim import ddim_settings
 
 
 def ddim_arguments(config: Mapping[str, Any]) -> dict[str, Any]:

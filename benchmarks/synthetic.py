@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from tiue_export.checkpoint.family import load_family
 from tiue_export.checkpoint.ldm_names import LDM_PREFIX, ldm_names
 from tiue_export.checkpoint.parts import VAES, quiet_libraries
-from tiue_export.sampling.schedule import DEFAULT_STEPS
+from tiue_export.sampling.ddim import DEFAULT_STEPS
 from tiue_export.student.pipeline_folder import write_model_index, write_scheduler
 
 from .vocabulary import write_tokenizer

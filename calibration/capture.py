@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tiue_export.bundle.chain import NOISE, ONE_PASS, TOKENS
 from tiue_export.bundle.read import Bundle
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.errors import BundleError, ResourceError, UsageError
@@ -34,6 +35,7 @@ from tiue_export.proof.calibration import (
     write_shard,
 )
 from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.support import require_support
 from tiue_export.sampling.noise import check_seeds, noise_from_seed
 from tiue_export.specs import (
     TEXT_ENCODER,
@@ -42,8 +44,6 @@ from tiue_export.specs import (
     Runtime,
     check_finite,
 )
-
-from .quantized_bundle import check_quantizable
 
 # NVIDIA's own recipes calibrate image models on 32 or 64 prompts.
 _USUAL_COUNT = 64
@@ -87,7 +87,7 @@ def capture(
 
 def plan_capture(bundle: Bundle, options: CaptureOptions) -> CapturePlan:
     """What a capture will hold; what cannot be captured is refused here, before any work."""
-    check_quantizable(bundle)
+    require_support("calibrate", bundle)
     bundle.spec(TEXT_ENCODER)
     prompts = shipped_prompts() if options.prompts is None else options.prompts
     count = min(_USUAL_COUNT, len(prompts)) if options.count is None else options.count
@@ -203,15 +203,14 @@ def _run(
     chosen = list(index.prompts[start : start + index.batch])
     chosen += chosen[-1:] * (index.batch - len(chosen))
     shape = tuple(int(side) for side in bundle.manifest.latent_shape[1:])
-    feeds = {"input_ids": tokenizer(chosen)}
-    outputs = runtime.run(TEXT_ENCODER, bundle.spec(TEXT_ENCODER).select(feeds))
-    check_finite(TEXT_ENCODER, outputs)
-    noise = noise_from_seed(index.seed + start, (index.batch, *shape))
-    pool = {"sample": noise, "encoder_hidden_states": outputs["last_hidden_state"]}
-    spec = bundle.spec(UNET_ENCODER)
-    features = runtime.run(UNET_ENCODER, spec.select(pool))
-    check_finite(UNET_ENCODER, features)
-    return {name: array.astype(np.float32) for name, array in {**pool, **features}.items()}
+    values = {TOKENS: tokenizer(chosen)}
+    values[NOISE] = noise_from_seed(index.seed + start, (index.batch, *shape))
+    for graph in (TEXT_ENCODER, UNET_ENCODER):
+        outputs = runtime.run(graph, ONE_PASS.feeds(bundle.spec(graph), values))
+        check_finite(graph, outputs)
+        values |= ONE_PASS.values(graph, outputs)
+    del values[TOKENS]
+    return {name: array.astype(np.float32) for name, array in values.items()}
 
 
 def _with_disk_errors(

@@ -26,11 +26,12 @@ from tiue_export.proof.quantization_plan import (
     require_same_student,
 )
 from tiue_export.registry.packages import require
+from tiue_export.registry.support import require_support
 from tiue_export.specs import UNET_GRAPHS, Feeds
 from tiue_export.system.openvino_core import import_openvino, openvino_core
 from tiue_export.system.progress import Observer, stage
 
-from .quantized_bundle import check_quantizable, finish, link_files
+from .quantized_bundle import finish, link_files
 
 INT4 = "4-bit"
 KINDS = (W8A8, "hybrid", WEIGHTS, INT4)
@@ -72,7 +73,7 @@ def write_nncf_graphs(
     if options.kind not in KINDS:
         raise unknown_name("kind", options.kind, KINDS)
     compiled = require_nncf(bundle)
-    check_quantizable(bundle)
+    require_support("quantize", bundle)
     require_same_student(plan, bundle.manifest, str(bundle.root))
     observer = observer or Observer()
     forms: dict[str, CompiledGraph] = {}

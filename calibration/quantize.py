@@ -32,6 +32,7 @@ from tiue_export.proof.quantization_plan import (
     require_same_student,
 )
 from tiue_export.registry.packages import require
+from tiue_export.registry.support import require_support
 from tiue_export.specs import Feeds
 from tiue_export.system.progress import Observer, stage
 
@@ -45,7 +46,6 @@ from .openvino_int8 import (
 )
 from .quantized_bundle import (
     add_verdict,
-    check_quantizable,
     write_quantized_graphs,
 )
 from .verdict import (
@@ -99,7 +99,7 @@ def _check(bundle: Bundle, options: QuantizeOptions) -> None:
         raise unknown_name("backend", options.backend, BACKENDS)
     if options.kind not in (*KINDS, INT4):
         raise unknown_name("kind", options.kind, (*KINDS, INT4))
-    check_quantizable(bundle)
+    require_support("quantize", bundle)
     if options.kind == INT4 and options.backend == ONNX:
         raise UsageError(
             "4-bit weights need a newer opset than TensorRT 10.3 reads; they are made for OpenVINO",

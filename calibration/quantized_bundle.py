@@ -20,33 +20,15 @@ from tiue_export.bundle.write import write_manifest
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.proof.quantization_plan import (
     PLAN_FILE,
-    QUANTIZED,
     VERDICT_FILE,
     QuantizationPlan,
     require_same_student,
 )
+from tiue_export.registry.support import require_support
 from tiue_export.specs import UNET_GRAPHS
 
 from .onnx_layers import find_folds, find_layers
 from .qdq_onnx import SCALES, matched_folds, write_qdq
-
-
-def check_quantizable(bundle: Bundle) -> None:
-    """Refuse bundles whose UNet is quantized already, draws in a loop, or is not there as ONNX."""
-    if bundle.manifest.faster is not None:
-        raise UsageError(
-            f"{bundle.root} draws in a loop (Faster Diffusion), whose decoder sees other timesteps "
-            "each time; ranges are captured from distilled students, which draw in one pass",
-            "Quantize the bundle of a distilled student.",
-        )
-    for graph in UNET_GRAPHS:
-        if bundle.manifest.graphs[graph].precision in QUANTIZED:
-            raise UsageError(
-                f"{bundle.root} is quantized already: its {graph} is "
-                f"{bundle.manifest.graphs[graph].precision}",
-                "Quantize the float bundle it was made from.",
-            )
-        bundle.graph_path(graph)
 
 
 def write_quantized_graphs(
@@ -56,7 +38,7 @@ def write_quantized_graphs(
 
     Raises `UsageError` for a plan that does not fit the bundle or quantizes nothing.
     """
-    check_quantizable(bundle)
+    require_support("quantize", bundle)
     require_same_student(plan, bundle.manifest, str(bundle.root))
     if scales not in SCALES:
         raise unknown_name("scales", scales, SCALES)

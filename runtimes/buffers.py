@@ -14,6 +14,7 @@ from math import prod
 
 import numpy as np
 
+from tiue_export.bundle.chain import IN_PASSES, NOISE, ONE_PASS, TOKENS
 from tiue_export.errors import BundleError, RuntimeFailure
 from tiue_export.specs import (
     BATCH,
@@ -21,7 +22,6 @@ from tiue_export.specs import (
     STEPS,
     TEXT_ENCODER,
     UNET_ENCODER,
-    VAE_DECODER,
     Array,
     Feeds,
     GraphSpec,
@@ -29,16 +29,6 @@ from tiue_export.specs import (
     axis_size,
 )
 
-# The bundle keeps optimum's tensor names, so two tensors are not called what they are elsewhere.
-TOKENS, TEXT, NOISE, LATENTS, SCALED, PICTURE = (
-    "input_ids",
-    "encoder_hidden_states",
-    "sample",
-    "latents",
-    "latent_sample",
-    "picture",
-)
-_VALUES = {(TEXT_ENCODER, "last_hidden_state"): TEXT, (VAE_DECODER, "sample"): PICTURE}
 # TensorRT wants its scratch memory aligned to this; cudaMalloc's always is.
 ALIGNMENT_BYTES = 256
 
@@ -84,9 +74,7 @@ def plan_memory(specs: Iterable[GraphSpec], size: int, *, in_loop: bool = False)
     what a ControlNet adds to the encoder's outputs, under their names. Raises `BundleError` where
     one value is given and taken in two forms.
     """
-    values = dict(_VALUES)
-    if in_loop:
-        del values[TEXT_ENCODER, "last_hidden_state"]
+    values = dict((IN_PASSES if in_loop else ONE_PASS).renamed)
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     places: dict[str, dict[str, str]] = {}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from tiue_export.bundle.read import Bundle
-from tiue_export.errors import CheckpointError, RuntimeFailure, UsageError, unknown_name
-from tiue_export.graphs.build import ExportOptions, Graph, build_graphs
+from tiue_export.errors import RuntimeFailure, UsageError, unknown_name
+from tiue_export.export.own_student import StudentPlace, fp32_options, open_student
+from tiue_export.graphs.build import Graph, build_graphs
 from tiue_export.specs import Array, Feeds, RuntimeOptions
-from tiue_export.student.load import load_student
 
 
 class TorchRuntime:
@@ -79,33 +77,10 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> TorchRuntime:
         raise UsageError(f"--threads is {options.threads}; expected 1 or more")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    student = load_student(
-        Path(options.checkpoint),
-        options.base,
-        family=None if manifest.source.family == "custom" else manifest.source.family,
-        steps=manifest.schedule.steps,
-        allow_other_steps=True,
-        vae=options.vae,
-        distilled=manifest.faster is None,
+    place = StudentPlace(
+        options.checkpoint, options.base, options.vae, options.lora, options.controlnet
     )
-    ours = {"unet": student.source.sha256, **student.source.part_sha256}
-    theirs = {"unet": manifest.source.sha256, **manifest.source.part_sha256}
-    for part, expected in theirs.items():
-        if ours.get(part) != expected:
-            raise CheckpointError(
-                f"{options.checkpoint} is not the student of this bundle: the SHA-256 of its "
-                f"{part} is {ours.get(part, 'none')[:12]}..., the bundle's {expected[:12]}...",
-                f"Give the checkpoint named {manifest.source.name}, or export this one.",
-            )
-    student.schedule, student.plan = manifest.schedule, manifest.faster
-    graphs = build_graphs(
-        student,
-        ExportOptions(
-            precision="fp32",
-            height=manifest.height_px,
-            width=manifest.width_px,
-            batch=manifest.batch or 1,
-            hoist=manifest.hoisted,
-        ),
-    )
+    student = open_student(place, manifest)
+    size = manifest.height_px, manifest.width_px
+    graphs = build_graphs(student, fp32_options(manifest, size), only=tuple(manifest.graphs))
     return TorchRuntime(bundle, graphs, device)

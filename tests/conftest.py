@@ -213,7 +213,7 @@ def micro_pipeline(micro_folder, tiny_pipeline, tmp_path_factory):
 
     from tiue_export.benchmarks.synthetic import fill
     from tiue_export.checkpoint.family import load_family
-    from tiue_export.sampling.schedule import DEFAULT_STEPS
+    from tiue_export.sampling.ddim import DEFAULT_STEPS
     from tiue_export.student.pipeline_folder import write_model_index, write_scheduler
 
     folder = tmp_path_factory.mktemp("micro") / "pipeline"
@@ -249,9 +249,9 @@ def faster_bundle(teacher_folder: Path, made_once):
     """Six DDIM steps, the encoder at 0, 1 and 3; with OpenVINO graphs where it is installed."""
     from tiue_export import export_onnx, open_bundle
     from tiue_export.export.openvino import compile_openvino
-    from tiue_export.methods.teacher import load_teacher
+    from tiue_export.methods.faster import load_teacher
     from tiue_export.registry.packages import missing_modules
-    from tiue_export.sampling.plan_options import FasterOptions
+    from tiue_export.sampling.key_step_options import FasterOptions
 
     options = FasterOptions(steps=6, key_steps=(0, 1, 3), guidance=5.0)
 

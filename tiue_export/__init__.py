@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from tiue_export.drawing.pipeline import Pipeline
     from tiue_export.errors import TiueError
     from tiue_export.export.onnx.bundle import export_onnx
-    from tiue_export.graphs.build import ExportOptions
-    from tiue_export.sampling.plan_options import PlanChange
-    from tiue_export.sampling.schedule import Schedule, schedule_from_config
+    from tiue_export.graphs.options import ExportOptions
+    from tiue_export.methods.load import load_student
+    from tiue_export.sampling.ddim import one_pass_plan
+    from tiue_export.sampling.key_step_options import PlanChange
+    from tiue_export.sampling.plan import Plan
     from tiue_export.specs import RuntimeOptions
-    from tiue_export.student.load import load_student
     from tiue_export.student.model import Student
 
 # Our optimum plugin is a second distribution in optimum's namespace: diffusers says so on import.
@@ -31,14 +32,14 @@ logging.getLogger("diffusers.utils.import_utils").addFilter(
 _HOMES = {
     "Bundle": "bundle.read",
     "open_bundle": "bundle.read",
-    "load_student": "student.load",
+    "load_student": "methods.load",
     "TiueError": "errors",
     "export_onnx": "export.onnx.bundle",
-    "ExportOptions": "graphs.build",
+    "ExportOptions": "graphs.options",
     "Pipeline": "drawing.pipeline",
-    "PlanChange": "sampling.plan_options",
-    "Schedule": "sampling.schedule",
-    "schedule_from_config": "sampling.schedule",
+    "PlanChange": "sampling.key_step_options",
+    "Plan": "sampling.plan",
+    "one_pass_plan": "sampling.ddim",
     "RuntimeOptions": "specs",
     "Student": "student.model",
 }
@@ -46,16 +47,16 @@ __all__ = [
     "Bundle",
     "ExportOptions",
     "Pipeline",
+    "Plan",
     "PlanChange",
     "RuntimeOptions",
-    "Schedule",
     "Student",
     "TiueError",
     "__version__",
     "export_onnx",
     "load_student",
+    "one_pass_plan",
     "open_bundle",
-    "schedule_from_config",
 ]
 
 

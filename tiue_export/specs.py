@@ -29,6 +29,8 @@ UNET_GRAPHS = (UNET_ENCODER, UNET_DECODER)
 
 # Only in bundles of Faster Diffusion with a ControlNet; its outputs are added to the encoder's.
 CONTROLNET = "controlnet"
+# All graphs that a bundle may have, in running order.
+RUNNING_ORDER = (TEXT_ENCODER, CONTROLNET, UNET_ENCODER, UNET_DECODER, VAE_DECODER)
 
 BATCH = "batch"
 # The open axis of Faster Diffusion's decoder; an axis may be a product, such as "2*steps".
@@ -90,7 +92,8 @@ class RuntimeOptions:
 
     `low_memory` gives memory back between operations where the runtime can; slower.
     `precision` is the arithmetic, for runtimes that can choose: fp32, bf16, fp16.
-    `checkpoint`, `base` and `vae` are for the torch reference, which runs the student itself.
+    `checkpoint`, `base`, `vae`, `lora` and `controlnet` are for the torch reference, which runs the
+    student itself.
     `provider` is ONNX Runtime's: cpu, cuda, rtx (None: by `device`). `cuda_graph` None records a
     run as a CUDA graph where the runtime does so by itself; True insists, False forbids it.
     """
@@ -102,6 +105,8 @@ class RuntimeOptions:
     checkpoint: str | None = None
     base: str | None = None
     vae: str | None = None
+    lora: tuple[str, ...] = ()
+    controlnet: str | None = None
     provider: str | None = None
     cuda_graph: bool | None = None
 

@@ -16,8 +16,8 @@ from tiue_export.drawing.contact_sheet import contact_sheet
 from tiue_export.drawing.picture import picture_from_file, save_png
 from tiue_export.drawing.pipeline import Picture, Pipeline, Result, replanned
 from tiue_export.errors import UsageError
+from tiue_export.sampling.key_step_options import PlanChange
 from tiue_export.sampling.noise import check_seeds, noise_from_file
-from tiue_export.sampling.plan_options import PlanChange
 from tiue_export.specs import Array
 from tiue_export.system.disk_errors import disk_errors
 
@@ -60,7 +60,7 @@ def run(draw: DrawOptions) -> dict[str, object]:
             if not quiet:
                 console.print(str(path), markup=False, highlight=False)
 
-        with step_bar(shown=bundle.manifest.faster is not None and not quiet) as on_step:
+        with step_bar(shown=not bundle.manifest.plan.one_pass and not quiet) as on_step:
             result = pipeline(
                 prompts,
                 seed=draw.seed or 0,

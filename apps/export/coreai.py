@@ -29,15 +29,12 @@ def run(source: StudentSourceOptions, own: CoreaiForm, export: ExportRequest) ->
     check_source(FORM, source, export)
     require("Core AI export", ("coreai", "coreai_torch"), "coreai")
     require("exporting", EXPORT_NEEDS, "export")
-    from tiue_export.bundle.read import require_one_pass
     from tiue_export.export.coreai import CoreaiOptions, check_precision, compile_coreai
     from tiue_export.export.own_student import StudentPlace
 
     check_precision(own.precision)
     start = time.perf_counter()
     bundle = bundle_of(FORM, source, export)
-    if bundle is not None:
-        require_one_pass(bundle, "coreai")
     if bundle is None or export.dry_run:
         print_form_plan(FORM, bundle, {"precision": own.precision}, as_json=export.as_json)
         return

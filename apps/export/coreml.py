@@ -29,8 +29,6 @@ def run(source: StudentSourceOptions, own: CoremlForm, export: ExportRequest) ->
     """Export the bundle first where there is none, then convert, prove, and print."""
     options = coreml_options(own)
     plan = plan_coreml(options)
-    if export.in_loop:
-        check_loop(options)
     if options.sizes:
         refuse(
             "for one size, and --size was given too",
@@ -41,6 +39,8 @@ def run(source: StudentSourceOptions, own: CoremlForm, export: ExportRequest) ->
     check_source(FORM, source, export)
     require("Core ML export", ("coremltools", "sklearn"), "coreml")
     require("exporting", EXPORT_NEEDS, "export")
+    if export.plans_passes():
+        check_loop(options)
     from tiue_export.export.coreml.bundle import compile_coreml
     from tiue_export.export.own_student import StudentPlace
 
@@ -110,7 +110,7 @@ def _of_the_bundle(export: ExportRequest, options: CoremlOptions) -> ExportReque
     if options.sizes:
         height, width = options.sizes[0]
         export = replace(export, height=height, width=width)
-    if export.in_loop and not given(export, only=("hoist_into", "no_hoist")):
+    if export.plans_passes() and not given(export, only=("hoist_into", "no_hoist")):
         export = replace(export, hoist_into="encoder")
     return export
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import UsageError
+from tiue_export.registry.support import require_support
 
 from ..options.checkpoint import SourceOptions, StudentSourceOptions
 from ..options.graphs import ExportRequest
@@ -81,11 +82,15 @@ def bundle_of(
     With JSON nothing is printed of the export: the form's object is the only one.
     """
     if source.bundle is not None:
-        return open_bundle(source.bundle)
+        bundle = open_bundle(source.bundle)
+        require_support(form.command, bundle)
+        return bundle
     assert source.ckpt is not None
     both = isinstance(source, StudentSourceOptions)
     ckpt = f" --ckpt {shlex.quote(source.ckpt)}" if both else ""
-    exported = export_checkpoint(source.ckpt, export, precision, f"{form.command}{ckpt} --bundle")
+    exported = export_checkpoint(
+        source.ckpt, export, precision, f"{form.command}{ckpt} --bundle", verb=form.command
+    )
     if exported is None:
         return None
     if not export.as_json:

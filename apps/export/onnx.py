@@ -33,11 +33,10 @@ from ..report.tables import (
     parity_table,
     print_json,
 )
-from .load import load
 
 if TYPE_CHECKING:
-    from tiue_export.export.dry_run import Plan
-    from tiue_export.graphs.build import ExportOptions
+    from tiue_export.export.dry_run import ExportPlan
+    from tiue_export.graphs.options import ExportOptions
 
 _VISIBLE_LOSS_DB = 40.0
 _LARGEST = 3
@@ -53,17 +52,22 @@ class Exported:
 
 
 def export_checkpoint(
-    ckpt: str, export: ExportRequest, precision: str, instead: str = ""
+    ckpt: str, export: ExportRequest, precision: str, instead: str = "", *, verb: str = "onnx"
 ) -> Exported | None:
     """Export behind a progress bar; None after a dry run, whose plan is printed.
 
-    Everything that can be refused without the model is refused before it is loaded. `instead` is
-    the command that would use a bundle which lies at the output already.
+    Everything that can be refused without the model is refused before it is loaded, what `verb`
+    cannot go on with too. `instead` is the command that would use a bundle which lies at the output
+    already.
     """
     require("exporting", EXPORT_NEEDS, "export")
-    export.check_method()
+    from tiue_export.export.load import check_request, load_to_export
+    from tiue_export.methods.load import DEFAULT_METHOD
+
     export.check_audit(precision)
     options, quiet = graph_options(export, precision), export.as_json
+    method, sampling = export.method or DEFAULT_METHOD, export.sampling()
+    check_request(verb, export.checkpoint(ckpt), method, sampling, options)
     prompts = prompts_in(export.audit_prompts, "--audit-prompts")
     check_checkpoint_path(ckpt)
     out = output_path(ckpt, export, precision)
@@ -78,12 +82,15 @@ def export_checkpoint(
     with stage_bar(quiet=quiet) as bar:
         observer = bar.observer(reports)
         with stage(observer, "load student"):
-            student = load(ckpt, export, lambda part: bar.begin(f"load {part}"))
+            request = export.checkpoint(ckpt)
+            student = load_to_export(
+                request, method, sampling, lambda part: bar.begin(f"load {part}")
+            )
         if export.dry_run:
             _print_plan(plan_export(student, options), out, as_json=quiet)
             return None
         graphs = 2 + (student.text_encoder is not None) + (student.vae is not None)
-        loop = student.plan is not None
+        loop = not student.plan.one_pass
         # Load, reference, audit, export each, verify each, verify the loop.
         bar.expect(2 + bool(prompts) + 2 * graphs + loop)
         bundle = export_onnx(
@@ -102,7 +109,7 @@ def export_checkpoint(
 
 def graph_options(export: ExportRequest, precision: str) -> ExportOptions:
     """The options in the words of the graphs; wrong ones are refused here."""
-    from tiue_export.graphs.build import ExportOptions
+    from tiue_export.graphs.options import ExportOptions
 
     batch, dynamic_batch = export.graph_batch()
     return ExportOptions(
@@ -122,7 +129,7 @@ def output_path(ckpt: str, export: ExportRequest, precision: str) -> Path:
     """`--out`, or NAME-PRECISION in the current folder."""
     place = Path(ckpt).resolve()
     name = place.stem if place.suffix == ".safetensors" else place.name
-    method = f"-{export.method}" if export.in_loop else ""
+    method = f"-{export.method}" if export.plans_passes() else ""
     return export.out or Path(f"{name}{method}-{precision}")
 
 
@@ -184,14 +191,13 @@ def _print_proof(bundle: Bundle) -> None:
 
 
 def _steps(bundle: Bundle) -> str:
-    plan = bundle.manifest.faster
-    if plan is None:
-        return f"K={bundle.manifest.schedule.steps}"
-    calls = len(bundle.manifest.schedule.timesteps)
-    return f"{calls} {plan.scheduler} steps, encoder at {len(plan.groups)} of them"
+    plan = bundle.manifest.plan
+    if plan.one_pass:
+        return f"K={plan.steps}"
+    return f"{plan.rows} {plan.scheduler} steps, encoder at {len(plan.passes)} of them"
 
 
-def _print_plan(plan: Plan, out: Path, *, as_json: bool) -> None:
+def _print_plan(plan: ExportPlan, out: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({"bundle": str(out), **dataclasses.asdict(plan)})
         return

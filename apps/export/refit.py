@@ -68,7 +68,7 @@ def options_of(manifest: Manifest, export: ExportRequest) -> ExportRequest:
     naive = manifest.hoisted == "none"
     return replace(
         export,
-        steps=manifest.schedule.steps,
+        steps=manifest.plan.steps,
         height=manifest.height_px,
         width=manifest.width_px,
         batch=str(manifest.batch or 1),
@@ -122,12 +122,12 @@ def _check(
     old = open_bundle(source.bundle)
     if is_bundle:
         return old
-    if old.manifest.schedule.merged_timesteps:
+    if old.manifest.plan.merged_timesteps:
         raise UsageError(
             f"{old.root} has merged rows, whose threshold it does not keep",
             "Export the new student yourself with the same --merge-below, and name that bundle.",
         )
-    if old.manifest.faster is not None:
+    if not old.manifest.plan.one_pass:
         raise UsageError(
             f"{old.root} draws in a loop (Faster Diffusion); its export has options of its own",
             "Export the new model yourself with the same options, and name that bundle.",

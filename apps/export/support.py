@@ -13,14 +13,12 @@ _ONE_BATCH = "not possible here: these graphs are made for one batch"
 # Backend -> field of an option -> why it cannot be. What is absent is possible.
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "coreml": {
-        "controlnet": "not possible here: Core ML packages of a loop come without a ControlNet",
         "max_decoder_rows": "not possible here: --decoder-batch bounds a Core ML decoder",
         "vae_precision": _OWN_PRECISION,
         "vae_tile": _WHOLE_PICTURE,
         "dynamic_batch": _ONE_BATCH,
     },
     "coreai": {
-        "method": "not possible here: Core AI assets are of distilled students",
         "vae_precision": _OWN_PRECISION,
         "vae_tile": _WHOLE_PICTURE,
         "dynamic_batch": _ONE_BATCH,
@@ -31,6 +29,4 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
 def refuse_unsupported(backend: str, export: ExportRequest) -> None:
     """Raise `UsageError` naming an option of `export` that `backend` cannot honour, and why."""
     for name, why in REFUSED.get(backend, {}).items():
-        if name == "method" and not export.in_loop:
-            continue
         refuse(why, "Leave it out, or run the model with ort or openvino.", export, only=(name,))

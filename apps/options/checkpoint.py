@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tiue_export.errors import UsageError, unknown_name
+from .group import OptionGroup
 
-from .group import OptionGroup, refuse
-
-METHODS = ("tiue", "faster")
-AUTO = "auto"
-_OF_A_LOOP = (
-    "scheduler",
-    "key_steps",
-    "budget",
-    "inject",
-    "guidance",
-    "max_decoder_rows",
-    "controlnet",
-)
+if TYPE_CHECKING:
+    from tiue_export.methods.method import MethodOptions as Sampling
 
 
 @dataclass(frozen=True)
@@ -193,35 +183,16 @@ class MethodName(OptionGroup):
 class MethodOptions(LoopOptions, StepOptions, MethodName, ControlNetOptions, LoraOptions):
     """What is exported: a distilled student, or a model in a loop."""
 
-    @property
-    def in_loop(self) -> bool:
-        """Whether a model in a loop is exported."""
-        return self.method == "faster"
+    def sampling(self) -> Sampling:
+        """What was said of the sampling, in the words of methods."""
+        from tiue_export.methods.method import MethodOptions as Sampling
 
-    def check_method(self) -> None:
-        """Refuse unknown names, and options of one method beside the other."""
-        if self.method not in (None, *METHODS):
-            raise unknown_name("method", str(self.method), METHODS)
-        if self.scheduler is not None:
-            from tiue_export.sampling.plan import check_scheduler
+        names = (field.name for field in dataclasses.fields(Sampling))
+        return Sampling(**{name: getattr(self, name) for name in names})
 
-            check_scheduler(self.scheduler)
-        if not self.in_loop:
-            refuse(
-                "for --method faster; a distilled student draws in one pass",
-                "Add --method faster for an ordinary model, or leave it out.",
-                self,
-                only=_OF_A_LOOP,
-            )
-            return
-        refuse(
-            "for distilled students; a model in a loop takes any number of steps",
-            "Leave it out.",
-            self,
-            only=("allow_other_steps",),
-        )
-        if self.budget is not None and self.key_steps != AUTO:
-            raise UsageError(
-                "--budget is for --key-steps auto, which chooses within it",
-                "Add --key-steps auto, or leave --budget out.",
-            )
+    def plans_passes(self) -> bool:
+        """Whether the method draws in several passes; unknown methods are refused."""
+        from tiue_export.methods.load import DEFAULT_METHOD, METHODS
+        from tiue_export.methods.method import method_named
+
+        return "passes" in method_named(self.method or DEFAULT_METHOD, METHODS).features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from tiue_export.errors import UsageError
 from .checkpoint import FamilyOptions, MethodOptions, PartOptions
 from .group import OptionGroup, refuse
 from .output import BundleOutput
+
+if TYPE_CHECKING:
+    from tiue_export.methods.load import CheckpointRequest
 
 
 @dataclass(frozen=True)
@@ -179,3 +182,10 @@ class ExportRequest(
     PartOptions,
 ):
     """What decides an export, beside the checkpoint itself: the same for every backend."""
+
+    def checkpoint(self, ckpt: str) -> CheckpointRequest:
+        """The checkpoint with all that is loaded, replaced or merged."""
+        from tiue_export.methods.load import CheckpointRequest
+
+        names = ("base", "vae", "family", "lora", "controlnet")
+        return CheckpointRequest(ckpt, **{name: getattr(self, name) for name in names})

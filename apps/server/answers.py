@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from tiue_export.sampling.plan import GUIDANCE_RANGE, FasterPlan
+from tiue_export.sampling.plan import GUIDANCE_RANGE
 
 from .settings import ServerSettings
 
@@ -117,11 +117,11 @@ def _integer(least: int, most: int) -> Any:
 
 
 def image_request_model(
-    settings: ServerSettings, model_names: tuple[str, ...], size: str, plan: FasterPlan | None
+    settings: ServerSettings, model_names: tuple[str, ...], size: str, guidance: float | None
 ) -> type[BaseModel]:
     """The request of this server's bundle, with its bounds: they show in the OpenAPI page too.
 
-    A student has its guidance in its weights; with a plan of Faster Diffusion it may be chosen.
+    A student has its guidance in its weights (None); elsewhere it is the default to choose from.
     """
     limits = settings.limits
     formats: Any = Literal["b64_json", "url"] if settings.urls else Literal["b64_json"]
@@ -145,11 +145,11 @@ def image_request_model(
         "background": (Literal["auto", "opaque"] | None, Field("auto")),
         "user": (str | None, Field(None, max_length=256, description="Accepted, not kept.")),
     }
-    if plan is not None:
+    if guidance is not None:
         least, most = GUIDANCE_RANGE
         fields["guidance"] = (
             Annotated[float, Field(ge=least, le=most)] | None,
-            Field(None, description=f"1 is none; left out, {plan.guidance:g}."),
+            Field(None, description=f"1 is none; left out, {guidance:g}."),
         )
         fields["negative_prompt"] = (
             Annotated[str, Field(max_length=limits.prompt_characters)] | None,

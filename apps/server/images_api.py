@@ -242,7 +242,7 @@ def create_app(worker: DrawingWorker, settings: ServerSettings) -> FastAPI:
 
 def _add_routes(app: FastAPI, api: ImagesApi) -> None:
     asked_type = image_request_model(
-        api.settings, api.names, api.size, api.worker.pipeline.bundle.manifest.faster
+        api.settings, api.names, api.size, api.worker.pipeline.bundle.manifest.plan.guidance
     )
 
     @app.post(

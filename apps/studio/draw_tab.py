@@ -210,7 +210,7 @@ class DrawTab:
 
     def _takes_guidance(self, label: str) -> bool:
         """Whether that choice draws by Faster Diffusion: a student's guidance is in its weights."""
-        return self._studio.offer.choice(label).bundle.manifest.faster is not None
+        return self._studio.offer.choice(label).bundle.manifest.plan.guidance is not None
 
     def _answered(self, answer: Callable[[_Asked, Callable[[], bool]], _Outputs]) -> Any:
         """`answer` as Gradio calls it, with the form's fields; emptied ones hold None."""

@@ -9,7 +9,7 @@ from tiue_export.bundle.manifest import Manifest, ParityRecord
 from tiue_export.errors import TiueError
 from tiue_export.proof.gates import IDENTICAL_DB
 from tiue_export.proof.half_range import load_audit
-from tiue_export.sampling.plan import FasterPlan
+from tiue_export.sampling.plan import Plan
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER, TensorSpec
 
 from ..inspection import bundle_facts
@@ -142,12 +142,12 @@ def bundle_page(choice: Choice, offer: Offer) -> str:
     ]
     if manifest.compiled:
         sections.append(_section("Compiled forms", _compiled(manifest)))
-    if manifest.faster is None:
-        sections.append(_section(f"Eq. 11 with K={manifest.schedule.steps}", _constants(manifest)))
+    if manifest.plan.one_pass:
+        sections.append(_section(f"Eq. 11 with K={manifest.plan.steps}", _constants(manifest)))
     else:
-        plan = manifest.faster
-        title = f"Faster Diffusion: {plan.scheduler}, guidance {plan.guidance:g}"
-        sections.append(_section(title, _groups(plan)))
+        plan = manifest.plan
+        guidance = "" if plan.guidance is None else f", guidance {plan.guidance:g}"
+        sections.append(_section(f"{plan.method}: {plan.scheduler}{guidance}", _passes(plan)))
     records = [*manifest.parity, *(r for c in manifest.compiled.values() for r in c.parity)]
     sections.append(_section("Parity", _parity(records)))
     audit = load_audit(bundle)
@@ -225,19 +225,19 @@ def _compiled(manifest: Manifest) -> str:
 
 
 def _constants(manifest: Manifest) -> str:
-    schedule = manifest.schedule
-    rows = [("noise", "", f"{schedule.noise_coefficient:+.6f}")]
-    pairs = zip(schedule.timesteps, schedule.output_coefficients, strict=True)
+    plan = manifest.plan
+    rows = [("noise", "", f"{plan.latents.noise:+.6f}")]
+    pairs = zip(plan.timesteps, plan.latents.outputs, strict=True)
     rows += [(f"decoder row {i}", str(t), f"{weight:+.6f}") for i, (t, weight) in enumerate(pairs)]
-    rows += [("merged", str(t), "into its neighbour") for t in schedule.merged_timesteps]
+    rows += [("merged", str(t), "into its neighbour") for t in plan.merged_timesteps]
     return _table(("term", "timestep", "coefficient"), rows)
 
 
-def _groups(plan: FasterPlan) -> str:
+def _passes(plan: Plan) -> str:
     """One row for each run of the encoder."""
     rows = [
-        (str(group.first_step), str(group.timesteps[0]), str(group.rows), str(group.timesteps[-1]))
-        for group in plan.groups
+        (str(one.first_row), str(one.encoder_timestep), str(one.rows), str(one.timesteps[-1]))
+        for one in plan.passes
     ]
     return _table(("key step", "timestep", "decoder steps", "down to t"), rows)
 

@@ -225,7 +225,7 @@ def _bundle_contenders(asked: ContenderRequest) -> list[Contender]:
         for lane in bundle_lanes(asked, bundle)
         for contender in (
             [_student_bundle(title, bundle, lane, asked)]
-            if bundle.manifest.faster is None
+            if bundle.manifest.plan.one_pass
             else _looped_bundle(title, bundle, lane, asked)
         )
     ]
@@ -251,7 +251,7 @@ def _looped_bundle(
     title: str, bundle: Bundle, lane: Lane, asked: ContenderRequest
 ) -> list[Contender]:
     """A model in a loop: its own groups, the same one step at a time, and ordinary sampling."""
-    plan, steps = plan_of(bundle), bundle.manifest.schedule.rows
+    plan, steps = plan_of(bundle), bundle.manifest.plan.rows
     missing = None
     if lane.runtime == TORCH:
         missing = "a bundle with a plan is measured on its graphs: use fifty-step/torch/fp32"
@@ -260,7 +260,7 @@ def _looped_bundle(
     return [
         Contender(
             name=f"{title}{'' if loop == 'plan' else f'-{loop}'}/{lane.runtime}/{lane.precision}",
-            what=f"Faster Diffusion, {steps} steps, {len(plan.groups)} key steps: {what}"
+            what=f"Faster Diffusion, {steps} steps, {len(plan.passes)} key steps: {what}"
             if loop != "every-step"
             else f"{steps} steps with guidance: {what}",
             settings=FasterSettings(
@@ -286,7 +286,7 @@ def bundle_titles(bundles: Sequence[Bundle]) -> list[str]:
     looped = [
         f"{title}-{loop}"
         for title, bundle in zip(titles, bundles, strict=True)
-        if bundle.manifest.faster is not None
+        if not bundle.manifest.plan.one_pass
         for loop in LOOPS
         if loop != "plan"
     ]
@@ -303,9 +303,9 @@ def bundle_titles(bundles: Sequence[Bundle]) -> list[str]:
 def _bundle_what(bundle: Bundle) -> str:
     manifest = bundle.manifest
     hoisted = "naive decoder" if manifest.hoisted == "none" else f"hoisted ({manifest.hoisted})"
-    merged = len(manifest.schedule.merged_timesteps)
-    rows = f"{manifest.schedule.rows} rows" + (f" ({merged} merged)" if merged else "")
-    return f"TiUE K={manifest.schedule.steps}, {rows}, {hoisted}"
+    merged = len(manifest.plan.merged_timesteps)
+    rows = f"{manifest.plan.rows} rows" + (f" ({merged} merged)" if merged else "")
+    return f"TiUE K={manifest.plan.steps}, {rows}, {hoisted}"
 
 
 def _torch(name: str, method: str, lane: Lane, asked: ContenderRequest) -> Contender:

@@ -20,8 +20,8 @@ from tiue_export.drawing.vae_tiles import decode_in_tiles, tile_size
 from tiue_export.proof.latency_record import END_TO_END, Facts
 from tiue_export.proof.parity import load_reference
 from tiue_export.registry.runtimes import open_runtime
-from tiue_export.sampling.plan import FasterPlan
-from tiue_export.sampling.plan_options import PlanChange
+from tiue_export.sampling.key_step_options import PlanChange
+from tiue_export.sampling.plan import Plan
 from tiue_export.sampling.sampler import pieces
 from tiue_export.specs import (
     TEXT_ENCODER,
@@ -54,19 +54,19 @@ class LoopRuns:
     decoder: Mapping[int, int]
 
 
-def loop_runs(plan: FasterPlan, loop: str, batch: int) -> LoopRuns:
+def loop_runs(plan: Plan, loop: str, batch: int) -> LoopRuns:
     """What one drawing of `batch` pictures runs."""
-    steps = sum(group.rows for group in plan.groups)
+    steps = sum(group.rows for group in plan.passes)
     if loop == "every-step":
         return LoopRuns(steps, {1: steps})
     if loop == "sequential":
-        return LoopRuns(len(plan.groups), {1: steps})
+        return LoopRuns(len(plan.passes), {1: steps})
     sizes = Counter(
         len(piece)
-        for group in plan.groups
+        for group in plan.passes
         for piece in pieces(group, plan.max_decoder_rows, 2 * batch)
     )
-    return LoopRuns(len(plan.groups), dict(sorted(sizes.items())))
+    return LoopRuns(len(plan.passes), dict(sorted(sizes.items())))
 
 
 class FasterSession:
@@ -170,8 +170,8 @@ def _inputs(bundle: Bundle) -> dict[str, Array]:
     return known
 
 
-def plan_of(bundle: Bundle) -> FasterPlan:
+def plan_of(bundle: Bundle) -> Plan:
     """The plan of a bundle that was exported with one."""
-    plan = bundle.manifest.faster
+    plan = bundle.manifest.plan
     assert plan is not None, "contenders.py opens this session for bundles with a plan"
     return plan

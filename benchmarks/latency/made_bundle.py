@@ -81,7 +81,7 @@ def is_made(asked: MadeBundle, work: Path) -> bool:
 def make(asked: MadeBundle, folder: Path) -> None:
     """Export and prove the bundle in this process; `folder` is replaced if it is a bundle."""
     from tiue_export.export.onnx.bundle import export_onnx
-    from tiue_export.graphs.build import ExportOptions
+    from tiue_export.graphs.options import ExportOptions
 
     options = ExportOptions(
         precision=asked.precision,
@@ -103,7 +103,7 @@ def make(asked: MadeBundle, folder: Path) -> None:
 
 def measured_student(checkpoint: str, asked: MadeBundle | TorchSettings) -> Student:
     """The checkpoint at the K that is asked for, with no more parts than are measured."""
-    from tiue_export.student.load import load_student
+    from tiue_export.methods.load import load_student
 
     return load_student(
         checkpoint,
@@ -116,12 +116,12 @@ def measured_student(checkpoint: str, asked: MadeBundle | TorchSettings) -> Stud
 
 
 def _student(asked: MadeBundle) -> Student:
-    from tiue_export.sampling.schedule import schedule_from_config
+    from tiue_export.sampling.ddim import one_pass_plan
 
     student = measured_student(asked.checkpoint, asked)
     if asked.one_step:
         config = {**student.scheduler_config, "timestep_spacing": "trailing"}
-        student.scheduler_config, student.schedule = config, schedule_from_config(config, 1)
+        student.scheduler_config, student.plan = config, one_pass_plan(config, 1)
     return student
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiue_export.errors import CheckpointError, RuntimeFailure
-from tiue_export.graphs.build import ExportOptions, latent_shape, text_shape, vae_scale
-from tiue_export.graphs.build import vae_scaling_factor as scaling_factor
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.latency_record import END_TO_END, UNET, Facts
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER
@@ -63,15 +63,16 @@ class TorchSession:
         if settings.cache_interval:
             _cache_layers(self._student.unet, settings)
         options = ExportOptions(height=settings.height, width=settings.width, batch=settings.batch)
-        self._shape = latent_shape(self._student, options)  # (B, 4, H, W)
+        shapes = shapes_of(self._student, options)
+        self._shape = shapes.latents  # (B, 4, H, W)
         self._noise = torch.from_numpy(noise_from_seed(0, self._shape)).to(self._device)
-        self._ids, self._text = _text_inputs(self._student, text_shape(self._student, options))
-        self._scaling_factor = scaling_factor(self._student)
+        self._ids, self._text = _text_inputs(self._student, shapes.text)
+        self._scaling_factor = shapes.vae_scaling_factor
 
     @property
     def facts(self) -> Facts:
         """What is loaded, and how it computes."""
-        scale, (height, width) = vae_scale(self._student), self._shape[2:]
+        scale, (height, width) = shapes_of(self._student).vae_scale, self._shape[2:]
         modules = (torch, diffusers, transformers)
         return Facts(
             device=str(self._device),

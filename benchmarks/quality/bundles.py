@@ -14,8 +14,8 @@ from tiue_export.drawing.picture import pixels_from_sample
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import UsageError
 from tiue_export.methods.scheduler import plan_from_config
+from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.sampling.noise import noise_from_seed
-from tiue_export.sampling.plan_options import FasterOptions
 
 from .judge import Contender, Draws
 from .yardstick import PICTURE_SIZE_PX, QualityData
@@ -38,7 +38,7 @@ def pipeline_contender(name: str, pipeline: Pipeline) -> Contender:
         filled = [*prompts, *[prompts[-1]] * missing]
         noise = [noise_from_seed(seed, (1, *shape)) for seed in [*seeds, *[seeds[-1]] * missing]]
         text = pipeline.embed(filled)
-        if bundle.manifest.faster is not None:
+        if not bundle.manifest.plan.one_pass:
             text = np.concatenate([pipeline.embed([""] * len(filled)), text])  # (2B, L, D)
         latents = pipeline.latents_from_noise(np.concatenate(noise), text)
         pictures = pixels_from_sample(pipeline.decode(latents))
@@ -115,8 +115,7 @@ def planned_contender(planned: Planned, pipeline: Pipeline) -> Contender:
     """The pipeline's own graphs and runtime under another plan."""
     bundle = pipeline.bundle
     config = json.loads(bundle.file("scheduler/scheduler_config.json").read_text("utf-8"))
-    schedule, plan = plan_from_config(config, planned.options)
-    manifest = replace(bundle.manifest, schedule=schedule, faster=plan)
+    manifest = replace(bundle.manifest, plan=plan_from_config(config, planned.options))
     changed = replace(pipeline, bundle=Bundle(bundle.root, manifest))
     contender = pipeline_contender(planned.name, changed)
     return replace(contender, series=planned.series, mark=planned.mark)
@@ -129,14 +128,14 @@ def plan_contenders(
 
     Raises `UsageError` for a bundle that has no plan.
     """
-    faster = pipeline.bundle.manifest.faster
-    if faster is None:
+    own_guidance = pipeline.bundle.manifest.plan.guidance
+    if own_guidance is None:
         raise UsageError(
             f"{pipeline.bundle.root} is a distilled student: it has no key steps",
             "Give a bundle made by: tiue-export onnx --ckpt TEACHER --method faster",
         )
     listed = [named_list(text) for text in further]
-    chosen = plans(faster.guidance if guidance is None else guidance, listed)
+    chosen = plans(own_guidance if guidance is None else guidance, listed)
     return [planned_contender(planned, pipeline) for planned in chosen]
 
 

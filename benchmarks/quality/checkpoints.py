@@ -22,11 +22,12 @@ from tiue_export.checkpoint.tokenizer_files import tokenizer_of
 from tiue_export.drawing.picture import pixels_from_sample
 from tiue_export.drawing.tokenizer import Tokenizer
 from tiue_export.errors import UsageError
-from tiue_export.graphs.build import ExportOptions, latent_shape, vae_scale, vae_scaling_factor
+from tiue_export.graphs.shapes import shapes_of
+from tiue_export.methods.load import load_student
+from tiue_export.sampling.ddim import one_pass_plan
 from tiue_export.sampling.noise import noise_from_seed
-from tiue_export.sampling.schedule import Schedule, schedule_from_config
+from tiue_export.sampling.plan import Plan
 from tiue_export.specs import Array, check_finite
-from tiue_export.student.load import load_student
 from tiue_export.student.model import Student
 
 from ..ddim import ddim_arguments
@@ -82,7 +83,7 @@ class Checkpoint:
 
     def _pictures(self, latents: Tensor) -> Array:
         vae: Any = self.student.vae
-        sample = vae.decode(latents / vae_scaling_factor(self.student)).sample
+        sample = vae.decode(latents / shapes_of(self.student).vae_scaling_factor).sample
         return pixels_from_sample(sample.numpy())
 
 
@@ -99,8 +100,8 @@ def open_checkpoint(
     length = int(student.text_encoder.config.max_position_embeddings)
     tokenizer = tokenizer_of(student.tokenizer_folder, length)
     student = student.float().requires_grad_(False)
-    shape = latent_shape(student, ExportOptions())[1:]
-    sides_px = tuple(side * vae_scale(student) for side in shape[1:])
+    shape = shapes_of(student).latents[1:]
+    sides_px = tuple(side * shapes_of(student).vae_scale for side in shape[1:])
     if sides_px != (PICTURE_SIZE_PX, PICTURE_SIZE_PX):
         raise UsageError(
             f"{folder} draws {sides_px[1]}x{sides_px[0]} px; the quality data judges "
@@ -137,30 +138,30 @@ def teacher_contender(checkpoint: Checkpoint, steps: int, guidance: float) -> Co
     return replace(contender, series=f"teacher, guidance {guidance:g}, T DDIM steps", steps=steps)
 
 
-def student_contender(checkpoint: Checkpoint, name: str, schedule: Schedule) -> Contender:
-    """One encoder pass, one batched decoder pass over `schedule`'s rows, the closed formula."""
-    student = _with_schedule(checkpoint.student, schedule)
-    weights = torch.tensor(schedule.output_coefficients).abs()
+def student_contender(checkpoint: Checkpoint, name: str, plan: Plan) -> Contender:
+    """One encoder pass, one batched decoder pass over `plan`'s rows, the closed formula."""
+    student = _with_plan(checkpoint.student, plan)
+    weights = torch.tensor(plan.latents.outputs).abs()
 
     def sample(noise: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         text = checkpoint.embed(prompts)
         with checkpoint.autocast():
             outputs = student.decode(student.encode(noise, text), text).float()
-        rows = outputs.reshape(schedule.rows, len(noise), -1)  # (K, B, C*H*W)
+        rows = outputs.reshape(plan.rows, len(noise), -1)  # (K, B, C*H*W)
         norms = weights[:, None] * rows.norm(dim=2)
         return student.combine(noise, outputs), norms.T
 
-    contender = checkpoint.contender(name, str(dataclasses.astuple(schedule)), sample)
-    return replace(contender, series="student, K decoder rows", steps=schedule.rows)
+    contender = checkpoint.contender(name, str(dataclasses.astuple(plan)), sample)
+    return replace(contender, series="student, K decoder rows", steps=plan.rows)
 
 
 def student_contenders(checkpoint: Checkpoint) -> list[Contender]:
     """The student exactly, and with the rows merged whose weight is below 0.02."""
-    schedule = checkpoint.student.schedule
-    merged = schedule.merged(MERGE_BELOW)
-    name = f"TiUE K={schedule.steps}"
-    contenders = [student_contender(checkpoint, name, schedule)]
-    if merged.rows < schedule.rows:
+    plan = checkpoint.student.plan
+    merged = plan.merged(MERGE_BELOW)
+    name = f"TiUE K={plan.steps}"
+    contenders = [student_contender(checkpoint, name, plan)]
+    if merged.rows < plan.rows:
         name = f"{name}, {merged.rows} rows"
         contender = student_contender(checkpoint, name, merged)
         contenders.append(replace(contender, mark="rows merged"))
@@ -169,13 +170,13 @@ def student_contenders(checkpoint: Checkpoint) -> list[Contender]:
 
 def other_rows(checkpoint: Checkpoint, rows: Sequence[int]) -> list[Contender]:
     """The same weights at each K of `rows`; the K they were trained at says so in its name."""
-    trained = checkpoint.student.schedule.steps
+    trained = checkpoint.student.plan.steps
     contenders = []
     for steps in rows:
-        schedule = schedule_from_config(checkpoint.student.scheduler_config, steps)
+        plan = one_pass_plan(checkpoint.student.scheduler_config, steps)
         as_trained = steps == trained
         name = f"student, K={steps}" + (", as trained" if as_trained else "")
-        contender = student_contender(checkpoint, name, schedule)
+        contender = student_contender(checkpoint, name, plan)
         mark = "the K it was trained with" if as_trained else ""
         contenders.append(replace(contender, mark=mark))
     return contenders
@@ -188,15 +189,15 @@ def one_step_contender(checkpoint: Checkpoint) -> Contender:
         "timestep_spacing": "trailing",
         "set_alpha_to_one": True,
     }
-    contender = student_contender(checkpoint, "one step", schedule_from_config(config, 1))
+    contender = student_contender(checkpoint, "one step", one_pass_plan(config, 1))
     return replace(contender, series="one step")
 
 
-def _with_schedule(student: Student, schedule: Schedule) -> Student:
-    """The same modules under another schedule."""
+def _with_plan(student: Student, plan: Plan) -> Student:
+    """The same modules under another plan."""
     return Student(
         student.unet,
-        schedule,
+        plan,
         source=student.source,
         scheduler_config=student.scheduler_config,
         text_encoder=student.text_encoder,

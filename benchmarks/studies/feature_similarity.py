@@ -42,13 +42,14 @@ from tiue_export.checkpoint.tensors import sha256_of_files
 from tiue_export.checkpoint.tokenizer_files import tokenizer_of
 from tiue_export.drawing.tokenizer import Tokenizer
 from tiue_export.errors import BundleError, CheckpointError, RuntimeFailure, UsageError, first_line
-from tiue_export.graphs.build import ExportOptions, latent_shape
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.shapes import shapes_of
+from tiue_export.methods.load import load_student
 from tiue_export.reference.key_step_analysis import DEFAULT_PROMPTS
 from tiue_export.reference.unet_blocks import named_blocks, watched_blocks
 from tiue_export.registry.spokes import run_explained
+from tiue_export.sampling.ddim import one_pass_plan
 from tiue_export.sampling.noise import check_seeds, noise_from_seed
-from tiue_export.sampling.schedule import schedule_from_config
-from tiue_export.student.load import load_student
 from tiue_export.student.model import Student
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.disk_errors import disk_errors
@@ -151,7 +152,7 @@ def load_pipeline(folder: Path, device: str = "cpu") -> LoadedPipeline:
         ),
         # The paper's spacing in figure (c).
         scheduler={**ddim_arguments(student.scheduler_config), "timestep_spacing": "leading"},
-        latent_shape=latent_shape(student, ExportOptions(batch=1)),
+        latent_shape=shapes_of(student, ExportOptions(batch=1)).latents,
     )
 
 
@@ -221,7 +222,7 @@ def measure(
             blocks.setdefault(name, []).append(similarity)
     return StepRun(
         steps,
-        schedule_from_config(pipeline.scheduler, steps).timesteps,
+        one_pass_plan(pipeline.scheduler, steps).timesteps,
         time.perf_counter() - start,
         {name: tuple(prompts) for name, prompts in blocks.items()},
     )
@@ -314,7 +315,7 @@ def run(arguments: argparse.Namespace) -> None:
     pipeline = load_pipeline(arguments.pipeline, _device(arguments.device))
     counts = sorted(set(arguments.steps))
     for steps in counts:
-        schedule_from_config(pipeline.scheduler, steps)  # raises for what the scheduler cannot do
+        one_pass_plan(pipeline.scheduler, steps)  # raises for what the scheduler cannot do
     request = describe_request(pipeline, settings)
     runs: dict[int, StepRun] = {}
     if arguments.json is not None and not arguments.force:

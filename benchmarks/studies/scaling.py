@@ -34,7 +34,7 @@ from tiue_export.proof.latency_record import (
     write_text,
 )
 from tiue_export.registry.spokes import run_explained
-from tiue_export.sampling.plan_options import PlanChange
+from tiue_export.sampling.key_step_options import PlanChange
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER
 from tiue_export.system.disk_errors import disk_errors
 

@@ -103,7 +103,7 @@ class CoremlRuntime:
 
     def step_limit(self) -> int | None:
         """How many steps of a loop the decoder's package takes at once; None: it has no loop."""
-        if self._bundle.manifest.faster is None:
+        if self._bundle.manifest.plan.one_pass:
             return None
         return int(self._package(UNET_DECODER).inputs["timesteps"].shape[0])
 

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from tiue_export.bundle.chain import LATENTS, NOISE, PICTURE, SCALED_LATENTS, TOKENS
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import RuntimeFailure, first_line
 from tiue_export.specs import GRAPH_NAMES, VAE_DECODER, Array, ChainResult, Feeds, check_finite
 
-from ..buffers import LATENTS, NOISE, PICTURE, SCALED, TOKENS, checked_feeds, plan_memory
+from ..buffers import checked_feeds, plan_memory
 
 
 class OrtChain:
@@ -65,7 +66,7 @@ class OrtChain:
             if graph == VAE_DECODER:
                 factor = self._bundle.manifest.vae_scaling_factor
                 scaled = (self._values[LATENTS].numpy() / factor).astype(np.float32)
-                self._values[SCALED].update_inplace(scaled)
+                self._values[SCALED_LATENTS].update_inplace(scaled)
             self._run(graph)
             latency_ms[graph] = (time.perf_counter() - start) * 1e3
         latents, picture = self._read(LATENTS), self._read(PICTURE)

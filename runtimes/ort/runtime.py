@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from tiue_export.bundle.chain import NOISE, TOKENS
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.specs import GRAPH_NAMES, Array, ChainResult, Feeds, RuntimeOptions
 from tiue_export.system.cache_folder import user_cache_folder
 
-from ..buffers import NOISE, TOKENS, checked_chain_feeds, checked_feeds
+from ..buffers import checked_chain_feeds, checked_feeds
 from .chain import OrtChain
 from .rtx import PROVIDER, rtx_devices
 

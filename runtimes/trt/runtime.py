@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tiue_export.bundle.chain import LATENTS, NOISE, PICTURE, SCALED_LATENTS, TOKENS
 from tiue_export.bundle.engine_identity import check_engine, compiled_for, rebuild_line
 from tiue_export.bundle.manifest import Compiled
 from tiue_export.bundle.read import Bundle
@@ -37,11 +38,6 @@ from tiue_export.system.tensorrt_flavor import (
 )
 
 from ..buffers import (
-    LATENTS,
-    NOISE,
-    PICTURE,
-    SCALED,
-    TOKENS,
     ChainMemory,
     check_engine_fits,
     check_size,
@@ -82,7 +78,7 @@ class TrtRuntime:
         self._steps = engines.step_limit
         self._cuda, self._options = cuda, options
         self._stream = Stream(cuda)
-        self._in_loop = bundle.manifest.faster is not None
+        self._in_loop = not bundle.manifest.plan.one_pass
         self._specs = [bundle.spec(name) for name in bundle.manifest.graphs]
         self._engines: dict[str, LoadedEngine] = {}
         self._bound: set[str] = set()  # graphs whose engine knows the addresses of `_memory`
@@ -284,7 +280,7 @@ class TrtRuntime:
         if graph == VAE_DECODER:
             assert self._divide is not None
             factor = self._bundle.manifest.vae_scaling_factor
-            scaled, latents = memory.buffer(SCALED), memory.buffer(LATENTS)
+            scaled, latents = memory.buffer(SCALED_LATENTS), memory.buffer(LATENTS)
             self._divide.enqueue(self._stream, scaled, latents, factor)
         self._engines[graph].enqueue(self._stream.handle)
 

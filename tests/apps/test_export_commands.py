@@ -110,15 +110,15 @@ def test_a_file_that_fits_two_families_is_told_apart_by_the_option_the_message_n
 ):
     """SD 2.1-base and SD 2.1 have equal weights: every command takes the --family it asks for."""
     loading = importlib.import_module("tiue_export.student.load")
-    parts = importlib.import_module("tiue_export.apps.export.load")
+    parts = importlib.import_module("tiue_export.export.load")
     monkeypatch.setattr(loading, "families_of", lambda shapes: ("tiny", "sd21-v"))
-    real, asked = parts.load, []
+    real, asked = parts.load_to_export, []
 
-    def load(ckpt, export, on_stage):
-        asked.append(export.family)
-        return real(ckpt, export, on_stage)
+    def load(request, *rest):
+        asked.append(request.family)
+        return real(request, *rest)
 
-    monkeypatch.setattr(importlib.import_module("tiue_export.apps.export.onnx"), "load", load)
+    monkeypatch.setattr(parts, "load_to_export", load)
     file = tiny_pipeline / "unet" / "diffusion_pytorch_model.safetensors"
     single = Path(shutil.copy(file, tmp_path / "student.safetensors"))
     arguments = [command, "--ckpt", single, "--dry-run", *_on_rtx(command)]

@@ -34,7 +34,7 @@ from tiue_export.proof.latency_change import (
     require_not_slower,
 )
 from tiue_export.proof.latency_request import ContenderRequest, LatencyOutputs, LatencyPlan
-from tiue_export.sampling.schedule import schedule_from_config
+from tiue_export.sampling.ddim import one_pass_plan
 from tiue_export.system.openvino_core import native_precisions
 
 PACKAGE = "tiue_export.benchmarks"
@@ -744,18 +744,18 @@ def test_one_ordinary_pass_as_graphs_is_the_unet_and_its_one_step_formula(micro_
     made = open_bundle(made_bundle.made(asked, tmp_path))
     assert made_bundle.made(asked, tmp_path) == made.root  # not made again
     manifest = made.manifest
-    assert (manifest.schedule.timesteps, manifest.schedule.rows) == ((999,), 1)
+    assert (manifest.plan.timesteps, manifest.plan.rows) == ((999,), 1)
     assert all(entry.passed for entry in manifest.parity)
     config = {**student.scheduler_config, "timestep_spacing": "trailing"}
-    assert manifest.schedule == schedule_from_config(config, 1)
+    assert manifest.plan == one_pass_plan(config, 1)
     from tiue_export.proof.parity import load_reference
 
     known = {name: torch.from_numpy(a) for name, a in load_reference(made).arrays.items()}
     noise, text = known["sample"], known["encoder_hidden_states"]
     with torch.no_grad():
         output = student.unet(noise, 999, text).sample
-    schedule = manifest.schedule
-    latents = schedule.noise_coefficient * noise + schedule.output_coefficients[0] * output
+    schedule = manifest.plan
+    latents = schedule.latents.noise * noise + schedule.latents.outputs[0] * output
     torch.testing.assert_close(latents, known["latents"], rtol=1e-4, atol=1e-3)
     whole = {"checkpoint": str(micro_pipeline), "passes": 1, "timed_passes": 1, "unet_only": True}
     counted = session.open_session("torch", whole).count()[UNET]

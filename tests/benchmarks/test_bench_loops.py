@@ -17,14 +17,14 @@ from tiue_export import export_onnx
 from tiue_export.bundle.read import Bundle
 from tiue_export.checkpoint.family import load_family
 from tiue_export.errors import UsageError
-from tiue_export.graphs.build import ExportOptions
 from tiue_export.graphs.flops import count_flops
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.methods.faster import load_teacher
 from tiue_export.methods.scheduler import trajectory_of
-from tiue_export.methods.teacher import load_teacher
 from tiue_export.proof import latency_record as record
 from tiue_export.proof.latency_request import ContenderRequest, LatencyOutputs, LatencyPlan
-from tiue_export.sampling.plan import make_plan
-from tiue_export.sampling.plan_options import FasterOptions
+from tiue_export.sampling.key_step_options import FasterOptions
+from tiue_export.sampling.key_step_plan import make_plan
 from tiue_export.specs import CONTROLNET, TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER
 
 PACKAGE = "tiue_export.benchmarks.latency"
@@ -39,7 +39,7 @@ CONFIG = load_family("tiny").scheduler
 def plan_of_steps(count: int, key_steps: tuple[int, ...], max_rows: int | None = None):
     trajectory = trajectory_of(CONFIG, "ddim", count)
     known = {"steps": count, "prediction_type": "epsilon", "timestep_spacing": "leading"}
-    return make_plan("ddim", trajectory, key_steps, **known, max_decoder_rows=max_rows)[1]
+    return make_plan("ddim", trajectory, key_steps, **known, max_decoder_rows=max_rows)
 
 
 @given(

@@ -39,8 +39,8 @@ from tiue_export.benchmarks.quality.yardstick import (
 )
 from tiue_export.checkpoint.family import load_family
 from tiue_export.errors import MissingExtraError, UsageError
-from tiue_export.methods.teacher import load_teacher
-from tiue_export.sampling.plan_options import FasterOptions
+from tiue_export.methods.faster import load_teacher
+from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.student.pipeline_folder import write_pipeline
 
 metrics = importlib.import_module("tiue_export.benchmarks.quality.metrics")

@@ -14,10 +14,10 @@ from test_quality import made_up_data
 from tiue_export import Pipeline, export_onnx
 from tiue_export.benchmarks.quality.yardstick import save_quality_data
 from tiue_export.errors import UsageError
-from tiue_export.graphs.build import ExportOptions
-from tiue_export.methods.teacher import load_teacher
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.methods.faster import load_teacher
 from tiue_export.proof.gates import psnr_db
-from tiue_export.sampling.plan_options import FasterOptions
+from tiue_export.sampling.key_step_options import FasterOptions
 
 bundles = importlib.import_module("tiue_export.benchmarks.quality.bundles")
 checkpoints = importlib.import_module("tiue_export.benchmarks.quality.checkpoints")

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plan_cases import plans
 
 from tiue_export.bundle.manifest import (
     FORMAT_VERSION,
@@ -19,7 +20,7 @@ from tiue_export.bundle.manifest import (
     Source,
 )
 from tiue_export.errors import BundleError
-from tiue_export.sampling.schedule import Schedule
+from tiue_export.sampling.plan import Combination, single_pass
 from tiue_export.specs import BATCH, GRAPH_NAMES, GraphSpec, TensorSpec
 
 WHERE = "bundle/tiue.json"
@@ -63,19 +64,7 @@ MANIFEST = st.builds(
         licence=st.one_of(st.none(), TEXT),
         notes=tuples(TEXT),
     ),
-    schedule=st.builds(
-        lambda rows, **rest: Schedule(
-            timesteps=tuple(t for t, _ in rows),
-            output_coefficients=tuple(weight for _, weight in rows),
-            **rest,
-        ),
-        rows=tuples(st.tuples(SIZE, FINITE)),
-        steps=SIZE,
-        prediction_type=TEXT,
-        noise_coefficient=FINITE,
-        timestep_spacing=TEXT,
-        merged_timesteps=tuples(SIZE),
-    ),
+    plan=plans(),
     latent_shape=st.tuples(SIDE, SIZE, SIZE, SIZE),
     text_shape=st.tuples(SIDE, SIZE, SIZE),
     vae_scale=SIZE,
@@ -120,7 +109,7 @@ def sample() -> Manifest:
         format_version=FORMAT_VERSION,
         created_by="tiue-export 9.9.9",
         source=Source("student.safetensors", "cd" * 32, "tiny", "diffusers", "float32"),
-        schedule=Schedule(2, (501, 1), "epsilon", 4.25, (-2.5, -0.5)),
+        plan=single_pass("tiue", 2, (501, 1), Combination(4.25, (-2.5, -0.5)), "epsilon"),
         latent_shape=(BATCH, 4, 8, 16),
         text_shape=(BATCH, 77, 32),
         vae_scale=8,
@@ -140,6 +129,10 @@ def sample() -> Manifest:
         files={"model_index.json": record},
         parity=(ParityRecord("split", "latents", "psnr_db", 130.0, None, 1e-6, "one prompt"),),
     )
+
+
+def with_latents(manifest: Manifest, latents: Combination) -> Manifest:
+    return replace(manifest, plan=replace(manifest.plan, latents=latents))
 
 
 def parsed() -> dict:
@@ -175,7 +168,7 @@ def test_shapes_and_lists_come_back_as_tuples():
     manifest = Manifest.from_json(sample().to_json(), WHERE)
     assert manifest.latent_shape == (BATCH, 4, 8, 16)
     assert manifest.graphs["unet_decoder"].inputs[0].shape == (BATCH, 4, 8, 16)
-    assert manifest.schedule.timesteps == (501, 1)
+    assert manifest.plan.timesteps == (501, 1)
 
 
 def test_a_whole_number_is_read_as_a_float_where_a_float_belongs():
@@ -220,8 +213,8 @@ def test_a_parity_record_passes_at_its_gate_or_without_one(value, gate, passed):
         lambda m, bad: replace(m, parity=(replace(m.parity[0], value=bad),)),
         lambda m, bad: replace(m, parity=(replace(m.parity[0], gate=bad),)),
         lambda m, bad: replace(m, parity=(replace(m.parity[0], max_abs_error=bad),)),
-        lambda m, bad: replace(m, schedule=replace(m.schedule, noise_coefficient=bad)),
-        lambda m, bad: replace(m, schedule=replace(m.schedule, output_coefficients=(bad,))),
+        lambda m, bad: with_latents(m, Combination(bad, (1.0, 1.0))),
+        lambda m, bad: with_latents(m, Combination(1.0, (bad, 1.0))),
     ],
     ids=["factor", "value", "gate", "error", "noise", "outputs"],
 )
@@ -247,11 +240,11 @@ def test_a_text_that_is_not_json_is_refused_with_the_parsers_reason(text):
     assert error.next_step == CHANGED
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, "1", None, [1], 1.5])
+@pytest.mark.parametrize("version", [0, 3, -1, "1", None, [1], 1.5])
 def test_another_format_version_is_refused_naming_both_and_the_writer(version):
     error = refusal(json.dumps({**parsed(), "format_version": version}))
     assert error.message == (
-        f"{WHERE} has format version {version!r}; this program reads {FORMAT_VERSION}"
+        f"{WHERE} has format version {version!r}; this program reads 1 and {FORMAT_VERSION}"
     )
     assert error.next_step.endswith("install the tiue-export that wrote it (tiue-export 9.9.9).")
 
@@ -259,7 +252,10 @@ def test_another_format_version_is_refused_naming_both_and_the_writer(version):
 @pytest.mark.parametrize("text", ["{}", "[]", "3", '"text"', "null", "[1]"])
 def test_json_that_is_no_manifest_has_no_format_version(text):
     error = refusal(text)
-    assert error.message == f"{WHERE} has format version None; this program reads {FORMAT_VERSION}"
+    assert (
+        error.message
+        == f"{WHERE} has format version None; this program reads 1 and {FORMAT_VERSION}"
+    )
     assert error.next_step.endswith("install the tiue-export that wrote it.")
 
 
@@ -269,9 +265,23 @@ def test_a_newer_format_is_told_from_a_damaged_file_even_with_unknown_fields():
 
 
 @pytest.mark.parametrize("kind", [True, 1.0])
-def test_a_format_version_that_only_compares_equal_is_refused(kind):
+def test_a_format_version_that_only_compares_equal_to_the_old_one_is_refused(kind):
     message = refusal(json.dumps({**parsed(), "format_version": kind})).message
-    assert message == f"{WHERE}: format_version is '{kind}'; expected int"
+    assert message == f"{WHERE} has format version {kind}; this program reads 1 and 2"
+
+
+def test_a_format_version_that_only_compares_equal_is_refused():
+    message = refusal(json.dumps({**parsed(), "format_version": float(FORMAT_VERSION)})).message
+    assert message == f"{WHERE}: format_version is '2.0'; expected int"
+
+
+def test_a_plan_that_contradicts_itself_is_refused_with_the_reason():
+    manifest = with_latents(sample(), Combination(4.25, (-2.5,)))
+    error = refusal(manifest.to_json())
+    assert error.message == (
+        f"{WHERE}: the plan contradicts itself: the latents have 1 coefficients for 2 rows"
+    )
+    assert error.next_step == CHANGED
 
 
 def test_unknown_fields_are_all_named():
@@ -288,7 +298,7 @@ def test_an_unknown_field_deep_inside_is_named_with_its_place():
 
 
 @pytest.mark.parametrize(
-    "name", ["created_by", "source", "schedule", "latent_shape", "vae_scaling_factor", "files"]
+    "name", ["created_by", "source", "plan", "latent_shape", "vae_scaling_factor", "files"]
 )
 def test_a_missing_field_is_named(name):
     data = parsed()
@@ -323,7 +333,11 @@ def test_a_missing_field_deep_inside_is_named_with_its_place():
         (["latent_shape"], 4, ": latent_shape is '4'; expected a list"),
         (["latent_shape", 1], 4.5, ": latent_shape[1] is '4.5'; expected int | str"),
         (["latent_shape", 0], None, ": latent_shape[0] is 'None'; expected int | str"),
-        (["schedule", "timesteps", 1], "1", ": schedule: timesteps[1] is '1'; expected int"),
+        (
+            ["plan", "passes", 0, "timesteps", 1],
+            "1",
+            ": plan: passes[0]: timesteps[1] is '1'; expected int",
+        ),
         (["files"], [], ": files is '[]'; expected an object"),
         (["tools"], {"torch": 2}, ": tools.torch is '2'; expected str"),
         (["parity", 0, "gate"], "60", ": parity[0]: gate is '60'; expected float | None"),

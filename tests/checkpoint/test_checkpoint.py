@@ -155,7 +155,7 @@ def test_a_bare_unet_without_base_has_no_text_encoder_and_the_familys_scheduler(
     student = load_student(file)
     assert student.text_encoder is None
     assert student.vae is None
-    assert student.schedule.timesteps == (751, 501, 251, 1)
+    assert student.plan.timesteps == (751, 501, 251, 1)
     assert set(student.source.parts.values()) == {"none"}
 
 
@@ -221,23 +221,23 @@ def test_tiny_insists_on_a_tiny_autoencoder(tiny_pipeline):
 
 
 def test_the_recorded_k_is_kept_and_another_refused_unless_forced(tiny_pipeline):
-    assert load_student(tiny_pipeline).schedule.steps == 4
+    assert load_student(tiny_pipeline).plan.steps == 4
     with pytest.raises(ScheduleError, match="trained for K=4, --steps asks for 8"):
         load_student(tiny_pipeline, steps=8)
-    assert load_student(tiny_pipeline, steps=8, allow_other_steps=True).schedule.steps == 8
+    assert load_student(tiny_pipeline, steps=8, allow_other_steps=True).plan.steps == 8
 
 
 def test_k_recorded_in_the_files_metadata_is_kept(unet_tensors, tmp_path):
     file = tmp_path / "student.safetensors"
     save_file(unet_tensors, file, metadata={"tiue_steps": "8"})
-    assert load_student(file).schedule.steps == 8
+    assert load_student(file).plan.steps == 8
 
 
 def test_an_unrecorded_k_follows_the_option_and_defaults_to_four(unet_tensors, tmp_path):
     file = tmp_path / "student.safetensors"
     save_file(unet_tensors, file)
-    assert load_student(file).schedule.steps == 4
-    assert load_student(file, steps=16).schedule.rows == 16
+    assert load_student(file).plan.steps == 4
+    assert load_student(file, steps=16).plan.rows == 16
 
 
 # --- damaged or foreign
@@ -514,7 +514,7 @@ def test_a_text_encoder_without_a_tokenizer_is_left_out_with_a_note(pipeline):
 def test_the_bases_recorded_k_is_not_the_students(pipeline, unet_tensors, tmp_path):
     edit_json(pipeline / "scheduler" / "scheduler_config.json", tiue_steps=8)
     file = saved(unet_tensors, tmp_path)
-    assert load_student(file, base=pipeline).schedule.steps == 4
+    assert load_student(file, base=pipeline).plan.steps == 4
 
 
 @pytest.mark.parametrize("factor", [0, None, -1, "0.18"])

@@ -16,7 +16,7 @@ from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.checkpoint.demo_student import checkpoint_place, demo_student
 from tiue_export.errors import CheckpointError, UsageError
 from tiue_export.export.onnx.bundle import export_onnx
-from tiue_export.graphs.build import ExportOptions
+from tiue_export.graphs.options import ExportOptions
 
 metrics = importlib.import_module("tiue_export.benchmarks.quality.metrics")
 
@@ -33,7 +33,7 @@ def test_the_word_demo_is_the_student_that_ships():
     student = load_student("demo")
     assert student.source.family == "demo"
     assert student.source.name == "emoji-student"
-    assert student.schedule.steps == 4
+    assert student.plan.steps == 4
     assert student.text_encoder is not None
     assert student.vae is not None
 

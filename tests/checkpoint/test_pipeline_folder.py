@@ -35,7 +35,7 @@ def names(folder: Path) -> list[str]:
 def test_what_was_written_is_read_back_in_its_precision_with_its_k(parts, tiny_student, tmp_path):
     folder = write_pipeline(tmp_path / "s", **parts, steps=8, licence="apache-2.0")
     read = load_student(folder)
-    assert (read.schedule.steps, read.source.dtype) == (8, "float16")
+    assert (read.plan.steps, read.source.dtype) == (8, "float16")
     for got, wanted in zip(read.parameters(), tiny_student.parameters(), strict=True):
         assert torch.equal(got, wanted.half())
     with pytest.raises(ScheduleError, match="trained for K=8"):
@@ -49,7 +49,7 @@ def test_a_teacher_records_no_k(parts, tmp_path):
     folder = write_pipeline(tmp_path / "t", **parts, dtype=torch.float32)
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text("utf-8"))
     assert "tiue_steps" not in config
-    assert load_student(folder, steps=2).schedule.steps == 2
+    assert load_student(folder, steps=2).plan.steps == 2
 
 
 def test_the_models_that_are_written_stay_as_they_are(parts, tmp_path):

@@ -15,7 +15,9 @@ from tiue_export import Pipeline, export_onnx, load_student
 from tiue_export.drawing.vae_tiles import decode_in_tiles, tile_size, tile_starts
 from tiue_export.errors import UsageError
 from tiue_export.export.openvino import compile_openvino
-from tiue_export.graphs.build import ExportOptions, build_graphs, vae_input_shape
+from tiue_export.graphs.build import build_graphs
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import load_reference
 from tiue_export.specs import UNET_DECODER, VAE_DECODER, RuntimeOptions
@@ -142,7 +144,7 @@ def test_a_tiled_bundle_draws_the_whole_picture(tiled_bundle, tiny_student, runt
 @pytest.mark.parametrize("tile", [0, 32, 68, 128, 4096])
 def test_a_tile_that_does_not_fit_is_refused_with_what_fits(tiny_student, tile):
     with pytest.raises(UsageError, match=rf"--vae-tile is {tile}; expected a multiple of") as error:
-        vae_input_shape(tiny_student, ExportOptions(height=128, width=128, vae_tile=tile))
+        shapes_of(tiny_student, ExportOptions(height=128, width=128, vae_tile=tile))
     assert "whole" in error.value.next_step
 
 
@@ -165,6 +167,6 @@ def test_the_command_line_takes_a_tile(run, tiny_pipeline):
 def test_a_tiled_bundle_is_refused_where_nobody_would_join_its_tiles(run, tiled_bundle, tmp_path):
     code, _, err = run("triton", tiled_bundle.root, "--out", tmp_path / "repo")
     assert code == 2
-    assert "triton decodes a picture as a whole" in err
+    assert "decodes its pictures in tiles, which a Triton ensemble cannot have" in err
     assert "next: Export again without --vae-tile." in err
     assert not (tmp_path / "repo").exists()

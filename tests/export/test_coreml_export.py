@@ -142,9 +142,9 @@ def test_names_and_shapes_are_those_of_the_contract(coreml_bundle):
 def test_a_package_tells_what_a_runner_without_our_manifest_needs(plain):
     package = plain.root / FOLDER / f"{UNET_DECODER}.mlpackage"
     said = json.loads(MilProgram.open(package).metadata[METADATA_KEY])
-    schedule = plain.manifest.schedule
+    schedule = plain.manifest.plan
     assert said["timesteps"] == list(schedule.timesteps)
-    assert said["output_coefficients"] == list(schedule.output_coefficients)
+    assert said["output_coefficients"] == list(schedule.latents.outputs)
     assert (said["compute_unit"], said["graph"]) == ("CPU_AND_GPU", UNET_DECODER)
     described = ct.models.MLModel(str(package), skip_model_load=True)
     assert described.short_description.startswith("UNet decoder of a one-pass student")
@@ -161,7 +161,7 @@ def test_the_weighted_sum_stays_in_float32_in_half_precision(plain):
     # Noise of 1e5 is beyond half precision; Eq. 11 adds it to the network's outputs as it is.
     noise = np.full_like(feeds["sample"], 1e5)
     latents = program.run({**feeds, "sample": noise}).outputs["latents"]
-    expected = plain.manifest.schedule.noise_coefficient * 1e5
+    expected = plain.manifest.plan.latents.noise * 1e5
     assert np.abs(latents / expected - 1).max() < 1e-2
 
 
@@ -471,8 +471,8 @@ def test_swift_gets_vocabulary_constants_and_the_lines_that_compile(tiny_bundle,
         "Resources/vocab.json", "Resources/merges.txt", "Resources/tiue.json", "compile.sh",
     }  # fmt: skip
     constants = json.loads((tmp_path / "Resources/tiue.json").read_text())
-    schedule = tiny_bundle.manifest.schedule
-    assert constants["outputCoefficients"] == list(schedule.output_coefficients)
+    schedule = tiny_bundle.manifest.plan
+    assert constants["outputCoefficients"] == list(schedule.latents.outputs)
     assert (constants["height"], constants["latentWidth"]) == (64, 8)
     assert constants["padToken"] == 1023  # <|endoftext|>, as CLIP pads for SD 1.x
     script = (tmp_path / "compile.sh").read_text()

@@ -10,7 +10,8 @@ from tiue_export.errors import UsageError
 from tiue_export.export.coreml import layout as coreml_layout
 from tiue_export.export.coreml.layout import attend_by_head, attend_channels, with_layout
 from tiue_export.export.coreml.profiles import ATTENTIONS, DECODER_BATCHES, LINEARS
-from tiue_export.graphs.build import ExportOptions, build_graphs
+from tiue_export.graphs.build import build_graphs
+from tiue_export.graphs.options import ExportOptions
 from tiue_export.proof.gates import psnr_db
 from tiue_export.specs import UNET_GRAPHS
 

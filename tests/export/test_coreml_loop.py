@@ -15,13 +15,13 @@ from tiue_export.bundle.read import Bundle
 from tiue_export.errors import CheckpointError, RuntimeFailure, UsageError
 from tiue_export.export.coreml.profiles import CoremlOptions
 from tiue_export.export.own_student import StudentPlace, open_student
-from tiue_export.graphs.build import ExportOptions
-from tiue_export.methods.teacher import load_teacher
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.methods.faster import load_teacher
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
 from tiue_export.registry.runtimes import open_runtime
 from tiue_export.runtimes.coreml.runtime import package_of
-from tiue_export.sampling.plan_options import FasterOptions
+from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.specs import CONTROLNET, GRAPH_NAMES, UNET_DECODER, UNET_ENCODER, RuntimeOptions
 from tiue_export.student.lora import merge_lora
 
@@ -180,7 +180,7 @@ def test_an_adapter_merged_at_the_export_is_merged_for_the_packages_too(
     ours = replace(own.manifest, source=replace(own.manifest.source, sha256=merged.source.sha256))
     again = open_student(StudentPlace(str(teacher_folder), lora=(f"{adapter}:0.5",)), ours)
     assert again.source.sha256 == merged.source.sha256
-    assert again.plan == own.manifest.faster
+    assert again.plan == own.manifest.plan
     with pytest.raises(CheckpointError, match="is not the student of this bundle"):
         open_student(StudentPlace(str(teacher_folder)), ours)
 

@@ -141,7 +141,7 @@ def test_every_variant_passes_its_gates_and_draws(options, micro_pipeline, tmp_p
         merged = next(r for r in manifest.parity if r.hop.startswith("merged"))
         assert merged.gate is None
         assert 20 < merged.value < 120
-        assert manifest.schedule.merged_timesteps == (1,)
+        assert manifest.plan.merged_timesteps == (1,)
 
 
 def test_a_half_bundle_passes_its_gates_and_draws(half_bundle):
@@ -315,7 +315,7 @@ def test_the_plan_predicts_the_size_on_disk(tiny_student, tiny_bundle):
 def test_the_manifest_records_origin_and_constants(tiny_bundle, tiny_student):
     manifest = tiny_bundle.manifest
     assert manifest.source == tiny_student.source
-    assert manifest.schedule == tiny_student.schedule
+    assert manifest.plan == tiny_student.plan
     assert manifest.vae_scaling_factor == 0.18215
     assert (manifest.latent_shape, manifest.text_shape) == ((1, 4, 8, 8), (1, 77, 32))
     assert manifest.tools["torch"] == torch.__version__.split("+")[0] or manifest.tools["torch"]

@@ -18,15 +18,16 @@ from tiue_export.benchmarks.synthetic import fill
 from tiue_export.bundle.manifest import GraphRecord
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import CheckpointError, UnsupportedModelError, UsageError
-from tiue_export.graphs.build import ExportOptions, build_graphs, run_graph
+from tiue_export.graphs.build import build_graphs, run_graph
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.methods.faster import load_teacher, with_controlnet
 from tiue_export.methods.scheduler import diffusers_scheduler, plan_from_config
-from tiue_export.methods.teacher import load_teacher, with_controlnet
 from tiue_export.proof.gates import psnr_db
 from tiue_export.reference.capture import capture
 from tiue_export.reference.loop_capture import control_to_check
+from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.sampling.noise import noise_from_seed
-from tiue_export.sampling.plan_options import FasterOptions
-from tiue_export.sampling.sampler import sample_latents
+from tiue_export.sampling.sampler import sample
 from tiue_export.specs import CONTROLNET, UNET_GRAPHS
 
 STEPS, KEYS = 5, (0, 2)
@@ -75,8 +76,8 @@ def planned(teacher, **options):
 
 def test_with_every_step_a_key_step_it_is_diffusers_own_pipeline(teacher, run_graphs):
     noise, text = request()
-    schedule, plan = planned(teacher, key_steps="uniform:1", inject="off")
-    ours = sample_latents(schedule, plan, run_graphs, noise, text, 7.5, control=control())
+    plan = planned(teacher, key_steps="uniform:1", inject="off")
+    ours = sample(plan, run_graphs, noise[None], text, 7.5, control=control())
     pipeline = StableDiffusionControlNetPipeline(
         vae=teacher.vae,
         text_encoder=teacher.text_encoder,
@@ -105,8 +106,8 @@ def test_with_every_step_a_key_step_it_is_diffusers_own_pipeline(teacher, run_gr
 @torch.no_grad()
 def test_at_key_steps_only_it_equals_kept_features_and_kept_residuals(teacher, run_graphs):
     noise, text = request()
-    schedule, plan = planned(teacher, key_steps=KEYS, inject="off")
-    ours = sample_latents(schedule, plan, run_graphs, noise, text, 7.5, control=control())
+    plan = planned(teacher, key_steps=KEYS, inject="off")
+    ours = sample(plan, run_graphs, noise[None], text, 7.5, control=control())
     unet, kept, is_key = teacher.unet, {}, [True]
 
     def keep(part, inputs, output):
@@ -143,7 +144,7 @@ def test_its_strength_matters_and_none_is_no_controlnet(teacher, run_graphs):
     noise, text = request()
     plan = planned(teacher, key_steps=KEYS)
     drawn = [
-        sample_latents(*plan, run_graphs, noise, text, control=c)
+        sample(plan, run_graphs, noise[None], text, control=c)
         for c in (None, control(0.0), control(1.0))
     ]
     assert psnr_db(drawn[0], drawn[1]) >= EXACT_DB
@@ -160,7 +161,7 @@ def test_the_capture_holds_it_against_diffusers(teacher):
 
 
 def test_features_that_are_shared_inside_the_encoder_take_no_controlnet(teacher):
-    with pytest.raises(UsageError, match="a ControlNet adds to the encoder's features"):
+    with pytest.raises(UsageError, match="a ControlNet adds to features"):
         build_graphs(teacher, ExportOptions(hoist="encoder"), only=UNET_GRAPHS)
 
 

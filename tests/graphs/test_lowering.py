@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tiue_export.graphs.build import ExportOptions, build_graphs
+from tiue_export.graphs.build import build_graphs
 from tiue_export.graphs.lowering import SplitGate, copied, in_precision
+from tiue_export.graphs.options import ExportOptions
 from tiue_export.specs import UNET_GRAPHS
 
 

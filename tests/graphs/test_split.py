@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 from tiue_export.benchmarks.synthetic import fill
 from tiue_export.checkpoint.family import load_family
 from tiue_export.errors import UsageError
-from tiue_export.graphs.build import ExportOptions, build_graphs, latent_shape
+from tiue_export.graphs.build import build_graphs
+from tiue_export.graphs.folded import NaiveDecoder, UNetEncoder
 from tiue_export.graphs.hoisting import hoist
-from tiue_export.graphs.one_pass import NaiveDecoder, UNetEncoder
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.gates import psnr_db
 from tiue_export.reference.capture import scheduler_loop
-from tiue_export.sampling.schedule import schedule_from_config
+from tiue_export.sampling.ddim import one_pass_plan
+from tiue_export.sampling.plan import Combination, Plan, single_pass
 from tiue_export.student.model import Features, Student
 
 SCHEDULER = {**load_family("tiny").scheduler}
@@ -54,8 +57,8 @@ def students(draw) -> Student:
         **SCHEDULER,
         "prediction_type": draw(st.sampled_from(["epsilon", "v_prediction", "sample"])),
     }
-    schedule = schedule_from_config(config, draw(st.sampled_from([2, 4, 5])))
-    return Student(unet.double(), schedule, source=None, scheduler_config=config).eval()
+    plan = one_pass_plan(config, draw(st.sampled_from([2, 4, 5])))
+    return Student(unet.double(), plan, source=None, scheduler_config=config).eval()
 
 
 def request(student: Student, batch: int, height: int = 8, width: int = 8):
@@ -77,7 +80,7 @@ def assert_same(reference: torch.Tensor, value: torch.Tensor, gate_db: float = E
 def test_row_0_equals_the_unsplit_unet_at_the_first_timestep(student, batch):
     noise, text = request(student, batch)
     rows = student.decode(student.encode(noise, text), text)
-    unsplit = student.unet(noise, student.schedule.timesteps[0], text).sample
+    unsplit = student.unet(noise, student.plan.timesteps[0], text).sample
     assert_same(unsplit, rows[:batch])
 
 
@@ -88,10 +91,9 @@ def test_one_batched_pass_equals_the_official_sequential_loop(student, batch):
     """Encoder once, then one decoder call a timestep, then the real scheduler."""
     noise, text = request(student, batch)
     features = student.encode(noise, text)
-    steps, timesteps = student.schedule, student.schedule.timesteps
     outputs = []
-    for row in range(len(timesteps)):
-        single = one_row(steps, row)
+    for row in range(student.plan.rows):
+        single = one_row(student.plan, row)
         alone = Student(student.unet, single, source=None, scheduler_config={})
         outputs.append(alone.decode(features, text))
     looped = scheduler_loop(student, noise, torch.cat(outputs))
@@ -104,10 +106,8 @@ def test_one_batched_pass_equals_the_official_sequential_loop(student, batch):
 def test_row_k_times_b_plus_b_equals_its_single_call(student):
     noise, text = request(student, 3)
     rows = student.decode(student.encode(noise, text), text)
-    for k in range(student.schedule.rows):
-        single = Student(
-            student.unet, one_row(student.schedule, k), source=None, scheduler_config={}
-        )
+    for k in range(student.plan.rows):
+        single = Student(student.unet, one_row(student.plan, k), source=None, scheduler_config={})
         for b in range(3):
             pick = slice(b, b + 1)
             features = student.encode(noise[pick], text[pick])
@@ -120,12 +120,12 @@ def test_row_k_times_b_plus_b_equals_its_single_call(student):
 def test_hoisted_equals_naive_equals_the_student(student, batch, size):
     noise, text = request(student, batch, *size)
     expected = student.sample(noise, text)
-    encoder = UNetEncoder(student.unet, student.schedule, torch.float64)
+    encoder = UNetEncoder(student.unet, student.plan, torch.float64)
     features = encoder(noise, text)
     assert_same(student.encode(noise, text).mid, features[0])
-    naive = NaiveDecoder(student.unet, student.schedule, torch.float64)
+    naive = NaiveDecoder(student.unet, student.plan, torch.float64)
     assert_same(expected, naive(noise, text, *features)[0])
-    shared, rows = hoist(student.unet, student.schedule, torch.float64)
+    shared, rows = hoist(student.unet, student.plan, torch.float64)
     assert_same(expected, rows(noise, shared(text, *features)))
 
 
@@ -135,21 +135,17 @@ def test_hoisted_equals_naive_equals_the_student(student, batch, size):
 def test_half_precision_graphs_stay_close_and_give_float32_latents(student, batch):
     noise, text = request(student, batch)
     expected = student.sample(noise, text)
-    features = UNetEncoder(student.unet, student.schedule, torch.float16)(
-        noise.float(), text.half()
-    )
-    shared, rows = hoist(student.unet, student.schedule, torch.float16)
+    features = UNetEncoder(student.unet, student.plan, torch.float16)(noise.float(), text.half())
+    shared, rows = hoist(student.unet, student.plan, torch.float16)
     latents = rows(noise.float(), shared(text.half(), *features))
     assert latents.dtype == torch.float32
     assert all(feature.dtype == torch.float16 for feature in features)
     assert_same(expected, latents, gate_db=50.0)
 
 
-def one_row(schedule, row: int):
-    """The schedule of one decoder row alone."""
-    from dataclasses import replace
-
-    return replace(schedule, timesteps=(schedule.timesteps[row],), output_coefficients=(1.0,))
+def one_row(plan: Plan, row: int) -> Plan:
+    """The plan of one decoder row alone."""
+    return single_pass("tiue", 1, [plan.timesteps[row]], Combination(0.0, (1.0,)), "epsilon")
 
 
 def test_building_graphs_leaves_the_student_untouched(tiny_student):
@@ -216,7 +212,7 @@ def test_feature_names_reach_the_decoder_by_name(tiny_student):
 @pytest.mark.parametrize(("flag", "side"), [("height", 100), ("width", 40), ("height", 0)])
 def test_sizes_that_do_not_halve_evenly_are_refused_with_the_nearest(tiny_student, flag, side):
     with pytest.raises(UsageError, match=f"--{flag} is {side}; expected a multiple of 32"):
-        latent_shape(tiny_student, ExportOptions(**{flag: side}))
+        shapes_of(tiny_student, ExportOptions(**{flag: side}))
 
 
 def test_unknown_precision_and_hoisting_list_the_legal_ones():

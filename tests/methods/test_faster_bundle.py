@@ -15,13 +15,14 @@ from tiue_export import Pipeline, export_onnx, open_bundle
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.drawing.pipeline import Job
 from tiue_export.errors import BundleError, UsageError
-from tiue_export.graphs.build import ExportOptions, build_graphs
-from tiue_export.methods.teacher import load_teacher
+from tiue_export.graphs.build import build_graphs
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.methods.faster import load_teacher
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import PROMPTS, load_reference, measure_runtime
 from tiue_export.reference.capture import capture, measure_half_arithmetic
 from tiue_export.registry.runtimes import open_runtime
-from tiue_export.sampling.plan_options import FasterOptions, PlanChange
+from tiue_export.sampling.key_step_options import FasterOptions, PlanChange
 from tiue_export.specs import (
     GRAPH_NAMES,
     UNET_DECODER,
@@ -43,11 +44,11 @@ def pipeline(faster_bundle):
 
 def test_the_manifest_names_method_plan_and_open_axis(faster_bundle):
     manifest = open_bundle(faster_bundle.root).manifest
-    assert manifest.method == "faster"
-    assert manifest.faster.key_steps == KEYS
-    assert manifest.faster.guidance == 5.0
-    assert manifest.faster.chosen_by == "list"
-    assert (manifest.schedule.steps, len(manifest.schedule.timesteps)) == (STEPS, STEPS)
+    assert manifest.plan.method == "faster"
+    assert manifest.plan.key_steps == KEYS
+    assert manifest.plan.guidance == 5.0
+    assert manifest.plan.chosen_by == "list"
+    assert (manifest.plan.steps, len(manifest.plan.timesteps)) == (STEPS, STEPS)
     shapes = {t.name: t.shape for t in manifest.graphs[UNET_DECODER].inputs}
     assert shapes["timesteps"] == ("steps",)
     assert manifest.graphs[UNET_DECODER].outputs[0].shape == ("2*steps", 4, 8, 8)
@@ -82,13 +83,13 @@ def test_the_export_tells_how_far_its_long_loops_are(teacher_folder, tmp_path):
     ]
 
 
-def test_a_plan_that_contradicts_its_schedule_does_not_open(faster_bundle):
+def test_a_plan_that_contradicts_itself_does_not_open(faster_bundle):
     data = json.loads(faster_bundle.manifest.to_json())
-    data["faster"]["groups"][1]["first_step"] = 2
+    data["plan"]["passes"][1]["input"]["outputs"].append(0.5)
     with pytest.raises(BundleError) as caught:
         Manifest.from_json(json.dumps(data), "tiue.json")
     assert caught.value.message == (
-        "tiue.json: faster contradicts itself: a group starts at step 2; expected 1"
+        "tiue.json: the plan contradicts itself: pass 1 starts at row 2; expected 1"
     )
 
 
@@ -211,7 +212,7 @@ def test_coarse_loops_are_reported_but_not_judged(faster_bundle):
 
 
 def test_a_cuda_graph_is_refused(faster_bundle):
-    with pytest.raises(UsageError, match="--cuda-graph records one pass"):
+    with pytest.raises(UsageError, match="which recording a CUDA graph cannot have"):
         open_runtime("ort", faster_bundle, RuntimeOptions(cuda_graph=True))
 
 
@@ -220,7 +221,7 @@ def test_commands_for_students_say_so(run, faster_bundle, command):
     more = ("--out", "repository") if command == "triton" else ()
     code, _, err = run(command, faster_bundle.root, *more)
     assert code == 2
-    assert f"{command} is for distilled students" in err.replace("\n", " ")
+    assert "draws in a loop, which" in err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("hoist", ["decoder", "encoder", "none"])
@@ -241,8 +242,11 @@ def test_half_precision_graphs_keep_time_exact_and_pass_the_fp16_gate(teacher_fo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (ExportOptions(merge_below=0.02), "--merge-below is for distilled students"),
-        (ExportOptions(dynamic_batch=True), "--dynamic-batch and --method faster"),
+        (ExportOptions(merge_below=0.02), "tiny draws in a loop and has merged rows"),
+        (
+            ExportOptions(dynamic_batch=True),
+            "tiny draws in a loop and leaves its batch open",
+        ),
     ],
 )
 def test_options_of_students_are_refused(teacher_folder, tmp_path, options, message):
@@ -289,7 +293,7 @@ def test_generate_draws_ordinary_sampling_from_the_same_bundle(run, faster_bundl
 def test_another_plan_leaves_the_bundle_as_it_is(pipeline, faster_bundle):
     before = pipeline(FOX).pictures[0]
     other = pipeline.replanned(PlanChange(steps=3, key_steps=(0,)))
-    assert other.bundle.manifest.schedule.steps == 3
+    assert other.bundle.manifest.plan.steps == 3
     assert open_bundle(faster_bundle.root).manifest == faster_bundle.manifest
     np.testing.assert_array_equal(before.latents, pipeline(FOX).pictures[0].latents)
 

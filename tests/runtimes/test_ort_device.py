@@ -10,11 +10,11 @@ import onnxruntime as ort
 import pytest
 
 from tiue_export import Pipeline
+from tiue_export.bundle.chain import NOISE, TOKENS
 from tiue_export.errors import MissingExtraError, RuntimeFailure, UsageError
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference
 from tiue_export.registry.runtimes import open_runtime
-from tiue_export.runtimes.buffers import NOISE, TOKENS
 from tiue_export.runtimes.ort.chain import OrtChain
 from tiue_export.runtimes.ort.rtx import PROVIDER, registered_devices
 from tiue_export.runtimes.ort.runtime import choose_provider

@@ -22,6 +22,7 @@ from test_imports import OLDEST, _oldest_python
 from test_layering import ROOT
 
 from tiue_export import Pipeline
+from tiue_export.bundle.chain import LATENTS, NOISE, PICTURE, SCALED_LATENTS, TEXT, TOKENS
 from tiue_export.bundle.engine_identity import graph_identity, rtx_target, tensorrt_target
 from tiue_export.bundle.manifest import Compiled, CompiledGraph
 from tiue_export.bundle.read import Bundle, file_records, open_bundle
@@ -38,12 +39,6 @@ from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
 from tiue_export.registry.runtimes import open_runtime
 from tiue_export.runtimes.buffers import (
-    LATENTS,
-    NOISE,
-    PICTURE,
-    SCALED,
-    TEXT,
-    TOKENS,
     EngineDescription,
     EngineTensor,
     check_engine_fits,
@@ -153,7 +148,7 @@ def test_the_text_embedding_goes_by_two_names_and_lies_in_one_place(specs):
 def test_the_noise_and_the_picture_have_one_name_and_lie_apart(specs):
     places = plan_memory(specs, 1).places
     assert places[UNET_ENCODER]["sample"] == places[UNET_DECODER]["sample"] == NOISE
-    assert places[VAE_DECODER] == {"latent_sample": SCALED, "sample": PICTURE}
+    assert places[VAE_DECODER] == {"latent_sample": SCALED_LATENTS, "sample": PICTURE}
     assert places[UNET_DECODER]["latents"] == LATENTS
 
 
@@ -696,7 +691,7 @@ def test_a_cache_folder_that_cannot_be_written_stops_nothing(tmp_path):
 
 CORE = [
     f"tiue_export.runtimes.{name}"
-    for name in ("trt", "trt_engine", "chain_memory", "cuda_device", "cuda_divide")
+    for name in ("trt.runtime", "trt.engine", "buffers", "cuda_device", "trt.divide")
 ]
 
 
@@ -832,7 +827,7 @@ def gpu_bundle(tiny_student, tmp_path_factory):
     """The tiny student in half precision with engines for the GPU that is here."""
     from tiue_export import export_onnx
     from tiue_export.export.trt.bundle import compile_trt
-    from tiue_export.graphs.build import ExportOptions
+    from tiue_export.graphs.options import ExportOptions
 
     folder = tmp_path_factory.mktemp("gpu") / "tiny-fp16"
     return compile_trt(export_onnx(tiny_student, folder, ExportOptions(precision="fp16")))

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiue_export.errors import UsageError
+from tiue_export.methods.faster import load_teacher
 from tiue_export.methods.scheduler import plan_from_config
-from tiue_export.methods.teacher import load_teacher
 from tiue_export.reference.sharing_cost import (
     auto_options,
     deviation,
@@ -20,8 +20,8 @@ from tiue_export.reference.sharing_cost import (
     group_losses,
     torch_model,
 )
+from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.sampling.key_steps import choose_key_steps, cost_of, encoder_runs_within, loss_of
-from tiue_export.sampling.plan_options import FasterOptions
 
 STEPS = 6
 OPTIONS = FasterOptions(steps=STEPS, inject="off")
@@ -37,7 +37,7 @@ def model(teacher_folder):
 def losses(model):
     """Of one prompt, every group."""
     plain = every_step(model.teacher, OPTIONS)
-    return group_losses(model, *plain, 0, model.text("a red fox"), 7.5, STEPS)
+    return group_losses(model, plain, 0, model.text("a red fox"), 7.5, STEPS)
 
 
 def random_losses(seed: int, count: int) -> np.ndarray:
@@ -105,26 +105,26 @@ def test_a_step_with_its_own_features_loses_nothing(losses):
 def test_the_loss_of_a_last_group_is_exactly_what_the_latents_are_off_by(model, losses, last):
     """No encoder runs after it, so nothing reacts to it."""
     text = model.text("a red fox")
-    reference = model.latents(*every_step(model.teacher, OPTIONS), 0, text, 7.5)
+    reference = model.latents(every_step(model.teacher, OPTIONS), 0, text, 7.5)
     keys = FasterOptions(steps=STEPS, inject="off", key_steps=tuple(range(last + 1)))
     plan = plan_from_config(model.teacher.scheduler_config, keys)
-    found = deviation(reference, model.latents(*plan, 0, text, 7.5))
+    found = deviation(reference, model.latents(plan, 0, text, 7.5))
     assert found == pytest.approx(losses[last, STEPS], rel=1e-3)
 
 
 def test_the_loss_of_other_plans_is_predicted(model, losses):
     text = model.text("a red fox")
-    reference = model.latents(*every_step(model.teacher, OPTIONS), 0, text, 7.5)
+    reference = model.latents(every_step(model.teacher, OPTIONS), 0, text, 7.5)
     for keys in ((0,), (0, 2, 4), (0, 1, 3)):
         chosen = FasterOptions(steps=STEPS, inject="off", key_steps=keys)
         plan = plan_from_config(model.teacher.scheduler_config, chosen)
-        found = deviation(reference, model.latents(*plan, 0, text, 7.5))
+        found = deviation(reference, model.latents(plan, 0, text, 7.5))
         assert 0.5 < found / loss_of(losses, keys) < 1.5
 
 
 def test_a_short_reach_measures_short_groups_the_same(model, losses):
     plain = every_step(model.teacher, OPTIONS)
-    short = group_losses(model, *plain, 0, model.text("a red fox"), 7.5, 2)
+    short = group_losses(model, plain, 0, model.text("a red fox"), 7.5, 2)
     for s in range(STEPS - 1):
         assert short[s, s + 2] == pytest.approx(losses[s, s + 2], rel=1e-3)
     assert np.isinf(short[0, 3])

@@ -102,8 +102,8 @@ def test_a_run_leaves_a_student_that_every_command_takes_and_that_records_its_k(
     unbroken, tiny_distillation
 ):
     student = load_student(unbroken / "student")
-    assert (student.schedule.steps, student.source.dtype) == (4, "float16")
-    assert student.schedule.timesteps == (751, 501, 251, 1)
+    assert (student.plan.steps, student.source.dtype) == (4, "float16")
+    assert student.plan.timesteps == (751, 501, 251, 1)
     with pytest.raises(ScheduleError, match="trained for K=4"):
         load_student(unbroken / "student", steps=2)
     teacher = load_student(tiny_distillation.teacher)
@@ -338,10 +338,10 @@ def test_a_one_step_student_trains_and_exports_like_any_other(tiny_distillation,
     student = distill(config)
     assert all("noise_kl" not in line for line in journal(tmp_path / "run"))
     trained = load_student(student)
-    assert trained.schedule.timesteps == (999,)
+    assert trained.plan.timesteps == (999,)
     trained.text_encoder = trained.vae = None
     manifest = export_onnx(trained, tmp_path / "bundle").manifest
-    assert (manifest.schedule.steps, manifest.schedule.timesteps) == (1, (999,))
+    assert (manifest.plan.steps, manifest.plan.timesteps) == (1, (999,))
 
 
 def test_a_student_of_another_k_is_started_from_a_trained_one(
@@ -354,7 +354,7 @@ def test_a_student_of_another_k_is_started_from_a_trained_one(
     trained = load_student(unbroken / "student").unet.state_dict()
     started = loaded.student.unet.state_dict()
     assert all(torch.equal(started[name], value.float()) for name, value in trained.items())
-    assert loaded.student.schedule.timesteps == (501, 1)
+    assert loaded.student.plan.timesteps == (501, 1)
     # Its teacher stays the teacher.
     with without_adapters(loaded.scores):
         assert torch.equal(
@@ -362,7 +362,7 @@ def test_a_student_of_another_k_is_started_from_a_trained_one(
             load_student(tiny_distillation.teacher).unet.conv_in.weight,
         )
     student = distill(replace(config, iterations=1, save_every=1, sample_every=1))
-    assert load_student(student).schedule.steps == 2
+    assert load_student(student).plan.steps == 2
 
 
 # What cannot be trained

@@ -232,15 +232,15 @@ def test_the_one_step_student_is_swiftbrushs_formula(tiny_distillation):
     loaded = load_networks(
         replace(tiny_distillation, method="one-step", steps=1, kl_weight=0.0), CPU
     )
-    schedule = loaded.student.schedule
+    schedule = loaded.student.plan
     alpha = float(loaded.alphas[999])
     assert schedule.timesteps == (999,)
     assert alpha == pytest.approx(0.004660, abs=1e-6)
-    assert schedule.noise_coefficient == pytest.approx(1 / math.sqrt(alpha), rel=1e-4)
-    (weight,) = schedule.output_coefficients
+    assert schedule.latents.noise == pytest.approx(1 / math.sqrt(alpha), rel=1e-4)
+    (weight,) = schedule.latents.outputs
     assert weight == pytest.approx(-math.sqrt(1 - alpha) / math.sqrt(alpha), rel=1e-4)
     # The published code has 0.0047 in place of alpha: S = 14.586, E = -14.552.
-    assert schedule.noise_coefficient == pytest.approx(14.586, rel=0.005)
+    assert schedule.latents.noise == pytest.approx(14.586, rel=0.005)
     assert weight == pytest.approx(-14.552, rel=0.005)
     noise = torch.randn(1, *loaded.latent_shape, generator=torch.Generator().manual_seed(0))
     text = loaded.embed(["an owl"])

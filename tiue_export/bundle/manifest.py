@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tiue_export.errors import BundleError
-from tiue_export.sampling.plan import FasterPlan
-from tiue_export.sampling.schedule import Schedule
+from tiue_export.sampling.plan import Plan
 from tiue_export.specs import GraphSpec, TensorSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Manifest:
     format_version: int
     created_by: str
     source: Source
-    schedule: Schedule
+    plan: Plan
     latent_shape: tuple[int | str, ...]
     text_shape: tuple[int | str, ...]
     vae_scale: int
@@ -136,13 +135,6 @@ class Manifest:
     tools: Mapping[str, str] = field(default_factory=dict)
     # By the name of the folder that holds them, such as "trt" or "openvino".
     compiled: Mapping[str, Compiled] = field(default_factory=dict)
-    # Of an undistilled model sampled by Faster Diffusion; a TiUE student has none.
-    faster: FasterPlan | None = None
-
-    @property
-    def method(self) -> str:
-        """How the bundle draws: "tiue" in one pass, "faster" in a loop over groups of steps."""
-        return "tiue" if self.faster is None else "faster"
 
     @property
     def height_px(self) -> int:
@@ -170,9 +162,12 @@ class Manifest:
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{where} is not JSON: {error}", _REEXPORT) from error
         version = data.get("format_version") if isinstance(data, dict) else None
+        if type(version) is int and version == 1:
+            data, version = upgraded(data), FORMAT_VERSION
         if version != FORMAT_VERSION:
             raise BundleError(
-                f"{where} has format version {version!r}; this program reads {FORMAT_VERSION}",
+                f"{where} has format version {version!r}; this program reads 1 and "
+                f"{FORMAT_VERSION}",
                 "Export the bundle again, or install the tiue-export that wrote it"
                 + (
                     f" ({data['created_by']})."
@@ -185,17 +180,52 @@ class Manifest:
             shape = getattr(manifest, name)
             if len(shape) != length or any(isinstance(side, str) for side in shape[1:]):
                 raise _wrong(f"{where}: {name}", shape, f"{length} sides")
-        schedule = manifest.schedule
-        if len(schedule.timesteps) != len(schedule.output_coefficients):
-            raise _wrong(
-                f"{where}: output_coefficients",
-                schedule.output_coefficients,
-                f"one for each of the timesteps {schedule.timesteps}",
-            )
-        problem = manifest.faster and manifest.faster.problem(schedule)
+        problem = manifest.plan.problem()
         if problem:
-            raise BundleError(f"{where}: faster contradicts itself: {problem}", _REEXPORT)
+            raise BundleError(f"{where}: the plan contradicts itself: {problem}", _REEXPORT)
         return manifest
+
+
+def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Format 1, which had `schedule` and, in a loop, `faster`, in the words of format 2.
+
+    Nothing is checked here: what does not fit is named when the result is read.
+    """
+    rest = {k: v for k, v in data.items() if k not in ("schedule", "faster")}
+    schedule, loop = data.get("schedule"), data.get("faster")
+    if not isinstance(schedule, Mapping):
+        return {**rest, "format_version": FORMAT_VERSION}
+    kept = ("steps", "prediction_type", "timestep_spacing", "merged_timesteps")
+    plan: dict[str, Any] = {name: schedule[name] for name in kept if name in schedule}
+    plan["latents"] = {
+        "noise": schedule.get("noise_coefficient"),
+        "outputs": schedule.get("output_coefficients"),
+    }
+    if isinstance(loop, Mapping):
+        groups = loop.get("groups")
+        groups = groups if isinstance(groups, list) else []
+        plan |= {name: value for name, value in loop.items() if name != "groups"}
+        plan |= {"method": "faster", "passes": [_upgraded_group(group) for group in groups]}
+    else:
+        timesteps = schedule.get("timesteps")
+        first = timesteps[0] if isinstance(timesteps, list) and timesteps else None
+        start = {"encoder_timestep": first, "timesteps": timesteps, "input": {"noise": 1.0}}
+        plan |= {"method": "tiue", "passes": [start]}
+    return {**rest, "format_version": FORMAT_VERSION, "plan": plan}
+
+
+def _upgraded_group(group: Any) -> Any:
+    if not isinstance(group, Mapping):
+        return group
+    timesteps = group.get("timesteps")
+    return {
+        "encoder_timestep": timesteps[0] if isinstance(timesteps, list) and timesteps else None,
+        "timesteps": timesteps,
+        "input": {
+            "noise": group.get("noise_coefficient"),
+            "outputs": group.get("output_coefficients"),
+        },
+    }
 
 
 _REEXPORT = "The file was changed after the export; export the bundle again."

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from tiue_export.bundle.manifest import CompiledGraph, FileRecord, GraphRecord, Manifest
-from tiue_export.errors import BundleError, UsageError
-from tiue_export.specs import VAE_DECODER, GraphSpec
+from tiue_export.errors import BundleError
+from tiue_export.specs import GraphSpec
 
 MANIFEST_FILE = "tiue.json"
 REFERENCE_FILE = "parity/reference.safetensors"
@@ -111,27 +111,6 @@ def _bundle_meant(root: Path) -> str:
         listed = ", ".join(sorted(str(path) for path in near)[:5])
         return f"Bundles there: {listed}."
     return "Make one with: tiue-export onnx --ckpt student.safetensors --out BUNDLE"
-
-
-def require_one_pass(bundle: Bundle, what: str) -> None:
-    """Refuse a bundle of Faster Diffusion where only a distilled student will do."""
-    if bundle.manifest.faster is not None:
-        raise UsageError(
-            f"{what} is for distilled students, which draw in one pass; {bundle.root} draws in a "
-            "loop (Faster Diffusion)",
-            "ONNX Runtime (CPU, CUDA) and OpenVINO run it: see docs/faster-diffusion.md.",
-        )
-
-
-def require_whole_vae(bundle: Bundle, what: str) -> None:
-    """Refuse a bundle whose VAE decodes tiles where nobody would put them together."""
-    manifest = bundle.manifest
-    record = manifest.graphs.get(VAE_DECODER)
-    if record is not None and record.inputs[0].shape[2:] != tuple(manifest.latent_shape[2:]):
-        raise UsageError(
-            f"{what} decodes a picture as a whole; the VAE of {bundle.root} takes tiles",
-            "Export again without --vae-tile.",
-        )
 
 
 def all_files(manifest: Manifest) -> list[tuple[str, FileRecord]]:

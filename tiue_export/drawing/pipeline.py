@@ -1,7 +1,6 @@
 """Prompt to picture on any runtime: tokens, text, UNet, VAE.
 
-The UNet part is the method that the manifest names: one encoder and one decoder pass of a TiUE
-student, or the loop of Faster Diffusion for a model that is not distilled.
+The UNet part is the plan that the manifest holds: one pass of a TiUE student, or several.
 
 Needs numpy, tokenizers and pillow; the runtime brings the rest. It knows graph names and specs,
 never a backend; tensors travel between graphs by name.
@@ -18,21 +17,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from tiue_export.bundle.chain import SCALED_LATENTS, TOKENS, scaled_latents
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import UsageError
 from tiue_export.registry.runtimes import open_runtime
-from tiue_export.sampling.noise import check_seeds, noise_from_seed
-from tiue_export.sampling.plan import FasterPlan, check_guidance
-from tiue_export.sampling.plan_options import PlanChange, changed_plan
-from tiue_export.sampling.sampler import OnStep, sample_latents
+from tiue_export.sampling.key_step_options import PlanChange, changed_plan
+from tiue_export.sampling.noise import check_seeds, noises_from_seed
+from tiue_export.sampling.plan import check_guidance
+from tiue_export.sampling.sampler import OnStep, sample
 from tiue_export.specs import (
     CONTROLNET,
     TEXT_ENCODER,
-    UNET_DECODER,
-    UNET_ENCODER,
     VAE_DECODER,
     Array,
     BatchLimited,
@@ -63,7 +61,7 @@ class Picture:
 
 
 class Job(NamedTuple):
-    """One picture to draw; `negative`, `guidance` (None: the plan's) are for Faster Diffusion."""
+    """One picture to draw; `negative` and `guidance` (None: the plan's) where it has guidance."""
 
     prompt: str
     seed: int
@@ -76,7 +74,7 @@ def _no_step(done: int, total: int) -> None:
 
 
 class Loop(NamedTuple):
-    """What only Faster Diffusion has use for: who listens, and what its ControlNet is fed."""
+    """What only plans in several passes have use for: who listens, what a ControlNet is fed."""
 
     on_step: OnStep = _no_step
     control: Mapping[str, Array] | None = None
@@ -147,12 +145,13 @@ class Pipeline:
     ) -> Result:
         """Draw `count` pictures of each prompt; picture i of a prompt uses seed + i.
 
-        `latents` (4, H, W) or (1, 4, H, W) float32 replaces the seeded noise of every picture;
-        it must then be one picture per prompt. `on_picture` is called as each is finished.
+        `latents` (N, 4, H, W) float32 replaces the seeded noises of every picture, N = 1 (the axis
+        may then be left out) or 1 + the plan's fresh noises; it must then be one picture per
+        prompt. `on_picture` is called as each is finished.
 
-        For bundles of Faster Diffusion: `guidance` and `negative_prompt` for all prompts or one for
-        each, and `on_step(done, total)` while a batch of pictures is drawn. `control`
-        (3, 8H, 8W) float in [0, 1] and its strength are for bundles with a ControlNet.
+        Where guidance is not distilled in: `guidance` and `negative_prompt` for all prompts or one
+        for each. `on_step(done, total)` is called while a batch of pictures is drawn in passes.
+        `control` (3, 8H, 8W) float in [0, 1] and its strength are for bundles with a ControlNet.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
@@ -162,8 +161,9 @@ class Pipeline:
         if latents is not None and count != 1:
             raise UsageError("latents fix the noise, so count must be 1")
         shape = tuple(int(side) for side in self.bundle.manifest.latent_shape[1:])
-        if latents is not None and latents.shape not in (shape, (1, *shape)):
-            raise UsageError(f"latents have shape {latents.shape}; expected {(1, *shape)}")
+        noises = self.bundle.manifest.plan.noises
+        if latents is not None and latents.shape not in _noise_shapes(noises, shape):
+            raise UsageError(f"latents have shape {latents.shape}; expected {(noises, *shape)}")
         check_seeds(seed, count)
         scales, negatives = self._steering(guidance, negative_prompt, len(prompts))
         jobs = [
@@ -283,12 +283,14 @@ class Pipeline:
         """One run of all graphs; a static batch is filled up by repeating the last job."""
         filled = jobs + [jobs[-1]] * (size - len(jobs))
         shape = tuple(int(side) for side in self.bundle.manifest.latent_shape[1:])
+        count = self.bundle.manifest.plan.noises
         if latents is None:
-            rows = [noise_from_seed(job.seed, (1, *shape)) for job in filled]
+            rows = [noises_from_seed(job.seed, count, (1, *shape)) for job in filled]
         else:
-            rows = [latents.astype(np.float32).reshape(1, *shape)] * len(filled)
-        result, sample = self._run_all(filled, np.concatenate(rows), stages, loop)
-        pixels = pixels_from_sample(sample)
+            rows = [latents.astype(np.float32).reshape(count, 1, *shape)] * len(filled)
+        noises = np.concatenate(rows, axis=1)  # (N, B, 4, H, W)
+        result, picture = self._run_all(filled, noises, stages, loop)
+        pixels = pixels_from_sample(picture)
         return [
             Picture(
                 image_from_pixels(pixels[row]),
@@ -302,59 +304,54 @@ class Pipeline:
         ]
 
     def _guidance(self, job: Job) -> float | None:
-        """The scale a picture is drawn with, None for a student."""
-        plan = self.bundle.manifest.faster
-        if plan is None:
-            return None
-        return plan.guidance if job.guidance is None else job.guidance
+        """The scale a picture is drawn with, None where it is distilled in."""
+        scale = self.bundle.manifest.plan.guidance
+        return scale if scale is None or job.guidance is None else job.guidance
 
     def _run_all(
-        self, jobs: list[Job], noise: Array, stages: dict[str, list[float]], loop: Loop
+        self, jobs: list[Job], noises: Array, stages: dict[str, list[float]], loop: Loop
     ) -> tuple[Array, Array]:
         """Latents (B, 4, H, W) and picture (B, 3, 8H, 8W), in one go where the runtime can."""
         prompts = [job.prompt for job in jobs]
-        plan = self.bundle.manifest.faster
-        if plan is not None:
-            halves = [self.embed([job.negative for job in jobs], stages)]
-            halves.append(self.embed(prompts, stages))
-            scales = [self._guidance(job) or plan.guidance for job in jobs]
-            latents = self._loop(plan, noise, np.concatenate(halves), stages, scales, loop)
-            return latents, self.decode(latents, stages)
         # A chain hands the latents on inside the device: it cannot cut them into tiles.
-        if isinstance(self.runtime, ChainRuntime) and not is_tiled(
-            self.bundle.spec(VAE_DECODER), noise
+        if (
+            self.bundle.manifest.plan.one_pass
+            and isinstance(self.runtime, ChainRuntime)
+            and not is_tiled(self.bundle.spec(VAE_DECODER), noises[0])
         ):
-            chained = self.runtime.run_chain(self.tokenizer(prompts), noise)
+            chained = self.runtime.run_chain(self.tokenizer(prompts), noises[0])
             if chained is not None:
                 for stage, latency_ms in chained.stage_latency_ms.items():
                     stages.setdefault(stage, []).append(latency_ms)
                 return chained.latents, chained.picture
-        latents = self.latents_from_noise(noise, self.embed(prompts, stages), stages)
+        text = self.embed(prompts, stages)  # (B, L, D)
+        scales = [scale for job in jobs if (scale := self._guidance(job)) is not None]
+        if scales:
+            negative = self.embed([job.negative for job in jobs], stages)
+            text = np.concatenate([negative, text])  # (2B, L, D)
+        latents = self._sample(noises, text, stages, scales or None, loop)
         return latents, self.decode(latents, stages)
 
     def embed(self, prompts: Sequence[str], stages: dict[str, list[float]] | None = None) -> Array:
         """Prompts -> text embedding (B, L, D)."""
-        feeds = {"input_ids": self.tokenizer(prompts)}
-        return self._run(TEXT_ENCODER, feeds, stages)["last_hidden_state"]
+        (text,) = self._run(TEXT_ENCODER, {TOKENS: self.tokenizer(prompts)}, stages).values()
+        return text
 
     def latents_from_noise(
-        self, noise: Array, text: Array, stages: dict[str, list[float]] | None = None
+        self, noises: Array, text: Array, stages: dict[str, list[float]] | None = None
     ) -> Array:
-        """Noise (B, 4, H, W) and text (B, L, D) -> latents, by encoder and decoder.
+        """Noises (N, B, 4, H, W) and text (B, L, D) -> latents (B, 4, H, W).
 
-        With Faster Diffusion text is (2B, L, D), negative prompts first, and guidance the plan's.
+        N is the plan's `noises`; where it is 1, (B, 4, H, W) will do. With guidance, which is the
+        plan's, text is (2B, L, D), negative prompts first. A ControlNet would need its picture:
+        `UsageError`.
         """
-        plan = self.bundle.manifest.faster
-        if plan is not None:
-            return self._loop(plan, noise, text, stages, None, Loop())
-        pool = {"sample": noise, "encoder_hidden_states": text}
-        pool.update(self._run(UNET_ENCODER, pool, stages))
-        return self._run(UNET_DECODER, pool, stages)["latents"]
+        noises = noises if noises.ndim == 5 else noises[None]
+        return self._sample(noises, text, stages, None, Loop(control=self._control(None, 1.0)))
 
-    def _loop(
+    def _sample(
         self,
-        plan: FasterPlan,
-        noise: Array,
+        noises: Array,
         text: Array,
         stages: dict[str, list[float]] | None,
         guidance: Sequence[float] | None,
@@ -363,17 +360,17 @@ class Pipeline:
         def run(graph: str, pool: Mapping[str, Array]) -> dict[str, Array]:
             return self._run(graph, pool, stages)
 
-        schedule = self.bundle.manifest.schedule
-        plan = plan.bounded(step_limit(self.runtime), len(text))
-        return sample_latents(schedule, plan, run, noise, text, guidance, *loop)
+        plan = self.bundle.manifest.plan.bounded(step_limit(self.runtime), len(text))
+        return sample(plan, run, noises, text, guidance, *loop)
 
     def decode(self, latents: Array, stages: dict[str, list[float]] | None = None) -> Array:
         """Latents (B, 4, H, W) -> picture (B, 3, 8H, 8W), about [-1, 1]; tiled if exported so."""
-        scaled = (latents / self.bundle.manifest.vae_scaling_factor).astype(np.float32)
+        scaled = scaled_latents(latents, self.bundle.manifest.vae_scaling_factor)
         tiles: dict[str, list[float]] = {}
 
         def decode(tile: Array) -> Array:
-            return self._run(VAE_DECODER, {"latent_sample": tile}, tiles)["sample"]
+            (picture,) = self._run(VAE_DECODER, {SCALED_LATENTS: tile}, tiles).values()
+            return picture
 
         picture = decode_in_tiles(decode, scaled, tile_size(self.bundle.spec(VAE_DECODER)))
         if stages is not None:
@@ -410,21 +407,26 @@ def replanned(bundle: Bundle, change: PlanChange) -> Bundle:
     manifest = bundle.manifest
     if change == PlanChange():
         return bundle
-    if manifest.faster is None:
+    if manifest.plan.guidance is None:
         raise UsageError(
             f"{bundle.root} is a distilled student: its steps are part of its weights and graphs",
             "Leave --steps, --key-steps, --inject and --max-decoder-rows out.",
         )
     config = json.loads(bundle.file("scheduler/scheduler_config.json").read_text("utf-8"))
-    schedule, plan = changed_plan(config, manifest.schedule, manifest.faster, change)
-    return replace(bundle, manifest=replace(manifest, schedule=schedule, faster=plan))
+    plan = changed_plan(config, manifest.plan, change)
+    return replace(bundle, manifest=replace(manifest, plan=plan))
 
 
 def check_steering(bundle: Bundle, guided: bool) -> None:
     """Refuse guidance (`guided`) or a negative prompt where guidance is distilled in."""
-    if bundle.manifest.faster is None:
+    if bundle.manifest.plan.guidance is None:
         raise UsageError(
             f"{bundle.root} is a distilled student: it takes no "
             f"{'guidance' if guided else 'negative prompt'}, its guidance is part of its weights",
             "Leave it out, or export the teacher with --method faster.",
         )
+
+
+def _noise_shapes(noises: int, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The shapes that given noise may have: a single one needs no axis of its own."""
+    return ((noises, *shape), shape) if noises == 1 else ((noises, *shape),)

@@ -22,7 +22,7 @@ import torch
 
 from tiue_export._version import __version__
 from tiue_export.bundle.manifest import Compiled, CompiledGraph, ParityRecord
-from tiue_export.bundle.read import Bundle, file_records, require_one_pass
+from tiue_export.bundle.read import Bundle, file_records
 from tiue_export.bundle.write import add_compiled, compiled_folder, form_identity, trial_of
 from tiue_export.errors import (
     BundleError,
@@ -36,6 +36,7 @@ from tiue_export.graphs.build import Graph, build_graphs
 from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry.packages import require
 from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.support import require_support
 from tiue_export.specs import UNET_GRAPHS, RuntimeOptions
 from tiue_export.system.memory import return_freed_memory
 from tiue_export.system.progress import Observer, stage
@@ -71,7 +72,7 @@ def compile_coreai(
     options, observer = options or CoreaiOptions(), observer or Observer()
     require("Core AI export", ("coreai", "coreai_torch"), "coreai")
     check_precision(options.precision)
-    require_one_pass(bundle, "coreai")
+    require_support("coreai", bundle)
     _refuse_islands(bundle, options)
     if FOLDER in bundle.manifest.compiled and not force:
         raise BundleError(

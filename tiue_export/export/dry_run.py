@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tiue_export.graphs.build import ExportOptions, build_graphs, exported_schedule, latent_shape
+from tiue_export.graphs.build import build_graphs, exported_plan
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.parity import CHECKED_ROWS
 from tiue_export.student.model import Student
 
@@ -22,7 +24,7 @@ class GraphPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """What `--dry-run` prints. Memory is an estimate; see `plan_export`."""
 
     graphs: tuple[GraphPlan, ...]
@@ -35,24 +37,24 @@ class Plan:
     key_steps: tuple[int, ...] = ()
 
 
-def plan_export(student: Student, options: ExportOptions) -> Plan:
+def plan_export(student: Student, options: ExportOptions) -> ExportPlan:
     """What an export would write and need, without writing anything."""
     graphs = build_graphs(student, options)
     size_bytes = sum(graph.weight_bytes for graph in graphs)
     loaded = sum(p.numel() * p.element_size() for p in student.parameters())
-    schedule = exported_schedule(student, options)
+    plan = exported_plan(student, options)
     memory_bytes = _LIBRARIES_BYTES + loaded + _verification_bytes(student, options)
-    return Plan(
+    return ExportPlan(
         tuple(
             GraphPlan(g.spec.name, len(g.spec.inputs), len(g.spec.outputs), g.weight_bytes)
             for g in graphs
         ),
-        latent_shape(student, options),
-        schedule.steps,
-        schedule.timesteps,
+        shapes_of(student, options).latents,
+        plan.steps,
+        plan.timesteps,
         size_bytes,
         memory_bytes,
-        () if student.plan is None else student.plan.key_steps,
+        () if plan.one_pass else plan.key_steps,
     )
 
 
@@ -62,11 +64,9 @@ def _verification_bytes(student: Student, options: ExportOptions) -> int:
     Fitted to SD 2.1-base at 512 px: ONNX Runtime's CPU provider holds a half graph's weights in
     float32 too, and two and a half times the attention scores of the widest layer.
     """
-    batch, _, height, width = latent_shape(student, options)
-    if student.plan is None:
-        rows = exported_schedule(student, options).rows * batch
-    else:
-        rows = max(CHECKED_ROWS, 2 * batch)
+    batch, _, height, width = shapes_of(student, options).latents
+    plan = exported_plan(student, options)
+    rows = plan.rows * batch if plan.one_pass else max(CHECKED_ROWS, plan.copies * batch)
     decoder = int(sum(p.numel() for p in student.unet.up_blocks.parameters()))
     attentions = [m for m in student.unet.up_blocks.modules() if hasattr(m, "heads")]
     heads = min((int(attention.heads) for attention in attentions), default=0)

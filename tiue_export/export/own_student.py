@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.checkpoint.lora_file import lora_from
 from tiue_export.errors import CheckpointError
-from tiue_export.graphs.build import ExportOptions
-from tiue_export.specs import TEXT_ENCODER, VAE_DECODER
-from tiue_export.student.load import load_student
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.methods.faster import with_controlnet
+from tiue_export.specs import CONTROLNET, TEXT_ENCODER, VAE_DECODER
+from tiue_export.student.load import load_model
 from tiue_export.student.lora import merge_lora
 from tiue_export.student.model import Student
 
@@ -18,12 +20,15 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class StudentPlace:
-    """Where the checkpoint of a bundle is: as `--ckpt`, `--base`, `--vae` and `--lora` say."""
+    """Where the checkpoint of a bundle is: as `--ckpt`, `--base`, `--vae`, `--lora` and
+    `--controlnet` say.
+    """
 
     ckpt: str
     base: str | None = None
     vae: str | None = None
     lora: tuple[str, ...] = ()
+    controlnet: str | None = None
 
 
 def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = None) -> Student:
@@ -34,19 +39,19 @@ def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = No
     Raises `CheckpointError` when its weights are not those that the bundle was made from, and when
     it lacks the part of a graph.
     """
-    student = load_student(
+    student = load_model(
         place.ckpt,
         place.base,
+        lambda checkpoint: manifest.plan,
         family=None if manifest.source.family == "custom" else manifest.source.family,
-        steps=manifest.schedule.steps,
-        allow_other_steps=True,
         # An adapter may want to be merged into all of them.
         without=() if place.lora else _unneeded(manifest, graph),
         vae=place.vae if graph in (None, VAE_DECODER) else None,
-        distilled=manifest.faster is None,
     )
     for text in place.lora:
         student = merge_lora(student, *lora_from(text))
+    if place.controlnet is not None:
+        student = with_controlnet(student, Path(place.controlnet))
     ours = {"unet": student.source.sha256, **student.source.part_sha256}
     theirs = {"unet": manifest.source.sha256, **manifest.source.part_sha256}
     for part, found in ours.items():
@@ -54,9 +59,14 @@ def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = No
             raise CheckpointError(
                 f"{place.ckpt} is not the student of this bundle: the SHA-256 of its {part} is "
                 f"{found[:12]}..., the bundle's {str(theirs.get(part))[:12]}...",
-                f"Give the checkpoint named {manifest.source.name} (and --lora as at the export), "
-                "or export this one.",
+                f"Give the checkpoint named {manifest.source.name} (with --lora and --controlnet "
+                "as at the export), or export this one.",
             )
+    if CONTROLNET in manifest.graphs and student.controlnet is None:
+        raise CheckpointError(
+            f"{place.ckpt} comes without the ControlNet of this bundle",
+            f"Add the one of the export: {manifest.source.parts.get('controlnet', '--controlnet')}",
+        )
     for name, part, model in (
         (TEXT_ENCODER, "text encoder", student.text_encoder),
         (VAE_DECODER, "VAE", student.vae),
@@ -66,7 +76,6 @@ def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = No
                 f"{place.ckpt} has no {part}; the bundle's {name} came from elsewhere",
                 "Give --base (or --vae) as when the bundle was exported.",
             )
-    student.schedule, student.plan = manifest.schedule, manifest.faster
     return student
 
 
@@ -86,4 +95,16 @@ def fp32_options(manifest: Manifest, size: Size) -> ExportOptions:
         width=size[1],
         batch=manifest.batch or 1,
         hoist=manifest.hoisted,
+        vae_tile=tile_side_px(manifest),
     )
+
+
+def tile_side_px(manifest: Manifest) -> int | None:
+    """The side of the VAE decoder's tiles as `--vae-tile` gives it; None where pictures are whole.
+
+    A picture narrower than a tile is decoded at its own width: the longer side is the tile's.
+    """
+    record = manifest.graphs.get(VAE_DECODER)
+    if record is None or record.inputs[0].shape[2:] == tuple(manifest.latent_shape[2:]):
+        return None
+    return max(int(side) for side in record.inputs[0].shape[2:]) * manifest.vae_scale

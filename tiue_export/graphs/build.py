@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -13,9 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tiue_export.errors import UsageError, unknown_name
+from tiue_export.errors import UsageError
+from tiue_export.graphs.folded import NaiveDecoder, TextEncoder, UNetEncoder, VaeDecoder
 from tiue_export.graphs.hoisting import RowDecoder, SharedDecoder, hoist, hoist_any_time
-from tiue_export.graphs.loop import (
+from tiue_export.graphs.lowering import NO_PATHS, InFloat32, ModulePaths, below, compute_in_float32
+from tiue_export.graphs.options import DTYPES, ExportOptions
+from tiue_export.graphs.shapes import shapes_of
+from tiue_export.graphs.timed import (
     ControlNet,
     GroupDecoder,
     KeyEncoder,
@@ -24,15 +27,12 @@ from tiue_export.graphs.loop import (
     SharingKeyEncoder,
     TimeEmbedding,
 )
-from tiue_export.graphs.lowering import NO_PATHS, InFloat32, ModulePaths, below, compute_in_float32
-from tiue_export.graphs.one_pass import NaiveDecoder, TextEncoder, UNetEncoder, VaeDecoder
-from tiue_export.proof.half_range import WHOLE_GRAPH, Float32Parts
-from tiue_export.sampling.plan import FasterPlan, steps_within
-from tiue_export.sampling.schedule import Schedule
+from tiue_export.registry.support import check_support
+from tiue_export.sampling.plan import Plan, steps_within
 from tiue_export.specs import (
     BATCH,
     CONTROLNET,
-    GRAPH_NAMES,
+    RUNNING_ORDER,
     STEPS,
     TEXT_ENCODER,
     UNET_DECODER,
@@ -46,67 +46,7 @@ from tiue_export.specs import (
 )
 from tiue_export.student.model import Student
 
-PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
-VAE_PRECISIONS = ("auto", "fp16", "fp32", "bf16")
-_DTYPES = {**PRECISIONS, "bf16": torch.bfloat16}
-HOISTS = ("decoder", "encoder", "none")
-_DEFAULT_VAE_SCALE = 8
-_SMALLEST_TILE = 8  # latents: below, group norms have too few values to tell anything
 _EXAMPLE_STEPS = 3  # not 2: with one image that is the number of rows too
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What the user chose. `height` and `width` in pixels, None for the model's own size.
-
-    `hoist` says which graph computes the decoder's time-independent part, or "none" for the naive
-    decoder. `batch` is the static batch, or the example batch when `dynamic_batch`.
-    `vae_precision` "auto" is `precision`; `float32` names what a half-precision graph computes in
-    float32, as an overflow audit finds it. `vae_tile`: the side in pixels of what the VAE decoder's
-    graph draws at once, None for the whole picture.
-    """
-
-    precision: str = "fp32"
-    height: int | None = None
-    width: int | None = None
-    batch: int = 1
-    dynamic_batch: bool = False
-    hoist: str = "decoder"
-    merge_below: float = 0.0
-    vae_precision: str = "auto"
-    float32: Float32Parts = field(default_factory=Float32Parts)
-    vae_tile: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise unknown_name("precision", self.precision, PRECISIONS)
-        if self.hoist not in HOISTS:
-            raise unknown_name("hoisting", self.hoist, HOISTS)
-        if self.vae_precision not in VAE_PRECISIONS:
-            raise unknown_name("VAE precision", self.vae_precision, VAE_PRECISIONS)
-        if self.batch < 1:
-            raise UsageError(f"--batch is {self.batch}; expected 1 or more")
-        if not 0 <= self.merge_below < math.inf:
-            raise UsageError(
-                f"--merge-below is {self.merge_below}; expected 0 or more (0.02 is usual)"
-            )
-
-    @property
-    def example_batch(self) -> int:
-        """Images in the example inputs: torch.export takes a 1 for a constant."""
-        return max(2, self.batch) if self.dynamic_batch else self.batch
-
-    def precision_of(self, graph: str) -> str:
-        """The precision that one graph computes in: fp32, fp16 (with islands) or bf16."""
-        if graph == VAE_DECODER and self.vae_precision != "auto":
-            return self.vae_precision
-        if WHOLE_GRAPH in self.float32.of(graph):
-            return "fp32"
-        return self.precision
-
-    def carried_in(self, tensor: str) -> torch.dtype:
-        """The dtype in which a text embedding or an encoder feature travels between graphs."""
-        return torch.float32 if tensor in self.float32.tensors else PRECISIONS[self.precision]
 
 
 @dataclass(frozen=True)
@@ -129,65 +69,9 @@ class Graph:
         return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
-def exported_schedule(student: Student, options: ExportOptions) -> Schedule:
-    """The student's schedule with rows merged as the options ask."""
-    return student.schedule.merged(options.merge_below) if options.merge_below else student.schedule
-
-
-def latent_shape(student: Student, options: ExportOptions) -> tuple[int, int, int, int]:
-    """(B, 4, H, W) of the latents; sizes that the UNet cannot halve evenly are refused."""
-    scale = vae_scale(student)
-    config = student.unet.config
-    own = config.sample_size or 64
-    own_height, own_width = own if isinstance(own, (list, tuple)) else (own, own)
-    height = own_height * scale if options.height is None else options.height
-    width = own_width * scale if options.width is None else options.width
-    multiple = scale * 2 ** (len(config.block_out_channels) - 1)
-    for name, side in (("--height", height), ("--width", width)):
-        if side < multiple or side % multiple:
-            near = max(multiple, round(side / multiple) * multiple)
-            raise UsageError(
-                f"{name} is {side}; expected a multiple of {multiple} px for this student",
-                f"The nearest is {name} {near}.",
-            )
-    return options.example_batch, 4, height // scale, width // scale
-
-
-def vae_input_shape(student: Student, options: ExportOptions) -> tuple[int, int, int, int]:
-    """(B, 4, h, w) of what the VAE decoder's graph takes: all latents, or one tile of them."""
-    batch, channels, height, width = latent_shape(student, options)
-    if options.vae_tile is None:
-        return batch, channels, height, width
-    scale, tile = vae_scale(student), options.vae_tile
-    smallest, largest = _SMALLEST_TILE * scale, max(height, width) * scale - scale
-    if not smallest <= tile <= largest or tile % scale:
-        raise UsageError(
-            f"--vae-tile is {tile}; expected a multiple of {scale} from {smallest} to {largest}, "
-            f"as pictures are {width * scale}x{height * scale} px",
-            "Leave it out to decode pictures whole.",
-        )
-    return batch, channels, min(height, tile // scale), min(width, tile // scale)
-
-
-def vae_scale(student: Student) -> int:
-    """Pixels per latent along one side."""
-    if student.vae is None:
-        return _DEFAULT_VAE_SCALE
-    config = student.vae.config
-    widths = getattr(config, "decoder_block_out_channels", None) or config.block_out_channels
-    return int(2 ** (len(widths) - 1))
-
-
-def vae_scaling_factor(student: Student) -> float:
-    """The factor that the latents are divided by before the VAE (1.0 for AutoencoderTiny)."""
-    return 0.18215 if student.vae is None else float(student.vae.config.scaling_factor)
-
-
-def text_shape(student: Student, options: ExportOptions) -> tuple[int, int, int]:
-    """(B, L, D) of the text embedding."""
-    text = student.text_encoder
-    length = 77 if text is None else int(text.config.max_position_embeddings)
-    return options.example_batch, length, int(student.unet.config.cross_attention_dim)
+def exported_plan(student: Student, options: ExportOptions) -> Plan:
+    """The student's plan with rows merged as the options ask."""
+    return student.plan.merged(options.merge_below)
 
 
 def gaussian_text(shape: tuple[int, int, int], seed: int = 0) -> Array:
@@ -210,22 +94,24 @@ def run_graph(graph: Graph, pool: Feeds) -> tuple[dict[str, Array], dict[str, Ar
 
 
 def build_graphs(
-    student: Student, options: ExportOptions, only: tuple[str, ...] = GRAPH_NAMES
+    student: Student, options: ExportOptions, only: tuple[str, ...] = RUNNING_ORDER
 ) -> list[Graph]:
     """The graphs this student has the parts for, in running order; `only` leaves others unbuilt."""
-    if student.plan is not None:
-        _check_faster(student.plan, options)
-    latents, text = latent_shape(student, options), text_shape(student, options)
+    check_support("onnx", student_features(student) | options.features, student.source.name)
+    plan = exported_plan(student, options)
+    _check_rows(plan, options)
+    shapes = shapes_of(student, options)
+    latents, text = shapes.latents, shapes.text
     graphs = []
     if student.text_encoder is not None and TEXT_ENCODER in only:
         module = TextEncoder(student.text_encoder, *_precision(TEXT_ENCODER, options))
         inputs = {"input_ids": torch.zeros(text[:2], dtype=torch.int64)}
         graphs.append(_graph(TEXT_ENCODER, module, inputs, ["last_hidden_state"], options))
-    if set(UNET_GRAPHS) & set(only):
-        build = _unet_graphs if student.plan is None else _faster_unet_graphs
+    if {CONTROLNET, *UNET_GRAPHS} & set(only):
+        build = _folded_unet_graphs if plan.one_pass else _timed_unet_graphs
         graphs += build(student, options, latents, text)
     if student.vae is not None and VAE_DECODER in only:
-        inputs = {"latent_sample": torch.zeros(vae_input_shape(student, options))}
+        inputs = {"latent_sample": torch.zeros(shapes.vae_input)}
         module_vae = VaeDecoder(student.vae, *_precision(VAE_DECODER, options))
         graphs.append(_graph(VAE_DECODER, module_vae, inputs, ["sample"], options))
     return graphs
@@ -233,16 +119,17 @@ def build_graphs(
 
 def _precision(graph: str, options: ExportOptions) -> tuple[torch.dtype, ModulePaths]:
     """The dtype to build a graph in, and what stays in float32 if that is half."""
-    return _DTYPES[options.precision_of(graph)], options.float32.of(graph)
+    return DTYPES[options.precision_of(graph)], options.float32.of(graph)
 
 
-def _unet_graphs(
+def _folded_unet_graphs(
     student: Student,
     options: ExportOptions,
     latents: tuple[int, int, int, int],
     text: tuple[int, int, int],
 ) -> list[Graph]:
-    schedule = exported_schedule(student, options)
+    """Encoder and decoder with timesteps and constants folded in, for rows of one pass."""
+    plan = exported_plan(student, options)
     (dtype, islands), (rows_dtype, rows_islands) = (
         _precision(name, options) for name in UNET_GRAPHS
     )
@@ -257,17 +144,17 @@ def _unet_graphs(
     decoder: nn.Module
     if options.hoist == "encoder":
         # The shared part lies in the encoder's graph: its precision and paths are that graph's.
-        shared, rows = hoist(student.unet, schedule, dtype, islands | rows_islands, rows_dtype)
-        own = UNetEncoder(student.unet, schedule, dtype, below(islands, "encoder"))
+        shared, rows = hoist(student.unet, plan, dtype, islands | rows_islands, rows_dtype)
+        own = UNetEncoder(student.unet, plan, dtype, below(islands, "encoder"))
         encoder = SharingEncoder(own, shared)
         names = encoder.output_names(request["sample"], request["encoder_hidden_states"].to(dtype))
         decoder = SharedRows(rows, names)
     else:
-        encoder = UNetEncoder(student.unet, schedule, dtype, islands)
+        encoder = UNetEncoder(student.unet, plan, dtype, islands)
         if options.hoist == "none":
-            decoder = NaiveDecoder(student.unet, schedule, rows_dtype, rows_islands)
+            decoder = NaiveDecoder(student.unet, plan, rows_dtype, rows_islands)
         else:
-            decoder = HoistedDecoder(*hoist(student.unet, schedule, rows_dtype, rows_islands))
+            decoder = HoistedDecoder(*hoist(student.unet, plan, rows_dtype, rows_islands))
     encoder_graph = _graph(UNET_ENCODER, encoder, request, names, options)
     features = {
         spec.name: torch.zeros(
@@ -286,34 +173,34 @@ def _feature_names(unet: Any) -> list[str]:
     return ["mid_sample", *(f"down_res_{i}" for i in range(skips))]
 
 
-def _check_faster(plan: FasterPlan, options: ExportOptions) -> None:
+def student_features(student: Student) -> frozenset[str]:
+    """Which features of `registry/support.py` every bundle of this student has."""
+    present = {
+        "passes": not student.plan.one_pass,
+        "guidance": student.plan.guidance is not None,
+        "fresh-noise": student.plan.noises > 1,
+        "controlnet": student.controlnet is not None,
+    }
+    return frozenset(name for name, there in present.items() if there)
+
+
+def _check_rows(plan: Plan, options: ExportOptions) -> None:
+    """Refuse a bound on decoder rows that leaves out a whole step."""
     if plan.max_decoder_rows is not None:
-        steps_within(plan.max_decoder_rows, 2 * options.batch)
-    for name, wrong in (("--merge-below", options.merge_below > 0),):
-        if wrong:
-            raise UsageError(
-                f"{name} is for distilled students; every step of Faster Diffusion counts",
-                f"Leave {name} out.",
-            )
-    if options.dynamic_batch:
-        raise UsageError(
-            "--dynamic-batch and --method faster do not go together: the decoder's rows are the "
-            "open axis",
-            "Export with --batch N.",
-        )
+        steps_within(plan.max_decoder_rows, plan.copies * options.batch)
 
 
-def _faster_unet_graphs(
+def _timed_unet_graphs(
     student: Student,
     options: ExportOptions,
     latents: tuple[int, int, int, int],
     text: tuple[int, int, int],
 ) -> list[Graph]:
-    """Encoder at one timestep, decoder at any number of them, both for rows in two halves (2B)."""
+    """Encoder at one timestep, decoder at any number of them; with guidance rows are 2B."""
     (dtype, islands), (rows_dtype, rows_islands) = (
         _precision(name, options) for name in UNET_GRAPHS
     )
-    unet, rows = student.unet, 2 * latents[0]
+    unet, rows = student.unet, student.plan.copies * latents[0]
     embedding = torch.zeros((rows, *text[1:]), dtype=options.carried_in("encoder_hidden_states"))
     request = {
         "sample": torch.zeros(rows, *latents[1:]),
@@ -337,13 +224,15 @@ def _faster_unet_graphs(
             decoder = GroupDecoder(*cut, TimeEmbedding(unet, rows_dtype))
     encoder_graph = _graph(UNET_ENCODER, encoder, request, names, options)
     control = _control_graphs(student, options, request, names)
-    features: dict[str, Tensor] = {"timesteps": torch.zeros(_EXAMPLE_STEPS)}
+    open_rows = student.plan.open_rows
+    steps = _EXAMPLE_STEPS if open_rows else 1
+    features: dict[str, Tensor] = {"timesteps": torch.zeros(steps)}
     if options.hoist != "encoder":
         features["encoder_hidden_states"] = embedding
     for spec in encoder_graph.spec.outputs:
         shape = [_size(side, options) for side in spec.shape]
         features[spec.name] = torch.zeros(shape, dtype=getattr(torch, spec.dtype))
-    open_axes = {"timesteps": STEPS, "outputs": f"{rows}*{STEPS}"}
+    open_axes = {"timesteps": STEPS, "outputs": f"{rows}*{STEPS}"} if open_rows else {}
     decoder_graph = _graph(UNET_DECODER, decoder, features, ["outputs"], options, open_axes)
     return [*control, encoder_graph, decoder_graph]
 
@@ -354,20 +243,14 @@ def _control_graphs(
     """The ControlNet's graph where there is one; its outputs have the names of what they add to."""
     if student.controlnet is None:
         return []
-    if options.hoist == "encoder":
-        raise UsageError(
-            "a ControlNet adds to the encoder's features, which --hoist-into encoder does not "
-            "hand out",
-            "Leave --hoist-into out.",
-        )
     rows, _, height, width = request["sample"].shape
-    scale = vae_scale(student)
+    scale = shapes_of(student, options).vae_scale
     inputs = {
         **request,
         "controlnet_cond": torch.zeros(rows // 2, 3, height * scale, width * scale),
         "conditioning_scale": torch.ones(1),
     }
-    module = ControlNet(student.controlnet, PRECISIONS[options.precision])
+    module = ControlNet(student.controlnet, *_precision(CONTROLNET, options))
     return [_graph(CONTROLNET, module, inputs, names, options)]
 
 

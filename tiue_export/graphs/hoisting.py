@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tiue_export.graphs.folded import Combine, OutputHead, is_single
 from tiue_export.graphs.lowering import (
     NO_PATHS,
     Attention,
@@ -36,8 +37,7 @@ from tiue_export.graphs.lowering import (
     time_embedding_float64,
     with_plain_attention,
 )
-from tiue_export.graphs.one_pass import Combine, OutputHead, is_single
-from tiue_export.sampling.schedule import Schedule
+from tiue_export.sampling.plan import Plan
 
 Shared = dict[str, Tensor]
 R = TypeVar("R", bound="RowBody")
@@ -47,7 +47,7 @@ TIME = "time"
 
 def hoist(
     unet: Any,
-    schedule: Schedule,
+    plan: Plan,
     dtype: torch.dtype,
     float32: ModulePaths = NO_PATHS,
     rows_dtype: torch.dtype | None = None,
@@ -57,11 +57,11 @@ def hoist(
     `float32` names the submodules that stay in float32 in half precision: "shared...", "rows...";
     `rows_dtype` is for rows that lie in another graph of another precision.
     """
-    embedding = time_embedding_float64(unet, schedule.timesteps)
+    embedding = time_embedding_float64(unet, plan.timesteps)
     biases = [[time_bias(resnet, embedding) for resnet in b.resnets] for b in unet.up_blocks]
     precision = _CutPrecision(dtype, rows_dtype or dtype, float32)
-    shared, rows = _cut(unet, RowDecoder, biases, schedule.rows, precision)
-    rows.combine = Combine(schedule)
+    shared, rows = _cut(unet, RowDecoder, biases, plan.rows, precision)
+    rows.combine = Combine(plan.latents)
     return shared, rows.eval()
 
 

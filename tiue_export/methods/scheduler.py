@@ -16,9 +16,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
 from tiue_export.checkpoint.parts import quiet_libraries
 from tiue_export.errors import ScheduleError, UsageError
-from tiue_export.sampling.plan import (
-    FasterPlan,
-    Injection,
+from tiue_export.sampling.ddim import ddim_settings
+from tiue_export.sampling.key_step_options import FasterOptions, ddim_plan, planned
+from tiue_export.sampling.key_step_plan import (
     Trajectory,
     Weights,
     check_scheduler,
@@ -26,8 +26,7 @@ from tiue_export.sampling.plan import (
     injection_from,
     trace,
 )
-from tiue_export.sampling.plan_options import FasterOptions, ddim_plan, planned
-from tiue_export.sampling.schedule import Schedule, ddim_settings
+from tiue_export.sampling.plan import Injection, Plan
 
 _CLASSES = {
     "ddim": DDIMScheduler,
@@ -38,9 +37,7 @@ _CLASSES = {
 _LINEAR_WITHIN = 1e-4
 
 
-def plan_from_config(
-    config: Mapping[str, Any], options: FasterOptions
-) -> tuple[Schedule, FasterPlan]:
+def plan_from_config(config: Mapping[str, Any], options: FasterOptions) -> Plan:
     """The plan of a checkpoint's scheduler_config.json.
 
     Raises `ScheduleError` for a sampler that is stochastic or scales its input, `UsageError` for

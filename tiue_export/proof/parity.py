@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from tiue_export.bundle.chain import LATENTS, PICTURE, chain_of
 from tiue_export.bundle.manifest import ParityRecord
 from tiue_export.bundle.read import REFERENCE_FILE, Bundle
 from tiue_export.errors import BundleError, ParityError
 from tiue_export.proof.gates import GATES_PSNR_DB, max_abs_error, psnr_db, weakest
-from tiue_export.sampling.plan import FasterPlan
-from tiue_export.sampling.sampler import OnStep, added, sample_latents
+from tiue_export.sampling.plan import Plan
+from tiue_export.sampling.sampler import OnStep, added, sample
 from tiue_export.specs import (
     CONTROLNET,
     TEXT_ENCODER,
@@ -37,13 +38,8 @@ PROMPTS = (
     "a red fox sitting in fresh snow, soft morning light, photograph",
     "an astronaut riding a green horse on the moon",
 )
-# Which outputs of which graph a chain of all graphs is judged by, and their names in a Reference.
-CHAIN_OUTPUTS: Mapping[str, Mapping[str, str]] = {
-    UNET_DECODER: {"latents": "latents"},
-    VAE_DECODER: {"sample": "picture"},
-}
-
-
+# The values that a chain of all graphs is judged by.
+JUDGED_VALUES = (LATENTS, PICTURE)
 CHECKED_ROWS = 8
 
 
@@ -53,8 +49,9 @@ class Reference:
 
     input_ids (B, L), encoder_hidden_states (B, L, D), sample = noise (B, 4, H, W),
     latents (B, 4, H, W), latent_sample (B, 4, H, W), picture (B, 3, 8H, 8W). A part that the
-    checkpoint lacked is absent. With Faster Diffusion: noise (B, 4, H, W), prompt_embeds (B, L, D),
-    and sample (2B, 4, H, W), timestep, timesteps, outputs (g*2B, 4, H, W) of one group.
+    checkpoint lacked is absent. Of a plan in passes: noise (B, 4, H, W), fresh_noise
+    (F, B, 4, H, W) where it draws some, prompt_embeds (B, L, D), and of one pass sample
+    (N, 4, H, W), timestep, timesteps, outputs (g*N, 4, H, W); N is B, or with guidance 2B.
     """
 
     arrays: Mapping[str, Array]
@@ -128,25 +125,26 @@ def measure_runtime(
     `on_step` hears of the steps of a model in a loop.
     """
     kind, hop = runtime.precision, f"{runtime.name} {runtime.device}"
+    chain = chain_of(bundle.manifest.plan)
     known, graphs, records = reference.arrays, bundle.manifest.graphs, []
 
-    def measure(graph: str, feeds: Feeds, output: str, expected: str) -> None:
+    def measure(graph: str, feeds: Feeds) -> None:
         spec = bundle.spec(graph)
-        pairs = {output: known[expected]}
+        values = {tensor.name: chain.value(graph, tensor.name) for tensor in spec.outputs}
+        expected = {tensor: known[value] for tensor, value in values.items()}
         typed = with_dtypes(spec, feeds)
         gate = weakest(kind, graphs[graph].precision)
-        record = measure_graph(runtime, spec, typed, pairs, hop, gate, reference.inputs)
-        records.append(replace(record, subject=expected))
+        record = measure_graph(runtime, spec, typed, expected, hop, gate, reference.inputs)
+        records.append(replace(record, subject=" ".join(values.values())))
 
-    faster, limit = bundle.manifest.faster is not None, step_limit(runtime)
-    if faster and limit is not None:
+    in_passes, limit = not bundle.manifest.plan.one_pass, step_limit(runtime)
+    if in_passes and limit is not None:
         # The reference decodes three steps at once; a device's engine may take fewer.
         rows = limit * len(known["encoder_hidden_states"])
         shorter = {"timesteps": known["timesteps"][:limit], "outputs": known["outputs"][:rows]}
         known = {**known, **shorter}
     if TEXT_ENCODER in graphs:
-        text = "prompt_embeds" if faster else "encoder_hidden_states"
-        measure(TEXT_ENCODER, known, "last_hidden_state", text)
+        measure(TEXT_ENCODER, known)
     encoder = bundle.spec(UNET_ENCODER)
     features = runtime.run(UNET_ENCODER, encoder.select(with_dtypes(encoder, known)))
     check_finite(UNET_ENCODER, features)
@@ -154,12 +152,11 @@ def measure_runtime(
         control = bundle.spec(CONTROLNET)
         features = added(features, runtime.run(CONTROLNET, with_dtypes(control, known)))
         check_finite(CONTROLNET, features)
-    final = "outputs" if faster else "latents"
-    measure(UNET_DECODER, {**known, **features}, final, final)
-    if faster:
+    measure(UNET_DECODER, {**known, **features})
+    if in_passes:
         records.append(measure_loop(bundle, runtime, reference, hop, on_step))
     if VAE_DECODER in graphs:
-        measure(VAE_DECODER, known, "sample", "picture")
+        measure(VAE_DECODER, known)
     return records
 
 
@@ -170,12 +167,11 @@ def measure_loop(
     hop: str,
     on_step: OnStep = lambda done, total: None,
 ) -> ParityRecord:
-    """Faster Diffusion's whole loop against the reference's latents; gated in fp32 alone.
+    """All passes of a plan against the reference's latents; gated in fp32 alone.
 
     Guidance and the sum over all steps amplify what each graph rounds.
     """
     manifest, known = bundle.manifest, reference.arrays
-    assert manifest.faster is not None
 
     def run(graph: str, pool: Feeds) -> dict[str, Array]:
         outputs = runtime.run(graph, with_dtypes(bundle.spec(graph), pool))
@@ -183,14 +179,14 @@ def measure_loop(
         return outputs
 
     text = known["encoder_hidden_states"]
-    plan = loop_to_check(manifest.faster, len(text)).bounded(step_limit(runtime), len(text))
+    plan = loop_to_check(manifest.plan, len(text)).bounded(step_limit(runtime), len(text))
     control = None
     if CONTROLNET in manifest.graphs:
         control = {name: known[name] for name in ("controlnet_cond", "conditioning_scale")}
-    noise = known["noise"]
-    latents = sample_latents(
-        manifest.schedule, plan, run, noise, text, on_step=on_step, control=control
-    )
+    noises = known["noise"][None]  # (N, B, 4, H, W)
+    if plan.noises > 1:
+        noises = np.concatenate([noises, known["fresh_noise"]])
+    latents = sample(plan, run, noises, text, on_step=on_step, control=control)
     exact = weakest(runtime.precision, manifest.precision) == "fp32"
     kind = "fp32-loop" if exact else None
     return parity_record(
@@ -198,7 +194,7 @@ def measure_loop(
     )
 
 
-def loop_to_check(plan: FasterPlan, rows_per_step: int) -> FasterPlan:
+def loop_to_check(plan: Plan, rows_per_step: int) -> Plan:
     """The same plan in small pieces, which is exact: a check must not need a device's memory."""
     return replace(plan, max_decoder_rows=max(CHECKED_ROWS, rows_per_step))
 

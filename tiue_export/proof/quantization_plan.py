@@ -176,7 +176,16 @@ def student_identity(manifest: Manifest) -> str:
     decides: dict[str, Any] = {
         "source": manifest.source.sha256,
         "parts": {k: v for k, v in manifest.source.part_sha256.items() if k != "vae"},
-        "schedule": dataclasses.asdict(manifest.schedule),
+        # As bundles of format 1 spelled it: data captured for them goes on to fit.
+        "schedule": {
+            "steps": manifest.plan.steps,
+            "timesteps": manifest.plan.timesteps,
+            "prediction_type": manifest.plan.prediction_type,
+            "noise_coefficient": manifest.plan.latents.noise,
+            "output_coefficients": manifest.plan.latents.outputs,
+            "timestep_spacing": manifest.plan.timestep_spacing,
+            "merged_timesteps": manifest.plan.merged_timesteps,
+        },
         "hoisted": manifest.hoisted,
         "latents": manifest.latent_shape[1:],
         "text": manifest.text_shape[1:],

@@ -17,28 +17,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tiue_export.bundle.chain import (
+    LATENTS,
+    PROMPT_TEXT,
+    SCALED_LATENTS,
+    TEXT,
+    TOKENS,
+    chain_of,
+    scaled_latents,
+)
 from tiue_export.bundle.manifest import ParityRecord
 from tiue_export.drawing.tokenizer import Tokenizer
 from tiue_export.drawing.vae_tiles import decode_in_tiles, first_tile, is_tiled, tile_size
 from tiue_export.errors import ParityError
-from tiue_export.graphs.build import (
-    ExportOptions,
-    Graph,
-    build_graphs,
-    exported_schedule,
-    gaussian_text,
-    latent_shape,
-    run_graph,
-    text_shape,
-    vae_scaling_factor,
-)
+from tiue_export.graphs.build import Graph, build_graphs, exported_plan, gaussian_text, run_graph
 from tiue_export.graphs.lowering import copied
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.parity import PROMPTS, Reference, parity_record, with_dtypes
 from tiue_export.reference.half_audit import RangeRecorder, float32_options, score_blocks
 from tiue_export.reference.loop_capture import capture_loop
-from tiue_export.sampling.noise import noise_from_seed
+from tiue_export.sampling.ddim import ddim_settings
+from tiue_export.sampling.noise import noises_from_seed
 from tiue_export.sampling.sampler import OnStep
-from tiue_export.sampling.schedule import ddim_settings
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_DECODER,
@@ -75,18 +76,22 @@ def capture(
     """
     options = float32_options(options)
     recorder = recorder or RangeRecorder(student, options, only=())
-    shape = latent_shape(student, options)
-    known: dict[str, Array] = {"sample": noise_from_seed(0, shape)}
+    shape = shapes_of(student, options).latents
+    noises = noises_from_seed(0, student.plan.noises, shape)
+    known: dict[str, Array] = {"sample": noises[0]}
     graph_io: dict[str, GraphIO] = {}
     hops: list[ParityRecord] = []
     inputs = _capture_text(student, options, tokenizer, known, graph_io, hops, recorder)
-    if student.plan is None:
+    if student.plan.one_pass:
         _capture_unet(student, options, known, graph_io, hops, inputs, recorder)
     else:
+        known["sample"] = noises
         control = None if student.controlnet is None else copied_unet(student.controlnet)
         wide = _part_of(student, unet=copied_unet(student.unet), controlnet=control)
         hops += capture_loop(wide, options, known, graph_io, inputs, recorder, on_step)
-        known["latent_sample"] = (known["latents"] / vae_scaling_factor(student)).astype(np.float32)
+        known[SCALED_LATENTS] = scaled_latents(
+            known[LATENTS], shapes_of(student).vae_scaling_factor
+        )
     _capture_vae(student, options, known, graph_io, hops, inputs, recorder)
     return Capture(Reference(known, inputs), graph_io, hops)
 
@@ -100,9 +105,9 @@ def _capture_text(
     hops: list[ParityRecord],
     recorder: RangeRecorder,
 ) -> str:
-    batch, *rest = text_shape(student, options)
+    batch, *rest = shapes_of(student, options).text
     if student.text_encoder is None or tokenizer is None:
-        rows = batch if student.plan is None else 2 * batch
+        rows = student.plan.copies * batch
         known["encoder_hidden_states"] = gaussian_text((rows, rest[0], rest[1]))
         return "Gaussian text embedding (the checkpoint has no text encoder), seeded noise"
     prompts = [PROMPTS[row % len(PROMPTS)] for row in range(batch)]
@@ -112,12 +117,13 @@ def _capture_text(
     with recorder.watching(graph):
         feeds, outputs = run_graph(graph, known)
     graph_io[TEXT_ENCODER] = feeds, outputs
-    known["encoder_hidden_states"] = outputs["last_hidden_state"]
-    if student.plan is not None:
-        _, empty = run_graph(graph, {"input_ids": tokenizer([""] * batch)})
-        known["prompt_embeds"] = outputs["last_hidden_state"]
-        halves = [empty["last_hidden_state"], known["prompt_embeds"]]
-        known["encoder_hidden_states"] = np.concatenate(halves)  # (2B, L, D)
+    known.update(chain_of(student.plan).values(TEXT_ENCODER, outputs))
+    if not student.plan.one_pass:
+        known[TEXT] = known[PROMPT_TEXT]
+    if student.plan.guidance is not None:
+        _, empty = run_graph(graph, {TOKENS: tokenizer([""] * batch)})
+        halves = [*empty.values(), known[PROMPT_TEXT]]
+        known[TEXT] = np.concatenate(halves)  # (2B, L, D)
     inputs = f"{min(batch, len(PROMPTS))} real prompt(s), seeded noise"
     own = copied(student.text_encoder, torch.float32, plain=False)
     with torch.no_grad():
@@ -139,7 +145,7 @@ def _capture_unet(
     noise = torch.from_numpy(known["sample"])
     text = torch.from_numpy(known["encoder_hidden_states"])
     with torch.no_grad():
-        unsplit = wide.unet(noise, wide.schedule.timesteps[0], text).sample
+        unsplit = wide.unet(noise, wide.plan.timesteps[0], text).sample
         features = wide.encode(noise, text)
         outputs = wide.decode(features, text)
         latents = wide.combine(noise, outputs)
@@ -152,26 +158,26 @@ def _capture_unet(
             "closed form", "latents / DDIM loop", _np(loop), _np(latents), "split", inputs
         ),
     ]
-    schedule = exported_schedule(student, options)
+    plan = exported_plan(student, options)
     pool = dict(known)
     for graph in build_graphs(wide, options, only=UNET_GRAPHS):
         with recorder.watching(graph):
             graph_io[graph.spec.name] = run_graph(graph, pool)
         pool.update(graph_io[graph.spec.name][1])
     # The exported rows of the naive student: with merging, the same rows under the same weights.
-    kept = [k for k, t in enumerate(student.schedule.timesteps) if t in schedule.timesteps]
-    by_step = outputs.reshape(student.schedule.rows, *noise.shape)[kept]
-    expected = combine(schedule, noise, by_step.flatten(0, 1))
+    kept = [k for k, t in enumerate(student.plan.timesteps) if t in plan.timesteps]
+    by_step = outputs.reshape(student.plan.rows, *noise.shape)[kept]
+    expected = combine(plan.latents, noise, by_step.flatten(0, 1))
     hop = "lowered" if options.hoist == "none" else "hoisted"
     value = graph_io[UNET_DECODER][1]["latents"]
     hops.append(
         parity_record(hop, "latents / naive student", _np(expected), value, "split", inputs)
     )
-    if schedule.merged_timesteps:
-        hop = f"merged t={','.join(map(str, schedule.merged_timesteps))}"
+    if plan.merged_timesteps:
+        hop = f"merged t={','.join(map(str, plan.merged_timesteps))}"
         hops.append(parity_record(hop, "latents / all rows", _np(latents), value, None, inputs))
     known["latents"] = graph_io[UNET_DECODER][1]["latents"]
-    known["latent_sample"] = (known["latents"] / vae_scaling_factor(student)).astype(np.float32)
+    known[SCALED_LATENTS] = scaled_latents(known[LATENTS], shapes_of(student).vae_scaling_factor)
 
 
 def _capture_vae(
@@ -324,9 +330,9 @@ def scheduler_loop(student: Student, noise: Tensor, outputs: Tensor) -> Tensor:
     settings = ddim_settings(student.scheduler_config)
     known = inspect.signature(DDIMScheduler.__init__).parameters
     scheduler: Any = DDIMScheduler(**{k: v for k, v in settings.items() if k in known})
-    scheduler.set_timesteps(student.schedule.steps)
+    scheduler.set_timesteps(student.plan.steps)
     latents = noise
-    rows = outputs.float().reshape(student.schedule.steps, *noise.shape)
+    rows = outputs.float().reshape(student.plan.steps, *noise.shape)
     for timestep, output in zip(scheduler.timesteps, rows, strict=True):
         latents = scheduler.step(output, timestep, latents).prev_sample
     return latents
@@ -342,12 +348,11 @@ def _part_of(student: Student, **parts: Any) -> Student:
     """A student of some parts only, so that building its graphs costs only those."""
     return Student(
         parts.get("unet", student.unet),
-        student.schedule,
+        student.plan,
         source=student.source,
         scheduler_config=student.scheduler_config,
         text_encoder=parts.get("text_encoder"),
         vae=parts.get("vae"),
-        plan=student.plan,
         controlnet=parts.get("controlnet"),
     ).eval()
 

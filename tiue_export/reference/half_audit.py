@@ -31,23 +31,27 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tiue_export.bundle.chain import SCALED_LATENTS, TOKENS, scaled_latents
 from tiue_export.drawing.tokenizer import Tokenizer
 from tiue_export.drawing.vae_tiles import tile_size, tiles_of
 from tiue_export.errors import ParityError, UsageError
-from tiue_export.graphs.build import (
-    ExportOptions,
-    Graph,
-    build_graphs,
-    gaussian_text,
-    latent_shape,
-    meta_twin,
-    run_graph,
-    text_shape,
-    vae_scaling_factor,
-)
+from tiue_export.graphs.build import Graph, build_graphs, gaussian_text, meta_twin, run_graph
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.half_range import WHOLE_GRAPH, Float32Parts, GraphRanges, OpRange
-from tiue_export.sampling.noise import noise_from_seed
-from tiue_export.specs import GRAPH_NAMES, TEXT_ENCODER, UNET_GRAPHS, VAE_DECODER, Array
+from tiue_export.proof.parity import loop_to_check
+from tiue_export.reference.control_picture import control_to_check
+from tiue_export.sampling.noise import noises_from_seed
+from tiue_export.sampling.sampler import sample
+from tiue_export.specs import (
+    CONTROLNET,
+    RUNNING_ORDER,
+    TEXT_ENCODER,
+    UNET_GRAPHS,
+    VAE_DECODER,
+    Array,
+    Feeds,
+)
 from tiue_export.student.model import Student
 
 SCORES = "attention_scores"
@@ -81,14 +85,15 @@ def audit_student(
     if TEXT_ENCODER in recorder.watched:
         yield recorder.ranges(TEXT_ENCODER)
     latents = _denoise(student, options, texts, recorder)
-    for name in UNET_GRAPHS:
-        yield recorder.ranges(name)
+    for name in (CONTROLNET, *UNET_GRAPHS):
+        if name in recorder.watched:
+            yield recorder.ranges(name)
     if student.vae is not None and VAE_DECODER in recorder.only:
         (graph,) = build_graphs(student, options, only=(VAE_DECODER,))
         for array in latents:
             for rows, columns in tiles_of(array, tile_size(graph.spec)):
                 with recorder.watching(graph):
-                    run_graph(graph, {"latent_sample": array[:, :, rows, columns]})
+                    run_graph(graph, {SCALED_LATENTS: array[:, :, rows, columns]})
         yield recorder.ranges(VAE_DECODER)
 
 
@@ -104,34 +109,44 @@ def _embed(
     prompts: Sequence[str],
     recorder: RangeRecorder,
 ) -> list[Array]:
-    """Text embeddings (B, L, D), one array for each batch of prompts; the last is filled up."""
-    shape = text_shape(student, options)
+    """What the UNet reads for each batch of prompts, the last one filled up: (B, L, D), with
+    guidance (2B, L, D), the empty prompt's rows first.
+    """
+    shape, copies = shapes_of(student, options).text, student.plan.copies
     batches = [list(prompts[i : i + shape[0]]) for i in range(0, len(prompts), shape[0])]
     if student.text_encoder is None or tokenizer is None:
-        return [gaussian_text(shape, seed) for seed in range(len(batches))]
+        rows = copies * shape[0]
+        return [gaussian_text((rows, *shape[1:]), seed) for seed in range(len(batches))]
     (graph,) = build_graphs(student, options, only=(TEXT_ENCODER,))
     texts = []
     for batch in batches:
         filled = batch + [batch[-1]] * (shape[0] - len(batch))
+        negative = [[""] * len(filled)] * (copies - 1)
         with recorder.watching(graph):
-            _, outputs = run_graph(graph, {"input_ids": tokenizer(filled)})
-        texts.append(outputs["last_hidden_state"])
+            runs = [run_graph(graph, {TOKENS: tokenizer(row)})[1] for row in (*negative, filled)]
+        texts.append(np.concatenate([text for outputs in runs for text in outputs.values()]))
     return texts
 
 
 def _denoise(
     student: Student, options: ExportOptions, texts: list[Array], recorder: RangeRecorder
 ) -> list[Array]:
-    """What the VAE is fed (B, 4, H, W) for each batch of texts."""
-    shape, scaled = latent_shape(student, options), []
-    graphs = build_graphs(student, options, only=UNET_GRAPHS)
+    """What the VAE is fed (B, 4, H, W) for each batch of texts, by all passes of the plan."""
+    shapes, scaled = shapes_of(student, options), []
+    graphs = {graph.spec.name: graph for graph in build_graphs(student, options, only=UNET_GRAPHS)}
+    plan = loop_to_check(student.plan, student.plan.copies * shapes.latents[0])
+
+    def run(name: str, pool: Feeds) -> Mapping[str, Array]:
+        with recorder.watching(graphs[name]):
+            return run_graph(graphs[name], pool)[1]
+
+    control = None
+    if CONTROLNET in graphs:
+        control = control_to_check(graphs[CONTROLNET].example[3].shape)
     for index, text in enumerate(texts):
-        noise = noise_from_seed(index * shape[0], shape)
-        pool = {"sample": noise, "encoder_hidden_states": text}
-        for graph in graphs:
-            with recorder.watching(graph):
-                pool |= run_graph(graph, pool)[1]
-        scaled.append((pool["latents"] / vae_scaling_factor(student)).astype(np.float32))
+        noises = noises_from_seed(index * shapes.latents[0], plan.noises, shapes.latents)
+        latents = sample(plan, run, noises, text, control=control)
+        scaled.append(scaled_latents(latents, shapes.vae_scaling_factor))
     return scaled
 
 
@@ -139,7 +154,7 @@ class RangeRecorder:
     """Collects the ranges of graphs that run inside `watching`: of several runs the largest."""
 
     def __init__(
-        self, student: Student, options: ExportOptions, only: tuple[str, ...] = GRAPH_NAMES
+        self, student: Student, options: ExportOptions, only: tuple[str, ...] = RUNNING_ORDER
     ) -> None:
         self.only = only
         self._student, self._options = student, options
@@ -150,7 +165,7 @@ class RangeRecorder:
     @property
     def watched(self) -> tuple[str, ...]:
         """The graphs that were watched so far, in running order."""
-        return tuple(name for name in GRAPH_NAMES if name in self._found)
+        return tuple(name for name in RUNNING_ORDER if name in self._found)
 
     @contextmanager
     def watching(self, graph: Graph) -> Iterator[None]:
@@ -187,7 +202,8 @@ class RangeRecorder:
 
     def _half_steps(self, name: str) -> Mapping[Step, bool]:
         if name not in self._half:
-            only = UNET_GRAPHS if name in UNET_GRAPHS else (name,)
+            together = (CONTROLNET, *UNET_GRAPHS)  # built from the UNet's own features
+            only = together if name in together else (name,)
             half = replace(float32_options(self._options), precision="fp16")
             # The student without its memory makes the same graphs, for nothing.
             for graph in build_graphs(meta_twin(self._student), half, only):

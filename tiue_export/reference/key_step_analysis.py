@@ -33,9 +33,9 @@ from tiue_export.reference.sharing_cost import (
     group_losses,
 )
 from tiue_export.reference.unet_blocks import named_blocks, watched_blocks
+from tiue_export.sampling.key_step_options import FasterOptions
+from tiue_export.sampling.key_step_plan import key_steps_from
 from tiue_export.sampling.key_steps import choose_key_steps, cost_of, encoder_runs_within
-from tiue_export.sampling.plan import key_steps_from
-from tiue_export.sampling.plan_options import FasterOptions
 from tiue_export.specs import Array
 
 OnPrompt = Callable[[int, int], None]
@@ -91,10 +91,8 @@ def measure_prompt(
     for name, curves in blocks.items():
         if not np.isfinite([*curves.change, *curves.norm]).all():
             raise RuntimeFailure(f"{name} gave non-finite features for {prompt[:50]!r}")
-    schedule, plan = every_step(model.teacher, options)
-    losses = group_losses(
-        model, schedule, plan, seed, text, request.guidance, request.reach, on_step
-    )
+    plan = every_step(model.teacher, options)
+    losses = group_losses(model, plan, seed, text, request.guidance, request.reach, on_step)
     return PromptResult(
         prompt,
         seed,
@@ -156,16 +154,16 @@ def candidates(
     total, done = (len(listed) + 1) * len(held_out), 0
     latents = []
     for text, (_, seed) in zip(texts, held_out, strict=True):
-        latents.append(model.latents(*plain, seed, text, request.guidance))
+        latents.append(model.latents(plain, seed, text, request.guidance))
         done += 1
         on_step(done, total)
     found = []
     for name, key_steps in listed.items():
         chosen = FasterOptions(request.scheduler, request.steps, key_steps, "off", request.guidance)
-        schedule, plan = plan_from_config(model.teacher.scheduler_config, chosen)
+        plan = plan_from_config(model.teacher.scheduler_config, chosen)
         off = []
         for text, reference, (_, seed) in zip(texts, latents, held_out, strict=True):
-            drawn = model.latents(schedule, plan, seed, text, request.guidance)
+            drawn = model.latents(plan, seed, text, request.guidance)
             off.append(deviation(reference, drawn))
             done += 1
             on_step(done, total)

@@ -1,21 +1,21 @@
-"""The fp32 model run through the loop of Faster Diffusion: what its graphs are held against."""
+"""The fp32 model run through its plan, pass by pass: what its graphs are held against."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from tiue_export.bundle.manifest import ParityRecord
-from tiue_export.graphs.build import ExportOptions, build_graphs, run_graph
+from tiue_export.graphs.build import build_graphs, run_graph
+from tiue_export.graphs.options import ExportOptions
 from tiue_export.methods.scheduler import diffusers_scheduler
 from tiue_export.proof.parity import loop_to_check, parity_record
+from tiue_export.reference.control_picture import control_to_check
 from tiue_export.reference.half_audit import RangeRecorder
-from tiue_export.sampling.plan import FasterPlan
-from tiue_export.sampling.sampler import OnStep, added, combination, encoder_feeds, guided_outputs
-from tiue_export.sampling.schedule import Schedule
+from tiue_export.sampling.plan import Combination, Plan, single_pass
+from tiue_export.sampling.sampler import OnStep, added, combined, encoder_feeds, sampled_outputs
 from tiue_export.specs import CONTROLNET, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS, Array, Feeds
 from tiue_export.student.model import Student
 
@@ -33,12 +33,11 @@ def capture_loop(
 ) -> list[ParityRecord]:
     """Run a float32 model's graphs on one group, and through all; adds to `known` and `graph_io`.
 
-    `known` brings the noise as "sample" (B, 4, H, W) and the text of both halves (2B, L, D).
+    `known` brings the noises as "sample" (N, B, 4, H, W), and the text, with guidance both halves.
     Returns the hops on torch's side: rows against the unsplit UNet and the naive decoder, and the
     plan's sums against diffusers' own scheduler.
     """
-    plan, noise = wide.plan, known.pop("sample")
-    assert plan is not None
+    plan, noises = wide.plan, known.pop("sample")
     text = known["encoder_hidden_states"]
     graphs = {graph.spec.name: graph for graph in build_graphs(wide, options, only=UNET_GRAPHS)}
 
@@ -52,21 +51,20 @@ def capture_loop(
         control = control_to_check(graphs[CONTROLNET].example[3].shape)
         known |= control
     small = loop_to_check(plan, len(text))
-    outputs = guided_outputs(
-        wide.schedule, small, run, noise, text, on_step=on_step, control=control
-    )
-    final = wide.schedule
-    latents = combination(final.noise_coefficient, final.output_coefficients, noise, outputs)
+    outputs = sampled_outputs(small, run, noises, text, on_step=on_step, control=control)
+    latents = combined(plan.latents, noises, outputs)
     # One group is kept as the graphs' own check: the key step and two steps far from it.
-    known |= encoder_feeds(plan.groups[0], noise, text)
+    known |= encoder_feeds(plan.passes[0], noises[0], text)
     known["timesteps"] = np.array(timesteps_to_check(plan), np.float32)
     features = run(UNET_ENCODER, known)
     if control is not None:
         features = added(features, run(CONTROLNET, known))
     pool = {**known, **features}
     known["outputs"] = run(UNET_DECODER, pool)["outputs"]
-    known |= {"noise": noise, "latents": latents}
-    looped = scheduler_loop(wide, noise, outputs)
+    known |= {"noise": noises[0], "latents": latents}
+    if plan.noises > 1:
+        known["fresh_noise"] = noises[1:]
+    looped = scheduler_loop(wide, noises, outputs)
     if control is None:
         rows = _hops_of_rows(wide, known, options.hoist, inputs)
     else:
@@ -78,9 +76,11 @@ def capture_loop(
     ]
 
 
-def timesteps_to_check(plan: FasterPlan) -> tuple[int, ...]:
+def timesteps_to_check(plan: Plan) -> tuple[int, ...]:
     """The first key step's timestep, the middle one and the last of all."""
-    listed = [t for group in plan.groups for t in group.timesteps]
+    if not plan.open_rows:
+        return plan.timesteps[:1]  # the decoder takes one step at a time
+    listed = plan.timesteps
     return listed[0], listed[len(listed) // 2], listed[-1]
 
 
@@ -92,7 +92,7 @@ def _hops_of_rows(
     timesteps = tuple(int(t) for t in known["timesteps"])
     naive = Student(
         wide.unet,
-        _rows_only(wide.schedule, timesteps),
+        _rows_only(wide.plan, timesteps),
         source=wide.source,
         scheduler_config=wide.scheduler_config,
     )
@@ -134,31 +134,17 @@ def _hops_of_control(wide: Student, known: Mapping[str, Array], inputs: str) -> 
     return [parity_record("split", subject, whole.numpy(), first, "split", inputs)]
 
 
-def control_to_check(shape: Sequence[int]) -> dict[str, Array]:
-    """A picture of lines (B, 3, 8H, 8W) in [0, 1], as edge ControlNets take, at full strength."""
-    rows, _, height, width = shape
-    y, x = np.mgrid[0:height, 0:width]
-    radius = np.hypot(y - height / 2, x - width / 2)
-    lines = (np.abs(radius - height / 3) < height / 32) | (np.abs(x - width / 4) < width / 64)
-    picture = np.broadcast_to(lines.astype(np.float32), (rows, 3, height, width))
-    return {
-        "controlnet_cond": np.ascontiguousarray(picture),
-        "conditioning_scale": np.ones(1, np.float32),
-    }
+def _rows_only(plan: Plan, timesteps: tuple[int, ...]) -> Plan:
+    """For `Student.decode`, which takes its timesteps from the plan."""
+    zeros = Combination(0.0, (0.0,) * len(timesteps))
+    return single_pass(plan.method, plan.steps, timesteps, zeros, plan.prediction_type)
 
 
-def _rows_only(schedule: Schedule, timesteps: tuple[int, ...]) -> Schedule:
-    """For `Student.decode`, which takes its timesteps from the schedule."""
-    zeros = (0.0,) * len(timesteps)
-    return replace(schedule, timesteps=timesteps, output_coefficients=zeros)
-
-
-def scheduler_loop(wide: Student, noise: Array, outputs: Array) -> Array:
+def scheduler_loop(wide: Student, noises: Array, outputs: Array) -> Array:
     """diffusers' own scheduler stepped through guided outputs (n, B, 4, H, W), with injection."""
     plan = wide.plan
-    assert plan is not None
-    scheduler = diffusers_scheduler(wide.scheduler_config, plan.scheduler, wide.schedule.steps)
-    start = torch.from_numpy(noise)
+    scheduler = diffusers_scheduler(wide.scheduler_config, plan.scheduler, plan.steps)
+    start = torch.from_numpy(noises[0])
     sample = start
     for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
         if plan.injection is not None and int(timestep) / 1000 < plan.injection.below:

@@ -14,32 +14,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 
+from tiue_export.bundle.chain import TOKENS
 from tiue_export.checkpoint.tokenizer_files import tokenizer_of
-from tiue_export.graphs.build import (
-    ExportOptions,
-    Graph,
-    build_graphs,
-    gaussian_text,
-    latent_shape,
-    meta_twin,
-    run_graph,
-    text_shape,
-)
+from tiue_export.graphs.build import Graph, build_graphs, gaussian_text, meta_twin, run_graph
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.shapes import shapes_of
 from tiue_export.methods.scheduler import plan_from_config
 from tiue_export.proof.parity import CHECKED_ROWS, PROMPTS, loop_to_check
+from tiue_export.sampling.key_step_options import FasterOptions
+from tiue_export.sampling.key_step_plan import key_steps_from
 from tiue_export.sampling.key_steps import Choice, choose_key_steps, encoder_runs_within
 from tiue_export.sampling.noise import noise_from_seed
-from tiue_export.sampling.plan import FasterPlan, Group, key_steps_from
-from tiue_export.sampling.plan_options import FasterOptions
+from tiue_export.sampling.plan import Plan
 from tiue_export.sampling.sampler import (
-    combination,
+    by_step,
+    combined,
     encoder_feeds,
     guidance_rows,
-    guided,
     pieces,
-    sample_latents,
+    sample,
 )
-from tiue_export.sampling.schedule import Schedule
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_DECODER,
@@ -70,27 +64,22 @@ class TorchModel:
     def text(self, prompt: str, negative: str = "") -> Array:
         """(2, L, D), the negative prompt first; Gaussian without a text encoder."""
         if TEXT_ENCODER not in self.graphs or self.teacher.tokenizer_folder is None:
-            _, length, width = text_shape(self.teacher, ExportOptions())
+            _, length, width = shapes_of(self.teacher).text
             return gaussian_text((2, length, width), len(prompt))
-        tokenizer = tokenizer_of(
-            self.teacher.tokenizer_folder, text_shape(self.teacher, ExportOptions())[1]
-        )
-        halves = [
-            self.run(TEXT_ENCODER, {"input_ids": tokenizer([words])})["last_hidden_state"]
-            for words in (negative, prompt)
+        tokenizer = tokenizer_of(self.teacher.tokenizer_folder, shapes_of(self.teacher).text[1])
+        runs = [
+            self.run(TEXT_ENCODER, {TOKENS: tokenizer([words])}) for words in (negative, prompt)
         ]
-        return np.concatenate(halves)
+        return np.concatenate([rows for outputs in runs for rows in outputs.values()])
 
     def noise(self, seed: int) -> Array:
         """(1, 4, H, W)."""
         return noise_from_seed(seed, self.shape)
 
-    def latents(
-        self, schedule: Schedule, plan: FasterPlan, seed: int, text: Array, guidance: float
-    ) -> Array:
+    def latents(self, plan: Plan, seed: int, text: Array, guidance: float) -> Array:
         """One picture by a plan, (1, 4, H, W)."""
         small = loop_to_check(plan, len(text))
-        return sample_latents(schedule, small, self.run, self.noise(seed), text, guidance)
+        return sample(small, self.run, self.noise(seed)[None], text, guidance)
 
 
 def torch_model(
@@ -102,7 +91,7 @@ def torch_model(
     graphs = {graph.spec.name: graph for graph in build_graphs(teacher, options, only=names)}
     flops = [unet_flops(graphs[name]) for name in UNET_GRAPHS]
     share = flops[0] / sum(flops)
-    return TorchModel(teacher, graphs, latent_shape(teacher, options), share)
+    return TorchModel(teacher, graphs, shapes_of(teacher, options).latents, share)
 
 
 def unet_flops(graph: Graph) -> float:
@@ -120,8 +109,7 @@ def unet_flops(graph: Graph) -> float:
 
 def group_losses(
     model: TorchModel,
-    schedule: Schedule,
-    plan: FasterPlan,
+    plan: Plan,
     seed: int,
     text: Array,
     guidance: float,
@@ -134,21 +122,22 @@ def group_losses(
     `plan` must have every step as a key step.
     """
     noise, scales = model.noise(seed), guidance_rows(guidance, 1)
-    listed, weights = schedule.timesteps, schedule.output_coefficients
+    noises = noise[None]
+    listed, weights = plan.timesteps, plan.latents.outputs
     count = len(listed)
     losses = np.full((count + 1, count + 1), np.inf)
     outputs = np.zeros((count, *noise.shape), np.float32)
     ahead: dict[int, Array] = {}  # of step s: its outputs at s + 1, s + 2, ...
     drift: dict[int, Array] = {}  # of step s: weighted sum of what they were off by
-    for i, group in enumerate(plan.groups):
-        start = combination(group.noise_coefficient, group.output_coefficients, noise, outputs)
-        features = model.run(UNET_ENCODER, encoder_feeds(group, start, text))
-        whole = Group(i, listed[i : i + reach], 0.0, ())
+    for i, one in enumerate(plan.passes):
+        start = combined(one.input, noises, outputs)
+        features = model.run(UNET_ENCODER, encoder_feeds(one, start, text))
+        whole = replace(one, timesteps=listed[i : i + reach])
         rows = []
         for timesteps in pieces(whole, CHECKED_ROWS, len(text)):
             feeds = {**features, "encoder_hidden_states": text, "timesteps": timesteps}
             found = model.run(UNET_DECODER, feeds)["outputs"]
-            rows.append(guided(found, len(timesteps), scales))
+            rows.append(by_step(found, len(timesteps), scales))
         ahead[i] = np.concatenate(rows)  # (g, 1, 4, H, W)
         outputs[i], drift[i] = ahead[i][0], np.zeros(noise.shape)
         losses[i, i + 1] = 0.0
@@ -158,7 +147,7 @@ def group_losses(
         for finished in [s for s in ahead if s <= i - reach + 1]:
             del ahead[finished], drift[finished]
         on_step(i + 1, count)
-    latents = combination(schedule.noise_coefficient, weights, noise, outputs)
+    latents = combined(plan.latents, noises, outputs)
     return losses / _rms(latents)
 
 
@@ -171,7 +160,7 @@ def deviation(reference: Array, latents: Array) -> float:
     return _rms(latents - reference) / _rms(reference)
 
 
-def every_step(teacher: Student, options: FasterOptions) -> tuple[Schedule, FasterPlan]:
+def every_step(teacher: Student, options: FasterOptions) -> Plan:
     """Plain sampling as a plan: all steps key, nothing injected."""
     plain = FasterOptions(
         scheduler=options.scheduler,
@@ -195,8 +184,8 @@ def auto_key_steps(
     Without a budget there are as many encoder runs as in the published list. Raises `UsageError`
     for a budget that no plan can meet.
     """
-    schedule, plan = every_step(teacher, options)
-    count = len(schedule.timesteps)
+    plan = every_step(teacher, options)
+    count = plan.rows
     model = torch_model(teacher)
     if budget is None:
         runs = len(key_steps_from("nonuniform", count))
@@ -209,7 +198,7 @@ def auto_key_steps(
             on_step(before * of + done, len(prompts) * of)
 
         text = model.text(prompt)
-        total += group_losses(model, schedule, plan, number, text, options.guidance, count, told)
+        total += group_losses(model, plan, number, text, options.guidance, count, told)
     return choose_key_steps(total / len(prompts), runs)
 
 

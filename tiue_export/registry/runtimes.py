@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.registry.packages import require
+from tiue_export.registry.support import require_support
 from tiue_export.specs import Runtime, RuntimeOptions
 
 if TYPE_CHECKING:
@@ -109,10 +110,7 @@ def open_runtime(name: str, bundle: Bundle, options: RuntimeOptions) -> Runtime:
                 f"the {name} runtime takes no --{option.replace('_', '-')}",
                 f"It is for --runtime {' and '.join(takers)}.",
             )
-    if options.cuda_graph and bundle.manifest.faster is not None:
-        raise UsageError(
-            "--cuda-graph records one pass; this bundle draws in a loop whose batches differ",
-            "Leave --cuda-graph out.",
-        )
+    if options.cuda_graph:
+        require_support("cuda-graph", bundle)
     module, _, function = entry.opener.partition(":")
     return cast(Runtime, getattr(importlib.import_module(module), function)(bundle, options))

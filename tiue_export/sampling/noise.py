@@ -1,4 +1,4 @@
-"""Seed to initial noise: one NumPy definition, so that a seed means the same on every runtime."""
+"""Seed to noise: one NumPy definition, so that a seed means the same on every runtime."""
 
 from __future__ import annotations
 
@@ -18,9 +18,20 @@ def noise_from_seed(seed: int, shape: tuple[int, ...]) -> Array:
     NumPy froze RandomState's stream for good (NEP 19), which Generator's is not; Apple's Swift
     runtime implements the same generator, so a seed carries over to a phone.
     """
+    noise: Array = noises_from_seed(seed, 1, shape)[0]
+    return noise
+
+
+def noises_from_seed(seed: int, noises: int, shape: tuple[int, ...]) -> Array:
+    """The initial noise and the fresh ones of a plan, (noises, B, 4, H, W) float32.
+
+    A picture draws all of them from the one stream of its seed: first the initial noise, then one
+    draw of the same shape for each fresh noise, in the order of the passes.
+    """
     check_seeds(seed, shape[0])
-    rows = [np.random.RandomState(seed + row).standard_normal(shape[1:]) for row in range(shape[0])]
-    return np.stack(rows).astype(np.float32)
+    size = (noises, *shape[1:])
+    rows = [np.random.RandomState(seed + row).standard_normal(size) for row in range(shape[0])]
+    return np.stack(rows, axis=1).astype(np.float32)
 
 
 def check_seeds(seed: int, count: int) -> None:
@@ -30,7 +41,7 @@ def check_seeds(seed: int, count: int) -> None:
 
 
 def noise_from_file(path: Path, shape: tuple[int, ...]) -> Array:
-    """Initial noise from an .npy file: (4, H, W) for one image or `shape` (B, 4, H, W)."""
+    """Noise from an .npy file: (4, H, W) for one noise or `shape` (N, 4, H, W), a plan's noises."""
     try:
         with path.open("rb") as file:
             array = np.load(file, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""The loop of Faster Diffusion in numpy: groups in order, one encoder run and one batch each.
+"""The one loop of every plan, in numpy: passes in order, an encoder run and a decoder batch each.
 
 It knows neither schedulers nor backends: the plan holds every coefficient, `run` runs a graph.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from tiue_export.errors import UsageError
-from tiue_export.sampling.plan import FasterPlan, Group, check_guidance, steps_within
-from tiue_export.sampling.schedule import Schedule
+from tiue_export.sampling.plan import Combination, Pass, Plan, check_guidance, steps_within
 from tiue_export.specs import CONTROLNET, UNET_DECODER, UNET_ENCODER, Array, Feeds
 
 Run = Callable[[str, Feeds], Mapping[str, Array]]
@@ -19,53 +19,56 @@ Run = Callable[[str, Feeds], Mapping[str, Array]]
 OnStep = Callable[[int, int], None]
 
 
-def sample_latents(
-    schedule: Schedule,
-    plan: FasterPlan,
+def sample(
+    plan: Plan,
     run: Run,
-    noise: Array,
+    noises: Array,
     text: Array,
     guidance: float | Sequence[float] | None = None,
     on_step: OnStep = lambda done, total: None,
     control: Feeds | None = None,
 ) -> Array:
-    """Noise (B, 4, H, W) and text (2B, L, D), unconditional rows first -> latents (B, 4, H, W).
+    """Noises (N, B, 4, H, W) and text -> latents (B, 4, H, W); N is `plan.noises`.
 
-    `guidance` is one scale, or one for each row b; None is the plan's. Sums run in float64.
-    `control` is what a ControlNet is fed beside the sample: controlnet_cond (B, 3, 8H, 8W) in
-    [0, 1] and conditioning_scale (1,). It runs at key steps only.
+    Text is (B, L, D), with guidance (2B, L, D), unconditional rows first. `guidance` is one scale,
+    or one for each row b; None is the plan's. Sums run in float64. `control` is what a ControlNet
+    is fed beside the sample: controlnet_cond (B, 3, 8H, 8W) in [0, 1] and conditioning_scale (1,).
+    It runs where the encoder does.
     """
-    outputs = guided_outputs(schedule, plan, run, noise, text, guidance, on_step, control)
-    return combination(schedule.noise_coefficient, schedule.output_coefficients, noise, outputs)
+    if plan.one_pass:  # timesteps and the sum are constants of the graphs
+        pool = {"sample": noises[0], "encoder_hidden_states": text}
+        return run(UNET_DECODER, {**pool, **run(UNET_ENCODER, pool)})["latents"]
+    outputs = sampled_outputs(plan, run, noises, text, guidance, on_step, control)
+    return combined(plan.latents, noises, outputs)
 
 
-def guided_outputs(
-    schedule: Schedule,
-    plan: FasterPlan,
+def sampled_outputs(
+    plan: Plan,
     run: Run,
-    noise: Array,
+    noises: Array,
     text: Array,
     guidance: float | Sequence[float] | None = None,
     on_step: OnStep = lambda done, total: None,
     control: Feeds | None = None,
 ) -> Array:
-    """The network's outputs after guidance, (n, B, 4, H, W) float32, one for each step."""
-    scales = guidance_rows(plan.guidance if guidance is None else guidance, len(noise))
-    total = len(schedule.timesteps)
-    outputs = np.zeros((total, *noise.shape), np.float32)
-    for group in plan.groups:
-        start = combination(group.noise_coefficient, group.output_coefficients, noise, outputs)
-        feeds = encoder_feeds(group, start, text)
+    """The network's outputs after guidance, (rows, B, 4, H, W) float32, of a plan in passes."""
+    shape = noises.shape[1:]  # (B, 4, H, W)
+    scales = None
+    if plan.guidance is not None:
+        scales = guidance_rows(plan.guidance if guidance is None else guidance, shape[0])
+    outputs = np.zeros((plan.rows, *shape), np.float32)
+    for one in plan.passes:
+        feeds = encoder_feeds(one, combined(one.input, noises, outputs), text)
         features = run(UNET_ENCODER, feeds)
         if control is not None:
             features = added(features, run(CONTROLNET, {**feeds, **control}))
-        done = group.first_step
-        for timesteps in pieces(group, plan.max_decoder_rows, 2 * len(noise)):
+        row = one.first_row
+        for timesteps in pieces(one, plan.max_decoder_rows, plan.copies * shape[0]):
             pool = {**features, "encoder_hidden_states": text, "timesteps": timesteps}
             rows = run(UNET_DECODER, pool)["outputs"]
-            outputs[done : done + len(timesteps)] = guided(rows, len(timesteps), scales)
-            done += len(timesteps)
-            on_step(done, total)
+            outputs[row : row + len(timesteps)] = by_step(rows, len(timesteps), scales)
+            row += len(timesteps)
+            on_step(row, plan.rows)
     return outputs
 
 
@@ -74,18 +77,18 @@ def added(features: Mapping[str, Array], residuals: Mapping[str, Array]) -> dict
     return {name: feature + residuals[name] for name, feature in features.items()}
 
 
-def encoder_feeds(group: Group, sample: Array, text: Array) -> dict[str, Array]:
-    """What the encoder takes at a group's key step: the same sample for both halves of the rows."""
+def encoder_feeds(one: Pass, sample: Array, text: Array) -> dict[str, Array]:
+    """What the encoder takes in a pass: the sample (B, 4, H, W), for each of the text's copies."""
     return {
-        "sample": np.concatenate([sample, sample]),  # (2B, 4, H, W)
-        "timestep": np.array(group.timesteps[:1], np.float32),
+        "sample": np.concatenate([sample] * (len(text) // len(sample))),  # (copies * B, 4, H, W)
+        "timestep": np.array([one.encoder_timestep], np.float32),
         "encoder_hidden_states": text,
     }
 
 
-def pieces(group: Group, max_rows: int | None, rows_per_step: int) -> Iterator[Array]:
-    """A group's timesteps (g,) float32, in runs of at most `max_rows` decoder rows."""
-    timesteps = np.array(group.timesteps, np.float32)
+def pieces(one: Pass, max_rows: int | None, rows_per_step: int) -> Iterator[Array]:
+    """A pass's timesteps (g,) float32, in runs of at most `max_rows` decoder rows."""
+    timesteps = np.array(one.timesteps, np.float32)
     size = len(timesteps)
     if max_rows is not None:
         size = steps_within(max_rows, rows_per_step)
@@ -93,23 +96,28 @@ def pieces(group: Group, max_rows: int | None, rows_per_step: int) -> Iterator[A
         yield timesteps[first : first + size]
 
 
-def guided(rows: Array, steps: int, scales: Array) -> Array:
-    """Rows (g * 2B, 4, H, W), step-major -> unconditional + scale * difference, (g, B, 4, H, W)."""
+def by_step(rows: Array, steps: int, scales: Array | None) -> Array:
+    """Rows (g * copies * B, 4, H, W), step-major -> outputs (g, B, 4, H, W), guided by `scales`."""
+    if scales is None:
+        plain: Array = rows.reshape(steps, -1, *rows.shape[1:])
+        return plain
     halves = rows.reshape(steps, 2, len(scales), *rows.shape[1:])  # (g, 2, B, 4, H, W)
     without, conditioned = halves[:, 0], halves[:, 1]
     mixed: Array = without + scales[:, None, None, None] * (conditioned - without)
     return mixed
 
 
-def combination(
-    noise_coefficient: float, output_coefficients: Sequence[float], noise: Array, outputs: Array
-) -> Array:
-    """S * noise + sum_i E_i * outputs[i] for as many outputs as there are coefficients, float32."""
-    weights = np.array(output_coefficients, np.float64)
-    total = noise_coefficient * noise.astype(np.float64)
-    for weight, output in zip(weights, outputs, strict=False):
-        if weight != 0:
-            total += weight * output
+def combined(terms: Combination, noises: Array, outputs: Array) -> Array:
+    """The combination of noises (N, B, 4, H, W) and outputs (n, B, 4, H, W), float32.
+
+    As many fresh noises and outputs are used as there are coefficients.
+    """
+    total: npt.NDArray[np.float64] = terms.noise * noises[0].astype(np.float64)
+    for weights, arrays in ((terms.fresh, noises[1:]), (terms.outputs, outputs)):
+        # float64 by type: a Python number would let the product stay in float32.
+        for weight, array in zip(np.array(weights, np.float64), arrays, strict=False):
+            if weight != 0:
+                total += weight * array
     return total.astype(np.float32)
 
 

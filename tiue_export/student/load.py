@@ -51,7 +51,7 @@ from tiue_export.errors import (
     UsageError,
     first_line,
 )
-from tiue_export.sampling.schedule import DEFAULT_STEPS, schedule_from_config
+from tiue_export.sampling.plan import Plan
 from tiue_export.student.model import Student
 
 _PARTS = ("text_encoder", "vae", "tokenizer", "scheduler")
@@ -59,26 +59,31 @@ STEPS_KEY = "tiue_steps"
 _HUB_KINDS = ("json", "txt", "safetensors")
 
 
-def load_student(
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a plan is derived from: configurations, and the K that a student records."""
+
+    name: str
+    scheduler_config: Config
+    unet_config: Config
+    recorded_steps: object = None
+
+
+def load_model(
     path: str | Path,
-    base: str | Path | None = None,
+    base: str | Path | None,
+    plan_of: Callable[[CheckpointFacts], Plan],
     *,
     family: str | None = None,
-    steps: int | None = None,
-    allow_other_steps: bool = False,
     without: Collection[str] = (),
     vae: str | Path | None = None,
-    distilled: bool = True,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:
-    """Load a student in its checkpoint's own dtype, memory-mapped, in eval mode.
+    """Load a model in its checkpoint's own dtype, memory-mapped, in eval mode.
 
-    `steps` is K; a checkpoint that records its K (`tiue_steps` in scheduler_config.json or in the
-    safetensors metadata) refuses another unless `allow_other_steps`. `family` overrides what the
-    weights suggest. `without` names parts to leave out even where they are there, such as "vae".
-    `vae` is a folder whose VAE replaces the checkpoint's; "tiny:FOLDER" insists on AutoencoderTiny.
-    `distilled` False asks for an ordinary model: a checkpoint that records a K is refused.
-    `on_stage` hears what is being read.
+    `plan_of` derives its plan. `family` overrides what the weights suggest. `without` names parts
+    to leave out even where they are there, such as "vae". `vae` is a folder whose VAE replaces the
+    checkpoint's; "tiny:FOLDER" insists on AutoencoderTiny. `on_stage` hears what is being read.
 
     Raises `CheckpointError`, `UnsupportedModelError`, `ScheduleError` or `UsageError`.
     """
@@ -102,14 +107,7 @@ def load_student(
     recorded = weights.metadata.get(
         STEPS_KEY, scheduler_config.get(STEPS_KEY) if own_scheduler else None
     )
-    if recorded is not None and not distilled:
-        raise ScheduleError(
-            f"{checkpoint.root.name} is a distilled student (it records K={recorded}), which draws "
-            "in one pass; Faster Diffusion speeds up models that are not distilled",
-            "Leave --method out, or give the teacher as --ckpt.",
-        )
-    chosen = _steps(recorded, steps, allow_other_steps)
-    schedule = schedule_from_config(scheduler_config, chosen)
+    plan = plan_of(CheckpointFacts(checkpoint.root.name, scheduler_config, config, recorded))
 
     text_encoder = decoder = None
     part_sha256: dict[str, str] = {}
@@ -141,9 +139,9 @@ def load_student(
     )
     student = Student(
         unet,
-        schedule,
+        plan,
         source=source,
-        scheduler_config={**scheduler_config, **({STEPS_KEY: chosen} if distilled else {})},
+        scheduler_config={**scheduler_config, **({STEPS_KEY: plan.steps} if plan.one_pass else {})},
         text_encoder=text_encoder,
         vae=decoder,
         tokenizer_folder=folders["tokenizer"] if text_encoder is not None else None,
@@ -358,22 +356,6 @@ def _scheduler_config(folder: Path | None, family: str) -> Config:
             "Pass --base with the pipeline folder it was distilled from.",
         )
     return load_family(family).scheduler
-
-
-def _steps(recorded: object, asked: int | None, allow_other: bool) -> int:
-    if recorded is None:
-        return DEFAULT_STEPS if asked is None else asked
-    try:
-        trained = int(str(recorded))
-    except ValueError as error:
-        raise CheckpointError(f"{STEPS_KEY} is {recorded!r}; expected a whole number") from error
-    if asked is not None and asked != trained and not allow_other:
-        raise ScheduleError(
-            f"the student was trained for K={trained}, --steps asks for {asked}; its decoder never "
-            "saw those timesteps",
-            f"Leave --steps out, or pass --allow-other-steps to export K={asked} all the same.",
-        )
-    return trained if asked is None else asked
 
 
 def _check_text_width(text_encoder: Any, config: Config, folder: Path) -> None:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tiue_export.bundle.manifest import Source
-from tiue_export.sampling.plan import FasterPlan
-from tiue_export.sampling.schedule import Schedule
+from tiue_export.sampling.plan import Combination, Plan
 
 
 class Features(NamedTuple):
@@ -33,11 +32,10 @@ class Prediction(NamedTuple):
 
 
 class Student(nn.Module):
-    """A TiUE student: UNet, schedule and, when known, text encoder and VAE decoder.
+    """A model and the plan it draws by: UNet, plan and, when known, text encoder and VAE decoder.
 
-    With a `plan` it is an undistilled model sampled by Faster Diffusion instead: `schedule` is the
-    final combination of the plan's steps, and `encode` and `decode` do not apply. `controlnet` is
-    a diffusers ControlNetModel that steers it.
+    `encode`, `decode` and `sample` are for plans of one pass (TiUE); other plans are run pass by
+    pass (`sampling/sampler.py`). `controlnet` is a diffusers ControlNetModel that steers it.
 
     `unet` is a diffusers UNet2DConditionModel of the Stable Diffusion 1.x/2.x kind,
     `text_encoder` a transformers CLIPTextModel, `vae` an AutoencoderKL or AutoencoderTiny.
@@ -46,21 +44,19 @@ class Student(nn.Module):
     def __init__(
         self,
         unet: Any,
-        schedule: Schedule,
+        plan: Plan,
         *,
         source: Source,
         scheduler_config: dict[str, Any],
         text_encoder: Any | None = None,
         vae: Any | None = None,
         tokenizer_folder: Path | None = None,
-        plan: FasterPlan | None = None,
         controlnet: Any | None = None,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
         self.vae = vae
-        self.schedule = schedule
         self.source = source
         self.scheduler_config = scheduler_config
         self.tokenizer_folder = tokenizer_folder
@@ -74,7 +70,7 @@ class Student(nn.Module):
         """
         unet = self.unet
         noise, text = noise.to(unet.dtype), text.to(unet.dtype)
-        time = self.time_embedding(self.schedule.timesteps[:1]).expand(len(noise), -1)  # (B, D_t)
+        time = self.time_embedding(self.plan.timesteps[:1]).expand(len(noise), -1)  # (B, D_t)
         hidden = unet.conv_in(noise)
         skips = [hidden]
         for block in unet.down_blocks:
@@ -85,9 +81,9 @@ class Student(nn.Module):
 
     def decode(self, features: Features, text: Tensor) -> Tensor:
         """Run the up blocks once over all K timesteps; returns the outputs (K*B, 4, H, W)."""
-        unet, steps = self.unet, self.schedule.rows
+        unet, steps = self.unet, self.plan.rows
         batch = len(features.mid)
-        time = self.time_embedding(self.schedule.timesteps).repeat_interleave(batch, 0)
+        time = self.time_embedding(self.plan.timesteps).repeat_interleave(batch, 0)
         hidden = features.mid.repeat(steps, 1, 1, 1)  # (K*B, C, h, w)
         skips = [skip.repeat(steps, 1, 1, 1) for skip in features.skips]
         text = text.to(unet.dtype).repeat(steps, 1, 1)  # (K*B, L, D)
@@ -99,7 +95,7 @@ class Student(nn.Module):
 
     def combine(self, noise: Tensor, outputs: Tensor) -> Tensor:
         """Eq. 11 in float32: noise (B, 4, H, W) and outputs (K*B, 4, H, W) -> latents."""
-        return combine(self.schedule, noise, outputs)
+        return combine(self.plan.latents, noise, outputs)
 
     def sample(self, noise: Tensor, text: Tensor) -> Tensor:
         """Noise (B, 4, H, W), text (B, 77, D) -> latents (B, 4, H, W), float32, differentiable."""
@@ -131,13 +127,11 @@ def output_head(unet: Any, hidden: Tensor) -> Tensor:
     return output
 
 
-def combine(schedule: Schedule, noise: Tensor, outputs: Tensor) -> Tensor:
+def combine(terms: Combination, noise: Tensor, outputs: Tensor) -> Tensor:
     """Eq. 11 in float32 whatever the inputs' precision: the sum amplifies errors fivefold."""
-    weights = torch.tensor(
-        schedule.output_coefficients, dtype=torch.float32, device=outputs.device
-    ).view(-1, 1, 1, 1, 1)
-    rows = outputs.float().reshape(schedule.rows, *noise.shape)  # (K, B, 4, H, W)
-    latents: Tensor = schedule.noise_coefficient * noise.float() + (weights * rows).sum(0)
+    weights = torch.tensor(terms.outputs, dtype=torch.float32, device=outputs.device)
+    rows = outputs.float().reshape(len(weights), *noise.shape)  # (K, B, 4, H, W)
+    latents: Tensor = terms.noise * noise.float() + (weights.view(-1, 1, 1, 1, 1) * rows).sum(0)
     return latents
 
 

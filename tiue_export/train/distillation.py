@@ -219,7 +219,7 @@ class Distillation:
         loss = vsd_loss(predicted.latents, gradient)
         figures = {"vsd_gradient_square": gradient.square().mean()}
         if config.kl_weight:
-            divergence = noise_kl(predicted.outputs, networks.student.schedule.rows)
+            divergence = noise_kl(predicted.outputs, networks.student.plan.rows)
             loss = loss + config.kl_weight * divergence
             figures["noise_kl"] = divergence.detach()
         if self._clip is not None:

@@ -15,14 +15,10 @@ from tiue_export.checkpoint.parts import quiet_libraries
 from tiue_export.checkpoint.tokenizer_files import tokenizer_of
 from tiue_export.drawing.tokenizer import Tokenizer
 from tiue_export.errors import UnsupportedModelError, UsageError
-from tiue_export.graphs.build import ExportOptions, latent_shape
-from tiue_export.sampling.schedule import (
-    DEFAULT_STEPS,
-    alphas_cumprod,
-    ddim_settings,
-    schedule_from_config,
-)
-from tiue_export.student.load import load_student
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.shapes import shapes_of
+from tiue_export.methods.load import load_student
+from tiue_export.sampling.ddim import DEFAULT_STEPS, alphas_cumprod, ddim_settings, one_pass_plan
 from tiue_export.student.model import Student
 
 from .config import DistillConfig
@@ -112,9 +108,9 @@ def load_networks(config: DistillConfig, device: torch.device) -> Networks:
 
 
 def _check_epsilon(name: str, model: Student) -> None:
-    if model.schedule.prediction_type != "epsilon":
+    if model.plan.prediction_type != "epsilon":
         raise UnsupportedModelError(
-            f"{name} predicts {model.schedule.prediction_type}; the losses are defined on epsilon",
+            f"{name} predicts {model.plan.prediction_type}; the losses are defined on epsilon",
             "Use an epsilon model, such as stable-diffusion-2-1-base.",
         )
 
@@ -122,7 +118,7 @@ def _check_epsilon(name: str, model: Student) -> None:
 def _latent_shape(config: DistillConfig, teacher: Student) -> tuple[int, int, int]:
     options = ExportOptions(precision="fp32", height=config.height, width=config.width)
     try:
-        return latent_shape(teacher, options)[1:]
+        return shapes_of(teacher, options).latents[1:]
     except UsageError as error:
         # The same rule as for exporting, whose options carry dashes.
         hint = None if error.next_step is None else error.next_step.replace("--", "")
@@ -164,7 +160,7 @@ def _new_student(config: DistillConfig, teacher: Student) -> tuple[Student, str]
             )
     student = Student(
         start.unet.float().requires_grad_(True),
-        schedule_from_config(scheduler, config.steps),
+        one_pass_plan(scheduler, config.steps),
         source=teacher.source,
         scheduler_config=scheduler,
     )

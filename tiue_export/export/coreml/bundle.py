@@ -45,7 +45,8 @@ from tiue_export.export.own_student import Size, StudentPlace
 from tiue_export.proof.gates import weakest
 from tiue_export.proof.parity import load_reference, require_passed
 from tiue_export.registry.packages import require
-from tiue_export.specs import CONTROLNET, TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
+from tiue_export.registry.support import require_support
+from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
 from tiue_export.system.progress import Observer, stage
 
 FOLDER = "coreml"
@@ -139,7 +140,7 @@ def plan_for(manifest: Manifest, options: CoremlOptions) -> CoremlPlan:
     time, in the two rows of guidance, wastes none, so there it is the default.
     """
     plan = plan_coreml(options)
-    if manifest.faster is None or options.decoder_batch is not None:
+    if manifest.plan.one_pass or options.decoder_batch is not None:
         return plan
     return replace(plan, decoder_batch=1)
 
@@ -147,11 +148,6 @@ def plan_for(manifest: Manifest, options: CoremlOptions) -> CoremlPlan:
 def _check_loop(bundle: Bundle, options: CoremlOptions) -> None:
     """Refuse what packages of a model in a loop cannot be, or cannot be for this bundle."""
     check_loop(options)
-    if CONTROLNET in bundle.manifest.graphs:
-        raise UsageError(
-            f"{bundle.root} has a ControlNet, without which Core ML packages of a loop come",
-            "ONNX Runtime, OpenVINO and TensorRT run it.",
-        )
     if len(_sizes(bundle, options)) > 1:
         own = f"{bundle.manifest.height_px}x{bundle.manifest.width_px}"
         raise UsageError(
@@ -162,9 +158,10 @@ def _check_loop(bundle: Bundle, options: CoremlOptions) -> None:
 
 def _check_bundle(bundle: Bundle, plan: CoremlPlan, options: CoremlOptions) -> None:
     manifest = bundle.manifest
-    if manifest.faster is not None:
+    require_support("coreml", bundle)
+    if not manifest.plan.one_pass:
         _check_loop(bundle, options)
-    elif plan.decoder_batch < manifest.schedule.rows and manifest.hoisted == "none":
+    elif plan.decoder_batch < manifest.plan.rows and manifest.hoisted == "none":
         raise UsageError(
             f"--decoder-batch {plan.decoder_batch} needs a bundle with the time-independent part "
             "hoisted; this one was exported with --no-hoist",
@@ -199,7 +196,7 @@ def _work_folder(folder: Path) -> Iterator[Path]:
 def _recipe(export: _Export) -> MixedRecipe | None:
     """Start the captured arrays, and get the recipe: the user's, or one found for the target."""
     reference, manifest = load_reference(export.bundle), export.bundle.manifest
-    if manifest.faster is not None:
+    if not manifest.plan.one_pass:
         steps, size = export.plan.decoder_batch, export.sizes[0]
         start_pool_of_loop(reference.arrays, steps, size, export.work)
         return MixedRecipe(bits=export.options.recipe) if export.options.recipe else None
@@ -257,8 +254,8 @@ def _make(export: _Export, graph: str, recipe: MixedRecipe | None) -> GraphResul
 def _metadata(export: _Export, graph: str) -> dict[str, Any]:
     """What each package says of itself: enough to run it without our manifest."""
     manifest, plan = export.bundle.manifest, export.plan
-    schedule = manifest.schedule
-    loop = {} if manifest.faster is None else {"key_steps": list(manifest.faster.key_steps)}
+    schedule = manifest.plan
+    loop = {} if manifest.plan.one_pass else {"key_steps": list(manifest.plan.key_steps)}
     return {
         **loop,
         "created_by": f"tiue-export {__version__}",
@@ -267,8 +264,8 @@ def _metadata(export: _Export, graph: str) -> dict[str, Any]:
         "source_sha256": manifest.source.sha256,
         "licence": manifest.source.licence,
         "timesteps": list(schedule.timesteps),
-        "noise_coefficient": schedule.noise_coefficient,
-        "output_coefficients": list(schedule.output_coefficients),
+        "noise_coefficient": schedule.latents.noise,
+        "output_coefficients": list(schedule.latents.outputs),
         "prediction_type": schedule.prediction_type,
         "vae_scaling_factor": manifest.vae_scaling_factor,
         "compute_unit": plan.compute_unit,

@@ -18,6 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from tiue_export.bundle.chain import (
+    LATENTS,
+    NOISE,
+    ONE_PASS,
+    SCALED_LATENTS,
+    TOKENS,
+    chain_of,
+    scaled_latents,
+)
 from tiue_export.bundle.manifest import Manifest, ParityRecord
 from tiue_export.drawing.tokenizer import open_tokenizer
 from tiue_export.errors import ParityError
@@ -209,7 +218,7 @@ def _graph(job: GraphJob, student: Student, size: Size) -> Graph:
     only = UNET_GRAPHS if job.graph in UNET_GRAPHS else (job.graph,)
     graphs = build_graphs(student, fp32_options(job.manifest, size), only=only)
     graph = next(graph for graph in graphs if graph.spec.name == job.graph)
-    return graph if job.manifest.faster is None else _at_steps(graph, job.plan.decoder_batch)
+    return graph if job.manifest.plan.one_pass else _at_steps(graph, job.plan.decoder_batch)
 
 
 def _at_steps(graph: Graph, steps: int) -> Graph:
@@ -235,29 +244,21 @@ def _at_steps(graph: Graph, steps: int) -> Graph:
 
 def _capture(job: GraphJob, graph: Graph, size: Size) -> None:
     """Add the float32 student's outputs to the pool, where the bundle's reference has them not."""
-    pool = load_pool(job.work, "student", size)
+    pool, chain = load_pool(job.work, "student", size), chain_of(job.manifest.plan)
     outputs = {
-        spec.name: pool[known]
+        spec.name: pool[value]
         for spec in graph.spec.outputs
-        if (known := _reference_name(job, spec.name)) in pool
+        if (value := chain.value(job.graph, spec.name)) in pool
     }
     if len(outputs) < len(graph.spec.outputs):
         outputs = run_graph(graph, pool)[1]
     save_pool(job.work, f"expected-{job.graph}", size, outputs)
     if job.graph == VAE_DECODER:
         return
-    more = {_reference_name(job, name): array for name, array in outputs.items()}
-    if job.graph == UNET_DECODER and job.manifest.faster is None:
-        latents = outputs["latents"]
-        more["latent_sample"] = (latents / job.manifest.vae_scaling_factor).astype(np.float32)
+    more = chain.values(job.graph, outputs)
+    if LATENTS in more:
+        more[SCALED_LATENTS] = scaled_latents(more[LATENTS], job.manifest.vae_scaling_factor)
     save_pool(job.work, "student", size, {**pool, **more})
-
-
-def _reference_name(job: GraphJob, output: str) -> str:
-    """What a stored reference calls a graph's output."""
-    text = "encoder_hidden_states" if job.manifest.faster is None else "prompt_embeds"
-    names = {(TEXT_ENCODER, "last_hidden_state"): text, (VAE_DECODER, "sample"): "picture"}
-    return names.get((job.graph, output), output)
 
 
 def _feeds(job: GraphJob, size: Size) -> dict[str, Array]:
@@ -323,9 +324,8 @@ def _samples(job: GraphJob, student: Student, size: Size) -> Iterator[dict[str, 
     tokenize = open_tokenizer(job.tokenizer, int(job.manifest.text_shape[1]))
     shape = load_pool(job.work, "student", size)["sample"].shape
     for index, prompt in enumerate(job.prompts):
-        pool = {"input_ids": tokenize([prompt] * rows), "sample": noise_from_seed(index, shape)}
-        text = run_graph(graphs[TEXT_ENCODER], pool)[1]["last_hidden_state"]
-        pool["encoder_hidden_states"] = text
+        pool = {TOKENS: tokenize([prompt] * rows), NOISE: noise_from_seed(index, shape)}
+        pool |= ONE_PASS.values(TEXT_ENCODER, run_graph(graphs[TEXT_ENCODER], pool)[1])
         if job.graph == UNET_DECODER:
             pool |= run_graph(graphs[UNET_ENCODER], pool)[1]
         yield pool
@@ -366,7 +366,7 @@ def _judged(job: GraphJob, size: Size, evaluation: Evaluation) -> ParityRecord:
     if job.graph == UNET_ENCODER and job.plan.compression_of(job.graph).kind != "none":
         kind = None
     shown = "" if len(job.sizes) == 1 else f" {size[0]}x{size[1]}"
-    subjects = _SUBJECTS if job.manifest.faster is None else _LOOP_SUBJECTS
+    subjects = _SUBJECTS if job.manifest.plan.one_pass else _LOOP_SUBJECTS
     hop = f"Core ML {job.plan.precision}"
     if job.plan.compression_of(job.graph).kind != "none":
         hop += f" {job.plan.compression_of(job.graph).name}"

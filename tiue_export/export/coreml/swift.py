@@ -54,7 +54,7 @@ def check_swift(bundle: Bundle) -> None:
 def _constants(bundle: Bundle, plan: CoremlPlan) -> dict[str, object]:
     """All that is not in the models. Eq. 11 is applied inside the decoder; its coefficients are
     given for readers."""
-    manifest, schedule = bundle.manifest, bundle.manifest.schedule
+    manifest, schedule = bundle.manifest, bundle.manifest.plan
     tokenizer = json.loads((bundle.root / "tokenizer" / "tokenizer.json").read_text("utf-8"))
     padding = tokenizer.get("padding") or {}
     return {
@@ -66,8 +66,8 @@ def _constants(bundle: Bundle, plan: CoremlPlan) -> dict[str, object]:
         "padToken": int(padding.get("pad_id", 0)),
         "vaeScalingFactor": manifest.vae_scaling_factor,
         "timesteps": list(schedule.timesteps),
-        "noiseCoefficient": schedule.noise_coefficient,
-        "outputCoefficients": list(schedule.output_coefficients),
+        "noiseCoefficient": schedule.latents.noise,
+        "outputCoefficients": list(schedule.latents.outputs),
         "computeUnit": plan.compute_unit,
     }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tiue_export._version import __version__
+from tiue_export.bundle.chain import LATENTS, SCALED_LATENTS, chain_of, scaled_latents
 from tiue_export.bundle.manifest import FORMAT_VERSION, GraphRecord, Manifest, ParityRecord
 from tiue_export.bundle.read import (
     MANIFEST_FILE,
@@ -25,16 +26,9 @@ from tiue_export.checkpoint.tokenizer_files import write_tokenizer
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.drawing.vae_tiles import first_tile, tile_size
 from tiue_export.export.onnx.write import MODEL_FILE, OPSET, onnx_from_graph
-from tiue_export.graphs.build import (
-    ExportOptions,
-    Graph,
-    build_graphs,
-    exported_schedule,
-    latent_shape,
-    text_shape,
-    vae_scale,
-    vae_scaling_factor,
-)
+from tiue_export.graphs.build import Graph, build_graphs, exported_plan
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.gates import weakest
 from tiue_export.proof.half_range import (
     AUDIT_FILE,
@@ -44,7 +38,7 @@ from tiue_export.proof.half_range import (
     node_path,
 )
 from tiue_export.proof.parity import (
-    CHAIN_OUTPUTS,
+    JUDGED_VALUES,
     measure_graph,
     measure_loop,
     parity_record,
@@ -57,9 +51,8 @@ from tiue_export.registry.packages import require
 from tiue_export.registry.runtimes import open_runtime
 from tiue_export.specs import (
     BATCH,
-    GRAPH_NAMES,
+    RUNNING_ORDER,
     TEXT_ENCODER,
-    UNET_DECODER,
     UNET_GRAPHS,
     VAE_DECODER,
     Runtime,
@@ -123,7 +116,7 @@ def _audited(options: ExportOptions) -> tuple[str, ...]:
     if options.precision != "fp16":
         return ()
     chosen = options.vae_precision != "auto"
-    return tuple(name for name in GRAPH_NAMES if not (chosen and name == VAE_DECODER))
+    return tuple(name for name in RUNNING_ORDER if not (chosen and name == VAE_DECODER))
 
 
 def _audit(
@@ -210,7 +203,7 @@ def _measure(
     the weights but neither the arithmetic nor the range. It has no bf16 kernels at all.
     """
     known, inputs = captured.reference.arrays, captured.reference.inputs
-    overall = bundle.manifest.precision
+    overall, links = bundle.manifest.precision, chain_of(bundle.manifest.plan)
     graphs: list[ParityRecord] = []
     chain: list[ParityRecord] = []
     pool = dict(known)
@@ -226,25 +219,19 @@ def _measure(
             with _ort(bundle) as runtime:
                 typed, hop = with_dtypes(spec, feeds), f"ONNX {precision}"
                 graphs.append(measure_graph(runtime, spec, typed, expected, hop, kind, inputs))
-                if bundle.manifest.faster is not None:
+                if not bundle.manifest.plan.one_pass:
                     continue  # its chain is the loop below
                 outputs = runtime.run(name, with_dtypes(spec, pool))
-        pool.update(outputs)
-        if name == TEXT_ENCODER:
-            pool["encoder_hidden_states"] = outputs["last_hidden_state"]
-        for tensor, subject in CHAIN_OUTPUTS.get(name, {}).items():
-            reference, value = known[subject], outputs[tensor].astype("float32")
-            hop = f"ONNX {overall} chain"
-            chain.append(parity_record(hop, subject, reference, value, kind, inputs))
-        if name == UNET_DECODER:
-            scaled = outputs["latents"] / bundle.manifest.vae_scaling_factor
-            pool["latent_sample"] = scaled.astype("float32")
-            if VAE_DECODER in bundle.manifest.graphs:
-                size = tile_size(bundle.spec(VAE_DECODER))
-                pool["latent_sample"] = first_tile(pool["latent_sample"], size)
-            # From here on "sample" names the picture; the noise has been used.
-            del pool["sample"]
-    if bundle.manifest.faster is not None:
+        values = links.values(name, outputs)
+        pool.update(values)
+        for value in JUDGED_VALUES:
+            if value in values:
+                hop, made = f"ONNX {overall} chain", values[value].astype("float32")
+                chain.append(parity_record(hop, value, known[value], made, kind, inputs))
+        if LATENTS in values and VAE_DECODER in bundle.manifest.graphs:
+            scaled = scaled_latents(values[LATENTS], bundle.manifest.vae_scaling_factor)
+            pool[SCALED_LATENTS] = first_tile(scaled, tile_size(bundle.spec(VAE_DECODER)))
+    if not bundle.manifest.plan.one_pass:
         with stage(observer, "verify loop"), _ort(bundle) as runtime:
             hop = f"ONNX {overall}"
             on_step = observer.steps_of("verify loop")
@@ -265,7 +252,7 @@ def _write_parts(student: Student, options: ExportOptions, folder: Path) -> Toke
     """Configurations and tokenizer, in the layout that optimum and diffusers read."""
     _write_json(folder / "scheduler" / "scheduler_config.json", student.scheduler_config)
     index: dict[str, Any] = {
-        "_class_name": "TiUEPipeline" if student.plan is None else "FasterDiffusionPipeline",
+        "_class_name": "TiUEPipeline" if student.plan.one_pass else "FasterDiffusionPipeline",
         "scheduler": ["diffusers", student.scheduler_config.get("_class_name", "DDIMScheduler")],
     }
     if student.vae is not None:
@@ -278,7 +265,7 @@ def _write_parts(student: Student, options: ExportOptions, folder: Path) -> Toke
         config = student.text_encoder.config.to_diff_dict()
         config.pop("_name_or_path", None)
         _write_json(folder / "text_encoder" / "config.json", config)
-        length = text_shape(student, options)[1]
+        length = shapes_of(student, options).text[1]
         write_tokenizer(student.tokenizer_folder, folder / "tokenizer", length)
         index["text_encoder"] = ["transformers", "CLIPTextModel"]
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
@@ -290,8 +277,8 @@ def _write_parts(student: Student, options: ExportOptions, folder: Path) -> Toke
 def _manifest(
     student: Student, options: ExportOptions, graphs: Mapping[str, GraphRecord], folder: Path
 ) -> Manifest:
-    latents: tuple[int | str, ...] = latent_shape(student, options)
-    text: tuple[int | str, ...] = text_shape(student, options)
+    latents: tuple[int | str, ...] = shapes_of(student, options).latents
+    text: tuple[int | str, ...] = shapes_of(student, options).text
     if options.dynamic_batch:
         latents, text = (BATCH, *latents[1:]), (BATCH, *text[1:])
     in_graphs = {name for record in graphs.values() for name in record.files}
@@ -300,17 +287,16 @@ def _manifest(
         format_version=FORMAT_VERSION,
         created_by=f"tiue-export {__version__}",
         source=student.source,
-        schedule=exported_schedule(student, options),
+        plan=exported_plan(student, options),
         latent_shape=latents,
         text_shape=text,
-        vae_scale=vae_scale(student),
-        vae_scaling_factor=vae_scaling_factor(student),
+        vae_scale=shapes_of(student).vae_scale,
+        vae_scaling_factor=shapes_of(student).vae_scaling_factor,
         precision=options.precision,
         hoisted=options.hoist,
         graphs=graphs,
         files=file_records(folder, [name for name in names if name not in in_graphs]),
         tools={name: importlib.import_module(name).__version__ for name in _TOOLS},
-        faster=student.plan,
     )
 
 

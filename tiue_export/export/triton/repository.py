@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import onnx
 from onnx import TensorProto, helper
 
+from tiue_export.bundle.chain import NOISE, ONE_PASS, PICTURE
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.export.triton.config import (
@@ -24,9 +25,12 @@ from tiue_export.export.triton.config import (
     TritonTensor,
     triton_tensor,
 )
+from tiue_export.registry.support import check_support, features_of
 from tiue_export.specs import (
     GRAPH_NAMES,
+    TEXT_ENCODER,
     UNET_DECODER,
+    UNET_ENCODER,
     VAE_DECODER,
     GraphSpec,
 )
@@ -126,23 +130,21 @@ def _ensemble(
 ) -> TritonModel:
     """Tensors travel by name, as they do in `Pipeline`; the noise gets a name of its own."""
     text, encoder, decoder, vae = (graphs[graph] for graph in GRAPH_NAMES)
-    pool = {"sample": "noise", "encoder_hidden_states": "encoder_hidden_states"}
-    encoded = {tensor.name: tensor.name for tensor in encoder.outputs}
-    decoder_pool = {**pool, **encoded}
+    names = {NOISE: "noise", PICTURE: "image"}  # values that clients see under other names
+
+    def step(graph: str, model: TritonModel) -> EnsembleStep:
+        def places(tensors: Iterable[TritonTensor]) -> dict[str, str]:
+            values = {tensor.name: ONE_PASS.value(graph, tensor.name) for tensor in tensors}
+            return {tensor: names.get(value, value) for tensor, value in values.items()}
+
+        return EnsembleStep(model.name, places(model.inputs), places(model.outputs))
+
     steps = (
-        EnsembleStep(
-            text.name,
-            {"input_ids": "input_ids"},
-            {"last_hidden_state": "encoder_hidden_states"},
-        ),
-        EnsembleStep(encoder.name, {t.name: pool[t.name] for t in encoder.inputs}, encoded),
-        EnsembleStep(
-            decoder.name,
-            {t.name: decoder_pool[t.name] for t in decoder.inputs},
-            {"latents": "latents"},
-        ),
-        EnsembleStep(scale.name, {"latents": "latents"}, {"latent_sample": "latent_sample"}),
-        EnsembleStep(vae.name, {"latent_sample": "latent_sample"}, {"sample": "image"}),
+        step(TEXT_ENCODER, text),
+        step(UNET_ENCODER, encoder),
+        step(UNET_DECODER, decoder),
+        step(_SCALE, scale),
+        step(VAE_DECODER, vae),
     )
     return TritonModel(
         name=prefix,
@@ -170,31 +172,16 @@ def _check(bundle: Bundle, options: TritonOptions) -> None:
         raise unknown_name("backend", options.backend, BACKENDS)
     if options.max_batch < 1:
         raise UsageError(f"--max-batch is {options.max_batch}; expected 1 or more")
-    manifest = bundle.manifest
-    if manifest.faster is not None:
-        raise UsageError(
-            f"{bundle.root} draws in a loop (Faster Diffusion), which no ensemble can",
-            "Serve it with: tiue-export serve",
-        )
+    features = features_of(bundle.manifest)
     if options.backend == "tensorrt":
-        if _TENSORRT not in manifest.compiled:
+        features -= {"bf16", "packed"}  # engines are there, whatever the ONNX files are
+    check_support("triton", features, str(bundle.root))
+    if options.backend == "tensorrt":
+        if _TENSORRT not in bundle.manifest.compiled:
             raise UsageError(
                 f"{bundle.root} holds no TensorRT engines",
                 f"tiue-export trt --bundle {bundle.root} --flavor tensorrt, with the TensorRT "
                 "version of your Triton.",
-            )
-        return
-    for graph in GRAPH_NAMES:
-        record = manifest.graphs[graph]
-        if record.omitted:
-            raise UsageError(
-                f"{bundle.root} was packed without the ONNX file of {graph}",
-                "Take the bundle it was packed from.",
-            )
-        if record.precision == "bf16":
-            raise UsageError(
-                f"{graph} is in bf16, which ONNX Runtime does not compute in",
-                "Export with --vae-precision fp16 or fp32, or pass --backend tensorrt.",
             )
 
 

@@ -205,7 +205,7 @@ def _batch(bundle: Bundle, options: TrtOptions) -> tuple[int, int, int]:
 
 def _decoder_steps(bundle: Bundle, options: TrtOptions) -> tuple[int, int, int] | None:
     """Decoder runs of one step, and most of all of the longest piece: most steps are in such."""
-    plan = bundle.manifest.faster
+    plan = bundle.manifest.plan
     if plan is None:
         if options.max_decoder_rows is not None:
             raise UsageError(
@@ -217,7 +217,7 @@ def _decoder_steps(bundle: Bundle, options: TrtOptions) -> tuple[int, int, int] 
     rows_per_step = 2 * (bundle.manifest.batch or 1)
     rows = options.max_decoder_rows or plan.max_decoder_rows
     longest = max(
-        len(piece) for group in plan.groups for piece in pieces(group, rows, rows_per_step)
+        len(piece) for group in plan.passes for piece in pieces(group, rows, rows_per_step)
     )
     return 1, longest, longest
 

@@ -16,21 +16,22 @@ from hypothesis import strategies as st
 
 from tiue_export.checkpoint.family import load_family
 from tiue_export.errors import ScheduleError, TiueError, UnsupportedModelError, UsageError
-from tiue_export.graphs.build import ExportOptions, build_graphs, run_graph
+from tiue_export.graphs.build import build_graphs, run_graph
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.methods.faster import load_teacher
 from tiue_export.methods.scheduler import diffusers_scheduler, plan_from_config
-from tiue_export.methods.teacher import load_teacher
 from tiue_export.proof.gates import psnr_db
-from tiue_export.sampling.noise import noise_from_seed
-from tiue_export.sampling.plan import (
-    Injection,
+from tiue_export.sampling.ddim import alphas_cumprod
+from tiue_export.sampling.key_step_options import FasterOptions, PlanChange, changed_plan
+from tiue_export.sampling.key_step_plan import (
     ddim_trajectory,
     injection_from,
     key_steps_from,
     make_plan,
 )
-from tiue_export.sampling.plan_options import FasterOptions, PlanChange, changed_plan
-from tiue_export.sampling.sampler import combination, guidance_rows, sample_latents
-from tiue_export.sampling.schedule import alphas_cumprod
+from tiue_export.sampling.noise import noise_from_seed
+from tiue_export.sampling.plan import Combination, Injection
+from tiue_export.sampling.sampler import combined, guidance_rows, sample
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
 
 SD = load_family("tiny").scheduler
@@ -47,7 +48,7 @@ def teacher(teacher_folder: Path):
 
 
 def planned(teacher, **options):
-    """The schedule and plan of other options."""
+    """The plan of other options."""
     return plan_from_config(teacher.scheduler_config, FasterOptions(steps=STEPS, **options))
 
 
@@ -70,6 +71,11 @@ def request(batch: int = 1):
     random = np.random.RandomState(batch)
     text = random.standard_normal((2 * batch, 77, 32)).astype(np.float32)
     return noise_from_seed(0, (batch, 4, 8, 8)), text
+
+
+def draw(plan, run, noise, text, *rest, **options):
+    """Latents of a plan without fresh noise."""
+    return sample(plan, run, noise[None], text, *rest, **options)
 
 
 def plain_sampling(teacher, scheduler: str, noise, text, guidance: float):
@@ -138,9 +144,9 @@ class HookedUnet:
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_with_every_step_a_key_step_it_is_diffusers_plain_sampling(teacher, scheduler):
     noise, text = request()
-    schedule, plan = planned(teacher, scheduler=scheduler, key_steps="uniform:1", inject="off")
+    plan = planned(teacher, scheduler=scheduler, key_steps="uniform:1", inject="off")
     run, _ = run_in_torch(teacher)
-    ours = sample_latents(schedule, plan, run, noise, text, 7.5)
+    ours = draw(plan, run, noise, text, 7.5)
     theirs = plain_sampling(teacher, scheduler, noise, text, 7.5)
     assert psnr_db(theirs, ours) >= EXACT_DB
 
@@ -149,12 +155,12 @@ def test_with_every_step_a_key_step_it_is_diffusers_plain_sampling(teacher, sche
 def test_the_first_rows_of_each_group_are_the_ordinary_unet_at_its_key_step(teacher, hoist):
     noise, text = request()
     run, log = run_in_torch(teacher, hoist=hoist)
-    sample_latents(teacher.schedule, teacher.plan, run, noise, text)
+    draw(teacher.plan, run, noise, text)
     encoders = [feeds for name, feeds, _ in log if name == UNET_ENCODER]
     decoders = [outputs for name, _, outputs in log if name == UNET_DECODER]
     assert len(encoders) == len(decoders) == len(KEYS)
     for feeds, outputs, key in zip(encoders, decoders, KEYS, strict=True):
-        assert feeds["timestep"][0] == teacher.schedule.timesteps[key]
+        assert feeds["timestep"][0] == teacher.plan.timesteps[key]
         tensors = (torch.from_numpy(feeds[k]) for k in ("sample", "encoder_hidden_states"))
         sample, embedding = tensors
         with torch.no_grad():
@@ -166,9 +172,9 @@ def test_the_first_rows_of_each_group_are_the_ordinary_unet_at_its_key_step(teac
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_it_equals_an_independent_implementation_by_hooks(teacher, scheduler, inject):
     noise, text = request()
-    schedule, plan = planned(teacher, scheduler=scheduler, key_steps=KEYS, inject=inject)
+    plan = planned(teacher, scheduler=scheduler, key_steps=KEYS, inject=inject)
     run, _ = run_in_torch(teacher)
-    ours = sample_latents(schedule, plan, run, noise, text, 7.5)
+    ours = draw(plan, run, noise, text, 7.5)
     hooked = HookedUnet(teacher.unet)
     try:
         own = diffusers_scheduler(teacher.scheduler_config, scheduler, STEPS)
@@ -182,7 +188,7 @@ def test_sharing_features_and_injection_do_change_the_picture(teacher):
     noise, text = request()
     run, _ = run_in_torch(teacher)
     latents = [
-        sample_latents(*planned(teacher, key_steps=keys, inject=inject), run, noise, text)
+        draw(planned(teacher, key_steps=keys, inject=inject), run, noise, text)
         for keys, inject in (("uniform:1", "off"), (KEYS, "off"), (KEYS, "parallel"))
     ]
     assert psnr_db(latents[0], latents[1]) < 80
@@ -193,10 +199,10 @@ def test_sharing_features_and_injection_do_change_the_picture(teacher):
 def test_small_pieces_of_a_group_are_exact(teacher, rows):
     noise, text = request()
     run, log = run_in_torch(teacher)
-    whole = sample_latents(teacher.schedule, teacher.plan, run, noise, text)
+    whole = draw(teacher.plan, run, noise, text)
     log.clear()
     plan = replace(teacher.plan, max_decoder_rows=rows)
-    cut = sample_latents(teacher.schedule, plan, run, noise, text)
+    cut = draw(plan, run, noise, text)
     assert psnr_db(whole, cut) >= EXACT_DB
     sizes = [len(outputs["outputs"]) for name, _, outputs in log if name == UNET_DECODER]
     assert max(sizes) <= rows
@@ -208,28 +214,25 @@ def test_fewer_rows_than_one_step_has_are_refused(teacher):
     noise, text = request()
     plan = replace(teacher.plan, max_decoder_rows=1)
     with pytest.raises(UsageError) as caught:
-        sample_latents(teacher.schedule, plan, run_in_torch(teacher)[0], noise, text)
+        draw(plan, run_in_torch(teacher)[0], noise, text)
     assert caught.value.message == "at most 1 decoder rows were allowed; one step takes 2"
 
 
 def test_rows_of_a_batch_have_their_own_guidance_and_text(teacher):
     noise, text = request(2)
     run, _ = run_in_torch(teacher, batch=2)
-    together = sample_latents(teacher.schedule, teacher.plan, run, noise, text, [7.5, 2.0])
+    together = draw(teacher.plan, run, noise, text, [7.5, 2.0])
     alone, _ = run_in_torch(teacher)
     for row, guidance in enumerate((7.5, 2.0)):
         own = text[[row, row + 2]]
-        expected = sample_latents(
-            teacher.schedule, teacher.plan, alone, noise[row : row + 1], own, guidance
-        )
+        expected = draw(teacher.plan, alone, noise[row : row + 1], own, guidance)
         assert psnr_db(expected, together[row : row + 1]) >= EXACT_DB
 
 
 def test_progress_is_told_after_every_piece(teacher):
     noise, text = request()
     heard = []
-    sample_latents(
-        teacher.schedule,
+    draw(
         replace(teacher.plan, max_decoder_rows=4),
         run_in_torch(teacher)[0],
         noise,
@@ -247,12 +250,12 @@ def test_progress_is_told_after_every_piece(teacher):
 def test_the_sums_of_a_plan_are_the_ddim_loop(prediction, placement):
     config = {**SD, "prediction_type": prediction}
     injection = Injection(placement=placement)
-    schedule, plan = plan_from_config(config, FasterOptions(inject=placement))
+    plan = plan_from_config(config, FasterOptions(inject=placement))
     random = np.random.RandomState(0)
     noise, outputs = random.standard_normal(64), random.standard_normal((50, 64))
     alphas = alphas_cumprod(config)
     sample, seen = noise, {}
-    for k, timestep in enumerate(schedule.timesteps):
+    for k, timestep in enumerate(plan.timesteps):
         added = injection.strength * noise if timestep < 500 else 0.0
         seen[k] = sample + added if placement == "sequential" else sample
         a, target = alphas[timestep], alphas[max(timestep - 20, 0)]
@@ -266,57 +269,55 @@ def test_the_sums_of_a_plan_are_the_ddim_loop(prediction, placement):
             x0 = outputs[k]
             eps = (sample + added - np.sqrt(a) * x0) / np.sqrt(1 - a)
         sample = np.sqrt(target) * x0 + np.sqrt(1 - target) * eps
-    ours = schedule.noise_coefficient * noise + schedule.output_coefficients @ outputs
+    ours = plan.latents.noise * noise + plan.latents.outputs @ outputs
     np.testing.assert_allclose(ours, sample, rtol=1e-10, atol=1e-10)
-    for group in plan.groups:
-        weights = np.array(group.output_coefficients)
-        start = group.noise_coefficient * noise + weights @ outputs[: group.first_step]
-        np.testing.assert_allclose(start, seen[group.first_step], rtol=1e-10, atol=1e-10)
+    for group in plan.passes:
+        weights = np.array(group.input.outputs)
+        start = group.input.noise * noise + weights @ outputs[: group.first_row]
+        np.testing.assert_allclose(start, seen[group.first_row], rtol=1e-10, atol=1e-10)
 
 
 def test_a_group_telescopes_to_the_published_closed_form():
     """z_out = sqrt(a_e/a_s) z_s + sum sqrt(a_e) g_k eps_k + 0.003 sum_{t<500} sqrt(a_e/a_k) z_T."""
-    schedule, plan = plan_from_config(SD, FasterOptions())
+    plan = plan_from_config(SD, FasterOptions())
     alphas = alphas_cumprod(SD)
     random = np.random.RandomState(1)
     noise, outputs = random.standard_normal(64), random.standard_normal((50, 64))
-    times = [alphas[t] for t in schedule.timesteps] + [alphas[0]]
-    ends = [group.first_step for group in plan.groups[1:]] + [50]
-    starts = [*plan.groups[1:], None]
-    for group, end, following in zip(plan.groups, ends, starts, strict=True):
-        s, last = group.first_step, times[end]
-        z = group.noise_coefficient * noise
-        z = z + np.array(group.output_coefficients) @ outputs[:s]
+    times = [alphas[t] for t in plan.timesteps] + [alphas[0]]
+    ends = [group.first_row for group in plan.passes[1:]] + [50]
+    starts = [*plan.passes[1:], None]
+    for group, end, following in zip(plan.passes, ends, starts, strict=True):
+        s, last = group.first_row, times[end]
+        z = group.input.noise * noise
+        z = z + np.array(group.input.outputs) @ outputs[:s]
         z = np.sqrt(last / times[s]) * z
         for k in range(s, end):
             gap = np.sqrt(1 / times[k + 1] - 1) - np.sqrt(1 / times[k] - 1)
             z = z + np.sqrt(last) * gap * outputs[k]
-            if schedule.timesteps[k] < 500:
+            if plan.timesteps[k] < 500:
                 z = z + 0.003 * np.sqrt(last / times[k]) * noise
-        final = schedule if following is None else following
-        ours = final.noise_coefficient * noise
-        ours = ours + np.array(final.output_coefficients) @ outputs[:end]
+        final = plan.latents if following is None else following.input
+        ours = final.noise * noise + np.array(final.outputs) @ outputs[:end]
         np.testing.assert_allclose(ours, z, rtol=1e-10, atol=1e-10)
 
 
 def test_the_noise_injected_weighs_what_was_computed_for_the_paper():
     plain, injected = (
-        plan_from_config(SD, FasterOptions(inject=inject))[0].noise_coefficient
-        for inject in ("off", "on")
+        plan_from_config(SD, FasterOptions(inject=inject)).latents.noise for inject in ("off", "on")
     )
     assert injected - plain == pytest.approx(0.0957, abs=1e-4)
 
 
 def test_with_one_group_and_no_injection_the_plan_is_the_students_formula():
-    from tiue_export.sampling.schedule import schedule_from_config
+    from tiue_export.sampling.ddim import one_pass_plan
 
     options = FasterOptions(steps=4, key_steps=(0,), inject="off")
-    schedule, plan = plan_from_config(SD, options)
-    expected = schedule_from_config(SD, 4)
-    assert schedule.timesteps == expected.timesteps
-    assert schedule.noise_coefficient == pytest.approx(expected.noise_coefficient, rel=1e-12)
-    assert schedule.output_coefficients == pytest.approx(expected.output_coefficients, rel=1e-12)
-    assert [group.rows for group in plan.groups] == [4]
+    plan = plan_from_config(SD, options)
+    expected = one_pass_plan(SD, 4)
+    assert plan.timesteps == expected.timesteps
+    assert plan.latents.noise == pytest.approx(expected.latents.noise, rel=1e-12)
+    assert plan.latents.outputs == pytest.approx(expected.latents.outputs, rel=1e-12)
+    assert [group.rows for group in plan.passes] == [4]
 
 
 @pytest.mark.parametrize(
@@ -328,15 +329,15 @@ def test_with_one_group_and_no_injection_the_plan_is_the_students_formula():
     ],
 )
 def test_the_published_key_steps_are_the_default(scheduler, steps, keys, sizes):
-    schedule, plan = plan_from_config(SD, FasterOptions(scheduler=scheduler))
-    assert (schedule.steps, plan.key_steps) == (steps, keys)
-    assert [group.rows for group in plan.groups] == sizes
-    assert plan.problem(schedule) is None
+    plan = plan_from_config(SD, FasterOptions(scheduler=scheduler))
+    assert (plan.steps, plan.key_steps) == (steps, keys)
+    assert [group.rows for group in plan.passes] == sizes
+    assert plan.problem() is None
 
 
 def test_the_key_timesteps_of_50_ddim_steps_are_the_papers():
-    _, plan = plan_from_config(SD, FasterOptions())
-    assert [g.timesteps[0] for g in plan.groups] == [981, 961, 941, 921, 881, 781, 681, 481, 281]
+    plan = plan_from_config(SD, FasterOptions())
+    assert [g.timesteps[0] for g in plan.passes] == [981, 961, 941, 921, 881, 781, 681, 481, 281]
 
 
 @given(st.integers(1, 60), st.integers(1, 70))
@@ -348,10 +349,10 @@ def test_a_uniform_stride_covers_every_step(steps, stride):
 
 
 @given(st.data(), st.integers(2, 40))
-def test_any_rising_list_makes_a_plan_that_agrees_with_its_schedule(data, steps):
+def test_any_rising_list_makes_a_plan_that_does_not_contradict_itself(data, steps):
     rest = data.draw(st.sets(st.integers(1, steps - 1), max_size=steps))
     trajectory = ddim_trajectory(SD, steps)
-    schedule, plan = make_plan(
+    plan = make_plan(
         "ddim",
         trajectory,
         (0, *sorted(rest)),
@@ -359,7 +360,7 @@ def test_any_rising_list_makes_a_plan_that_agrees_with_its_schedule(data, steps)
         prediction_type="epsilon",
         timestep_spacing="leading",
     )
-    assert plan.problem(schedule) is None
+    assert plan.problem() is None
     assert plan.key_steps == (0, *sorted(rest))
 
 
@@ -371,28 +372,28 @@ def test_any_rising_list_makes_a_plan_that_agrees_with_its_schedule(data, steps)
     chosen_by=st.sampled_from(["", "auto, 2 prompts"]),
 )
 def test_a_plan_asked_for_what_it_is_stays_itself(**options):
-    schedule, plan = plan_from_config(SD, FasterOptions(**options))
-    named = PlanChange(steps=schedule.steps, inject=options["inject"])
+    plan = plan_from_config(SD, FasterOptions(**options))
+    named = PlanChange(steps=plan.steps, inject=options["inject"])
     for change in (PlanChange(), named):
-        assert changed_plan(SD, schedule, plan, change) == (schedule, plan)
+        assert changed_plan(SD, plan, change) == plan
 
 
 @given(st.integers(1, 60), st.sampled_from(["nonuniform", "uniform:4"]))
 def test_key_steps_by_a_rule_follow_the_number_of_steps(steps, rule):
-    schedule, plan = plan_from_config(SD, FasterOptions(key_steps=rule))
-    changed = changed_plan(SD, schedule, plan, PlanChange(steps=steps))
+    plan = plan_from_config(SD, FasterOptions(key_steps=rule))
+    changed = changed_plan(SD, plan, PlanChange(steps=steps))
     assert changed == plan_from_config(SD, FasterOptions(steps=steps, key_steps=rule))
 
 
 def test_the_plan_of_a_multistep_sampler_is_fixed_but_for_the_rows():
-    schedule, plan = plan_from_config(SD, FasterOptions(scheduler="dpmpp"))
+    plan = plan_from_config(SD, FasterOptions(scheduler="dpmpp"))
     with pytest.raises(UsageError) as caught:
-        changed_plan(SD, schedule, plan, PlanChange(key_steps="uniform:1"))
+        changed_plan(SD, plan, PlanChange(key_steps="uniform:1"))
     assert "the bundle draws by dpmpp, whose coefficients were found at its export" in str(
         caught.value
     )
-    bounded = changed_plan(SD, schedule, plan, PlanChange(max_decoder_rows=4))
-    assert bounded == (schedule, replace(plan, max_decoder_rows=4))
+    bounded = changed_plan(SD, plan, PlanChange(max_decoder_rows=4))
+    assert bounded == replace(plan, max_decoder_rows=4)
 
 
 def test_a_long_schedule_stretches_the_published_list():
@@ -465,7 +466,8 @@ def test_a_wrong_injection_guidance_or_row_count_is_refused():
 def test_a_combination_ignores_outputs_that_have_no_weight_yet():
     noise, outputs = np.ones((1, 2), np.float32), np.full((3, 1, 2), np.nan, np.float32)
     outputs[0] = 2
-    np.testing.assert_array_equal(combination(3.0, (0.5,), noise, outputs), [[4, 4]])
+    terms = Combination(3.0, (0.5,))
+    np.testing.assert_array_equal(combined(terms, noise[None], outputs), [[4, 4]])
 
 
 # Checkpoints

@@ -7,19 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tiue_export.errors import UsageError
-from tiue_export.sampling.plan import (
-    DEFAULT_GUIDANCE,
+from tiue_export.sampling.ddim import ddim_settings
+from tiue_export.sampling.key_step_plan import (
     DEFAULT_STEPS,
-    FasterPlan,
     Trajectory,
-    check_decoder_rows,
     check_scheduler,
     ddim_trajectory,
     injection_from,
     key_steps_from,
     make_plan,
 )
-from tiue_export.sampling.schedule import Schedule, ddim_settings
+from tiue_export.sampling.plan import DEFAULT_GUIDANCE, Plan, check_decoder_rows
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class FasterOptions:
         return DEFAULT_STEPS[self.scheduler] if self.steps is None else self.steps
 
 
-def ddim_plan(config: Mapping[str, Any], options: FasterOptions) -> tuple[Schedule, FasterPlan]:
+def ddim_plan(config: Mapping[str, Any], options: FasterOptions) -> Plan:
     """The plan of a checkpoint's scheduler_config.json for DDIM.
 
     Raises `ScheduleError` for a configuration without a closed formula, `UsageError` for key steps
@@ -62,7 +60,7 @@ def ddim_plan(config: Mapping[str, Any], options: FasterOptions) -> tuple[Schedu
 
 def planned(
     options: FasterOptions, trajectory: Trajectory, *, prediction_type: str, timestep_spacing: str
-) -> tuple[Schedule, FasterPlan]:
+) -> Plan:
     """A sampler's trajectory, with the injection already in it, cut at the chosen key steps."""
     chosen = options.key_steps
     count = len(trajectory.timesteps)
@@ -93,9 +91,7 @@ class PlanChange:
     max_decoder_rows: int | None = None
 
 
-def changed_plan(
-    config: Mapping[str, Any], schedule: Schedule, plan: FasterPlan, change: PlanChange
-) -> tuple[Schedule, FasterPlan]:
+def changed_plan(config: Mapping[str, Any], plan: Plan, change: PlanChange) -> Plan:
     """Another plan for the graphs of a bundle, whose scheduler_config.json is `config`.
 
     Raises `UsageError` where the plan's sampler is not DDIM: its coefficients come from diffusers,
@@ -105,7 +101,7 @@ def changed_plan(
     if change.max_decoder_rows is not None:
         plan = replace(plan, max_decoder_rows=change.max_decoder_rows)
     if change == PlanChange(max_decoder_rows=change.max_decoder_rows):
-        return schedule, plan
+        return plan
     if plan.scheduler != "ddim":
         raise UsageError(
             f"the bundle draws by {plan.scheduler}, whose coefficients were found at its export: "
@@ -113,17 +109,17 @@ def changed_plan(
             "Export again with the options wanted; with --scheduler ddim they stay open.",
         )
     options = FasterOptions(
-        steps=schedule.steps if change.steps is None else change.steps,
-        key_steps=_key_steps(schedule, plan, change),
+        steps=plan.steps if change.steps is None else change.steps,
+        key_steps=_key_steps(plan, change),
         inject=_inject(plan) if change.inject is None else change.inject,
-        guidance=plan.guidance,
+        guidance=DEFAULT_GUIDANCE if plan.guidance is None else plan.guidance,
         max_decoder_rows=plan.max_decoder_rows,
         chosen_by=plan.chosen_by if change.key_steps is None else "",
     )
     return ddim_plan(config, options)
 
 
-def _key_steps(schedule: Schedule, plan: FasterPlan, change: PlanChange) -> str | tuple[int, ...]:
+def _key_steps(plan: Plan, change: PlanChange) -> str | tuple[int, ...]:
     if change.key_steps == "auto":
         raise UsageError(
             "--key-steps auto measures a checkpoint; a bundle has none",
@@ -131,17 +127,17 @@ def _key_steps(schedule: Schedule, plan: FasterPlan, change: PlanChange) -> str 
         )
     if change.key_steps is not None:
         return change.key_steps
-    if change.steps is None or change.steps == schedule.steps:
+    if change.steps is None or change.steps == plan.steps:
         return plan.key_steps
     if plan.chosen_by == "nonuniform" or plan.chosen_by.startswith("uniform:"):
         return plan.chosen_by
     listed = ",".join(map(str, plan.key_steps))
     raise UsageError(
-        f"the bundle's key steps {listed} were chosen for {schedule.steps} steps, "
+        f"the bundle's key steps {listed} were chosen for {plan.steps} steps, "
         f"not for {change.steps}",
         "Add --key-steps nonuniform, uniform:N or a list.",
     )
 
 
-def _inject(plan: FasterPlan) -> str:
+def _inject(plan: Plan) -> str:
     return "off" if plan.injection is None else plan.injection.placement

@@ -23,7 +23,7 @@ from tiue_export.graphs.lowering import (
     time_embedding_float64,
     with_plain_attention,
 )
-from tiue_export.sampling.schedule import Schedule
+from tiue_export.sampling.plan import Combination, Plan
 from tiue_export.student.model import output_head
 
 
@@ -65,13 +65,13 @@ class UNetEncoder(nn.Module):
     """
 
     def __init__(
-        self, unet: Any, schedule: Schedule, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
+        self, unet: Any, plan: Plan, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
     ) -> None:
         super().__init__()
         body = nn.ModuleDict(
             {"conv_in": unet.conv_in, "down_blocks": unet.down_blocks, "mid_block": unet.mid_block}
         )
-        embedding = time_embedding_float64(unet, schedule.timesteps[:1])
+        embedding = time_embedding_float64(unet, plan.timesteps[:1])
         self.unet: Any = fold_time(lowered(body, dtype, below(float32, "unet")), embedding)
         with_plain_attention(self.unet, bool(unet.config.upcast_attention))
         self.dtype = dtype
@@ -105,15 +105,15 @@ class NaiveDecoder(nn.Module):
     """
 
     def __init__(
-        self, unet: Any, schedule: Schedule, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
+        self, unet: Any, plan: Plan, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
     ) -> None:
         super().__init__()
         body = nn.ModuleDict({"up_blocks": unet.up_blocks, "head": OutputHead(unet)})
-        embedding = time_embedding_float64(unet, schedule.timesteps)
+        embedding = time_embedding_float64(unet, plan.timesteps)
         self.unet: Any = fold_time(lowered(body, dtype, below(float32, "unet")), embedding)
         with_plain_attention(self.unet, bool(unet.config.upcast_attention))
-        self.combine = Combine(schedule)
-        self.steps = schedule.rows
+        self.combine = Combine(plan.latents)
+        self.steps = plan.rows
 
     def forward(
         self, sample: Tensor, encoder_hidden_states: Tensor, *features: Tensor
@@ -150,10 +150,10 @@ class Combine(nn.Module):
 
     output_coefficients: Tensor
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, terms: Combination) -> None:
         super().__init__()
-        self.noise_coefficient = schedule.noise_coefficient
-        weights = torch.tensor(schedule.output_coefficients, dtype=torch.float32)
+        self.noise_coefficient = terms.noise
+        weights = torch.tensor(terms.outputs, dtype=torch.float32)
         self.register_buffer("output_coefficients", weights.view(-1, 1, 1, 1))
 
     def forward(self, sample: Tensor, outputs: Tensor) -> Tensor:

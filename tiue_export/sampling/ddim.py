@@ -11,13 +11,14 @@ E_t = sqrt(a_0) * (sqrt(1 / a_prev - 1) - sqrt(1 / a_t - 1)) for every t. The te
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tiue_export.errors import ScheduleError, UsageError
+from tiue_export.sampling.plan import Combination, Plan, single_pass
 
 DEFAULT_STEPS = 4
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -52,53 +53,8 @@ _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Timesteps and constants of one student.
-
-    `timesteps[k]` conditions decoder row k, and `output_coefficients[k]` weighs its output; the
-    encoder runs at `timesteps[0]`. `merged_timesteps` names rows that were dropped, their weight
-    added to a neighbour; the student still has `steps` trained steps.
-    """
-
-    steps: int
-    timesteps: tuple[int, ...]
-    prediction_type: str
-    noise_coefficient: float
-    output_coefficients: tuple[float, ...]
-    timestep_spacing: str = "leading"
-    merged_timesteps: tuple[int, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """Decoder rows that are really computed: `steps` less the merged ones."""
-        return len(self.timesteps)
-
-    def merged(self, below: float) -> Schedule:
-        """Drop rows whose |E_t| < `below`, adding their weight to the neighbouring kept row.
-
-        The error is |E_t| * |output_t - output_neighbour|: with K=4 the last row weighs 0.012.
-        """
-        if not below >= 0:
-            raise UsageError(f"--merge-below is {below}; expected 0 or more (0.02 is usual)")
-        timesteps = list(self.timesteps)
-        weights = list(self.output_coefficients)
-        dropped: list[int] = []
-        for row in range(len(timesteps) - 1, 0, -1):
-            if abs(weights[row]) < below:
-                weights[row - 1] += weights[row]
-                dropped.insert(0, timesteps[row])
-                del timesteps[row], weights[row]
-        return replace(
-            self,
-            timesteps=tuple(timesteps),
-            output_coefficients=tuple(weights),
-            merged_timesteps=(*self.merged_timesteps, *dropped),
-        )
-
-
-def schedule_from_config(config: Mapping[str, Any], steps: int) -> Schedule:
-    """Derive the constants from a diffusers scheduler configuration, in float64.
+def one_pass_plan(config: Mapping[str, Any], steps: int) -> Plan:
+    """The plan of a TiUE student: all K rows in one pass, S and E_t in float64 (Eq. 11, corrected).
 
     `config` is the content of scheduler_config.json. Raises `ScheduleError` for anything that
     breaks the closed formula: clipping, thresholding, K=1 on a schedule that ends at t<=1, an
@@ -117,13 +73,13 @@ def schedule_from_config(config: Mapping[str, Any], steps: int) -> Schedule:
         noise *= step.kept
         outputs *= step.kept
         outputs[row] += step.added
-    return Schedule(
-        steps=steps,
-        timesteps=tuple(step.timestep for step in listed),
-        prediction_type=str(settings["prediction_type"]),
-        noise_coefficient=float(noise),
-        output_coefficients=tuple(float(weight) for weight in outputs),
-        timestep_spacing=str(settings["timestep_spacing"]),
+    return single_pass(
+        "tiue",
+        steps,
+        [step.timestep for step in listed],
+        Combination(float(noise), tuple(float(weight) for weight in outputs)),
+        str(settings["prediction_type"]),
+        str(settings["timestep_spacing"]),
     )
 
 
@@ -137,7 +93,7 @@ class DdimStep:
 
 
 def ddim_steps(config: Mapping[str, Any], steps: int) -> list[DdimStep]:
-    """The steps of DDIM as diffusers takes them, float64; raises like `schedule_from_config`."""
+    """The steps of DDIM as diffusers takes them, float64; raises like `one_pass_plan`."""
     settings = ddim_settings(config)
     train_steps = int(settings["num_train_timesteps"])
     if not 1 <= steps <= train_steps:

@@ -1,7 +1,7 @@
-"""The UNet's two graphs for Faster Diffusion: timesteps are inputs, not constants.
+"""The UNet's two graphs for plans of several passes: timesteps are inputs, not constants.
 
-Every module takes and returns plain tensors in the order of its graph's spec. Rows come in two
-halves, without and with the prompt, so the inner batch is 2B; decoder rows are step-major.
+Every module takes and returns plain tensors in the order of its graph's spec. N is the rows of one
+step: B, or with guidance 2B, the rows without the prompt first; decoder rows are step-major.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiue_export.graphs.folded import OutputHead, encoder_features
 from tiue_export.graphs.hoisting import TIME, RowBody, Shared, SharedDecoder
 from tiue_export.graphs.lowering import (
     NO_PATHS,
@@ -20,7 +21,6 @@ from tiue_export.graphs.lowering import (
     lowered,
     with_plain_attention,
 )
-from tiue_export.graphs.one_pass import OutputHead, encoder_features
 
 
 class TimeEmbedding(nn.Module):
@@ -38,7 +38,7 @@ class TimeEmbedding(nn.Module):
 
 
 class KeyEncoder(nn.Module):
-    """sample (2B, 4, H, W), timestep (1,), encoder_hidden_states (2B, L, D) -> mid, all skips."""
+    """sample (N, 4, H, W), timestep (1,), encoder_hidden_states (N, L, D) -> mid, all skips."""
 
     def __init__(self, unet: Any, dtype: torch.dtype, float32: ModulePaths = NO_PATHS) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class KeyEncoder(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
     ) -> tuple[Tensor, ...]:
-        time = self.time(timestep).expand(sample.shape[0], -1)  # (2B, D_t)
+        time = self.time(timestep).expand(sample.shape[0], -1)  # (N, D_t)
         hidden = self.unet["conv_in"](sample.to(self.dtype))
         return encoder_features(self.unet, hidden, time, encoder_hidden_states)
 
@@ -61,7 +61,7 @@ class KeyEncoder(nn.Module):
 class ControlNet(nn.Module):
     """What a ControlNet adds to the encoder's mid and skips, in the encoder's order.
 
-    sample (2B, 4, H, W), timestep (1,), encoder_hidden_states (2B, L, D), controlnet_cond
+    sample (N, 4, H, W), timestep (1,), encoder_hidden_states (N, L, D), controlnet_cond
     (B, 3, 8H, 8W) in [0, 1], conditioning_scale (1,). After Zhang et al. 2023 (arXiv 2302.05543).
     """
 
@@ -86,7 +86,7 @@ class ControlNet(nn.Module):
         conditioning_scale: Tensor,
     ) -> tuple[Tensor, ...]:
         net = self.net
-        time = self.time(timestep).expand(sample.shape[0], -1)  # (2B, D_t)
+        time = self.time(timestep).expand(sample.shape[0], -1)  # (N, D_t)
         condition = net["controlnet_cond_embedding"](controlnet_cond.to(self.dtype))
         hidden = net["conv_in"](sample.to(self.dtype)) + torch.cat([condition, condition])
         mid, *skips = encoder_features(net, hidden, time, encoder_hidden_states)
@@ -96,7 +96,7 @@ class ControlNet(nn.Module):
 
 
 class NaiveGroupDecoder(nn.Module):
-    """timesteps (g,), encoder_hidden_states, mid, skips -> outputs (g*2B, 4, H, W) float32.
+    """timesteps (g,), encoder_hidden_states, mid, skips -> outputs (g*N, 4, H, W) float32.
 
     As the published code batches it: every feature is repeated g times (`--no-hoist`).
     """
@@ -113,8 +113,8 @@ class NaiveGroupDecoder(nn.Module):
     ) -> tuple[Tensor, ...]:
         steps, batch = timesteps.shape[0], encoder_hidden_states.shape[0]
         time = self.time(timesteps)
-        time = time.unsqueeze(1).expand(steps, batch, time.shape[1]).flatten(0, 1)  # (g*2B, D_t)
-        text = encoder_hidden_states.repeat(steps, 1, 1)  # (g*2B, L, D)
+        time = time.unsqueeze(1).expand(steps, batch, time.shape[1]).flatten(0, 1)  # (g*N, D_t)
+        text = encoder_hidden_states.repeat(steps, 1, 1)  # (g*N, L, D)
         hidden, *skips = (feature.repeat(steps, 1, 1, 1) for feature in features)
         for block in self.unet["up_blocks"]:
             count = len(block.resnets)
@@ -127,9 +127,9 @@ class NaiveGroupDecoder(nn.Module):
 
 
 class GroupDecoder(nn.Module):
-    """timesteps (g,), encoder_hidden_states, mid, skips -> outputs (g*2B, 4, H, W) float32.
+    """timesteps (g,), encoder_hidden_states, mid, skips -> outputs (g*N, 4, H, W) float32.
 
-    The part without time in it is computed once for the group, at batch 2B.
+    The part without time in it is computed once for the group, at batch N.
     """
 
     def __init__(self, shared: SharedDecoder, rows: RowBody, time: TimeEmbedding) -> None:
@@ -144,7 +144,7 @@ class GroupDecoder(nn.Module):
 
 
 class SharedGroupRows(nn.Module):
-    """timesteps (g,) and the encoder's shared tensors -> outputs (g*2B, 4, H, W) float32."""
+    """timesteps (g,) and the encoder's shared tensors -> outputs (g*N, 4, H, W) float32."""
 
     def __init__(self, rows: RowBody, names: list[str], time: TimeEmbedding) -> None:
         super().__init__()

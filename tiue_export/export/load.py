@@ -1,0 +1,46 @@
+"""Checkpoint -> Student ready to export: loaded for its method, key steps measured where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.methods.faster import AUTO, faster_options, with_plan
+from tiue_export.methods.load import CheckpointRequest, check_method, load_for_method
+from tiue_export.methods.method import MethodOptions
+from tiue_export.reference.sharing_cost import auto_options
+from tiue_export.registry.support import check_support
+from tiue_export.student.model import Student
+
+
+def check_request(
+    verb: str,
+    request: CheckpointRequest,
+    method: str,
+    options: MethodOptions,
+    graphs: ExportOptions,
+) -> None:
+    """Refuse what `verb` cannot make of this request, before anything is read."""
+    chosen = check_method(method, options, request.controlnet)
+    steered = {"controlnet"} if request.controlnet is not None else set()
+    features = chosen.features | graphs.features | steered
+    for step in ("onnx", verb):
+        check_support(step, features, request.ckpt)
+
+
+def load_to_export(
+    request: CheckpointRequest,
+    method: str,
+    options: MethodOptions,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Student:
+    """`load_for_method`, and with key steps "auto" those that cost this model least."""
+    student = load_for_method(request, method, options, on_stage)
+    if options.key_steps != AUTO:
+        return student
+
+    def tell(done: int, total: int) -> None:
+        on_stage(f"key steps: {done} of {total}")
+
+    chosen = auto_options(student, faster_options(options), options.budget, tell)
+    return with_plan(student, chosen)

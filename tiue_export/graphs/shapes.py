@@ -1,0 +1,84 @@
+"""The shapes of a student's tensors under given options, worked out once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tiue_export.errors import UsageError
+from tiue_export.graphs.options import ExportOptions
+from tiue_export.student.model import Student
+
+_DEFAULT_VAE_SCALE = 8
+_SMALLEST_TILE = 8  # latents: below, group norms have too few values to tell anything
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """`latents` (B, 4, H, W), `text` (B, L, D), `vae_input` (B, 4, h, w): all latents or one tile.
+
+    `vae_scale` is pixels per latent along one side; latents are divided by `vae_scaling_factor`
+    before the VAE (1.0 for AutoencoderTiny).
+    """
+
+    latents: tuple[int, int, int, int]
+    text: tuple[int, int, int]
+    vae_input: tuple[int, int, int, int]
+    vae_scale: int
+    vae_scaling_factor: float
+
+
+def shapes_of(student: Student, options: ExportOptions | None = None) -> Shapes:
+    """Raises `UsageError` for sizes that the UNet cannot halve evenly, and for such tiles."""
+    options = options or ExportOptions()
+    scale = _vae_scale(student)
+    latents = _latents(student, options, scale)
+    text_encoder, vae = student.text_encoder, student.vae
+    length = 77 if text_encoder is None else int(text_encoder.config.max_position_embeddings)
+    return Shapes(
+        latents=latents,
+        text=(latents[0], length, int(student.unet.config.cross_attention_dim)),
+        vae_input=_vae_input(latents, options.vae_tile, scale),
+        vae_scale=scale,
+        vae_scaling_factor=0.18215 if vae is None else float(vae.config.scaling_factor),
+    )
+
+
+def _vae_scale(student: Student) -> int:
+    if student.vae is None:
+        return _DEFAULT_VAE_SCALE
+    config = student.vae.config
+    widths = getattr(config, "decoder_block_out_channels", None) or config.block_out_channels
+    return int(2 ** (len(widths) - 1))
+
+
+def _latents(student: Student, options: ExportOptions, scale: int) -> tuple[int, int, int, int]:
+    config = student.unet.config
+    own = config.sample_size or 64
+    own_height, own_width = own if isinstance(own, (list, tuple)) else (own, own)
+    height = own_height * scale if options.height is None else options.height
+    width = own_width * scale if options.width is None else options.width
+    multiple = scale * 2 ** (len(config.block_out_channels) - 1)
+    for name, side in (("--height", height), ("--width", width)):
+        if side < multiple or side % multiple:
+            near = max(multiple, round(side / multiple) * multiple)
+            raise UsageError(
+                f"{name} is {side}; expected a multiple of {multiple} px for this student",
+                f"The nearest is {name} {near}.",
+            )
+    return options.example_batch, 4, height // scale, width // scale
+
+
+def _vae_input(
+    latents: tuple[int, int, int, int], tile: int | None, scale: int
+) -> tuple[int, int, int, int]:
+    batch, channels, height, width = latents
+    if tile is None:
+        return latents
+    smallest, largest = _SMALLEST_TILE * scale, max(height, width) * scale - scale
+    if not smallest <= tile <= largest or tile % scale:
+        raise UsageError(
+            f"--vae-tile is {tile}; expected a multiple of {scale} from {smallest} to {largest}, "
+            f"as pictures are {width * scale}x{height * scale} px",
+            "Leave it out to decode pictures whole.",
+        )
+    return batch, channels, min(height, tile // scale), min(width, tile // scale)

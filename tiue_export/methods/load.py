@@ -1,0 +1,108 @@
+"""Checkpoint -> Student with the plan that its method derives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from tiue_export.checkpoint.lora_file import lora_from
+from tiue_export.errors import UsageError
+from tiue_export.methods.faster import FasterDiffusion, with_controlnet
+from tiue_export.methods.method import (
+    Method,
+    MethodOptions,
+    method_named,
+    refuse_foreign_options,
+    table_of,
+)
+from tiue_export.methods.tiue import Tiue
+from tiue_export.student.load import load_model
+from tiue_export.student.lora import merge_lora
+from tiue_export.student.model import Student
+
+METHODS: Mapping[str, Method] = MappingProxyType(table_of((Tiue(), FasterDiffusion())))
+DEFAULT_METHOD = "tiue"
+
+
+@dataclass(frozen=True)
+class CheckpointRequest:
+    """What is loaded: the checkpoint, what replaces or completes its parts, adapters."""
+
+    ckpt: str
+    base: str | None = None
+    vae: str | None = None
+    family: str | None = None
+    lora: tuple[str, ...] = ()
+    controlnet: str | None = None
+
+
+def check_method(name: str, options: MethodOptions, controlnet: str | None = None) -> Method:
+    """The method by its name, once all that was given means something to it."""
+    method = method_named(name, METHODS)
+    refuse_foreign_options(method, options, METHODS)
+    if controlnet is not None and not method.takes_controlnet:
+        takers = [other.name for other in METHODS.values() if other.takes_controlnet]
+        raise UsageError(
+            f"--controlnet is for --method {' and '.join(takers)}; {method.name} is "
+            f"{method.summary}",
+            f"Add --method {takers[0]}, or leave --controlnet out.",
+        )
+    method.check(options)
+    return method
+
+
+def load_for_method(
+    request: CheckpointRequest,
+    method: str,
+    options: MethodOptions,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Student:
+    """The checkpoint as a method wants it, adapters merged, a ControlNet added."""
+    chosen = check_method(method, options, request.controlnet)
+    student = load_model(
+        request.ckpt,
+        request.base,
+        lambda checkpoint: chosen.plan(checkpoint, options),
+        family=request.family,
+        vae=request.vae,
+        on_stage=on_stage,
+    )
+    for text in request.lora:
+        path, scale = lora_from(text)
+        on_stage(f"LoRA {path.name}")
+        student = merge_lora(student, path, scale)
+    if request.controlnet is not None:
+        on_stage("ControlNet")
+        student = with_controlnet(student, Path(request.controlnet))
+    return student
+
+
+def load_student(
+    path: str | Path,
+    base: str | Path | None = None,
+    *,
+    family: str | None = None,
+    steps: int | None = None,
+    allow_other_steps: bool = False,
+    without: Collection[str] = (),
+    vae: str | Path | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Student:
+    """Load a TiUE student in its checkpoint's own dtype, memory-mapped, in eval mode.
+
+    `steps` is K; a checkpoint that records its K (`tiue_steps` in scheduler_config.json or in the
+    safetensors metadata) refuses another unless `allow_other_steps`. The other arguments and the
+    errors are those of `load_model`.
+    """
+    options = MethodOptions(steps=steps, allow_other_steps=allow_other_steps)
+    return load_model(
+        path,
+        base,
+        lambda checkpoint: Tiue().plan(checkpoint, options),
+        family=family,
+        without=without,
+        vae=vae,
+        on_stage=on_stage,
+    )

@@ -1,0 +1,91 @@
+"""What a method is: it looks at a checkpoint and derives the plan it is drawn by, or says why not.
+
+Everything to the right of this folder reads the plan alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+from tiue_export.errors import UsageError, unknown_name
+from tiue_export.sampling.plan import Plan
+from tiue_export.student.load import CheckpointFacts
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What the user said of the sampling; None (False) is what was not given.
+
+    `key_steps` and `inject` are spelled as on the command line; `key_steps` may also be numbers.
+    `budget` is for key steps that are chosen by measurement ("auto").
+    """
+
+    steps: int | None = None
+    allow_other_steps: bool = False
+    scheduler: str | None = None
+    key_steps: str | tuple[int, ...] | None = None
+    inject: str | None = None
+    guidance: float | None = None
+    max_decoder_rows: int | None = None
+    budget: float | None = None
+
+    def given(self) -> tuple[str, ...]:
+        """Names of the options that were given, in their order."""
+        defaults = MethodOptions()
+        names = (field.name for field in fields(MethodOptions))
+        return tuple(name for name in names if getattr(self, name) != getattr(defaults, name))
+
+
+class Method(Protocol):
+    """One way of sampling. `takes` names the options of `MethodOptions` that mean something to it.
+
+    `features` are those of `registry/support.py` that all its plans have; `takes_controlnet`: its
+    passes can be steered by a ControlNet.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def summary(self) -> str: ...
+    @property
+    def takes(self) -> tuple[str, ...]: ...
+    @property
+    def features(self) -> frozenset[str]: ...
+    @property
+    def takes_controlnet(self) -> bool: ...
+
+    def check(self, options: MethodOptions) -> None:
+        """Refuse options that cannot be, before anything is read."""
+        ...
+
+    def plan(self, checkpoint: CheckpointFacts, options: MethodOptions) -> Plan:
+        """The plan of a checkpoint; raises `ScheduleError` where this method is not its own."""
+        ...
+
+
+def refuse_foreign_options(
+    method: Method, options: MethodOptions, methods: Mapping[str, Method]
+) -> None:
+    """Refuse options that only other methods understand, by their flags."""
+    for option in options.given():
+        if option not in method.takes:
+            flag = "--" + option.replace("_", "-")
+            takers = [other.name for other in methods.values() if option in other.takes]
+            raise UsageError(
+                f"{flag} is for --method {' and '.join(takers)}; {method.name} is {method.summary}",
+                f"Add --method {takers[0]}, or leave {flag} out.",
+            )
+
+
+def method_named(name: str, methods: Mapping[str, Method]) -> Method:
+    """A method by its name; unknown ones are refused with those there are."""
+    if name not in methods:
+        raise unknown_name("method", name, methods)
+    return methods[name]
+
+
+def table_of(methods: Iterable[Method]) -> dict[str, Method]:
+    """Methods by name."""
+    return {method.name: method for method in methods}

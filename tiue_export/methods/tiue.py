@@ -1,0 +1,46 @@
+"""TiUE: a distilled student draws in one pass, K decoder rows combined by a closed formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tiue_export.errors import CheckpointError, ScheduleError
+from tiue_export.methods.method import MethodOptions
+from tiue_export.sampling.ddim import DEFAULT_STEPS, one_pass_plan
+from tiue_export.sampling.plan import Plan
+from tiue_export.student.load import STEPS_KEY, CheckpointFacts
+
+
+@dataclass(frozen=True)
+class Tiue:
+    """K is what the checkpoint records, else what was asked for, else 4."""
+
+    name: str = "tiue"
+    summary: str = "a distilled student, which draws in one pass"
+    takes: tuple[str, ...] = ("steps", "allow_other_steps")
+    features: frozenset[str] = frozenset()
+    takes_controlnet: bool = False
+
+    def check(self, options: MethodOptions) -> None:
+        """K is checked against the checkpoint, in `plan`."""
+
+    def plan(self, checkpoint: CheckpointFacts, options: MethodOptions) -> Plan:
+        """Raises `ScheduleError` for a K that the student was not trained for."""
+        steps = _steps(checkpoint.recorded_steps, options.steps, options.allow_other_steps)
+        return one_pass_plan(checkpoint.scheduler_config, steps)
+
+
+def _steps(recorded: object, wanted: int | None, allow_other: bool) -> int:
+    if recorded is None:
+        return DEFAULT_STEPS if wanted is None else wanted
+    try:
+        trained = int(str(recorded))
+    except ValueError as error:
+        raise CheckpointError(f"{STEPS_KEY} is {recorded!r}; expected a whole number") from error
+    if wanted is not None and wanted != trained and not allow_other:
+        raise ScheduleError(
+            f"the student was trained for K={trained}, --steps asks for {wanted}; its decoder "
+            "never saw those timesteps",
+            f"Leave --steps out, or pass --allow-other-steps to export K={wanted} all the same.",
+        )
+    return trained if wanted is None else wanted

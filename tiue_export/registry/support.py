@@ -1,0 +1,233 @@
+"""What works with what: verb x feature, with the reason wherever something does not.
+
+One table. Every refusal of a bundle or of an export for what it *is* comes from here, before any
+work; docs/support.md is made of it, and one test walks it. What an option's own value cannot be
+(a batch of 0) is refused where the option is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from tiue_export.bundle.manifest import Manifest
+from tiue_export.bundle.read import Bundle
+from tiue_export.errors import UsageError
+from tiue_export.specs import CONTROLNET, UNET_DECODER, UNET_ENCODER, VAE_DECODER
+
+# What a bundle can be given to, beside the runtimes it draws on.
+VERBS: Mapping[str, str] = {
+    "onnx": "exporting",
+    "openvino": "OpenVINO graphs",
+    "trt": "TensorRT engines",
+    "coreml": "Core ML packages",
+    "coreai": "Core AI assets",
+    "triton": "a Triton ensemble",
+    "calibrate": "capturing for int8",
+    "quantize": "int8 graphs",
+    "cuda-graph": "recording a CUDA graph",
+}
+
+
+@dataclass(frozen=True)
+class Feature:
+    """Something that a bundle may have. `phrase` follows the bundle's name: "NAME is tiled ..."."""
+
+    title: str
+    phrase: str
+    of: Callable[[Manifest], bool]
+
+
+def _has_passes(manifest: Manifest) -> bool:
+    return not manifest.plan.one_pass
+
+
+def _is_tiled(manifest: Manifest) -> bool:
+    record = manifest.graphs.get(VAE_DECODER)
+    return record is not None and record.inputs[0].shape[2:] != tuple(manifest.latent_shape[2:])
+
+
+def _has_islands(manifest: Manifest) -> bool:
+    return any(record.float32_modules for record in manifest.graphs.values())
+
+
+def _is_quantized(manifest: Manifest) -> bool:
+    float_precisions = ("fp32", "fp16", "bf16")
+    unet = (manifest.graphs.get(name) for name in (UNET_ENCODER, UNET_DECODER))
+    return any(graph is not None and graph.precision not in float_precisions for graph in unet)
+
+
+FEATURES: Mapping[str, Feature] = {
+    "passes": Feature(
+        "several passes (Faster Diffusion, few steps)",
+        "draws in a loop",
+        _has_passes,
+    ),
+    "guidance": Feature(
+        "guidance when drawing",
+        "draws with guidance",
+        lambda manifest: manifest.plan.guidance is not None,
+    ),
+    "fresh-noise": Feature(
+        "fresh noise between passes",
+        "draws fresh noise on the way",
+        lambda manifest: manifest.plan.noises > 1,
+    ),
+    "controlnet": Feature(
+        "ControlNet", "has a ControlNet", lambda manifest: CONTROLNET in manifest.graphs
+    ),
+    "merged": Feature(
+        "merged rows (--merge-below)",
+        "has merged rows",
+        lambda manifest: bool(manifest.plan.merged_timesteps),
+    ),
+    "naive": Feature(
+        "naive decoder (--no-hoist)",
+        "was exported with --no-hoist",
+        lambda manifest: manifest.hoisted == "none",
+    ),
+    "hoisted-into-encoder": Feature(
+        "shared part in the encoder (--hoist-into encoder)",
+        "has the shared part in its encoder",
+        lambda manifest: manifest.hoisted == "encoder",
+    ),
+    "dynamic-batch": Feature(
+        "open batch (--dynamic-batch)",
+        "leaves its batch open",
+        lambda manifest: manifest.batch is None,
+    ),
+    "tiles": Feature("VAE in tiles (--vae-tile)", "decodes its pictures in tiles", _is_tiled),
+    "islands": Feature(
+        "float32 islands of an fp16 audit",
+        "keeps modules in float32, which half precision cannot hold",
+        _has_islands,
+    ),
+    "bf16": Feature(
+        "VAE in bf16 (--vae-precision bf16)",
+        "has a graph in bf16",
+        lambda manifest: any(graph.precision == "bf16" for graph in manifest.graphs.values()),
+    ),
+    "int8": Feature("int8 graphs (quantize)", "is quantized already", _is_quantized),
+    "packed": Feature(
+        "packed for one runtime (pack)",
+        "was packed without its ONNX files",
+        lambda manifest: any(graph.omitted for graph in manifest.graphs.values()),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why some verbs cannot take a bundle that has all of `features`; `next_step` leads out."""
+
+    verbs: tuple[str, ...]
+    features: tuple[str, ...]
+    reason: str
+    next_step: str
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        ("onnx",),
+        ("passes", "dynamic-batch"),
+        "there the decoder's rows are the open axis",
+        "Export with --batch N.",
+    ),
+    Refusal(
+        ("onnx",),
+        ("passes", "merged"),
+        "between passes every row counts",
+        "Leave --merge-below out.",
+    ),
+    Refusal(
+        ("onnx",),
+        ("controlnet", "hoisted-into-encoder"),
+        "a ControlNet adds to features that --hoist-into encoder does not hand out",
+        "Leave --hoist-into out.",
+    ),
+    Refusal(
+        ("coreai",),
+        ("passes",),
+        "assets hold one pass of a distilled student",
+        "ONNX Runtime, OpenVINO, TensorRT and Core ML run it: see docs/faster-diffusion.md.",
+    ),
+    Refusal(
+        ("triton",),
+        ("passes",),
+        "an ensemble runs each model once",
+        "Serve it with: tiue-export serve",
+    ),
+    Refusal(
+        ("calibrate", "quantize"),
+        ("passes",),
+        "its decoder sees other timesteps each time; ranges are captured from distilled students, "
+        "which draw in one pass",
+        "Quantize the bundle of a distilled student.",
+    ),
+    Refusal(
+        ("cuda-graph",),
+        ("passes",),
+        "one recording is one pass, and its batches differ",
+        "Leave --cuda-graph out.",
+    ),
+    Refusal(
+        ("coreml",),
+        ("controlnet",),
+        "packages of a loop come without one",
+        "ONNX Runtime, OpenVINO and TensorRT run it.",
+    ),
+    Refusal(
+        ("triton",),
+        ("tiles",),
+        "nothing there puts tiles together",
+        "Export again without --vae-tile.",
+    ),
+    Refusal(
+        ("triton",),
+        ("bf16",),
+        "ONNX Runtime does not compute in bf16",
+        "Export with --vae-precision fp16 or fp32, or pass --backend tensorrt.",
+    ),
+    Refusal(
+        ("calibrate", "quantize"),
+        ("int8",),
+        "ranges are those of float graphs",
+        "Quantize the float bundle it was made from.",
+    ),
+    Refusal(
+        ("openvino", "trt", "triton", "calibrate", "quantize"),
+        ("packed",),
+        "they are what this starts from",
+        "Take the bundle it was packed from.",
+    ),
+)
+
+
+def features_of(manifest: Manifest) -> frozenset[str]:
+    """Names of the features that a bundle has."""
+    return frozenset(name for name, feature in FEATURES.items() if feature.of(manifest))
+
+
+def refusal_of(verb: str, features: Iterable[str]) -> Refusal | None:
+    """Why a verb cannot take a bundle with these features; None where it can."""
+    present = set(features)
+    for refusal in REFUSALS:
+        if verb in refusal.verbs and present >= set(refusal.features):
+            return refusal
+    return None
+
+
+def check_support(verb: str, features: Iterable[str], name: str) -> None:
+    """Raise `UsageError` where a verb cannot take what `name` is."""
+    refusal = refusal_of(verb, features)
+    if refusal is not None:
+        phrase = " and ".join(FEATURES[feature].phrase for feature in refusal.features)
+        raise UsageError(
+            f"{name} {phrase}, which {VERBS[verb]} cannot have: {refusal.reason}",
+            refusal.next_step,
+        )
+
+
+def require_support(verb: str, bundle: Bundle) -> None:
+    """Raise `UsageError` where a verb cannot take a bundle."""
+    check_support(verb, features_of(bundle.manifest), str(bundle.root))
