@@ -111,7 +111,7 @@ def _joined(parts: list[Tensor], axis: int) -> Tensor:
 
 
 def _rows(module: nn.Module) -> int:
-    rows = [len(child.latents.outputs) for child in _with_coefficients(module)]
+    rows = [len(child.output_coefficients) for child in _with_coefficients(module)]
     return max(rows, default=0)
 
 
