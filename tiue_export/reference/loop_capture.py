@@ -14,6 +14,7 @@ from tiue_export.methods.scheduler import diffusers_scheduler
 from tiue_export.proof.parity import loop_to_check, parity_record
 from tiue_export.reference.control_picture import control_to_check
 from tiue_export.reference.half_audit import RangeRecorder
+from tiue_export.sampling.key_step_plan import SCHEDULERS
 from tiue_export.sampling.plan import Combination, Plan, single_pass
 from tiue_export.sampling.sampler import OnStep, added, combined, encoder_feeds, sampled_outputs
 from tiue_export.specs import CONTROLNET, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS, Array, Feeds
@@ -64,16 +65,15 @@ def capture_loop(
     known |= {"noise": noises[0], "latents": latents}
     if plan.noises > 1:
         known["fresh_noise"] = noises[1:]
-    looped = scheduler_loop(wide, noises, outputs)
     if control is None:
-        rows = _hops_of_rows(wide, known, options.hoist, inputs)
+        hops = _hops_of_rows(wide, known, options.hoist, inputs)
     else:
-        rows = _hops_of_control(wide, known, inputs)
-    name = plan.scheduler
-    return [
-        *rows,
-        parity_record("closed form", f"latents / {name} loop", looped, latents, "split", inputs),
-    ]
+        hops = _hops_of_control(wide, known, inputs)
+    # A sampler that is not among these is held against its own library where its plan is derived.
+    if plan.scheduler in SCHEDULERS:
+        looped, subject = scheduler_loop(wide, noises, outputs), f"latents / {plan.scheduler} loop"
+        hops.append(parity_record("closed form", subject, looped, latents, "split", inputs))
+    return hops
 
 
 def timesteps_to_check(plan: Plan) -> tuple[int, ...]:
