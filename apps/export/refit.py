@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tiue_export.bundle.manifest import Manifest
-from tiue_export.bundle.read import MANIFEST_FILE, Bundle, open_bundle
+from tiue_export.bundle.read import MANIFEST_FILE, Bundle, open_bundle, vae_tile_px
 from tiue_export.errors import UsageError
 from tiue_export.export.trt.bundle import check_refittable, refit_from
 from tiue_export.specs import VAE_DECODER
@@ -85,11 +85,9 @@ def _vae(manifest: Manifest) -> tuple[str | None, int | None]:
     record = manifest.graphs.get(VAE_DECODER)
     if record is None:
         return None, None
-    latents = tuple(int(side) for side in record.inputs[0].shape[2:])
-    tiled = latents != tuple(manifest.latent_shape[2:])
-    tile = max(latents) * manifest.vae_scale if tiled else None
     # Without a word the audit decides, as it did for the bundle.
-    return None if record.precision == manifest.precision else record.precision, tile
+    precision = None if record.precision == manifest.precision else record.precision
+    return precision, vae_tile_px(manifest)
 
 
 def _check(

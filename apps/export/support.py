@@ -8,19 +8,16 @@ from ..options.graphs import ExportRequest
 from ..options.group import refuse
 
 _OWN_PRECISION = "for ONNX graphs; these have one precision, that of --precision"
-_WHOLE_PICTURE = "not possible here: these graphs decode a picture as a whole"
 _ONE_BATCH = "not possible here: these graphs are made for one batch"
 # Backend -> field of an option -> why it cannot be. What is absent is possible.
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "coreml": {
         "max_decoder_rows": "not possible here: --decoder-batch bounds a Core ML decoder",
         "vae_precision": _OWN_PRECISION,
-        "vae_tile": _WHOLE_PICTURE,
         "dynamic_batch": _ONE_BATCH,
     },
     "coreai": {
         "vae_precision": _OWN_PRECISION,
-        "vae_tile": _WHOLE_PICTURE,
         "dynamic_batch": _ONE_BATCH,
     },
 }

@@ -31,7 +31,8 @@ from tiue_export.specs import GRAPH_NAMES, UNET_DECODER, UNET_ENCODER, GraphSpec
 
 ct = pytest.importorskip("coremltools", reason="coremltools is not installed")
 
-from tiue_export.export.coreml import bundle as coreml_bundle  # noqa: E402
+from tiue_export.export.child_process import run_in_child  # noqa: E402
+from tiue_export.export.coreml import bundle as coreml_export  # noqa: E402
 from tiue_export.export.coreml import compress as coreml_compress  # noqa: E402
 from tiue_export.export.coreml import convert as coreml_convert  # noqa: E402
 from tiue_export.export.coreml import job as coreml_job  # noqa: E402
@@ -60,6 +61,7 @@ from hypothesis import strategies as st  # noqa: E402 isort: skip
 
 
 ROOT = Path(__file__).resolve().parents[2]
+JOB = "tiue_export.export.coreml.job"
 
 
 @pytest.fixture
@@ -444,7 +446,7 @@ def remade(plain, monkeypatch):
             **numbers,
         )
 
-    monkeypatch.setattr(coreml_bundle, "run_job", again)
+    monkeypatch.setattr(coreml_export, "run_job", again)
 
 
 @pytest.mark.usefixtures("remade")
@@ -525,7 +527,7 @@ def _killed(request):
 @pytest.mark.slow
 def test_a_child_process_that_is_killed_is_told_as_memory():
     with pytest.raises(ResourceError, match="was killed, most likely because memory ran out"):
-        coreml_bundle._in_child("", _killed, None, None, lambda fraction, detail: None)
+        run_in_child(_killed, None, preload=JOB)
 
 
 def _process_name(request):
@@ -533,9 +535,7 @@ def _process_name(request):
 
 
 def test_a_job_runs_in_a_process_of_its_own():
-    pids = {
-        coreml_bundle._in_child("", _process_name, None, None, lambda f, d: None) for _ in range(2)
-    }
+    pids = {run_in_child(_process_name, None, preload=JOB) for _ in range(2)}
     assert len(pids) == 2
     assert os.getpid() not in pids
 

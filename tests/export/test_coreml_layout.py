@@ -78,7 +78,7 @@ def test_the_student_is_left_as_it_was(tiny_student):
 
 def test_rows_of_a_naive_decoder_cannot_be_grouped(tiny_student):
     graph = build_graphs(tiny_student, ExportOptions(hoist="none"), only=UNET_GRAPHS)[1]
-    with pytest.raises(UsageError, match="--decoder-batch 2 needs a decoder with the time-indep"):
+    with pytest.raises(UsageError, match="--decoder-batch 2 cuts the decoder's 4 rows in groups"):
         with_layout(graph, "sdpa", "linear", 2)
 
 

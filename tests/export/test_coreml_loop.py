@@ -201,7 +201,10 @@ def test_the_command_explains_what_it_cannot_do(run, own, teacher_folder):
     for arguments, part in (
         (["--key-steps", "0,1"], "--key-steps is for --method faster"),
         (["--method", "faster", "--swift-bundle", "--out", "x"], "come without --swift-bundle"),
-        (["--bundle", own.root, "--method", "faster"], "--method and what goes with it would"),
+        (
+            ["--bundle", own.root, "--method", "faster"],
+            "--method is for the export of a checkpoint",
+        ),
     ):
         code, _, err = run(*command, *arguments)
         assert code != 0

@@ -13,6 +13,7 @@ from tiue_export.export.coreml.profiles import (
     PROFILES,
     CoremlOptions,
     check_limit,
+    check_whole_decoder,
     function_named,
     plan_coreml,
     size_named,
@@ -78,6 +79,7 @@ def test_an_unknown_target_is_refused_with_those_there_are():
         ({"precision": "bf16"}, "unknown precision 'bf16'"),
         ({"compute_unit": "NPU"}, "unknown compute unit 'NPU'"),
         ({"decoder_batch": 3}, "--decoder-batch is 3; expected 1, 2 or 4"),
+        ({"decoder_batch": 0}, "--decoder-batch is 0; expected 1, 2 or 4"),
         ({"compress": "int4", "target": "iOS17"}, r"int4 needs iOS18 \(macOS 15\)"),
         ({"compress": "w8a8", "target": "iOS16", "prompts": ("a",)}, "w8a8 needs iOS17"),
         ({"compress": "w8a8"}, "it got no calibration prompts"),
@@ -92,6 +94,19 @@ def test_settings_that_do_not_go_together_are_refused(changed, message):
     with pytest.raises(UsageError, match=message) as caught:
         plan_coreml(CoremlOptions(**changed))
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "way_out"),
+    [(4, "Export it without --no-hoist, or pass --decoder-batch 4."),
+     (8, "Export it without --no-hoist.")],
+)  # fmt: skip
+def test_a_decoder_that_cannot_be_cut_is_refused_with_a_line_that_leads_out(rows, way_out):
+    with pytest.raises(UsageError) as caught:
+        check_whole_decoder(2, rows)
+    assert f"--decoder-batch 2 cuts the decoder's {rows} rows in groups" in caught.value.message
+    assert caught.value.next_step == way_out
+    check_whole_decoder(4, 4)
 
 
 def test_float32_needs_no_word_about_the_profiles_compression():

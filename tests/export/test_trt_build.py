@@ -263,7 +263,7 @@ def children(pid: int) -> list[int]:
 
 @needs_rtx
 def test_out_of_memory_climbs_down_the_ladder_says_so_and_gives_up_with_advice(small):
-    """A real one: the builder, and it alone, gets an address space of 250 MB."""
+    """A real one: the builder, and it alone, gets an address space of 290 MB."""
     script = (
         "import functools, resource, sys; from subprocess import Popen\n"
         "from tiue_export import open_bundle\n"
@@ -274,7 +274,7 @@ def test_out_of_memory_climbs_down_the_ladder_says_so_and_gives_up_with_advice(s
         "from tiue_export.export.trt.plan import TrtOptions\n"
         "bundle = open_bundle(sys.argv[1])\n"
         "options = TrtOptions(flavor='rtx', workspace_mb=256)\n"
-        "limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (250 << 20, 250 << 20))\n"
+        "limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (290 << 20, 290 << 20))\n"
         "trt_bundle.subprocess.Popen = functools.partial(Popen, preexec_fn=limit)\n"
         "try: compile_trt(bundle, options, Observer(on_note=print))\n"
         "except ResourceError as error: print(error)\n"

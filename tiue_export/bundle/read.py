@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from tiue_export.bundle.manifest import CompiledGraph, FileRecord, GraphRecord, Manifest
 from tiue_export.errors import BundleError
-from tiue_export.specs import GraphSpec
+from tiue_export.specs import VAE_DECODER, GraphSpec
 
 MANIFEST_FILE = "tiue.json"
 REFERENCE_FILE = "parity/reference.safetensors"
@@ -111,6 +111,17 @@ def _bundle_meant(root: Path) -> str:
         listed = ", ".join(sorted(str(path) for path in near)[:5])
         return f"Bundles there: {listed}."
     return "Make one with: tiue-export onnx --ckpt student.safetensors --out BUNDLE"
+
+
+def vae_tile_px(manifest: Manifest) -> int | None:
+    """The side in pixels of the tiles that the VAE decodes; None: pictures as a whole, or no VAE.
+
+    A tile is cut where the picture is shorter, so that the longer side is what was chosen.
+    """
+    record = manifest.graphs.get(VAE_DECODER)
+    if record is None or record.inputs[0].shape[2:] == tuple(manifest.latent_shape[2:]):
+        return None
+    return manifest.vae_scale * max(int(side) for side in record.inputs[0].shape[2:])
 
 
 def all_files(manifest: Manifest) -> list[tuple[str, FileRecord]]:

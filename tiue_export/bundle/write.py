@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import secrets
@@ -70,26 +68,6 @@ def compiled_folder(bundle: Bundle, name: str) -> Iterator[Path]:
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def trial_of(bundle: Bundle, name: str, folder: Path, compiled: Compiled) -> Bundle:
-    """The bundle as if `compiled`, whose files still lie in `folder`, were in place at NAME/.
-
-    Runtimes read paths from the manifest: so they can prove what is not yet listed.
-    """
-    moved = {
-        graph: replace(form, path=form.path.replace(name, folder.name, 1))
-        for graph, form in compiled.graphs.items()
-    }
-    forms = {**bundle.manifest.compiled, name: replace(compiled, graphs=moved)}
-    return Bundle(bundle.root, replace(bundle.manifest, compiled=forms))
-
-
-def form_identity(bundle: Bundle, graph: str, **decides: object) -> str:
-    """SHA-256 over a graph's ONNX files and all else that decides its compiled form."""
-    files = {name: file.sha256 for name, file in bundle.manifest.graphs[graph].files.items()}
-    content = json.dumps({"files": files, **decides}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def add_compiled(

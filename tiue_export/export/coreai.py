@@ -16,30 +16,29 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from tiue_export._version import __version__
-from tiue_export.bundle.manifest import Compiled, CompiledGraph, ParityRecord
-from tiue_export.bundle.read import Bundle, file_records
-from tiue_export.bundle.write import add_compiled, compiled_folder, form_identity, trial_of
-from tiue_export.errors import (
-    BundleError,
-    RuntimeFailure,
-    UsageError,
-    first_line,
-    unknown_name,
+from tiue_export.bundle.manifest import Compiled
+from tiue_export.bundle.read import Bundle
+from tiue_export.errors import RuntimeFailure, UsageError, first_line, unknown_name
+from tiue_export.export.backend import (
+    Backend,
+    Convert,
+    GraphForm,
+    Workshop,
+    compile_form,
+    files_below,
+    form_identity,
 )
 from tiue_export.export.own_student import StudentPlace, fp32_options, open_student
 from tiue_export.graphs.build import Graph, build_graphs
-from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry.packages import require
-from tiue_export.registry.runtimes import open_runtime
-from tiue_export.registry.support import require_support
 from tiue_export.specs import UNET_GRAPHS, RuntimeOptions
 from tiue_export.system.memory import return_freed_memory
-from tiue_export.system.progress import Observer, stage
+from tiue_export.system.progress import Observer
 
 FOLDER = "coreai"
 PRECISIONS = ("fp16", "fp32")
@@ -61,40 +60,69 @@ def compile_coreai(
     allow_parity_loss: bool = False,
     observer: Observer | None = None,
 ) -> Bundle:
-    """Make an asset of every graph and run all of them; returns the bundle with both.
+    """Make an asset of every graph and run all of them; see `compile_form`.
 
-    `place` is the checkpoint that the bundle was made from. Raises `UsageError` for options or a
-    bundle that this cannot do, `BundleError` when there are assets already (unless `force`),
-    `CheckpointError` for another student's checkpoint, `RuntimeFailure` for a graph that Core AI
-    cannot convert, `ParityError` when a gate fails (unless `allow_parity_loss`); then the bundle
-    stays as it was.
+    `place` is the checkpoint that the bundle was made from: `CheckpointError` for another one.
     """
-    options, observer = options or CoreaiOptions(), observer or Observer()
-    require("Core AI export", ("coreai", "coreai_torch"), "coreai")
-    check_precision(options.precision)
-    require_support("coreai", bundle)
-    _refuse_islands(bundle, options)
-    if FOLDER in bundle.manifest.compiled and not force:
-        raise BundleError(
-            f"{bundle.root} has Core AI assets already", "Pass --force to make them again."
-        )
-    version = importlib.metadata.version("coreai-core")
-    with compiled_folder(bundle, FOLDER) as folder:
-        graphs = {
-            graph: _convert(bundle, place, graph, folder, options, version, observer)
-            for graph in bundle.manifest.graphs
-        }
-        compiled = Compiled(
-            backend="coreai",
-            version=version,
-            target={"system": "macOS 27, iOS 27"},
-            flags={"precision": options.precision},
-            graphs=graphs,
-        )
-        records = _prove(bundle, folder, compiled, observer)
-        if not allow_parity_loss:
-            require_passed(records, "Try --precision fp32, or accept it: --allow-parity-loss.")
-        return add_compiled(bundle, FOLDER, folder, replace(compiled, parity=tuple(records)))
+    return compile_form(
+        bundle,
+        CoreaiBackend(place, options or CoreaiOptions()),
+        force=force,
+        allow_parity_loss=allow_parity_loss,
+        observer=observer,
+    )
+
+
+@dataclass(frozen=True)
+class CoreaiBackend(Backend):
+    """Assets from the student, through torch.export; Core AI reads no ONNX."""
+
+    place: StudentPlace
+    options: CoreaiOptions
+    runtime: ClassVar[str] = "coreai"
+    title: ClassVar[str] = "Core AI assets"
+    if_lost: ClassVar[str] = "Try --precision fp32, or accept it: --allow-parity-loss."
+    reads_onnx: ClassVar[bool] = False
+    folder: ClassVar[str] = FOLDER
+
+    def check(self, bundle: Bundle) -> None:
+        """Apple's packages must be there, and the precision be one they compute in."""
+        require("Core AI export", ("coreai", "coreai_torch"), "coreai")
+        check_precision(self.options.precision)
+        _refuse_islands(bundle, self.options)
+
+    def form(self, bundle: Bundle) -> Compiled:
+        """Assets for the systems of 2026."""
+        version = importlib.metadata.version("coreai-core")
+        target, flags = {"system": "macOS 27, iOS 27"}, {"precision": self.options.precision}
+        return Compiled("coreai", version, target, flags, {})
+
+    def identity(self, bundle: Bundle, graph: str) -> str:
+        """By precision, and the versions of the compiler, its front end and this program."""
+        versions = [importlib.metadata.version(name) for name in ("coreai-core", "coreai-torch")]
+        precision = self.options.precision
+        return form_identity(bundle, graph, precision=precision, versions=[*versions, __version__])
+
+    @contextlib.contextmanager
+    def converter(self, workshop: Workshop) -> Iterator[Convert]:
+        """Each graph from a student that is loaded for it alone."""
+        yield lambda graph: self._convert(workshop, graph)
+
+    def trials(self) -> tuple[RuntimeOptions, ...]:
+        """One run, one graph in memory at a time."""
+        return (RuntimeOptions(low_memory=True),)
+
+    def _convert(self, workshop: Workshop, name: str) -> GraphForm:
+        manifest = workshop.bundle.manifest
+        student = open_student(self.place, manifest, name)
+        exported = fp32_options(manifest, (manifest.height_px, manifest.width_px))
+        only = UNET_GRAPHS if name in UNET_GRAPHS else (name,)
+        options = replace(exported, precision=self.options.precision)
+        graphs = build_graphs(student, options, only=only)
+        asset = f"{name}.aimodel"
+        _write(next(graph for graph in graphs if graph.spec.name == name), workshop.folder / asset)
+        return_freed_memory()
+        return GraphForm(f"{asset}/metadata.json", files_below(workshop.folder, asset))
 
 
 def check_precision(precision: str) -> None:
@@ -112,47 +140,6 @@ def _refuse_islands(bundle: Bundle, options: CoreaiOptions) -> None:
             "cannot hold; Core AI assets are of one precision here",
             "Pass --precision fp32.",
         )
-
-
-def _convert(
-    bundle: Bundle,
-    place: StudentPlace,
-    name: str,
-    folder: Path,
-    options: CoreaiOptions,
-    version: str,
-    observer: Observer,
-) -> CompiledGraph:
-    asset = folder / f"{name}.aimodel"
-    with stage(observer, f"convert {name}") as running:
-        _write(_graph(bundle, place, name, options), asset)
-        return_freed_memory()
-        inside = [p.relative_to(folder).as_posix() for p in asset.rglob("*") if p.is_file()]
-        records = file_records(folder, sorted(inside))
-        running.size_bytes = sum(record.size_bytes for record in records.values())
-    return CompiledGraph(
-        path=f"{FOLDER}/{name}.aimodel/metadata.json",
-        identity=form_identity(
-            bundle,
-            name,
-            precision=options.precision,
-            versions=[version, importlib.metadata.version("coreai-torch"), __version__],
-        ),
-        files={f"{FOLDER}/{file}": record for file, record in records.items()},
-        report={
-            "convert_s": round(running.seconds, 2),
-            "peak_memory_bytes": running.peak_memory_bytes,
-        },
-    )
-
-
-def _graph(bundle: Bundle, place: StudentPlace, name: str, options: CoreaiOptions) -> Graph:
-    manifest = bundle.manifest
-    student = open_student(place, manifest, name)
-    asked = fp32_options(manifest, (manifest.height_px, manifest.width_px))
-    only = UNET_GRAPHS if name in UNET_GRAPHS else (name,)
-    graphs = build_graphs(student, replace(asked, precision=options.precision), only=only)
-    return next(graph for graph in graphs if graph.spec.name == name)
 
 
 def _write(graph: Graph, asset: Path) -> None:
@@ -192,17 +179,3 @@ def quiet_coreai() -> Iterator[Any]:
             yield importlib.import_module("coreai_torch")
     finally:
         logging.getLogger("coreai_torch").setLevel(level)
-
-
-def _prove(
-    bundle: Bundle, folder: Path, compiled: Compiled, observer: Observer
-) -> list[ParityRecord]:
-    """Run the new assets where they lie, on captured inputs."""
-    trial = trial_of(bundle, FOLDER, folder, compiled)
-    with stage(observer, "verify"):
-        runtime = open_runtime("coreai", trial, RuntimeOptions(low_memory=True))
-        try:
-            records = measure_runtime(trial, runtime, load_reference(bundle))
-        finally:
-            runtime.close()
-    return records

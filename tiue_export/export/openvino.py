@@ -7,19 +7,26 @@ The IR keeps the ONNX graph's tensor names. Weights are stored in float32, or in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
-from tiue_export.bundle.manifest import Compiled, CompiledGraph, ParityRecord
-from tiue_export.bundle.read import Bundle, file_records
-from tiue_export.bundle.write import add_compiled, compiled_folder, form_identity, trial_of
-from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_name
-from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
+from tiue_export.bundle.manifest import Compiled
+from tiue_export.bundle.read import Bundle
+from tiue_export.errors import RuntimeFailure, first_line, unknown_name
+from tiue_export.export.backend import (
+    Backend,
+    Convert,
+    GraphForm,
+    Workshop,
+    compile_form,
+    form_identity,
+)
 from tiue_export.registry.packages import require
-from tiue_export.registry.runtimes import open_runtime
 from tiue_export.specs import RuntimeOptions
 from tiue_export.system.openvino_core import import_openvino
-from tiue_export.system.progress import Observer, stage
+from tiue_export.system.progress import Observer
 
 FOLDER = "openvino"
 WEIGHTS = ("fp32", "fp16")
@@ -41,90 +48,66 @@ def compile_openvino(
     allow_parity_loss: bool = False,
     observer: Observer | None = None,
 ) -> Bundle:
-    """Convert every graph and prove it on the bundle's reference; returns the bundle with both.
-
-    Raises `BundleError` when the bundle has OpenVINO graphs already (unless `force`), `ParityError`
-    when a gate fails (unless `allow_parity_loss`); then the bundle stays as it was.
-    """
-    options, observer = options or OpenvinoOptions(), observer or Observer()
-    require("OpenVINO", ("openvino",), "openvino")
-    if options.weights not in WEIGHTS:
-        raise unknown_name("weights", options.weights, WEIGHTS)
-    if FOLDER in bundle.manifest.compiled and not force:
-        raise BundleError(
-            f"{bundle.root} has OpenVINO graphs already", "Pass --force to make them again."
-        )
-    openvino = import_openvino()
-
-    version = str(openvino.__version__)
-    with compiled_folder(bundle, FOLDER) as folder:
-        graphs = {
-            graph: _convert(bundle, graph, folder, options, version, observer)
-            for graph in bundle.manifest.graphs
-        }
-        compiled = Compiled(
-            backend="openvino",
-            version=version,
-            target={"device": "any"},
-            flags={"weights": options.weights},
-            graphs=graphs,
-        )
-        records = _prove(bundle, folder, compiled, options, observer)
-        if not allow_parity_loss:
-            require_passed(records, "Try --weights fp32, or accept it: --allow-parity-loss.")
-        return add_compiled(bundle, FOLDER, folder, replace(compiled, parity=tuple(records)))
-
-
-def _convert(
-    bundle: Bundle,
-    graph: str,
-    folder: Path,
-    options: OpenvinoOptions,
-    version: str,
-    observer: Observer,
-) -> CompiledGraph:
-    openvino = import_openvino()
-
-    file = folder / f"{graph}.xml"
-    with stage(observer, f"convert {graph}") as running:
-        try:
-            model = openvino.convert_model(bundle.graph_path(graph))
-            openvino.save_model(model, file, compress_to_fp16=options.weights == "fp16")
-        except Exception as error:  # OpenVINO raises RuntimeError and its own kinds
-            raise RuntimeFailure(
-                f"OpenVINO {version} cannot convert {graph}: {first_line(error)}",
-                "Check `tiue-export doctor`; bundles need OpenVINO 2025.1 or newer.",
-            ) from error
-        del model
-        records = file_records(folder, [f"{graph}.xml", f"{graph}.bin"])
-        running.size_bytes = sum(record.size_bytes for record in records.values())
-    return CompiledGraph(
-        path=f"{FOLDER}/{graph}.xml",
-        identity=form_identity(bundle, graph, weights=options.weights, version=version),
-        files={f"{FOLDER}/{name}": record for name, record in records.items()},
-        report={
-            "convert_s": round(running.seconds, 2),
-            "peak_memory_bytes": running.peak_memory_bytes,
-        },
+    """Convert every graph and prove it on the bundle's reference; see `compile_form`."""
+    return compile_form(
+        bundle,
+        OpenvinoBackend(options or OpenvinoOptions()),
+        force=force,
+        allow_parity_loss=allow_parity_loss,
+        observer=observer,
     )
 
 
-def _prove(
-    bundle: Bundle, folder: Path, compiled: Compiled, options: OpenvinoOptions, observer: Observer
-) -> list[ParityRecord]:
-    """Run the new graphs where they lie, in each precision, on captured inputs."""
-    trial = trial_of(bundle, FOLDER, folder, compiled)
-    reference = load_reference(bundle)
-    records: list[ParityRecord] = []
-    for precision in options.precisions:
-        name = f"verify in {precision}"
-        with stage(observer, name):
-            runtime = open_runtime(
-                "openvino", trial, RuntimeOptions(device="cpu", precision=precision)
-            )
-            try:
-                on_step = observer.steps_of(name)
-                records += measure_runtime(trial, runtime, reference, on_step)
-            finally:
-                runtime.close()
-    return records
+@dataclass(frozen=True)
+class OpenvinoBackend(Backend):
+    """Conversion in this process, proof in every precision that was asked for."""
+
+    options: OpenvinoOptions
+    runtime: ClassVar[str] = "openvino"
+    title: ClassVar[str] = "OpenVINO graphs"
+    if_lost: ClassVar[str] = "Try --weights fp32, or accept it: --allow-parity-loss."
+    folder: ClassVar[str] = FOLDER
+
+    def check(self, bundle: Bundle) -> None:
+        """OpenVINO must be there, and the weights one of `WEIGHTS`."""
+        require("OpenVINO", ("openvino",), "openvino")
+        if self.options.weights not in WEIGHTS:
+            raise unknown_name("weights", self.options.weights, WEIGHTS)
+
+    def form(self, bundle: Bundle) -> Compiled:
+        """IR for any of OpenVINO's devices."""
+        flags = {"weights": self.options.weights}
+        return Compiled("openvino", _version(), {"device": "any"}, flags, {})
+
+    def identity(self, bundle: Bundle, graph: str) -> str:
+        """By the ONNX files, how weights are stored, and OpenVINO's version."""
+        return form_identity(bundle, graph, weights=self.options.weights, version=_version())
+
+    @contextlib.contextmanager
+    def converter(self, workshop: Workshop) -> Iterator[Convert]:
+        """OpenVINO's own conversion of an ONNX file."""
+        yield lambda graph: self._convert(workshop, graph)
+
+    def trials(self) -> tuple[RuntimeOptions, ...]:
+        """The CPU, in each arithmetic."""
+        return tuple(
+            RuntimeOptions(device="cpu", precision=precision)
+            for precision in self.options.precisions
+        )
+
+    def _convert(self, workshop: Workshop, graph: str) -> GraphForm:
+        openvino = import_openvino()
+        half = self.options.weights == "fp16"
+        try:
+            model = openvino.convert_model(workshop.bundle.graph_path(graph))
+            openvino.save_model(model, workshop.folder / f"{graph}.xml", compress_to_fp16=half)
+        except Exception as error:  # OpenVINO raises RuntimeError and its own kinds
+            raise RuntimeFailure(
+                f"OpenVINO {_version()} cannot convert {graph}: {first_line(error)}",
+                "Check `tiue-export doctor`; bundles need OpenVINO 2025.1 or newer.",
+            ) from error
+        return GraphForm(f"{graph}.xml", (f"{graph}.xml", f"{graph}.bin"))
+
+
+def _version() -> str:
+    return str(import_openvino().__version__)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiue_export.bundle.manifest import Manifest
+from tiue_export.bundle.read import vae_tile_px
 from tiue_export.checkpoint.lora_file import lora_from
 from tiue_export.errors import CheckpointError
 from tiue_export.graphs.options import ExportOptions
@@ -95,16 +96,5 @@ def fp32_options(manifest: Manifest, size: Size) -> ExportOptions:
         width=size[1],
         batch=manifest.batch or 1,
         hoist=manifest.hoisted,
-        vae_tile=tile_side_px(manifest),
+        vae_tile=vae_tile_px(manifest),
     )
-
-
-def tile_side_px(manifest: Manifest) -> int | None:
-    """The side of the VAE decoder's tiles as `--vae-tile` gives it; None where pictures are whole.
-
-    A picture narrower than a tile is decoded at its own width: the longer side is the tile's.
-    """
-    record = manifest.graphs.get(VAE_DECODER)
-    if record is None or record.inputs[0].shape[2:] == tuple(manifest.latent_shape[2:]):
-        return None
-    return max(int(side) for side in record.inputs[0].shape[2:]) * manifest.vae_scale

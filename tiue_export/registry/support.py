@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from tiue_export.bundle.manifest import Manifest
-from tiue_export.bundle.read import Bundle
+from tiue_export.bundle.read import Bundle, vae_tile_px
 from tiue_export.errors import UsageError
-from tiue_export.specs import CONTROLNET, UNET_DECODER, UNET_ENCODER, VAE_DECODER
+from tiue_export.specs import CONTROLNET, UNET_DECODER, UNET_ENCODER
 
 # What a bundle can be given to, beside the runtimes it draws on.
 VERBS: Mapping[str, str] = {
@@ -43,8 +43,7 @@ def _has_passes(manifest: Manifest) -> bool:
 
 
 def _is_tiled(manifest: Manifest) -> bool:
-    record = manifest.graphs.get(VAE_DECODER)
-    return record is not None and record.inputs[0].shape[2:] != tuple(manifest.latent_shape[2:])
+    return vae_tile_px(manifest) is not None
 
 
 def _has_islands(manifest: Manifest) -> bool:

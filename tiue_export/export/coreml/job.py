@@ -256,7 +256,7 @@ def _capture(job: GraphJob, graph: Graph, size: Size) -> None:
     if job.graph == VAE_DECODER:
         return
     more = chain.values(job.graph, outputs)
-    if LATENTS in more:
+    if LATENTS in more and SCALED_LATENTS not in pool:
         more[SCALED_LATENTS] = scaled_latents(more[LATENTS], job.manifest.vae_scaling_factor)
     save_pool(job.work, "student", size, {**pool, **more})
 

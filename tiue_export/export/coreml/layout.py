@@ -19,7 +19,7 @@ from diffusers.models.attention_processor import Attention as DiffusersAttention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from tiue_export.errors import UsageError
+from tiue_export.export.coreml.profiles import check_whole_decoder
 from tiue_export.graphs.build import Graph, HoistedDecoder, SharedRows
 from tiue_export.graphs.hoisting import RowDecoder, Shared, SharedDecoder, SharedTextAttention
 from tiue_export.graphs.lowering import Attention
@@ -121,10 +121,8 @@ def _with_coefficients(module: nn.Module) -> list[Any]:
 
 def _group_rows(module: nn.Module, size: int) -> None:
     if not isinstance(module, HoistedDecoder | SharedRows):
-        raise UsageError(
-            f"--decoder-batch {size} needs a decoder with the time-independent part hoisted",
-            "Export the bundle without --no-hoist, or pass --decoder-batch 4.",
-        )
+        check_whole_decoder(size, _rows(module))
+    assert isinstance(module, HoistedDecoder | SharedRows)
     grouped: Any = GroupedRows(module.rows, size)
     module.rows = grouped
 

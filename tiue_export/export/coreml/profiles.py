@@ -229,7 +229,7 @@ def plan_coreml(options: CoremlOptions) -> CoremlPlan:
     compress = options.compress or (RECIPE if searched or options.recipe else profile.compress)
     if options.precision == "fp32" and options.compress is None and not searched:
         compress = "none"
-    batch = options.decoder_batch or profile.decoder_batch
+    batch = profile.decoder_batch if options.decoder_batch is None else options.decoder_batch
     plan = CoremlPlan(
         profile=profile.name,
         target=target_named(options.target or profile.target),
@@ -275,7 +275,8 @@ def _check_together(plan: CoremlPlan, options: CoremlOptions) -> None:
         raise UsageError(
             "--target-psnr and --target-mb were both given; a recipe is searched for one of them"
         )
-    has_goal = bool(options.target_psnr_db or options.target_mb or options.recipe)
+    goals = (options.target_psnr_db, options.target_mb, options.recipe or None)
+    has_goal = any(goal is not None for goal in goals)
     if compression.kind == "recipe" and not has_goal:
         raise UsageError(
             "--compress recipe says nothing of what the recipe should be",
@@ -302,6 +303,19 @@ def check_loop(options: CoremlOptions) -> None:
                 f"Core ML packages of a model in a loop (Faster Diffusion) come without {named}",
                 "Leave it out.",
             )
+
+
+def check_whole_decoder(decoder_batch: int, rows: int) -> None:
+    """Refuse to cut the `rows` of a decoder in groups where none of it is hoisted."""
+    if decoder_batch >= rows:
+        return
+    enough = [batch for batch in DECODER_BATCHES if batch >= rows]
+    raise UsageError(
+        f"--decoder-batch {decoder_batch} cuts the decoder's {rows} rows in groups, which needs "
+        "their time-independent part hoisted; this bundle was exported with --no-hoist",
+        "Export it without --no-hoist"
+        + (f", or pass --decoder-batch {enough[0]}." if enough else "."),
+    )
 
 
 def check_limit(plan: CoremlPlan, graph: str, weights: int) -> None:

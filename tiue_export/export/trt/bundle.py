@@ -12,19 +12,17 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 from tiue_export.bundle.engine_identity import check_engine, compiled_for, graph_identity
-from tiue_export.bundle.manifest import Compiled, CompiledGraph
-from tiue_export.bundle.read import Bundle, file_records
-from tiue_export.bundle.write import add_compiled, compiled_folder
+from tiue_export.bundle.manifest import Compiled
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import (
     BundleError,
     ParityError,
@@ -33,6 +31,7 @@ from tiue_export.errors import (
     TiueError,
     UsageError,
 )
+from tiue_export.export.backend import Backend, Convert, GraphForm, Workshop, compile_form
 from tiue_export.export.trt.build_process import (
     NO_GPU,
     NOT_HALF,
@@ -45,7 +44,7 @@ from tiue_export.export.trt.build_process import (
     is_memory_error,
 )
 from tiue_export.export.trt.plan import TrtOptions, TrtPlan, plan_trt
-from tiue_export.system.progress import Observer, Stage, stage
+from tiue_export.system.progress import Observer
 from tiue_export.system.tensorrt_flavor import FOLDERS, Flavor, load_flavor, this_device
 
 CHILD = "tiue_export.export.trt.build_process"
@@ -65,15 +64,9 @@ def compile_trt(
     `ResourceError` when memory runs out at the easiest settings too, `RuntimeFailure` when TensorRT
     fails. A failure leaves the bundle openable, with the engines that were finished.
     """
-    options, observer = options or TrtOptions(), observer or Observer()
+    options = options or TrtOptions()
     plan = plan_trt(bundle, options)
-    existing = bundle.manifest.compiled.get(plan.flavor.folder)
-    # A complete set with other settings is worth more than a part of the new one.
-    at_once = existing is not None and (options.rebuild or not plan.settings_equal(existing))
-    groups = [plan.to_build] if at_once else [(name,) for name in plan.to_build]
-    for names in filter(None, groups):
-        bundle = _build_group(bundle, names, plan, observer)
-    return bundle
+    return compile_form(bundle, TrtBackend(plan), force=options.rebuild, observer=observer)
 
 
 def refit_from(bundle: Bundle, new: Bundle, observer: Observer | None = None) -> Bundle:
@@ -84,17 +77,109 @@ def refit_from(bundle: Bundle, new: Bundle, observer: Observer | None = None) ->
     them. Raises `BundleError` when there are none or the graphs differ, `RuntimeFailure` without
     the GPU.
     """
-    observer = observer or Observer()
     compiled, plans = check_refittable(bundle)
     _check_same_graphs(bundle, new)
-    where = FOLDERS[compiled.backend]
-    with compiled_folder(new, where) as folder:
-        graphs = {}
-        for name, plan in plans.items():
-            with stage(observer, f"refit {name}", in_child=True) as running:
-                graphs[name] = _refit(name, plan, folder, new, compiled, observer)
-                _tell(running, graphs[name])
-        return add_compiled(new, where, folder, replace(compiled, graphs=graphs))
+    return compile_form(new, RefitBackend(compiled, plans), force=True, observer=observer)
+
+
+@dataclass(frozen=True)
+class TrtBackend(Backend):
+    """Engines by a plan that was checked; precision is proven in the builder, layer by layer.
+
+    They open on the GPU they are for, which need not be here: no runtime proves them.
+    """
+
+    plan: TrtPlan
+    runtime: ClassVar[str] = "trt"
+    title: ClassVar[str] = "TensorRT engines"
+    if_lost: ClassVar[str] = "Export again: tiue-export onnx --precision fp16."
+    verb: ClassVar[str] = "build"
+    in_child: ClassVar[bool] = True
+    resumes: ClassVar[bool] = True
+
+    @property
+    def folder(self) -> str:
+        """One for each flavour of TensorRT."""
+        return self.plan.flavor.folder
+
+    def check(self, bundle: Bundle) -> None:
+        """`plan_trt` has refused what cannot be."""
+
+    def form(self, bundle: Bundle) -> Compiled:
+        """For the plan's target, with its flags."""
+        return self.plan.form
+
+    def identity(self, bundle: Bundle, graph: str) -> str:
+        """The plan's."""
+        return self.plan.identities[graph]
+
+    @contextlib.contextmanager
+    def converter(self, workshop: Workshop) -> Iterator[Convert]:
+        """A child process for each attempt at an engine."""
+
+        def build(name: str) -> GraphForm:
+            request = self.plan.request(workshop.bundle, name, workshop.folder / f"{name}.plan")
+            return _engine(name, _build(name, request, workshop.observer))
+
+        yield build
+
+
+@dataclass(frozen=True)
+class RefitBackend(Backend):
+    """Engines that are there, by graph in `plans`, with the weights of another bundle."""
+
+    compiled: Compiled
+    plans: Mapping[str, Path]
+    runtime: ClassVar[str] = "trt"
+    title: ClassVar[str] = "TensorRT engines"
+    if_lost: ClassVar[str] = "Build engines for the new student itself."
+    verb: ClassVar[str] = "refit"
+    in_child: ClassVar[bool] = True
+
+    @property
+    def folder(self) -> str:
+        """That of the engines."""
+        return FOLDERS[self.compiled.backend]
+
+    def check(self, bundle: Bundle) -> None:
+        """`refit_from` has held both bundles against each other."""
+
+    def form(self, bundle: Bundle) -> Compiled:
+        """That of the engines: refitting changes weights alone."""
+        return replace(self.compiled, graphs={}, parity=())
+
+    def graphs(self, bundle: Bundle) -> tuple[str, ...]:
+        """Those that have an engine."""
+        return tuple(self.plans)
+
+    def identity(self, bundle: Bundle, graph: str) -> str:
+        """As if the engine had been built from the new weights."""
+        record, of = bundle.manifest.graphs[graph], self.compiled
+        return graph_identity(record, of.backend, of.version, of.target, of.flags)
+
+    @contextlib.contextmanager
+    def converter(self, workshop: Workshop) -> Iterator[Convert]:
+        """A child process for each engine."""
+        yield lambda name: self._refit(workshop, name)
+
+    def _refit(self, workshop: Workshop, name: str) -> GraphForm:
+        request = EngineRequest(
+            str(workshop.bundle.graph_path(name).resolve()),
+            str(workshop.folder / f"{name}.plan"),
+            self.compiled.backend,
+            refit_plan=str(self.plans[name].resolve()),
+        )
+        try:
+            report = _run(name, request, workshop.observer)
+        except _OutOfMemory as failure:
+            raise _memory_error(name, request, failure) from failure
+        # The layers are those of the engine it came from.
+        proof = {
+            key: value
+            for key, value in self.compiled.graphs[name].report.items()
+            if "build" not in key and key not in ("convert_s", "peak_memory_bytes")
+        }
+        return _engine(name, {**proof, **report, "refitted": 1})
 
 
 def check_refittable(bundle: Bundle) -> tuple[Compiled, dict[str, Path]]:
@@ -129,52 +214,6 @@ def easier(request: EngineRequest, workspace_mb: int) -> EngineRequest | None:
     return replace(request, workspace_mb=half) if half < workspace_mb else None
 
 
-def _build_group(
-    bundle: Bundle, names: tuple[str, ...], plan: TrtPlan, observer: Observer
-) -> Bundle:
-    """Build some graphs and add them beside the finished ones that this plan keeps."""
-    where = plan.flavor.folder
-    with compiled_folder(bundle, where) as folder:
-        graphs = _keep_valid(bundle, folder, plan, names)
-        for name in names:
-            with stage(observer, f"build {name}", in_child=True) as running:
-                report = _build(name, plan.request(bundle, name, folder / f"{name}.plan"), observer)
-                graphs[name] = _entry(folder, where, name, plan.identities[name], report)
-                _tell(running, graphs[name])
-        compiled = Compiled(
-            backend=plan.flavor.name,
-            version=plan.flavor.version,
-            target=plan.target,
-            flags=plan.flags,
-            graphs={name: graphs[name] for name in plan.identities if name in graphs},
-        )
-        return add_compiled(bundle, where, folder, compiled)
-
-
-def _tell(running: Stage, engine: CompiledGraph) -> None:
-    running.peak_memory_bytes = int(engine.report["peak_memory_bytes"])
-    running.size_bytes = sum(record.size_bytes for record in engine.files.values())
-
-
-def _keep_valid(
-    bundle: Bundle, folder: Path, plan: TrtPlan, names: tuple[str, ...]
-) -> dict[str, CompiledGraph]:
-    """Bring the engines that stay into the new folder: hard links where the disk has them."""
-    existing = bundle.manifest.compiled.get(plan.flavor.folder)
-    kept = {}
-    for name, entry in (existing.graphs if existing else {}).items():
-        if name in names or entry.identity != plan.identities.get(name):
-            continue
-        for file in entry.files:
-            source, place = bundle.root / file, folder / Path(file).name
-            try:
-                os.link(source, place)
-            except OSError:
-                shutil.copyfile(source, place)
-        kept[name] = entry
-    return kept
-
-
 def _build(name: str, request: EngineRequest, observer: Observer) -> dict[str, Any]:
     """Build one engine, with easier settings each time memory runs out; its report."""
     attempts = 0
@@ -191,32 +230,6 @@ def _build(name: str, request: EngineRequest, observer: Observer) -> dict[str, A
         else:
             settings = {"optimization_level": request.optimization_level, "attempts": attempts}
             return {**report, **settings}
-
-
-def _refit(
-    name: str,
-    plan: Path,
-    folder: Path,
-    new: Bundle,
-    compiled: Compiled,
-    observer: Observer,
-) -> CompiledGraph:
-    onnx = str(new.graph_path(name).resolve())
-    request = EngineRequest(
-        onnx, str(folder / f"{name}.plan"), compiled.backend, refit_plan=str(plan.resolve())
-    )
-    try:
-        report = _run(name, request, observer)
-    except _OutOfMemory as failure:
-        raise _memory_error(name, request, failure) from failure
-    record = new.manifest.graphs[name]
-    identity = graph_identity(
-        record, compiled.backend, compiled.version, compiled.target, compiled.flags
-    )
-    # The layers are those of the engine it came from.
-    proof = {k: v for k, v in compiled.graphs[name].report.items() if "build" not in k}
-    entry = _entry(folder, FOLDERS[compiled.backend], name, identity, {**proof, **report})
-    return replace(entry, report={**entry.report, "refitted": 1})
 
 
 class _OutOfMemory(Exception):
@@ -330,13 +343,9 @@ def _what_changed(
     return f"{name}: memory ran out ({reason}); trying again with {', '.join(changes)}"
 
 
-def _entry(
-    folder: Path, where: str, name: str, identity: str, report: Mapping[str, Any]
-) -> CompiledGraph:
+def _engine(name: str, report: Mapping[str, Any]) -> GraphForm:
     file = f"{name}.plan"
-    (record,) = file_records(folder, [file]).values()
-    path = f"{where}/{file}"
-    return CompiledGraph(path, identity, {path: record}, report)
+    return GraphForm(file, (file,), report, peak_memory_bytes=int(report["peak_memory_bytes"]))
 
 
 def _flavor_of_engines(bundle: Bundle) -> Flavor:

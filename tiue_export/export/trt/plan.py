@@ -14,6 +14,7 @@ from tiue_export.bundle.engine_identity import Flags, graph_identity, rtx_target
 from tiue_export.bundle.manifest import Compiled
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import RuntimeFailure, UsageError, unknown_name
+from tiue_export.export.backend import graphs_to_make
 from tiue_export.export.trt.build_process import EngineRequest
 from tiue_export.proof.quantization_plan import QUANTIZED, W8A8
 from tiue_export.registry.packages import require
@@ -108,11 +109,10 @@ class TrtPlan:
             timing_cache=None if cache is None else str(cache),
         )
 
-    def settings_equal(self, compiled: Compiled) -> bool:
-        """Whether engines were built for the same target with the same flags and TensorRT."""
-        mine = (self.flavor.name, self.flavor.version, dict(self.target), dict(self.flags))
-        its = (compiled.backend, compiled.version, dict(compiled.target), dict(compiled.flags))
-        return mine == its
+    @property
+    def form(self) -> Compiled:
+        """What the engines will be, still without them."""
+        return Compiled(self.flavor.name, self.flavor.version, self.target, self.flags, {})
 
 
 def plan_trt(bundle: Bundle, options: TrtOptions) -> TrtPlan:
@@ -143,11 +143,10 @@ def plan_trt(bundle: Bundle, options: TrtOptions) -> TrtPlan:
         for name, record in bundle.manifest.graphs.items()
     }
     existing = bundle.manifest.compiled.get(flavor.folder)
-    valid = {} if existing is None or options.rebuild else existing.graphs
-    to_build = [n for n, key in identities.items() if n not in valid or valid[n].identity != key]
+    to_build = graphs_to_make(existing, identities, force=options.rebuild)
     for name in to_build:
         bundle.graph_path(name)
-    return TrtPlan(flavor, device, target, flags, batch, identities, tuple(to_build), decoder_steps)
+    return TrtPlan(flavor, device, target, flags, batch, identities, to_build, decoder_steps)
 
 
 def resolve_target(options: TrtOptions) -> tuple[Flavor, Device | None, dict[str, str]]:
@@ -206,7 +205,7 @@ def _batch(bundle: Bundle, options: TrtOptions) -> tuple[int, int, int]:
 def _decoder_steps(bundle: Bundle, options: TrtOptions) -> tuple[int, int, int] | None:
     """Decoder runs of one step, and most of all of the longest piece: most steps are in such."""
     plan = bundle.manifest.plan
-    if plan is None:
+    if plan.one_pass:
         if options.max_decoder_rows is not None:
             raise UsageError(
                 f"--max-decoder-rows is for a model in a loop; {bundle.root} is a distilled "
