@@ -29,7 +29,6 @@ from tiue_export.calibration import quantize as quantizer
 from tiue_export.calibration.onnx_layers import find_folds, find_layers
 from tiue_export.calibration.plots import save_quantization_plots
 from tiue_export.calibration.qdq_onnx import quantize_weight, scale_in, write_qdq
-from tiue_export.calibration.quantized_bundle import check_quantizable
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, ParityError, RegressionError, UsageError
 from tiue_export.proof.calibration import CaptureOptions, open_calibration
@@ -56,6 +55,7 @@ from tiue_export.proof.quantization_plan import (
     student_identity,
 )
 from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.support import require_support
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER, UNET_GRAPHS, RuntimeOptions
 from tiue_export.system.openvino_core import native_precisions, openvino_core
 from tiue_export.system.tensorrt_flavor import MODULES
@@ -535,11 +535,12 @@ def test_slower_or_larger_is_refused_unless_allowed(made):
 
 
 def test_what_is_quantized_already_or_draws_in_a_loop_is_refused(made, tiny_bundle):
-    with pytest.raises(UsageError, match="is quantized already: its unet_encoder is w8a8"):
-        check_quantizable(made.bundle)
-    looping = replace(tiny_bundle.manifest, faster=object())  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"draws in a loop \(Faster Diffusion\)"):
-        check_quantizable(replace(tiny_bundle, manifest=looping))
+    with pytest.raises(UsageError, match="is quantized already, which int8 graphs cannot have"):
+        require_support("quantize", made.bundle)
+    plan = replace(tiny_bundle.manifest.plan, guidance=7.5)
+    looping = replace(tiny_bundle.manifest, plan=plan)
+    with pytest.raises(UsageError, match="draws in a loop, which int8 graphs cannot have"):
+        require_support("quantize", replace(tiny_bundle, manifest=looping))
 
 
 @pytest.mark.parametrize(
