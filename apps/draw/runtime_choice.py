@@ -32,6 +32,8 @@ from tiue_export.system.machine import cpu_name, installed_versions, usable_core
 from tiue_export.system.tensorrt_flavor import this_device
 
 AUTO = "auto"
+# Options of the torch reference alone, which is never chosen.
+_OF_THE_STUDENT = ("checkpoint", "base", "vae", "lora", "controlnet")
 _TIMED_DRAWINGS = 2
 # A drawing this long says enough by itself; loops of many steps are not drawn three times.
 _LONG_S = 20.0
@@ -234,7 +236,7 @@ def _asked(options: RuntimeOptions) -> dict[str, str]:
         "asked": ", ".join(
             f"{name} {value}"
             for name, value in dataclasses.asdict(options).items()
-            if name not in ("checkpoint", "base", "vae") and value not in (None, "auto", False)
+            if name not in _OF_THE_STUDENT and value not in (None, "auto", False)
         )
         or "nothing"
     }

@@ -69,7 +69,7 @@ def test_onnx_json_is_one_object_with_the_manifest(run, micro_pipeline):
     code, out, err = run("onnx", "--ckpt", micro_pipeline, "--out", "fox", "--json")
     assert (code, err) == (0, "")
     data = json.loads(out)
-    assert data["manifest"]["schedule"]["steps"] == 4
+    assert data["manifest"]["plan"]["steps"] == 4
     assert {stage["stage"] for stage in data["stages"]} >= {"load student", "export unet_decoder"}
 
 

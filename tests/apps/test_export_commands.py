@@ -76,15 +76,15 @@ def test_openvino_never_changes_another_bundle_than_the_one_it_was_told_to(
         (["--audit-prompts", "p.txt"], "--audit-prompts is for graphs in half precision"),
         (["--no-audit"], "the ONNX graphs made here are fp32"),
         (["--controlnet", "edges"], "--controlnet is for --method faster"),
-        (["--method", "faster", "--allow-other-steps"], "--allow-other-steps is for distilled"),
+        (["--method", "faster", "--allow-other-steps"], "--allow-other-steps is for --method tiue"),
         (["--method", "faster", "--budget", "0.7"], "--budget is for --key-steps auto"),
     ],
 )
 def test_wrong_words_are_refused_before_anything_is_loaded(
     run, tiny_pipeline, tmp_path, monkeypatch, options, message
 ):
-    loader = importlib.import_module("tiue_export.apps.export.onnx")
-    monkeypatch.setattr(loader, "load", lambda *_: pytest.fail("it was loaded"))
+    loader = importlib.import_module("tiue_export.export.load")
+    monkeypatch.setattr(loader, "load_to_export", lambda *_: pytest.fail("it was loaded"))
     assert message in refused(run, tmp_path, "openvino", "--ckpt", tiny_pipeline, *options)
 
 
