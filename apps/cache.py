@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from tiue_export.errors import UsageError, unknown_name
+from tiue_export.registry.backends import BACKENDS
 from tiue_export.system.cache_folder import user_cache_folder
 from tiue_export.system.disk_errors import disk_errors
 
@@ -19,11 +20,7 @@ from .report.tables import console, megabytes, print_json
 # What lies where below the cache folder; files beside the folders are TensorRT's timings.
 _TIMINGS = "timings"
 KINDS = {
-    "openvino": "graphs compiled by OpenVINO",
-    "coreml": "packages compiled by Core ML",
-    "tensorrt-rtx": "kernels compiled by TensorRT-RTX",
-    "onnxruntime-rtx": "kernels of ONNX Runtime on RTX",
-    _TIMINGS: "TensorRT's timings of kernels",
+    **{kind: title for entry in BACKENDS.values() for kind, title in entry.caches.items()},
     "runtime-choice": "which runtime was fastest",
 }
 _DAY_S = 86400.0

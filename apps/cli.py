@@ -22,6 +22,7 @@ from .commands.coreml import coreml
 from .commands.demo import demo
 from .commands.distill import distill
 from .commands.doctor import doctor
+from .commands.form import form_commands
 from .commands.generate import generate
 from .commands.init import init
 from .commands.inspect import inspect
@@ -38,7 +39,8 @@ from .welcome import panel_of
 # In the order of --help.
 _COMMANDS = (
     *(init, demo, doctor),
-    *(onnx, openvino, coreml, coreai, trt, audit, analyze, calibrate, quantize),
+    *(onnx, openvino, coreml, coreai, trt, *form_commands()),
+    *(audit, analyze, calibrate, quantize),
     *(generate, studio, serve),
     *(inspect, parity, bench),
     *(triton, cache),

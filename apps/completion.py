@@ -24,8 +24,8 @@ def bundle_folders(incomplete: str) -> list[str]:
 
 def runtime_names(incomplete: str) -> list[tuple[str, str]]:
     """Runtimes with what each is."""
-    from tiue_export.registry.runtimes import RUNTIMES
+    from tiue_export.registry.backends import BACKENDS
 
     return [
-        (name, entry.summary) for name, entry in RUNTIMES.items() if name.startswith(incomplete)
+        (name, entry.summary) for name, entry in BACKENDS.items() if name.startswith(incomplete)
     ]

@@ -12,8 +12,8 @@ from rich.table import Table
 from tiue_export._version import __version__
 from tiue_export.errors import MissingExtraError
 from tiue_export.export.coreml.mil.package import has_native_library
+from tiue_export.registry.backends import BACKENDS, BackendEntry, doctor_checks
 from tiue_export.registry.packages import EXPORT_NEEDS, SERVER_NEEDS, TRAIN_NEEDS, missing_modules
-from tiue_export.registry.runtimes import RUNTIMES
 from tiue_export.system.cache_folder import user_cache_folder
 from tiue_export.system.machine import describe_machine, installed_versions, nvidia_gpus
 from tiue_export.system.tensorrt_flavor import TITLES, install_line, load_flavor, this_device
@@ -21,16 +21,15 @@ from tiue_export.system.tensorrt_flavor import TITLES, install_line, load_flavor
 from .draw.fastest_runtime import choice_rows, choice_table
 from .report.tables import console, megabytes, print_json
 
+# Of no backend in particular.
 _PACKAGES = (
-    "numpy", "tokenizers", "safetensors", "pillow", "onnxruntime", "onnxruntime-gpu", "torch",
-    "diffusers", "transformers", "onnx", "onnxscript", "accelerate", "optimum",
-    "tensorrt-cu12", "tensorrt-cu13", "tensorrt", "tensorrt-rtx-cu13", "polygraphy",
-    "cuda-bindings", "coremltools", "coreai-core", "coreai-torch",
+    "numpy", "tokenizers", "safetensors", "pillow", "torch", "diffusers", "transformers", "onnx",
+    "onnxscript", "accelerate", "optimum",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Backend:
+class Check:
     """One way to use a bundle here. `remedy` is what to type when it cannot be used."""
 
     name: str
@@ -42,7 +41,8 @@ class Backend:
 def run(as_json: bool) -> None:
     """Print machine, packages and backends."""
     machine = {**describe_machine(), "cache": _cache()}
-    packages, backends = installed_versions(_PACKAGES), check_backends()
+    named = dict.fromkeys(name for entry in BACKENDS.values() for name in entry.packages)
+    packages, backends = installed_versions((*_PACKAGES, *named)), check_backends()
     problems, choices = conflicts(packages), choice_rows()
     if as_json:
         print_json(
@@ -84,19 +84,11 @@ def _cache() -> str:
     return f"{folder}, {megabytes(size_bytes)}; can be deleted at any time (tiue-export cache)"
 
 
-def check_backends() -> list[Backend]:
+def check_backends() -> list[Check]:
     """Every way to export or run, tried as far as that costs nothing."""
     return [
         _by_modules("export to ONNX", EXPORT_NEEDS, "export"),
-        _ort("CPUExecutionProvider", "run: ort on cpu", "ort"),
-        _ort("CUDAExecutionProvider", "run: ort on cuda", "gpu"),
-        _ort_rtx(),
-        _tensorrt("tensorrt"),
-        _tensorrt("rtx"),
-        _by_modules("run: openvino", RUNTIMES["openvino"].needs, "openvino"),
-        *core_ml(),
-        _by_modules("convert to Core AI (beta), run: coreai", ("coreai", "coreai_torch"), "coreai"),
-        _by_modules("run: torch reference", RUNTIMES["torch"].needs, "export"),
+        *(check for name, entry in BACKENDS.items() for check in _checks_of(name, entry)),
         _by_modules("quantize for OpenVINO", ("openvino", "nncf"), "int8"),
         _by_modules("distill a student", TRAIN_NEEDS, "train"),
         _by_modules("studio: the page in the browser", ("gradio", "fastapi", "uvicorn"), "studio"),
@@ -106,6 +98,18 @@ def check_backends() -> list[Backend]:
             "optimum-cli export tiue", ("optimum.exporters", "torch", "diffusers"), "optimum"
         ),
     ]
+
+
+def _checks_of(name: str, entry: BackendEntry) -> list[Check]:
+    """What the entry names, or whether its modules are there; nothing where it needs none."""
+    own = doctor_checks(entry)
+    if own is not None:
+        return own()
+    modules = (*entry.needs, *entry.export_needs)
+    if not modules:
+        return []
+    what = f"convert to {entry.title}, run: {name}" if entry.export_needs else f"run: {name}"
+    return [_by_modules(what, modules, entry.extra)]
 
 
 def conflicts(packages: dict[str, str | None]) -> list[str]:
@@ -119,55 +123,60 @@ def conflicts(packages: dict[str, str | None]) -> list[str]:
     return found
 
 
-def _by_modules(name: str, modules: tuple[str, ...], extra: str) -> Backend:
+def _by_modules(name: str, modules: tuple[str, ...], extra: str) -> Check:
     missing = missing_modules(modules)
     if missing:
-        return Backend(
+        return Check(
             name, False, f"missing: {', '.join(missing)}", f"pip install 'tiue-export[{extra}]'"
         )
-    return Backend(name, True, "installed")
+    return Check(name, True, "installed")
 
 
 _WHEEL = "pip install --force-reinstall --only-binary :all: coremltools"
 
 
-def core_ml() -> list[Backend]:
+def check_core_ml() -> list[Check]:
     """Converting to packages, which any system can, and running them, natively on macOS alone."""
     names = ("convert to Core ML", "run: coreml")
     missing = missing_modules(("coremltools", "sklearn"))
     if missing:
         install = "pip install 'tiue-export[coreml]'"
-        return [Backend(n, False, f"missing: {', '.join(missing)}", install) for n in names]
+        return [Check(n, False, f"missing: {', '.join(missing)}", install) for n in names]
     title = f"coremltools {metadata.version('coremltools')}"
     runs = _run_core_ml(names[1], title)
     if not has_native_library("libmilstoragepython"):
         detail = f"{title} without libmilstoragepython"
-        return [Backend(names[0], False, detail, _WHEEL), runs]
+        return [Check(names[0], False, detail, _WHEEL), runs]
     converts = _by_modules(names[0], ("torch", "diffusers"), "export")
     return [replace(converts, detail=title) if converts.usable else converts, runs]
 
 
-def _run_core_ml(name: str, title: str) -> Backend:
+def _run_core_ml(name: str, title: str) -> Check:
     if platform.system() != "Darwin":
         evaluator = _by_modules(name, ("torch",), "export")
         detail = f"{title}: by the evaluator, slow; Core ML itself is part of macOS"
         return replace(evaluator, detail=detail) if evaluator.usable else evaluator
     if not has_native_library("libcoremlpython"):
-        return Backend(name, False, f"{title} without libcoremlpython", _WHEEL)
-    return Backend(name, True, f"{title}, macOS {platform.mac_ver()[0]}")
+        return Check(name, False, f"{title} without libcoremlpython", _WHEEL)
+    return Check(name, True, f"{title}, macOS {platform.mac_ver()[0]}")
 
 
-def _tensorrt(flavor: str) -> Backend:
+def check_tensorrt() -> list[Check]:
+    """Both flavours."""
+    return [_tensorrt("tensorrt"), _tensorrt("rtx")]
+
+
+def _tensorrt(flavor: str) -> Check:
     """What a TensorRT flavour can do here: build engines, and run them where a GPU is."""
     name = f"build and run: {TITLES[flavor]}"
     try:
         title = load_flavor(flavor).title
         device = this_device()
     except MissingExtraError as error:
-        return Backend(name, False, error.message, error.next_step or install_line(flavor))
+        return Check(name, False, error.message, error.next_step or install_line(flavor))
     if missing_modules(("polygraphy",)):
         extra = "trt-rtx" if flavor == "rtx" else "trt"
-        return Backend(
+        return Check(
             name,
             False,
             f"{title}, but no polygraphy to build",
@@ -175,37 +184,46 @@ def _tensorrt(flavor: str) -> Backend:
         )
     if device is not None:
         where = f"{device.name}, compute capability {device.compute_capability}"
-        return Backend(name, True, f"{title} on {where}, driver {device.driver}")
+        return Check(name, True, f"{title} on {where}, driver {device.driver}")
     if flavor == "rtx":
-        return Backend(name, True, f"{title} builds for RTX cards; no NVIDIA GPU to run on")
-    return Backend(name, False, f"{title}, but no NVIDIA GPU found", "check the driver: nvidia-smi")
+        return Check(name, True, f"{title} builds for RTX cards; no NVIDIA GPU to run on")
+    return Check(name, False, f"{title}, but no NVIDIA GPU found", "check the driver: nvidia-smi")
 
 
-def _ort(provider: str, name: str, extra: str) -> Backend:
+def check_onnx_runtime() -> list[Check]:
+    """Its providers, as far as this program uses them."""
+    return [
+        _ort("CPUExecutionProvider", "run: ort on cpu", "ort"),
+        _ort("CUDAExecutionProvider", "run: ort on cuda", "gpu"),
+        _ort_rtx(),
+    ]
+
+
+def _ort(provider: str, name: str, extra: str) -> Check:
     remedy = f"pip install 'tiue-export[{extra}]'"
     if missing_modules(("onnxruntime",)):
-        return Backend(name, False, "onnxruntime is not installed", remedy)
+        return Check(name, False, "onnxruntime is not installed", remedy)
     try:
         import onnxruntime
     except Exception as error:  # a broken install is what this command is for
-        return Backend(name, False, f"onnxruntime does not import: {error}", remedy)
+        return Check(name, False, f"onnxruntime does not import: {error}", remedy)
     if provider not in onnxruntime.get_available_providers():
-        return Backend(
+        return Check(
             name,
             False,
             f"this onnxruntime ({onnxruntime.__version__}) was built without {provider}",
             f"pip uninstall onnxruntime && {remedy}",
         )
     if provider == "CUDAExecutionProvider" and nvidia_gpus() is None:
-        return Backend(name, False, "no NVIDIA GPU found", "check the driver with nvidia-smi")
-    return Backend(name, True, f"onnxruntime {onnxruntime.__version__}")
+        return Check(name, False, "no NVIDIA GPU found", "check the driver with nvidia-smi")
+    return Check(name, True, f"onnxruntime {onnxruntime.__version__}")
 
 
-def _ort_rtx() -> Backend:
+def _ort_rtx() -> Check:
     """The plug-in is only looked for: loading it takes its libraries, 150 MB, into memory."""
     name, package = "run: ort with --provider rtx", "onnxruntime-ep-nv-tensorrt-rtx"
     if missing_modules((package.replace("-", "_"),)):
-        return Backend(name, False, f"{package} is not installed", f"pip install {package}")
+        return Check(name, False, f"{package} is not installed", f"pip install {package}")
     if nvidia_gpus() is None:
-        return Backend(name, False, "no NVIDIA GPU found", "check the driver with nvidia-smi")
-    return Backend(name, True, "installed")
+        return Check(name, False, "no NVIDIA GPU found", "check the driver with nvidia-smi")
+    return Check(name, True, "installed")

@@ -16,17 +16,16 @@ from rich.console import Console
 from tiue_export.checkpoint.container import check_checkpoint_path, is_hub_id
 from tiue_export.checkpoint.demo_student import checkpoint_place
 from tiue_export.errors import UsageError, unknown_name
+from tiue_export.registry.backends import BACKENDS
 
 from .draw.generate import slug
 from .report.tables import print_json
 
+# Those of backends with a form of their own first: they are the faster ones.
 DEVICES: Mapping[str, str] = {
-    "cpu": "Intel or AMD processor: OpenVINO",
-    "arm": "another processor (Raspberry Pi, Graviton): ONNX Runtime",
-    "rtx": "NVIDIA RTX card: TensorRT-RTX",
-    "nvidia": "NVIDIA GPU of a server: TensorRT",
-    "jetson": "NVIDIA Jetson: TensorRT, built on the device",
-    "mac": "Apple: Mac, iPhone, iPad",
+    device: label
+    for _, entry in sorted(BACKENDS.items(), key=lambda item: not item[1].folders)
+    for device, label in entry.devices.items()
 }
 # Names in single files of whole pipelines: original Stable Diffusion, and diffusers' own.
 _OTHER_PARTS = ("cond_stage_model.", "text_encoder.", "first_stage_model.", "vae.")
@@ -115,22 +114,26 @@ def steps_for(device: str, found: Checkpoint, commands: Collection[str]) -> list
     if Path(name).exists():  # often the checkpoint's own folder
         name += "-bundle"
     ways = {
-        "cpu": _openvino,
         "arm": _ort,
         "rtx": _rtx,
         "nvidia": _nvidia,
         "jetson": _jetson,
         "mac": _coreml if "coreml" in commands else _ort,
     }
-    return ways[device](source, name)
+    if device in ways:
+        return ways[device](source, name)
+    return _by_exporter(next(n for n, e in BACKENDS.items() if device in e.devices), source, name)
 
 
-def _openvino(source: str, name: str) -> list[Step]:
+def _by_exporter(backend: str, source: str, name: str) -> list[Step]:
+    """Of a backend whose form needs a bundle and no more."""
+    entry = BACKENDS[backend]
+    extras = ",".join(filter(None, ("export", entry.extra)))
     return [
-        Step("pip install 'tiue-export[export,openvino]'", "exporter and runtime"),
+        Step(f"pip install 'tiue-export[{extras}]'", "exporter and runtime"),
         Step(f"tiue-export onnx {source} --out {name}", "a bundle, every hop proven"),
-        Step(f"tiue-export openvino --bundle {name}", "OpenVINO graphs, in the same bundle"),
-        *_draw(name, "openvino"),
+        Step(f"tiue-export {backend} --bundle {name}", f"its {entry.title} form, proven"),
+        *_draw(name, backend),
     ]
 
 

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from tiue_export.bundle.read import open_bundle
 from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.specs import Placed, RuntimeOptions
 
 from .report.stages import step_bar

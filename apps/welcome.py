@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiue_export._version import __version__
+from tiue_export.registry.backends import BACKENDS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +18,8 @@ _OTHER = "More"
 PANELS: Mapping[str, tuple[str, ...]] = {
     "Start": ("init", "demo", "doctor"),
     "Export": (
-        "onnx", "openvino", "coreml", "coreai", "trt", "audit", "analyze", "calibrate", "quantize",
+        "onnx", *(name for name, entry in BACKENDS.items() if entry.exporter),
+        "audit", "analyze", "calibrate", "quantize",
     ),
     "Draw": ("generate", "studio", "serve"),
     "Check": ("inspect", "parity", "bench"),

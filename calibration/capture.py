@@ -34,7 +34,7 @@ from tiue_export.proof.calibration import (
     write_index,
     write_shard,
 )
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.support import require_support
 from tiue_export.sampling.noise import check_seeds, noise_from_seed
 from tiue_export.specs import (

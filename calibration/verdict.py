@@ -26,7 +26,7 @@ from tiue_export.proof.quantization_plan import (
     gate_of,
     largest_losses,
 )
-from tiue_export.registry.runtimes import RUNTIMES, open_runtime
+from tiue_export.registry.backends import BACKENDS, open_runtime
 from tiue_export.specs import (
     UNET_DECODER,
     UNET_GRAPHS,
@@ -140,7 +140,7 @@ def _contenders(
         precision=options.precision,
         low_memory=options.low_memory,
     )
-    if not RUNTIMES[options.runtime].chooses_precision:
+    if not BACKENDS[options.runtime].chooses_precision:
         return {"float": (base, plain), CONTENDER: (new, plain)}
     plain = replace(plain, precision=_chosen_precision(base, options.runtime, plain))
     found = {

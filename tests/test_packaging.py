@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import tiue_export
-from tiue_export.registry.runtimes import RUNTIMES
+from tiue_export.registry.backends import BACKENDS
 
 if TYPE_CHECKING:
     from packaging_fixtures import Installation
@@ -165,5 +165,5 @@ def test_every_extra_that_code_or_documents_name_exists(source_copy: Path) -> No
     named = {
         name for names in re.findall(rf"{NAME}\[([\w,-]+)\]", text) for name in names.split(",")
     }
-    extras = {entry.extra for entry in RUNTIMES.values() if entry.extra} | named
+    extras = {entry.extra for entry in BACKENDS.values() if entry.extra} | named
     assert sorted(extras - set(PROJECT["project"]["optional-dependencies"])) == []

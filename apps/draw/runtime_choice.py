@@ -23,7 +23,7 @@ from tiue_export.bundle.read import MANIFEST_FILE, Bundle
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, RuntimeFailure, TiueError, UsageError, first_line
 from tiue_export.proof.parity import PROMPTS
-from tiue_export.registry.runtimes import RUNTIMES
+from tiue_export.registry.backends import BACKENDS
 from tiue_export.specs import CONTROLNET, Array, RuntimeOptions
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.cache_folder import user_cache_folder
@@ -37,10 +37,6 @@ _OF_THE_STUDENT = ("checkpoint", "base", "vae", "lora", "controlnet")
 _TIMED_DRAWINGS = 2
 # A drawing this long says enough by itself; loops of many steps are not drawn three times.
 _LONG_S = 20.0
-_LIBRARIES = (
-    "coremltools", "cuda-bindings", "numpy", "onnxruntime", "onnxruntime-gpu", "openvino",
-    "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx-cu13",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ def choose_runtime(
     if known is not None and not why:
         return Chosen(known, file, "")
     trials = []
-    for name in [name for name, entry in RUNTIMES.items() if entry.automatic]:
+    for name in [name for name, entry in BACKENDS.items() if entry.automatic]:
         on_start(name)
         trials.append(_try(bundle, name, options, control))
         on_trial(trials[-1])
@@ -181,7 +177,7 @@ def _remembered(file: Path, options: RuntimeOptions) -> tuple[RuntimeChoice | No
         choice = RuntimeChoice.from_json(file.read_text("utf-8"), str(file))
     except (OSError, UnicodeError, BundleError) as error:
         return None, f"what was remembered cannot be read: {first_line(error)}"
-    if choice.runtime not in RUNTIMES:
+    if choice.runtime not in BACKENDS:
         return None, f"there is no runtime {choice.runtime} any more"
     return choice, choice.outdated(options)
 
@@ -217,6 +213,12 @@ def _try(bundle: Bundle, name: str, options: RuntimeOptions, control: Array | No
         return Trial(name, reason=f"{type(error).__name__}: {first_line(error)}")
 
 
+def _libraries() -> tuple[str, ...]:
+    """Distributions whose version decides how fast a runtime that may be chosen is."""
+    chosen = (entry.packages for entry in BACKENDS.values() if entry.automatic)
+    return tuple(sorted({"numpy", *(name for packages in chosen for name in packages)}))
+
+
 def _circumstances() -> dict[str, str]:
     """The machine and the libraries, as far as they decide which runtime is fastest."""
     return {
@@ -226,7 +228,7 @@ def _circumstances() -> dict[str, str]:
         "gpu": _gpu_name(),
         "python": platform.python_version(),
         "tiue-export": __version__,
-        **{name: version or "none" for name, version in installed_versions(_LIBRARIES).items()},
+        **{name: version or "none" for name, version in installed_versions(_libraries()).items()},
     }
 
 

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tiue_export.registry.backends import BACKENDS
+
 from ..completion import runtime_names
 from .group import OptionGroup, refuse
 
 if TYPE_CHECKING:
     from tiue_export.specs import RuntimeOptions
+
+_NAMES = ", ".join(BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,13 @@ class DeviceOptions(ThreadOptions):
         str,
         typer.Option(
             "--device",
-            help="auto, cpu, cuda; with openvino gpu, npu; with coreml gpu, ane, evaluator.",
+            help="auto, cpu; "
+            + "; ".join(
+                f"with {name} {', '.join(entry.device_words)}"
+                for name, entry in BACKENDS.items()
+                if entry.device_words
+            )
+            + ".",
         ),
     ] = "auto"
 
@@ -62,7 +72,7 @@ class RuntimeName(OptionGroup):
         str,
         typer.Option(
             "--runtime",
-            help="ort, openvino, trt, coreml, coreai, torch (needs --ckpt) or fake.",
+            help=f"{_NAMES}; torch needs --ckpt.",
             autocompletion=runtime_names,
         ),
     ] = "ort"
@@ -76,8 +86,8 @@ class RuntimeOrAuto(RuntimeName):
         str,
         typer.Option(
             "--runtime",
-            help="ort, openvino, trt, coreml, coreai, torch (needs --ckpt), fake, or auto: the "
-            "fastest here, measured once and remembered.",
+            help=f"{_NAMES}, or auto: the fastest here, measured once and remembered; torch needs "
+            "--ckpt.",
             autocompletion=runtime_names,
         ),
     ] = "ort"
@@ -91,7 +101,9 @@ class PrecisionOptions(OptionGroup):
     precision: Annotated[
         str,
         typer.Option(
-            "--precision", help="auto, fp32, bf16 or fp16, for runtimes that can choose (openvino)."
+            "--precision",
+            help="auto, fp32, bf16 or fp16, for runtimes that can choose "
+            f"({', '.join(name for name, entry in BACKENDS.items() if entry.chooses_precision)}).",
         ),
     ] = "auto"
 

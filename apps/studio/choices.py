@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import TiueError, UsageError, unknown_name
-from tiue_export.registry.runtimes import RUNTIMES, open_runtime
+from tiue_export.registry.backends import BACKENDS, open_runtime
 from tiue_export.specs import RuntimeOptions
 
 _PRECISIONS = ("fp32", "bf16", "fp16")
@@ -68,9 +68,9 @@ def find_choices(
     `runtimes` empty: all that a device would run. Raises the first refusal when nothing can draw.
     """
     for name in runtimes:
-        if name not in RUNTIMES or name == "torch":
-            raise unknown_name("runtime", name, [name for name in RUNTIMES if name != "torch"])
-    names = tuple(dict.fromkeys(runtimes)) or tuple(n for n, e in RUNTIMES.items() if e.automatic)
+        if name not in BACKENDS or name == "torch":
+            raise unknown_name("runtime", name, [name for name in BACKENDS if name != "torch"])
+    names = tuple(dict.fromkeys(runtimes)) or tuple(n for n, e in BACKENDS.items() if e.automatic)
     choices: list[Choice] = []
     refusals: list[Refusal] = []
     for bundle, title in zip(bundles, _titles(bundles), strict=True):
@@ -102,7 +102,7 @@ def _tried(
     bundle: Bundle, title: str, name: str, options: RuntimeOptions
 ) -> Iterator[Choice | Refusal]:
     """A runtime on a bundle: one choice for each precision it has, or the refusal."""
-    several = RUNTIMES[name].chooses_precision and options.precision == "auto"
+    several = BACKENDS[name].chooses_precision and options.precision == "auto"
     refusals = []
     refused = True
     for precision in _PRECISIONS if several else (options.precision,):

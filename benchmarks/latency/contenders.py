@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, TypedDict
 
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.proof.latency_request import ContenderRequest
+from tiue_export.registry.backends import BACKENDS, native_precisions
 from tiue_export.registry.packages import missing_modules
-from tiue_export.registry.runtimes import RUNTIMES
 from tiue_export.specs import CONTROLNET
-from tiue_export.system.openvino_core import native_precisions
 
 from .faster_session import LOOPS, plan_of
 from .made_bundle import MadeBundle
@@ -42,7 +41,6 @@ _SD_CPP_PRECISIONS = ("f16", "q8_0", "f32")
 _GUIDED_TIMED_PASSES = 3
 # DeepCache's own example: the whole UNet at every third step, its outermost layers between.
 _CACHE_INTERVAL = 3
-_MADE_FOR = ("ort", "openvino")
 _WITHOUT_FORM = "ort"  # runs the ONNX graphs as they are
 
 
@@ -149,10 +147,10 @@ def _sharing_graphs(contenders: Sequence[Contender]) -> list[Contender]:
     """Of bundles that differ only in the forms they have, one with all: an export takes minutes."""
     forms: dict[MadeBundle, set[str]] = {}
     for bundle in (bundle for entry in contenders for bundle in entry.made.values()):
-        forms.setdefault(replace(bundle, openvino=()), set()).update(bundle.openvino)
+        forms.setdefault(replace(bundle, forms=()), set()).update(bundle.forms)
 
     def whole(bundle: MadeBundle) -> MadeBundle:
-        return replace(bundle, openvino=tuple(sorted(forms[replace(bundle, openvino=())])))
+        return replace(bundle, forms=tuple(sorted(forms[replace(bundle, forms=())])))
 
     return [
         replace(entry, made={name: whole(bundle) for name, bundle in entry.made.items()})
@@ -212,8 +210,8 @@ def _one(method: str, lane: Lane, asked: ContenderRequest) -> Contender:
         return _torch(name, method, lane, asked)
     if lane.runtime == SD_CPP:
         return _sd_cpp(name, method, lane, asked)
-    if lane.runtime not in RUNTIMES:
-        raise unknown_name("runtime", lane.runtime, {*RUNTIMES, COMPILED_TORCH, SD_CPP})
+    if lane.runtime not in BACKENDS:
+        raise unknown_name("runtime", lane.runtime, {*BACKENDS, COMPILED_TORCH, SD_CPP})
     return _sampler_on_graphs(name, method, lane, asked)
 
 
@@ -406,7 +404,7 @@ def _one_step_bundles(passes: Passes, lane: Lane, asked: ContenderRequest) -> di
     if asked.checkpoint is None:
         return {}
     height, width = _size(asked)
-    chooses = RUNTIMES[lane.runtime].chooses_precision
+    chooses = BACKENDS[lane.runtime].chooses_precision
     whole = MadeBundle(
         checkpoint=asked.checkpoint,
         base=asked.base,
@@ -417,7 +415,7 @@ def _one_step_bundles(passes: Passes, lane: Lane, asked: ContenderRequest) -> di
         width=width,
         batch=_batch(asked),
         unet_only=asked.unet_only,
-        openvino=("fp32",) if lane.runtime == "openvino" else (),
+        forms=(lane.runtime,) if BACKENDS[lane.runtime].exporter else (),
     )
     if not passes.guided:
         return {"bundle": whole}
@@ -436,9 +434,10 @@ def _no_deepcache(passes: Passes | None) -> str | None:
 
 
 def _no_graphs(lane: Lane) -> str | None:
-    if lane.runtime in _MADE_FOR:
+    made_for = [name for name, entry in BACKENDS.items() if entry.made_by_bench]
+    if lane.runtime in made_for:
         return None
-    return f"ordinary UNet passes are made for {' and '.join(_MADE_FOR)}, not for {lane.runtime}"
+    return f"ordinary UNet passes are made for {' and '.join(made_for)}, not for {lane.runtime}"
 
 
 class _Common(TypedDict):
@@ -480,36 +479,37 @@ def _usable_runtimes(bundle: Bundle) -> tuple[str, ...]:
     """
     found = [
         name
-        for name, entry in RUNTIMES.items()
+        for name, entry in BACKENDS.items()
         if entry.automatic and _has_form(bundle, name) and not missing_modules(entry.needs)
     ]
     return tuple(found) or (_WITHOUT_FORM,)
 
 
 def _has_form(bundle: Bundle, runtime: str) -> bool:
-    """Compiled forms lie in folders named for their runtime, with a flavour after a hyphen."""
-    if runtime == _WITHOUT_FORM:
+    """Whether it holds what a runtime draws with: a compiled form, or its ONNX files."""
+    folders = BACKENDS[runtime].folders
+    if not folders:
         return not any(graph.omitted for graph in bundle.manifest.graphs.values())
-    return any(folder.partition("-")[0] == runtime for folder in bundle.manifest.compiled)
+    return any(folder in bundle.manifest.compiled for folder in folders)
 
 
 def _precisions(runtime: str, bundle: Bundle, asked: ContenderRequest) -> tuple[str, ...]:
     if runtime == TORCH:
         return ("fp32",)
-    if runtime not in RUNTIMES:
-        raise unknown_name("runtime", runtime, RUNTIMES)
-    if not RUNTIMES[runtime].chooses_precision:
+    if runtime not in BACKENDS:
+        raise unknown_name("runtime", runtime, BACKENDS)
+    if not BACKENDS[runtime].chooses_precision:
         return (bundle.manifest.precision,)
     return asked.precisions or _native_precisions(runtime, asked.device)
 
 
 def _native_precisions(runtime: str, device: str) -> tuple[str, ...]:
-    """OpenVINO's on the CPU: fp32, and bf16 where it is computed natively; else the form's own."""
-    if runtime != "openvino" or device not in ("auto", "cpu") or missing_modules(("openvino",)):
+    """What this processor computes in: OpenVINO's bf16 is native on some; else the form's own."""
+    if device not in ("auto", "cpu") or missing_modules(BACKENDS[runtime].needs):
         return ("auto",)
-    return native_precisions()
+    return native_precisions(runtime)
 
 
 def _asked_precision(lane: Lane) -> str:
     """What `RuntimeOptions.precision` must be: only some runtimes can be told."""
-    return lane.precision if RUNTIMES[lane.runtime].chooses_precision else "auto"
+    return lane.precision if BACKENDS[lane.runtime].chooses_precision else "auto"

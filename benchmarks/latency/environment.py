@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tiue_export._version import __version__
 from tiue_export.proof.latency_record import Environment
+from tiue_export.registry.backends import BACKENDS
 from tiue_export.system.machine import (
     available_memory_bytes,
     cpu_flags,
@@ -24,10 +25,7 @@ from tiue_export.system.machine import (
     usable_cores,
 )
 
-_PACKAGES = (
-    "numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "diffusers", "transformers",
-    "tensorrt-cu12", "tensorrt-rtx-cu13", "stable-diffusion-cpp-python",
-)  # fmt: skip
+_PACKAGES = ("numpy", "torch", "diffusers", "transformers", "stable-diffusion-cpp-python")
 # Instruction sets that decide which kernels a library takes.
 _CPU_FLAGS = re.compile(r"(avx|amx|fma|f16c|sse4_2|asimd|sve|bf16|i8mm|vnni)\w*")
 _VARIABLES = re.compile(r"(OMP|GOMP|KMP|MKL|OPENBLAS|ORT|OV|TBB|DNNL|ONEDNN|TORCH|ATEN)_\w+")
@@ -35,7 +33,8 @@ _VARIABLES = re.compile(r"(OMP|GOMP|KMP|MKL|OPENBLAS|ORT|OV|TBB|DNNL|ONEDNN|TORC
 
 def describe_environment() -> Environment:
     """Look now: before any contender was started."""
-    versions = installed_versions(_PACKAGES)
+    named = dict.fromkeys(name for entry in BACKENDS.values() for name in entry.packages)
+    versions = installed_versions((*_PACKAGES, *named))
     return Environment(
         started_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         program=f"tiue-export {__version__}",

@@ -19,7 +19,7 @@ from tiue_export.drawing.pipeline import replanned
 from tiue_export.drawing.vae_tiles import decode_in_tiles, tile_size
 from tiue_export.proof.latency_record import END_TO_END, Facts
 from tiue_export.proof.parity import load_reference
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.sampling.key_step_options import PlanChange
 from tiue_export.sampling.plan import Plan
 from tiue_export.sampling.sampler import pieces

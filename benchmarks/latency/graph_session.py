@@ -15,7 +15,7 @@ from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import BundleError
 from tiue_export.proof.latency_record import END_TO_END, Facts
 from tiue_export.proof.parity import load_reference
-from tiue_export.registry.runtimes import RUNTIMES, open_runtime
+from tiue_export.registry.backends import BACKENDS, open_runtime
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_DECODER,
@@ -182,7 +182,7 @@ def check_parts(bundle: Bundle) -> None:
 
 def runtime_versions(runtime: str) -> dict[str, str]:
     """Of the packages that the runtime has imported."""
-    modules = {name: sys.modules.get(name) for name in RUNTIMES[runtime].needs}
+    modules = {name: sys.modules.get(name) for name in BACKENDS[runtime].needs}
     return {
         name: str(module.__version__)
         for name, module in modules.items()

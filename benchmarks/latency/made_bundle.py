@@ -1,6 +1,6 @@
 """Bundles that exist for measuring alone: one ordinary UNet pass, other K, sizes and batches.
 
-    python -m tiue_export.benchmarks.latency.made_bundle FOLDER --ckpt X --one-step --openvino fp32
+    python -m tiue_export.benchmarks.latency.made_bundle FOLDER --ckpt X --one-step --forms openvino
 
 An encoder and a decoder with a single row are an ordinary UNet, cut in two. So a one-step model
 (SD-Turbo, SwiftBrush) on a graph runtime is an ordinary bundle with K=1 on the "trailing" schedule
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiue_export.bundle.read import MANIFEST_FILE
 from tiue_export.errors import RuntimeFailure
+from tiue_export.registry.backends import open_exporter
 from tiue_export.registry.spokes import run_explained
 
 from .settings import TorchSettings
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MadeBundle:
-    """What decides such a bundle. `steps` is K, None the checkpoint's own; `openvino` precisions.
+    """What decides such a bundle. `steps` is K, None the checkpoint's own; `forms` of backends.
 
     `one_step` replaces the student's schedule by the one-step one. Sizes in pixels.
     """
@@ -49,7 +50,7 @@ class MadeBundle:
     width: int | None = None
     batch: int = 1
     unet_only: bool = False
-    openvino: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
 
 
 def made(asked: MadeBundle, work: Path) -> Path:
@@ -94,11 +95,8 @@ def make(asked: MadeBundle, folder: Path) -> None:
     # Times do not depend on what is drawn: a bundle that loses precision is measured all the same,
     # and its manifest says what it lost.
     bundle = export_onnx(_student(asked), folder, options, force=True, allow_parity_loss=True)
-    if asked.openvino:
-        from tiue_export.export.openvino import OpenvinoOptions, compile_openvino
-
-        precisions = OpenvinoOptions(precisions=asked.openvino)
-        compile_openvino(bundle, precisions, force=True, allow_parity_loss=True)
+    for name in asked.forms:
+        bundle = open_exporter(name)(bundle, force=True, allow_parity_loss=True)
 
 
 def measured_student(checkpoint: str, asked: MadeBundle | TorchSettings) -> Student:
@@ -160,7 +158,7 @@ def main() -> None:
     parser.add_argument("--width", type=int)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--unet-only", action="store_true")
-    parser.add_argument("--openvino", nargs="*", default=[], help="precisions of OpenVINO graphs")
+    parser.add_argument("--forms", nargs="*", default=[], help="compiled forms, such as openvino")
     arguments = parser.parse_args()
     if arguments.json is None and arguments.checkpoint is None:
         parser.error("--ckpt is needed")
@@ -172,7 +170,7 @@ def _asked(arguments: argparse.Namespace) -> MadeBundle:
         vars(arguments) if arguments.json is None else json.loads(arguments.json)
     )
     values = {entry.name: given[entry.name] for entry in fields(MadeBundle)}
-    return MadeBundle(**{**values, "openvino": tuple(values["openvino"])})
+    return MadeBundle(**{**values, "forms": tuple(values["forms"])})
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def _contender(sweep: Sweep, axis: str, value: int, variant: str) -> Contender:
         hoist=VARIANTS[variant].hoist,
         merge_below=VARIANTS[variant].merge_below,
         unet_only=True,
-        openvino=("fp32",) if sweep.runtime == "openvino" else (),
+        forms=("openvino",) if sweep.runtime == "openvino" else (),
         **shape,
     )
     made = GraphSettings(

@@ -412,7 +412,7 @@ def test_low_memory_frees_graphs_between_stages_and_draws_the_same(
     run, tiny_bundle, tmp_path, monkeypatch
 ):
     seen = []
-    real = importlib.import_module("tiue_export.registry.runtimes").open_runtime
+    real = importlib.import_module("tiue_export.registry.backends").open_runtime
 
     def opened(name, bundle, options):
         seen.append(options.low_memory)

@@ -11,7 +11,7 @@ from tiue_export.apps.draw import runtime_choice
 from tiue_export.apps.draw.runtime_choice import RuntimeChoice, choose_runtime, remembered_choices
 from tiue_export.bundle.read import open_bundle
 from tiue_export.errors import BundleError, RuntimeFailure
-from tiue_export.registry.runtimes import RUNTIMES
+from tiue_export.registry.backends import BACKENDS
 from tiue_export.specs import RuntimeOptions
 
 
@@ -56,7 +56,7 @@ def counted_trials(monkeypatch) -> list[str]:
 def test_the_fastest_that_can_draw_is_chosen_and_the_others_keep_their_reason(measured_once):
     chosen, _, told = measured_once
     trials = {trial.runtime: trial for trial in chosen.choice.trials}
-    assert set(trials) == {name for name, entry in RUNTIMES.items() if entry.automatic}
+    assert set(trials) == {name for name, entry in BACKENDS.items() if entry.automatic}
     assert {"torch", "fake"}.isdisjoint(trials)
     able = [trial for trial in chosen.choice.trials if trial.latency_ms is not None]
     assert {"ort", "openvino"} <= {trial.runtime for trial in able}
@@ -152,8 +152,8 @@ def test_a_broken_library_keeps_no_other_from_being_chosen(compiled_bundle, monk
 
 
 def test_without_any_runtime_every_reason_is_told(tiny_bundle, monkeypatch):
-    only = {name: entry for name, entry in RUNTIMES.items() if name == "openvino"}
-    monkeypatch.setattr(runtime_choice, "RUNTIMES", only)
+    only = {name: entry for name, entry in BACKENDS.items() if name == "openvino"}
+    monkeypatch.setattr(runtime_choice, "BACKENDS", only)
     with pytest.raises(RuntimeFailure, match=r"openvino: .* has no OpenVINO graphs") as raised:
         choose_runtime(tiny_bundle)
     assert "doctor" in raised.value.next_step

@@ -30,7 +30,7 @@ from PIL import Image
 from tiue_export import Pipeline, RuntimeOptions
 from tiue_export.drawing.picture import METADATA_KEY
 from tiue_export.errors import RuntimeFailure, UsageError
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 
 SERVER = "tiue_export.apps.server"
 images_api = importlib.import_module(f"{SERVER}.images_api")

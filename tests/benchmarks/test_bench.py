@@ -337,13 +337,13 @@ def test_on_a_machine_where_core_ml_draws_its_packages_are_measured_too(
         compiled_bundle,
         manifest=replace(compiled_bundle.manifest, compiled={**forms, "coreml": packages}),
     )
-    mac = replace(contenders.RUNTIMES["coreml"], automatic=True, needs=())
-    monkeypatch.setattr(contenders, "RUNTIMES", {**contenders.RUNTIMES, "coreml": mac})
+    mac = replace(contenders.BACKENDS["coreml"], automatic=True, needs=())
+    monkeypatch.setattr(contenders, "BACKENDS", {**contenders.BACKENDS, "coreml": mac})
     here = ["tiny-fp32/ort/fp32", *(n for n in names(bundles=(both,)) if "openvino" in n)]
     assert names(bundles=(both,)) == [*here, "tiny-fp32/coreml/auto"]
     assert names(bundles=(compiled_bundle,)) == here
     elsewhere = replace(mac, automatic=False)  # the evaluator: a proof, not a way to draw
-    monkeypatch.setattr(contenders, "RUNTIMES", {**contenders.RUNTIMES, "coreml": elsewhere})
+    monkeypatch.setattr(contenders, "BACKENDS", {**contenders.BACKENDS, "coreml": elsewhere})
     assert names(bundles=(both,)) == here
 
 

@@ -19,7 +19,7 @@ from tiue_export.errors import BundleError
 from tiue_export.methods.scheduler import plan_from_config
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.sampling.ddim import one_pass_plan
 from tiue_export.sampling.key_step_options import FasterOptions
 

@@ -54,7 +54,7 @@ from tiue_export.proof.quantization_plan import (
     read_plan,
     student_identity,
 )
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.support import require_support
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER, UNET_GRAPHS, RuntimeOptions
 from tiue_export.system.openvino_core import native_precisions, openvino_core

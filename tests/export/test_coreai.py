@@ -20,7 +20,7 @@ from tiue_export.errors import (
     UsageError,
 )
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.specs import GRAPH_NAMES, UNET_DECODER, UNET_GRAPHS, RuntimeOptions
 
 pytest.importorskip("coreai", reason="coreai-core is not installed")

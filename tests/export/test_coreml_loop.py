@@ -19,7 +19,7 @@ from tiue_export.graphs.options import ExportOptions
 from tiue_export.methods.faster import load_teacher
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.runtimes.coreml.runtime import package_of
 from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.specs import CONTROLNET, GRAPH_NAMES, UNET_DECODER, UNET_ENCODER, RuntimeOptions
@@ -192,7 +192,7 @@ def test_the_command_exports_a_loop_with_the_shared_part_in_the_encoder(run, tea
     assert code == 0, err
     assert "decoder batch 1" in out
     manifest = open_bundle("fox").manifest
-    assert (manifest.method, manifest.hoisted) == ("faster", "encoder")
+    assert (manifest.plan.one_pass, manifest.hoisted) == (False, "encoder")
     assert list(manifest.compiled[FOLDER].graphs) == list(GRAPH_NAMES)
 
 

@@ -23,7 +23,7 @@ from tiue_export.export.onnx.write import OPSET, onnx_from_graph
 from tiue_export.graphs.build import build_graphs
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.specs import RuntimeOptions
 from tiue_export.system.progress import Observer
 

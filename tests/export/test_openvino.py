@@ -18,7 +18,7 @@ from tiue_export.errors import BundleError, ParityError, RuntimeFailure, TiueErr
 from tiue_export.export.openvino import FOLDER, OpenvinoOptions, compile_openvino
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.specs import GRAPH_NAMES, UNET_DECODER, RuntimeOptions
 from tiue_export.system.openvino_core import native_precisions, openvino_core
 
@@ -223,7 +223,7 @@ def test_ctrl_c_after_two_runtimes_were_closed_is_an_interrupt_not_a_crash(compi
     script = f"""
 import gc, os, signal
 from tiue_export.bundle.read import open_bundle
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.specs import RuntimeOptions
 bundle = open_bundle({str(compiled_bundle.root)!r})
 first = open_runtime("openvino", bundle, RuntimeOptions(device="cpu"))

@@ -21,7 +21,7 @@ from tiue_export.methods.faster import load_teacher
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import PROMPTS, load_reference, measure_runtime
 from tiue_export.reference.capture import capture, measure_half_arithmetic
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.sampling.key_step_options import FasterOptions, PlanChange
 from tiue_export.specs import (
     GRAPH_NAMES,

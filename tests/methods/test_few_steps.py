@@ -15,7 +15,7 @@ from tiue_export import Pipeline, RuntimeOptions, export_onnx, load_student
 from tiue_export.errors import UsageError
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.sampling.ddim import alphas_cumprod
 from tiue_export.sampling.noise import noises_from_seed
 from tiue_export.sampling.plan import Combination, Pass, Plan

@@ -47,7 +47,7 @@ from tiue_export.reference.half_audit import (
     largest_value,
     steps_in_half,
 )
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.specs import RuntimeOptions
 from tiue_export.student.model import Student
 

@@ -15,7 +15,7 @@ from tiue_export.bundle.manifest import Manifest
 from tiue_export.bundle.read import Bundle
 from tiue_export.bundle.write import write_manifest
 from tiue_export.errors import UsageError
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.support import (
     FEATURES,
     REFUSALS,

@@ -23,7 +23,7 @@ from tiue_export.bundle.read import Bundle, file_records, open_bundle
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError
 from tiue_export.proof.parity import load_reference, measure_runtime
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.runtimes.coreml import device as coreml_device
 from tiue_export.runtimes.coreml import runtime as coreml
 from tiue_export.runtimes.coreml.device import CoremlDevice, MacSystem
@@ -518,7 +518,7 @@ def test_a_coremltools_without_its_library_is_explained(monkeypatch):
 def test_doctor_tells_what_core_ml_can_do_here(monkeypatch):
     doctor = importlib.import_module("tiue_export.apps.doctor")
     monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
-    converts, runs = doctor.core_ml()
+    converts, runs = doctor.check_core_ml()
     assert (converts.usable, runs.usable) == (True, True)
     assert converts.detail == f"coremltools {ct.__version__}"
     assert runs.detail == (
@@ -526,11 +526,13 @@ def test_doctor_tells_what_core_ml_can_do_here(monkeypatch):
     )
     monkeypatch.setattr(doctor.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(doctor, "has_native_library", lambda name: name == "libcoremlpython")
-    converts, runs = doctor.core_ml()
+    converts, runs = doctor.check_core_ml()
     assert (converts.usable, runs.usable) == (False, True)
     assert "without libmilstoragepython" in converts.detail
     monkeypatch.setattr(doctor, "missing_modules", lambda names: ["coremltools"])
-    assert {backend.remedy for backend in doctor.core_ml()} == {"pip install 'tiue-export[coreml]'"}
+    assert {backend.remedy for backend in doctor.check_core_ml()} == {
+        "pip install 'tiue-export[coreml]'"
+    }
 
 
 # ---- for real

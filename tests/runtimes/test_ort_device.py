@@ -14,7 +14,7 @@ from tiue_export.bundle.chain import NOISE, TOKENS
 from tiue_export.errors import MissingExtraError, RuntimeFailure, UsageError
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.runtimes.ort.chain import OrtChain
 from tiue_export.runtimes.ort.rtx import PROVIDER, registered_devices
 from tiue_export.runtimes.ort.runtime import choose_provider

@@ -14,7 +14,7 @@ from tiue_export.bundle.read import Bundle
 from tiue_export.errors import CheckpointError, RuntimeFailure, TiueError, UsageError
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference
-from tiue_export.registry.runtimes import RUNTIMES, open_runtime
+from tiue_export.registry.backends import BACKENDS, open_runtime
 from tiue_export.specs import (
     GRAPH_NAMES,
     UNET_DECODER,
@@ -25,7 +25,7 @@ from tiue_export.specs import (
 
 # Those that need other hardware are held to the same in tests of their own, marked gpu or mac.
 ELSEWHERE = ("trt",)
-HERE = tuple(sorted(set(RUNTIMES) - set(ELSEWHERE)))
+HERE = tuple(sorted(set(BACKENDS) - set(ELSEWHERE)))
 COMPUTING = ("coreai", "coreml", "openvino", "ort", "torch")
 PAIRS = [(name, graph) for name in HERE for graph in GRAPH_NAMES]
 
@@ -43,7 +43,7 @@ def options(tiny_pipeline) -> RuntimeOptions:
 
 def open_exact(name, bundle, options):
     """Runtimes that can choose their precision run in fp32, as the others do on this bundle."""
-    if RUNTIMES[name].chooses_precision:
+    if BACKENDS[name].chooses_precision:
         options = replace(options, precision="fp32")
     return open_runtime(name, bundle, options)
 
@@ -213,7 +213,7 @@ def test_an_unknown_runtime_is_refused_with_the_nearest_name(compiled_bundle, go
     with pytest.raises(UsageError) as caught:
         open_runtime(got, compiled_bundle, RuntimeOptions())
     assert (
-        caught.value.message == f"unknown runtime {got!r}; there are: {', '.join(sorted(RUNTIMES))}"
+        caught.value.message == f"unknown runtime {got!r}; there are: {', '.join(sorted(BACKENDS))}"
     )
     assert caught.value.next_step == (f"Did you mean {meant!r}?" if meant else None)
 

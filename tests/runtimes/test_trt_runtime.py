@@ -37,7 +37,7 @@ from tiue_export.errors import (
 )
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.runtimes.buffers import (
     EngineDescription,
     EngineTensor,

@@ -23,7 +23,7 @@ from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import UsageError
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.sampling.key_step_options import PlanChange, changed_plan
 from tiue_export.sampling.noise import check_seeds, noises_from_seed
 from tiue_export.sampling.plan import check_guidance

@@ -24,7 +24,7 @@ from tiue_export.bundle.read import Bundle, file_records
 from tiue_export.bundle.write import add_compiled, compiled_folder
 from tiue_export.errors import BundleError
 from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.support import require_support
 from tiue_export.specs import RuntimeOptions
 from tiue_export.system.progress import Observer, stage

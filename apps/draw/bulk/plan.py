@@ -17,13 +17,13 @@ from tiue_export._version import __version__
 from tiue_export.bundle.read import Bundle
 from tiue_export.drawing.pipeline import DYNAMIC_BATCH, Job
 from tiue_export.errors import UsageError
+from tiue_export.registry.backends import BACKENDS
 from tiue_export.sampling.noise import MAX_SEED
 
 from .prompt_table import PromptRow
 
 # Few enough that a kill costs little, enough that handing them around costs nothing.
 _CHUNK_PICTURES = 8
-_READS_ONNX = ("ort", "torch", "fake")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def bundle_sha256(bundle: Bundle, runtime: str) -> str:
     records = {name: record.sha256 for name, record in manifest.files.items()}
     for graph in manifest.graphs.values():
         records.update({name: record.sha256 for name, record in graph.files.items()})
-    for compiled in () if runtime in _READS_ONNX else manifest.compiled.values():
+    reads_forms = bool(BACKENDS[runtime].folders)
+    for compiled in manifest.compiled.values() if reads_forms else ():
         for form in compiled.graphs.values():
             records.update({name: record.sha256 for name, record in form.files.items()})
     return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()

@@ -12,13 +12,13 @@ from typing import Any
 
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import RuntimeFailure, TiueError, UsageError
+from tiue_export.registry.backends import BACKENDS
 
 from ...ray_cluster import connected
 from .drawing import PipelineSource, Sample, draw_jobs
 from .plan import Chunk
 
 _MOST_BLOCKS = 4096
-_GPU_RUNTIMES = ("trt",)
 _GPUS = ("cuda", "rtx")
 
 
@@ -82,7 +82,7 @@ class _Drawer:
 def _needs(source: PipelineSource) -> tuple[float, float]:
     """Cores and GPUs of one actor."""
     options = source.options
-    on_gpu = source.runtime in _GPU_RUNTIMES or options.device in _GPUS or options.provider in _GPUS
+    on_gpu = BACKENDS[source.runtime].on_gpu or options.device in _GPUS or options.provider in _GPUS
     return float(options.threads or 1), float(on_gpu)
 
 

@@ -47,8 +47,8 @@ from tiue_export.proof.parity import (
 )
 from tiue_export.reference.capture import Capture, capture, measure_half_arithmetic
 from tiue_export.reference.half_audit import RangeRecorder, audit_student
+from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.packages import require
-from tiue_export.registry.runtimes import open_runtime
 from tiue_export.specs import (
     BATCH,
     RUNNING_ORDER,
