@@ -435,17 +435,17 @@ def test_contenders_of_two_runtimes_share_the_graphs_that_are_made_for_them(tiny
         ContenderRequest((tiny_bundle,), names, checkpoint="x", unet_only=True)
     )
     assert one.made["bundle"] == four.made["bundle"] == fifty.made["bundle"]
-    assert one.made["bundle"].openvino == ("fp32",)
+    assert one.made["bundle"].forms == ("openvino",)
     assert fifty.made["unet_bundle"].openvino == ()  # of another batch: nobody shares it
 
 
 @pytest.mark.parametrize(
-    ("runtime", "forms"), [("ort", ()), ("openvino", ("fp32",))], ids=["ort", "openvino"]
+    ("runtime", "forms"), [("ort", ()), ("openvino", ("openvino",))], ids=["ort", "openvino"]
 )
 def test_graphs_are_made_only_in_the_forms_that_are_measured(runtime, forms):
     asked = ContenderRequest(contenders=(f"one-step/{runtime}/fp32",), checkpoint="x")
     (entry,) = contenders.expand(asked)
-    assert entry.made["bundle"].openvino == forms
+    assert entry.made["bundle"].forms == forms
 
 
 @pytest.mark.parametrize(
