@@ -15,7 +15,7 @@ from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import UsageError
 from tiue_export.methods.scheduler import plan_from_config
 from tiue_export.sampling.key_step_options import FasterOptions
-from tiue_export.sampling.noise import noise_from_seed
+from tiue_export.sampling.noise import noises_from_seed
 
 from .judge import Contender, Draws
 from .yardstick import PICTURE_SIZE_PX, QualityData
@@ -36,16 +36,17 @@ def pipeline_contender(name: str, pipeline: Pipeline) -> Contender:
         count = len(prompts)
         missing = size - count if bundle.manifest.batch else 0
         filled = [*prompts, *[prompts[-1]] * missing]
-        noise = [noise_from_seed(seed, (1, *shape)) for seed in [*seeds, *[seeds[-1]] * missing]]
+        plan, rows = bundle.manifest.plan, [*seeds, *[seeds[-1]] * missing]
+        noises = [noises_from_seed(seed, plan.noises, (1, *shape)) for seed in rows]
         text = pipeline.embed(filled)
-        if not bundle.manifest.plan.one_pass:
+        if plan.guidance is not None:
             text = np.concatenate([pipeline.embed([""] * len(filled)), text])  # (2B, L, D)
-        latents = pipeline.latents_from_noise(np.concatenate(noise), text)
+        latents = pipeline.latents_from_noise(np.concatenate(noises, axis=1), text)
         pictures = pixels_from_sample(pipeline.decode(latents))
         return Draws(pictures[:count], latents[:count].astype(np.float32))
 
     manifest = asdict(bundle.manifest)
-    decisive = json.dumps([manifest[part] for part in ("graphs", "schedule", "faster")])
+    decisive = json.dumps([manifest[part] for part in ("graphs", "plan")])
     runtime = f"{pipeline.runtime.name} {pipeline.runtime.device}"
     identity = f"bundle {hashlib.sha256(decisive.encode()).hexdigest()} on {runtime}"
     return Contender(name, draw, identity, size, series="bundles", mark=name)
