@@ -138,6 +138,13 @@ class ReferenceOptions(OptionGroup):
         str | None, typer.Option("--base", help="torch: pipeline for what the student lacks.")
     ] = None
     vae: Annotated[str | None, typer.Option("--vae", help="torch: folder of another VAE.")] = None
+    lora: Annotated[
+        tuple[str, ...],
+        typer.Option("--lora", help="torch: FILE[:SCALE] merged at the export; repeatable."),
+    ] = ()
+    controlnet: Annotated[
+        str | None, typer.Option("--controlnet", help="torch: the bundle's ControlNet folder.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ class RuntimeChoice(MemoryOptions, ArithmeticOptions, DeviceOptions, RuntimeName
                 f"for --runtime torch; {self.runtime} draws with the bundle's own graphs",
                 "Leave it out, or add --runtime torch.",
                 torch,
-                only=("ckpt", "base", "vae"),
+                only=("ckpt", "base", "vae", "lora", "controlnet"),
             )
         return RuntimeOptions(
             device=self.device,
@@ -164,6 +171,8 @@ class RuntimeChoice(MemoryOptions, ArithmeticOptions, DeviceOptions, RuntimeName
             checkpoint=torch.ckpt,
             base=torch.base,
             vae=torch.vae,
+            lora=torch.lora,
+            controlnet=torch.controlnet,
             provider=self.provider,
             cuda_graph=self.cuda_graph,
         )

@@ -13,7 +13,7 @@ from tiue_export.graphs.options import ExportOptions
 from tiue_export.methods.faster import with_controlnet
 from tiue_export.specs import CONTROLNET, TEXT_ENCODER, VAE_DECODER
 from tiue_export.student.load import load_model
-from tiue_export.student.lora import merge_lora
+from tiue_export.student.lora import lora_options, merge_lora
 from tiue_export.student.model import Student
 
 Size = tuple[int, int]
@@ -53,21 +53,7 @@ def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = No
         student = merge_lora(student, *lora_from(text))
     if place.controlnet is not None:
         student = with_controlnet(student, Path(place.controlnet))
-    ours = {"unet": student.source.sha256, **student.source.part_sha256}
-    theirs = {"unet": manifest.source.sha256, **manifest.source.part_sha256}
-    for part, found in ours.items():
-        if found != theirs.get(part):
-            raise CheckpointError(
-                f"{place.ckpt} is not the student of this bundle: the SHA-256 of its {part} is "
-                f"{found[:12]}..., the bundle's {str(theirs.get(part))[:12]}...",
-                f"Give the checkpoint named {manifest.source.name} (with --lora and --controlnet "
-                "as at the export), or export this one.",
-            )
-    if CONTROLNET in manifest.graphs and student.controlnet is None:
-        raise CheckpointError(
-            f"{place.ckpt} comes without the ControlNet of this bundle",
-            f"Add the one of the export: {manifest.source.parts.get('controlnet', '--controlnet')}",
-        )
+    _check_same(student, place, manifest)
     for name, part, model in (
         (TEXT_ENCODER, "text encoder", student.text_encoder),
         (VAE_DECODER, "VAE", student.vae),
@@ -78,6 +64,35 @@ def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = No
                 "Give --base (or --vae) as when the bundle was exported.",
             )
     return student
+
+
+def _check_same(student: Student, place: StudentPlace, manifest: Manifest) -> None:
+    """Refuse other weights than the bundle's, with what the export merged or added."""
+    given = {"unet": student.source.sha256, **student.source.part_sha256}
+    own = {"unet": manifest.source.sha256, **manifest.source.part_sha256}
+    for part, digest in given.items():
+        if digest != own.get(part):
+            raise CheckpointError(
+                f"{place.ckpt} is not the student of this bundle: the SHA-256 of its {part} is "
+                f"{digest[:12]}..., the bundle's {str(own.get(part))[:12]}...",
+                _as_exported(manifest),
+            )
+    if CONTROLNET in manifest.graphs and student.controlnet is None:
+        raise CheckpointError(
+            f"{place.ckpt} comes without the ControlNet of this bundle",
+            f"Add the one of the export: {manifest.source.parts.get('controlnet', '--controlnet')}",
+        )
+
+
+def _as_exported(manifest: Manifest) -> str:
+    source = manifest.source
+    controlnet = source.parts.get("controlnet")
+    more = [*lora_options(source), *([controlnet] if controlnet else [])]
+    return (
+        f"Give the checkpoint named {source.name}"
+        + (f" with {' '.join(more)} as at the export" if more else "")
+        + ", or export this one."
+    )
 
 
 def _unneeded(manifest: Manifest, graph: str | None) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tiue_export.bundle.manifest import Source
 from tiue_export.checkpoint.ldm_names import ldm_module_names
 from tiue_export.checkpoint.lora_file import TEXT, UNET, Adapter, read_adapters
 from tiue_export.checkpoint.tensors import sha256_of_file
@@ -17,6 +20,7 @@ from tiue_export.errors import UnsupportedModelError, UsageError
 from tiue_export.student.model import Student
 
 _LISTED = 3
+_NOTE = re.compile(r"LoRA (.+) merged at scale (\S+)")
 
 
 @torch.no_grad()
@@ -42,6 +46,12 @@ def merge_lora(student: Student, path: Path, scale: float = 1.0) -> Student:
         notes=(*student.source.notes, f"LoRA {path.name} merged at scale {scale:g}"),
     )
     return student
+
+
+def lora_options(source: Source) -> tuple[str, ...]:
+    """What was merged into a model, in order, as one types it: "--lora style.safetensors:0.5"."""
+    merged = (_NOTE.fullmatch(note) for note in source.notes)
+    return tuple(f"--lora {shlex.quote(f'{note[1]}:{note[2]}')}" for note in merged if note)
 
 
 def _digest(base: str, lora: str, scale: float) -> str:
