@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiue_export.errors import UsageError
-from tiue_export.sampling.noise import MAX_SEED, noise_from_file, noise_from_seed
+from tiue_export.sampling.noise import MAX_SEED, noise_from_file, noise_from_seed, noises_from_seed
 
 SHAPE = (1, 4, 6, 5)
 
@@ -67,6 +67,31 @@ def test_a_batch_whose_last_row_leaves_the_range_is_refused():
     noise_from_seed(MAX_SEED - 1, (2, *SHAPE[1:]))
     with pytest.raises(UsageError, match=f"expected 0 to {MAX_SEED - 1}"):
         noise_from_seed(MAX_SEED, (2, *SHAPE[1:]))
+
+
+@given(st.integers(0, MAX_SEED - 2), st.integers(1, 4))
+def test_a_picture_draws_all_its_noises_from_the_one_stream_of_its_seed(seed, count):
+    noises = noises_from_seed(seed, count, (3, *SHAPE[1:]))
+    assert noises.dtype == np.float32
+    assert noises.shape == (count, 3, *SHAPE[1:])
+    for row in range(3):
+        stream = np.random.RandomState(seed + row)
+        for noise in noises[:, row]:  # one draw after the other
+            drawn = stream.standard_normal(SHAPE[1:]).astype(np.float32)
+            np.testing.assert_array_equal(noise, drawn)
+
+
+@given(st.integers(0, MAX_SEED - 1), st.integers(1, 4))
+def test_the_initial_noise_does_not_depend_on_how_many_follow(seed, count):
+    shape = (2, *SHAPE[1:])
+    np.testing.assert_array_equal(
+        noises_from_seed(seed, count, shape)[0], noise_from_seed(seed, shape)
+    )
+
+
+def test_many_noises_of_seeds_out_of_range_are_refused_too():
+    with pytest.raises(UsageError, match=f"expected 0 to {MAX_SEED - 1}"):
+        noises_from_seed(MAX_SEED, 3, (2, *SHAPE[1:]))
 
 
 def saved(folder: Path, array) -> Path:
