@@ -5,6 +5,7 @@ The plan is an LCM's by hand: each step predicts x_0 and adds fresh noise up to 
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +13,17 @@ import pytest
 import torch
 
 from tiue_export import Pipeline, RuntimeOptions, export_onnx, load_student
-from tiue_export.errors import UsageError
+from tiue_export.errors import ParityError, UsageError
+from tiue_export.graphs.build import build_graphs, gaussian_text, run_graph
+from tiue_export.graphs.options import ExportOptions
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
 from tiue_export.registry.backends import open_runtime
 from tiue_export.sampling.ddim import alphas_cumprod
 from tiue_export.sampling.noise import noises_from_seed
 from tiue_export.sampling.plan import Combination, Pass, Plan
-from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER
+from tiue_export.sampling.sampler import sample
+from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
 
 TIMESTEPS = (751, 501, 251)
 SEED, PROMPT = 5, "a red fox"
@@ -81,18 +85,75 @@ def test_its_graphs_take_one_timestep_and_as_many_rows_as_pictures(bundle):
     assert bundle.spec(UNET_ENCODER).inputs[0].shape == (1, 4, 8, 8)
 
 
+@torch.no_grad()
+def unsplit_loop(student, noises, text) -> np.ndarray:
+    """The sampler's own loop over diffusers' whole UNet: noises (3, B, 4, H, W) -> latents."""
+    drawn = torch.from_numpy(noises).double()
+    alphas, sample = alphas_cumprod(student.scheduler_config), drawn[0]
+    for k, timestep in enumerate(TIMESTEPS):
+        output = student.unet(sample.float(), timestep, torch.from_numpy(text)).sample.double()
+        sample = lcm_step(alphas, k, sample, output, drawn[k + 1] if k < 2 else None)
+    return sample.numpy()
+
+
+@pytest.mark.parametrize("hoist", ["decoder", "encoder", "none"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_its_torch_graphs_are_the_loop_of_an_unsplit_unet(student, hoist, batch):
+    options = ExportOptions(hoist=hoist, batch=batch)
+    graphs = {g.spec.name: g for g in build_graphs(student, options, only=UNET_GRAPHS)}
+    noises, text = noises_from_seed(SEED, 3, (batch, 4, 8, 8)), gaussian_text((batch, 77, 32))
+    latents = sample(
+        student.plan, lambda name, pool: run_graph(graphs[name], pool)[1], noises, text
+    )
+    assert psnr_db(unsplit_loop(student, noises, text), latents) > 110
+
+
 def test_a_drawing_is_the_loop_of_an_unsplit_unet(student, bundle):
     with Pipeline.open(bundle) as pipeline:
         drawn = pipeline(PROMPT, seed=SEED).pictures[0]
-        text = torch.from_numpy(pipeline.embed([PROMPT]))
-    noises = torch.from_numpy(noises_from_seed(SEED, 3, (1, 4, 8, 8))).double()
-    alphas, sample = alphas_cumprod(student.scheduler_config), noises[0]
-    for k, timestep in enumerate(TIMESTEPS):
-        with torch.no_grad():
-            output = student.unet(sample.float(), timestep, text).sample.double()
-        sample = lcm_step(alphas, k, sample, output, noises[k + 1] if k < 2 else None)
-    assert psnr_db(sample[0].numpy(), drawn.latents) > 100
+        text = pipeline.embed([PROMPT])
+    noises = noises_from_seed(SEED, 3, (1, 4, 8, 8))
+    assert psnr_db(unsplit_loop(student, noises, text)[0], drawn.latents) > 100
     assert drawn.guidance is None
+
+
+def test_pictures_of_a_batch_have_their_own_streams(bundle):
+    with Pipeline.open(bundle) as pipeline:
+        together = [picture.latents for picture in pipeline(PROMPT, seed=SEED, count=2).pictures]
+        alone = pipeline(PROMPT, seed=SEED + 1).pictures[0].latents
+    np.testing.assert_array_equal(together[1], alone)
+    assert psnr_db(together[0], together[1]) < 40
+
+
+def test_a_plan_that_claims_a_sampler_of_diffusers_is_held_against_it(micro_pipeline, tmp_path):
+    student = load_student(micro_pipeline)
+    student.plan = replace(lcm_plan(student.scheduler_config), scheduler="ddim")
+    with pytest.raises(ParityError, match="closed form, latents / ddim loop"):
+        export_onnx(student, tmp_path / "bundle")
+
+
+def test_a_sampler_that_diffusers_does_not_drive_leaves_only_that_hop_out(bundle):
+    hops = {record.hop for record in bundle.manifest.parity}
+    assert {"split", "hoisted", "ONNX fp32", "ONNX fp32 loop"} <= hops
+    assert "closed form" not in hops
+
+
+def test_its_rows_do_not_merge(student, tmp_path):
+    with pytest.raises(UsageError, match="merge"):
+        export_onnx(student, tmp_path / "bundle", ExportOptions(merge_below=0.02))
+
+
+def test_commands_read_and_draw_it(run, bundle):
+    code, out, err = run("inspect", bundle.root)
+    assert code == 0, err
+    assert "3 encoder runs" in out.replace("\n", " ")
+    code, out, err = run("generate", bundle.root, PROMPT, "--seed", SEED, "--json")
+    assert code == 0, err
+    runs = json.loads(out)["stage_latency_ms"]
+    assert (len(runs["unet_encoder"]), len(runs["unet_decoder"])) == (3, 3)
+    code, _, err = run("generate", bundle.root, PROMPT, "--steps", 2)
+    assert code == 2
+    assert "is a distilled student" in err.replace("\n", " ")
 
 
 def test_every_noise_can_be_given_and_each_of_them_counts(bundle):

@@ -56,7 +56,7 @@ def test_a_students_plan_agrees_with_itself_whatever_rows_merge(steps, below):
 
 @pytest.mark.parametrize("below", [-0.1, float("nan"), float("inf")])
 def test_a_merge_threshold_that_is_no_size_is_refused(below):
-    with pytest.raises(UsageError, match="--merge-below is .*; expected 0 or more"):
+    with pytest.raises(UsageError, match=r"--merge-below is .*; expected 0 or more"):
         one_pass_plan(SD, 4).merged(below)
 
 
