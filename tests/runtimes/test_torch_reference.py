@@ -19,7 +19,7 @@ from tiue_export.errors import CheckpointError
 from tiue_export.methods.load import CheckpointRequest, load_for_method
 from tiue_export.methods.method import MethodOptions
 from tiue_export.proof.parity import load_reference, measure_runtime
-from tiue_export.registry.runtimes import open_runtime
+from tiue_export.registry.backends import open_runtime
 from tiue_export.student.lora import lora_options, merge_lora
 
 
