@@ -98,6 +98,7 @@ def test_the_checkpoint_of_another_student_is_refused(own, tiny_pipeline):
         compile_coreai(own, StudentPlace(str(tiny_pipeline)))
 
 
+@pytest.mark.filterwarnings("ignore:coreai-torch has only been validated:UserWarning")
 def test_a_graph_that_cannot_be_converted_is_named(own, micro_folder, monkeypatch):
     import coreai_torch
 
