@@ -21,6 +21,7 @@ from tiue_export.errors import CheckpointError, UnsupportedModelError, UsageErro
 from tiue_export.graphs.build import build_graphs, run_graph
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.methods.faster import load_teacher, with_controlnet
+from tiue_export.methods.load import load_student
 from tiue_export.methods.scheduler import diffusers_scheduler, plan_from_config
 from tiue_export.proof.gates import psnr_db
 from tiue_export.reference.capture import capture
@@ -262,3 +263,10 @@ def test_generate_refuses_a_wrong_picture(run, faster_bundle, tmp_path, argument
     code, _, err = run("generate", faster_bundle.root, "fox", *arguments)
     assert code == 2
     assert message in err.replace("\n", " ")
+
+
+def test_a_student_without_guidance_takes_no_controlnet_in_silence(micro_folder):
+    student = load_student(micro_folder)
+    student.controlnet = torch.nn.Identity()
+    with pytest.raises(UsageError, match="has its guidance distilled in; a ControlNet steers"):
+        build_graphs(student, ExportOptions())

@@ -99,6 +99,12 @@ def build_graphs(
     """The graphs this student has the parts for, in running order; `only` leaves others unbuilt."""
     check_support("onnx", student_features(student) | options.features, student.source.name)
     plan = exported_plan(student, options)
+    if student.controlnet is not None and plan.guidance is None:
+        raise UsageError(
+            f"{student.source.name} has its guidance distilled in; a ControlNet steers models that "
+            "draw with guidance",
+            "Leave the ControlNet out, or export an ordinary model with --method faster.",
+        )
     _check_rows(plan, options)
     shapes = shapes_of(student, options)
     latents, text = shapes.latents, shapes.text
