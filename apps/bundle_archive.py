@@ -30,8 +30,7 @@ def pack(
         )
     packed = pack_bundle(opened, path, runtime=runtime, force=force)
     manifest = packed.manifest
-    onnx = not any(graph.omitted for graph in manifest.graphs.values())
-    forms = [*(["ONNX"] if onnx else []), *manifest.compiled]
+    forms = [*(["ONNX"] if manifest.has_onnx else []), *manifest.compiled]
     if as_json:
         print_json({"archive": str(path), "size_bytes": packed.size_bytes, "forms": forms})
         return

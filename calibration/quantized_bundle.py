@@ -51,7 +51,7 @@ def write_quantized_graphs(
     for name, record in bundle.manifest.graphs.items():
         kind = plan.kind(name)
         if kind is None:
-            link_files(bundle.root, folder, record.files if not record.omitted else ())
+            link_files(bundle.root, folder, record.files if record.has_onnx else ())
             graphs[name] = record
             continue
         source = bundle.graph_path(name)

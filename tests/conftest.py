@@ -140,37 +140,34 @@ def demo_bundle(made_once):
 
 
 @pytest.fixture(scope="session")
-def coreml_bundle(compiled_bundle, tiny_pipeline, made_once):
+def coreml_bundle(compiled_bundle, tiny_student, made_once):
     """A copy of the compiled bundle with Core ML packages in fp32 too. Shared."""
     pytest.importorskip("coremltools", reason="coremltools is not installed")
     from tiue_export.bundle.read import open_bundle
     from tiue_export.export.coreml.bundle import compile_coreml
     from tiue_export.export.coreml.profiles import CoremlOptions
-    from tiue_export.export.own_student import StudentPlace
 
     def make(folder: Path) -> None:
         bundle = open_bundle(shutil.copytree(compiled_bundle.root, folder))
-        place, fp32 = StudentPlace(str(tiny_pipeline)), CoremlOptions(precision="fp32")
         with warnings.catch_warnings():
             # coremltools leaves its temporary folders to the garbage collector, with a warning.
             warnings.simplefilter("ignore")
-            compile_coreml(bundle, place, fp32, in_process=True)
+            compile_coreml(bundle, tiny_student, CoremlOptions(precision="fp32"))
             gc.collect()
 
     return open_bundle(made_once("coreml-fp32", make))
 
 
 @pytest.fixture(scope="session")
-def coreai_bundle(coreml_bundle, tiny_pipeline, made_once):
+def coreai_bundle(coreml_bundle, tiny_student, made_once):
     """A copy of that with Core AI assets in fp32 too: every form that runs here. Shared."""
     pytest.importorskip("coreai", reason="coreai-core is not installed")
     from tiue_export.bundle.read import open_bundle
     from tiue_export.export.coreai import CoreaiOptions, compile_coreai
-    from tiue_export.export.own_student import StudentPlace
 
     def make(folder: Path) -> None:
         bundle = open_bundle(shutil.copytree(coreml_bundle.root, folder))
-        compile_coreai(bundle, StudentPlace(str(tiny_pipeline)), CoreaiOptions("fp32"))
+        compile_coreai(bundle, tiny_student, CoreaiOptions("fp32"))
 
     return open_bundle(made_once("coreai-fp32", make))
 

@@ -12,12 +12,13 @@ from ..options.graphs import ExportRequest
 from ..report.stages import stage_bar
 from .forms import (
     Form,
-    bundle_of,
     check_source,
     form_table,
+    named_bundle,
     print_done,
     print_form,
     print_form_plan,
+    student_bundle_of,
 )
 
 _OF_THE_STUDENT = ("base", "vae", "lora")
@@ -30,20 +31,23 @@ def run(source: StudentSourceOptions, own: CoreaiForm, export: ExportRequest) ->
     require("Core AI export", ("coreai", "coreai_torch"), "coreai")
     require("exporting", EXPORT_NEEDS, "export")
     from tiue_export.export.coreai import CoreaiOptions, check_precision, compile_coreai
-    from tiue_export.export.own_student import StudentPlace
 
     check_precision(own.precision)
     start = time.perf_counter()
-    bundle = bundle_of(FORM, source, export)
-    if bundle is None or export.dry_run:
-        print_form_plan(FORM, bundle, {"precision": own.precision}, as_json=export.as_json)
+    settings = {"precision": own.precision}
+    if export.dry_run and source.bundle is not None:
+        print_form_plan(FORM, named_bundle(FORM, source), settings, as_json=export.as_json)
         return
-    assert source.ckpt is not None
+    found = student_bundle_of(FORM, source, export, lambda bundle, student: None)
+    if found is None:
+        print_form_plan(FORM, None, settings, as_json=export.as_json)
+        return
+    bundle, student = found
     with stage_bar(quiet=export.as_json) as bar:
         bar.expect(len(bundle.manifest.graphs) + 1)
         made = compile_coreai(
             bundle,
-            StudentPlace(source.ckpt, export.base, export.vae, export.lora),
+            student,
             CoreaiOptions(own.precision),
             force=export.force,
             allow_parity_loss=export.allow_parity_loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import replace
 
@@ -9,7 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.bundle.read import Bundle
-from tiue_export.export.coreml.profiles import CoremlOptions, check_loop, plan_coreml, size_named
+from tiue_export.export.coreml.profiles import (
+    CoremlOptions,
+    CoremlPlan,
+    check_loop,
+    plan_coreml,
+    size_named,
+)
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 
 from ..commands.coreml import CoremlForm
@@ -19,7 +26,15 @@ from ..options.graphs import ExportRequest
 from ..options.group import given, refuse
 from ..report.stages import stage_bar
 from ..report.tables import console, megabytes
-from .forms import Form, bundle_of, check_source, print_done, print_form, print_form_plan
+from .forms import (
+    Form,
+    check_source,
+    named_bundle,
+    print_done,
+    print_form,
+    print_form_plan,
+    student_bundle_of,
+)
 
 _OF_THE_STUDENT = ("base", "vae", "lora")
 FORM = Form("coreml", "Core ML", "coreml", (*Form.usable, *_OF_THE_STUDENT))
@@ -41,25 +56,24 @@ def run(source: StudentSourceOptions, own: CoremlForm, export: ExportRequest) ->
     require("exporting", EXPORT_NEEDS, "export")
     if export.plans_passes():
         check_loop(options)
-    from tiue_export.export.coreml.bundle import compile_coreml
-    from tiue_export.export.own_student import StudentPlace
+    from tiue_export.export.coreml.bundle import check_coreml, compile_coreml
 
     start = time.perf_counter()
-    bundle = bundle_of(FORM, source, _of_the_bundle(export, options))
-    if bundle is None or export.dry_run:
-        settings = {
-            name: getattr(plan, name)
-            for name in ("profile", "target", "attention", "linear", "precision", "compress")
-        }
-        print_form_plan(FORM, bundle, settings, as_json=export.as_json)
+    if export.dry_run and source.bundle is not None:
+        _print_plan(plan, named_bundle(FORM, source), export)
         return
-    assert source.ckpt is not None
+    check = functools.partial(check_coreml, options=options)
+    found = student_bundle_of(FORM, source, _of_the_bundle(export, options), check)
+    if found is None:
+        _print_plan(plan, None, export)
+        return
+    bundle, student = found
     with stage_bar(quiet=export.as_json) as bar:
         searched = options.target_psnr_db is not None or options.target_mb is not None
         bar.expect(len(bundle.manifest.graphs) + searched)
         made = compile_coreml(
             bundle,
-            StudentPlace(source.ckpt, export.base, export.vae, export.lora),
+            student,
             options,
             force=export.force,
             allow_parity_loss=export.allow_parity_loss,
@@ -74,6 +88,12 @@ def run(source: StudentSourceOptions, own: CoremlForm, export: ExportRequest) ->
             soft_wrap=True,
         )
         print_done(made, seconds, "On the Mac", "coreml")
+
+
+def _print_plan(plan: CoremlPlan, bundle: Bundle | None, export: ExportRequest) -> None:
+    names = ("profile", "target", "attention", "linear", "precision", "compress")
+    settings = {name: getattr(plan, name) for name in names}
+    print_form_plan(FORM, bundle, settings, as_json=export.as_json)
 
 
 def coreml_options(own: CoremlForm) -> CoremlOptions:

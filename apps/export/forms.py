@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
@@ -14,13 +15,18 @@ from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import UsageError
 from tiue_export.registry.support import require_support
+from tiue_export.system.progress import stage
 
 from ..options.checkpoint import SourceOptions, StudentSourceOptions
 from ..options.graphs import ExportRequest
 from ..options.group import refuse
+from ..report.stages import stage_bar
 from ..report.tables import console, megabytes, parity_table, print_json
-from .onnx import export_checkpoint, print_exported
+from .onnx import Check, export_checkpoint, print_contract, print_exported
 from .support import refuse_unsupported
+
+if TYPE_CHECKING:
+    from tiue_export.student.model import Student
 
 # What a command still means when the bundle is there already.
 _OF_ANY_SOURCE = ("allow_parity_loss", "dry_run", "force", "as_json")
@@ -74,6 +80,14 @@ def check_source(
         check_checkpoint_path(source.ckpt)
 
 
+def named_bundle(form: Form, source: SourceOptions) -> Bundle:
+    """The bundle of `--bundle`, once it can have the form."""
+    assert source.bundle is not None
+    bundle = open_bundle(source.bundle)
+    require_support(form.command, bundle)
+    return bundle
+
+
 def bundle_of(
     form: Form, source: SourceOptions, export: ExportRequest, precision: str = "fp32"
 ) -> Bundle | None:
@@ -82,20 +96,44 @@ def bundle_of(
     With JSON nothing is printed of the export: the form's object is the only one.
     """
     if source.bundle is not None:
-        bundle = open_bundle(source.bundle)
-        require_support(form.command, bundle)
-        return bundle
+        return named_bundle(form, source)
     assert source.ckpt is not None
-    both = isinstance(source, StudentSourceOptions)
-    ckpt = f" --ckpt {shlex.quote(source.ckpt)}" if both else ""
     exported = export_checkpoint(
-        source.ckpt, export, precision, f"{form.command}{ckpt} --bundle", verb=form.command
+        source.ckpt, export, precision, f"{form.command} --bundle", verb=form.command
     )
     if exported is None:
         return None
     if not export.as_json:
         print_exported(exported, as_json=False)
     return exported.bundle
+
+
+def student_bundle_of(
+    form: Form, source: StudentSourceOptions, export: ExportRequest, check: Check
+) -> tuple[Bundle, Student] | None:
+    """For a form that is made of the student: the bundle with it, loaded once; None: a dry run.
+
+    A new bundle has no ONNX files, as the form does not read them; `check` may refuse it early.
+    """
+    from tiue_export.export.own_student import StudentPlace, open_student
+
+    assert source.ckpt is not None
+    if source.bundle is None:
+        instead = f"{form.command} --ckpt {shlex.quote(source.ckpt)} --bundle"
+        exported = export_checkpoint(
+            source.ckpt, export, "fp32", instead, verb=form.command, from_student=check
+        )
+        if exported is None:
+            return None
+        assert exported.student is not None
+        if not export.as_json:
+            print_contract(exported)
+        return exported.bundle, exported.student
+    bundle = named_bundle(form, source)
+    place = StudentPlace(source.ckpt, export.base, export.vae, export.lora)
+    with stage_bar(quiet=export.as_json) as bar, stage(bar.observer(), "load student"):
+        student = open_student(place, bundle.manifest, lambda part: bar.begin(f"load {part}"))
+    return bundle, student
 
 
 def print_form_plan(
@@ -128,7 +166,8 @@ def print_form_plan(
     for column in ("graph", "ONNX", form.title):
         table.add_column(column)
     for name, size_bytes in sizes.items():
-        table.add_row(name, megabytes(size_bytes), "there; --force anew" if exists else "to make")
+        onnx = megabytes(size_bytes) if bundle.manifest.graphs[name].has_onnx else "none"
+        table.add_row(name, onnx, "there; --force anew" if exists else "to make")
     console.print(table)
     console.print(f"with {words}", markup=False)
 

@@ -1,10 +1,11 @@
-"""A checkpoint to a verified ONNX bundle: checked, loaded, exported with progress, and told."""
+"""A checkpoint to a verified bundle: checked, loaded, exported with progress, and told."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
+from tiue_export.bundle.manifest import Manifest
 from tiue_export.bundle.read import MANIFEST_FILE, Bundle
 from tiue_export.bundle.write import check_target
 from tiue_export.checkpoint.container import check_checkpoint_path
@@ -37,28 +39,43 @@ from ..report.tables import (
 if TYPE_CHECKING:
     from tiue_export.export.dry_run import ExportPlan
     from tiue_export.graphs.options import ExportOptions
+    from tiue_export.student.model import Student
+    from tiue_export.system.progress import StageReport
 
+# Refuses a bundle that a student will be made into, before the work.
+Check = Callable[["Bundle", "Student"], None]
 _VISIBLE_LOSS_DB = 40.0
 _LARGEST = 3
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A bundle that was just made: how long it took, and each stage as JSON tells it."""
+    """A bundle that was just made: how long it took, and each stage as JSON tells it.
+
+    `student` is what it was made from, where more will be made from it.
+    """
 
     bundle: Bundle
     seconds: float
     stages: list[dict[str, object]]
+    student: Student | None = None
 
 
 def export_checkpoint(
-    ckpt: str, export: ExportRequest, precision: str, instead: str = "", *, verb: str = "onnx"
+    ckpt: str,
+    export: ExportRequest,
+    precision: str,
+    instead: str = "",
+    *,
+    verb: str = "onnx",
+    from_student: Check | None = None,
 ) -> Exported | None:
     """Export behind a progress bar; None after a dry run, whose plan is printed.
 
     Everything that can be refused without the model is refused before it is loaded, what `verb`
     cannot go on with too. `instead` is the command that would use a bundle which lies at the output
-    already.
+    already. `from_student`: no ONNX files are written, as the graphs will be made from the student;
+    it may refuse the bundle that will be.
     """
     require("exporting", EXPORT_NEEDS, "export")
     from tiue_export.export.load import check_request, load_to_export
@@ -73,9 +90,10 @@ def export_checkpoint(
     out = output_path(ckpt, export, precision)
     if not export.dry_run:
         _check_output(out, instead, force=export.force)
+    from tiue_export.export.contract import export_contract
     from tiue_export.export.dry_run import plan_export
     from tiue_export.export.onnx.bundle import export_onnx
-    from tiue_export.system.progress import StageReport, stage
+    from tiue_export.system.progress import stage
 
     start = time.perf_counter()
     reports: list[StageReport] = []
@@ -87,8 +105,21 @@ def export_checkpoint(
                 request, method, sampling, lambda part: bar.begin(f"load {part}")
             )
         if export.dry_run:
-            _print_plan(plan_export(student, options), out, as_json=quiet)
+            plan = plan_export(student, options)
+            _print_plan(plan, out, as_json=quiet, onnx=from_student is None)
             return None
+        written = {"force": export.force, "allow_parity_loss": export.allow_parity_loss}
+        if from_student is not None:
+            bar.expect(2)  # load, reference
+            bundle = export_contract(
+                student,
+                out,
+                options,
+                check=lambda bundle: from_student(bundle, student),
+                observer=observer,
+                **written,
+            )
+            return _exported(bundle, start, reports, student)
         graphs = 2 + (student.text_encoder is not None) + (student.vae is not None)
         loop = not student.plan.one_pass
         # Load, reference, audit, export each, verify each, verify the loop.
@@ -97,14 +128,19 @@ def export_checkpoint(
             student,
             out,
             options,
-            force=export.force,
-            allow_parity_loss=export.allow_parity_loss,
             audit=not export.no_audit,
             audit_prompts=prompts,
             observer=observer,
+            **written,
         )
+    return _exported(bundle, start, reports)
+
+
+def _exported(
+    bundle: Bundle, start: float, reports: list[StageReport], student: Student | None = None
+) -> Exported:
     stages = [dataclasses.asdict(report) for report in reports]
-    return Exported(bundle, time.perf_counter() - start, stages)
+    return Exported(bundle, time.perf_counter() - start, stages, student)
 
 
 def graph_options(export: ExportRequest, precision: str) -> ExportOptions:
@@ -164,12 +200,26 @@ def print_exported(exported: Exported, *, as_json: bool) -> None:
         f"[bold green]{escape(str(bundle.root))}[/]: {megabytes(bundle.size_bytes)} in "
         f"{exported.seconds:.0f} s, {manifest.width_px}x{manifest.height_px} px, {_steps(bundle)}"
     )
+    if not _print_missing(manifest):
+        more = ["--control edges.png"] if CONTROLNET in manifest.graphs else []
+        console.print(f"next:  {draw_line(bundle, *more, '--time')}", markup=False)
+
+
+def print_contract(exported: Exported) -> None:
+    """What PyTorch proved of a bundle whose graphs will be made from the student."""
+    manifest = exported.bundle.manifest
+    for note in manifest.source.notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(parity_table(manifest.parity))
+    _print_missing(manifest)
+
+
+def _print_missing(manifest: Manifest) -> bool:
+    """Name the graphs that the checkpoint had no parts for; whether there are any."""
     missing = [name for name in GRAPH_NAMES if name not in manifest.graphs]
     if missing:
         console.print(f"Without {' and '.join(missing)}, which --base would bring.")
-    else:
-        more = ["--control edges.png"] if CONTROLNET in manifest.graphs else []
-        console.print(f"next:  {draw_line(bundle, *more, '--time')}", markup=False)
+    return bool(missing)
 
 
 def _print_proof(bundle: Bundle) -> None:
@@ -197,7 +247,7 @@ def _steps(bundle: Bundle) -> str:
     return f"{plan.rows} {plan.scheduler} steps, encoder at {len(plan.passes)} of them"
 
 
-def _print_plan(plan: ExportPlan, out: Path, *, as_json: bool) -> None:
+def _print_plan(plan: ExportPlan, out: Path, *, as_json: bool, onnx: bool) -> None:
     if as_json:
         print_json({"bundle": str(out), **dataclasses.asdict(plan)})
         return
@@ -215,7 +265,9 @@ def _print_plan(plan: ExportPlan, out: Path, *, as_json: bool) -> None:
     else:
         what = f"K={plan.steps}, decoder rows at t = {', '.join(map(str, plan.timesteps))}"
     console.print(f"latents {plan.latent_shape}, {what}")
+    weights = "disk" if onnx else "float32 weights"
     console.print(
-        f"disk {megabytes(plan.size_bytes)} at {out}, memory about {megabytes(plan.memory_bytes)}",
+        f"{weights} {megabytes(plan.size_bytes)} at {out}, memory about "
+        f"{megabytes(plan.memory_bytes)}",
         markup=False,
     )

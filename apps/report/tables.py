@@ -133,7 +133,7 @@ def graph_table(manifest: Manifest) -> Table:
         size_bytes = sum(record.size_bytes for record in graph.files.values())
         table.add_row(
             name,
-            "left out" if graph.omitted else megabytes(size_bytes),
+            megabytes(size_bytes) if graph.has_onnx else "left out",
             _precision(graph),
             _tensors(graph.inputs),
             _tensors(graph.outputs),

@@ -181,7 +181,7 @@ def _graphs(manifest: Manifest) -> str:
     rows = []
     for name, graph in manifest.graphs.items():
         width = 100 * sizes[name] / largest
-        size = "left out" if graph.omitted else megabytes(sizes[name])
+        size = megabytes(sizes[name]) if graph.has_onnx else "left out"
         rows.append(
             (
                 f"<code>{escape(name)}</code>",

@@ -489,7 +489,7 @@ def _has_form(bundle: Bundle, runtime: str) -> bool:
     """Whether it holds what a runtime draws with: a compiled form, or its ONNX files."""
     folders = BACKENDS[runtime].folders
     if not folders:
-        return not any(graph.omitted for graph in bundle.manifest.graphs.values())
+        return bundle.manifest.has_onnx
     return any(folder in bundle.manifest.compiled for folder in folders)
 
 

@@ -24,7 +24,7 @@ def bundle_flops(bundle: Bundle, batch: int = 1, steps: int = 1) -> dict[str, Gr
     return {
         name: count_flops(bundle.graph_path(name), batch, steps)
         for name, graph in bundle.manifest.graphs.items()
-        if not graph.omitted
+        if graph.has_onnx
     }
 
 

@@ -344,7 +344,7 @@ def test_a_missing_field_deep_inside_is_named_with_its_place():
         (
             ["graphs", "unet_decoder", "opset"],
             "19",
-            ": graphs.unet_decoder: opset is '19'; expected int",
+            ": graphs.unet_decoder: opset is '19'; expected int | None",
         ),
         (
             ["files", "model_index.json", "size_bytes"],

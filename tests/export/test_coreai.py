@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tiue_export import load_student
 from tiue_export.bundle.read import open_bundle
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import (
@@ -30,7 +31,6 @@ from tiue_export.export.coreai import (
     CoreaiOptions,
     compile_coreai,
 )
-from tiue_export.export.own_student import StudentPlace
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_it_draws_the_picture_that_onnx_runtime_draws(made):
 
 @pytest.mark.slow
 def test_half_precision_passes_its_gate(own, micro_folder):
-    bundle = compile_coreai(own, StudentPlace(str(micro_folder)))
+    bundle = compile_coreai(own, load_student(micro_folder))
     compiled = bundle.manifest.compiled[FOLDER]
     assert list(compiled.graphs) == list(UNET_GRAPHS)
     assert compiled.flags == {"precision": "fp16"}
@@ -79,23 +79,22 @@ def test_half_precision_passes_its_gate(own, micro_folder):
     onnx = (bundle.root / UNET_DECODER / "model.onnx.data").stat().st_size
     assert weights < 0.7 * onnx
     with pytest.raises(BundleError, match="has Core AI assets already"):
-        compile_coreai(bundle, StudentPlace(str(micro_folder)))
+        compile_coreai(bundle, load_student(micro_folder))
     with pytest.raises(UsageError, match="compute in fp16; got fp32"):
         open_runtime("coreai", bundle, RuntimeOptions(precision="fp32"))
 
 
 def test_a_failed_gate_leaves_the_bundle_as_it_was(own, micro_folder, monkeypatch):
     monkeypatch.setitem(GATES_PSNR_DB, "fp32", 290.0)
-    place, single = StudentPlace(str(micro_folder)), CoreaiOptions("fp32")
     with pytest.raises(ParityError, match="gate 290 dB"):
-        compile_coreai(own, place, single)
+        compile_coreai(own, load_student(micro_folder), CoreaiOptions("fp32"))
     assert open_bundle(own.root).manifest.compiled == {}
     assert not (own.root / FOLDER).exists()
 
 
 def test_the_checkpoint_of_another_student_is_refused(own, tiny_pipeline):
     with pytest.raises(CheckpointError, match="is not the student of this bundle"):
-        compile_coreai(own, StudentPlace(str(tiny_pipeline)))
+        compile_coreai(own, load_student(tiny_pipeline))
 
 
 @pytest.mark.filterwarnings("ignore:coreai-torch has only been validated:UserWarning")
@@ -107,7 +106,7 @@ def test_a_graph_that_cannot_be_converted_is_named(own, micro_folder, monkeypatc
 
     monkeypatch.setattr(coreai_torch.TorchConverter, "add_exported_program", fail)
     with pytest.raises(RuntimeFailure, match=r"cannot convert unet_encoder: no lowering for aten"):
-        compile_coreai(own, StudentPlace(str(micro_folder)))
+        compile_coreai(own, load_student(micro_folder))
     assert open_bundle(own.root).manifest.compiled == {}
 
 
@@ -173,7 +172,7 @@ def test_an_audit_that_kept_float32_is_not_overruled(own, micro_folder):
     graphs = {**own.manifest.graphs, UNET_DECODER: record}
     audited = replace(own, manifest=replace(own.manifest, graphs=graphs))
     with pytest.raises(UsageError, match=r"keeps 1 module\(s\) in float32"):
-        compile_coreai(audited, StudentPlace(str(micro_folder)))
+        compile_coreai(audited, load_student(micro_folder))
     assert not (own.root / FOLDER).exists()
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
-import os
 import re
 import shutil
-import signal
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tiue_export import load_student
 from tiue_export.bundle.read import open_bundle
 from tiue_export.errors import (
     BundleError,
@@ -27,11 +26,19 @@ from tiue_export.errors import (
 )
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference
-from tiue_export.specs import GRAPH_NAMES, UNET_DECODER, UNET_ENCODER, GraphSpec, TensorSpec
+from tiue_export.registry.backends import open_runtime
+from tiue_export.specs import (
+    GRAPH_NAMES,
+    UNET_DECODER,
+    UNET_ENCODER,
+    GraphSpec,
+    RuntimeOptions,
+    TensorSpec,
+)
 
 ct = pytest.importorskip("coremltools", reason="coremltools is not installed")
 
-from tiue_export.export.child_process import run_in_child  # noqa: E402
+from tiue_export.export.backend import form_identity  # noqa: E402
 from tiue_export.export.coreml import bundle as coreml_export  # noqa: E402
 from tiue_export.export.coreml import compress as coreml_compress  # noqa: E402
 from tiue_export.export.coreml import convert as coreml_convert  # noqa: E402
@@ -61,7 +68,6 @@ from hypothesis import strategies as st  # noqa: E402 isort: skip
 
 
 ROOT = Path(__file__).resolve().parents[2]
-JOB = "tiue_export.export.coreml.job"
 
 
 @pytest.fixture
@@ -78,9 +84,8 @@ def made(own, micro_folder):
         allow, force = options.pop("allow", False), options.pop("force", False)
         return compile_coreml(
             open_bundle(own.root),
-            StudentPlace(str(micro_folder)),
+            load_student(micro_folder),
             CoremlOptions(**options),
-            in_process=True,
             allow_parity_loss=allow,
             force=force,
         )
@@ -93,8 +98,7 @@ def plain(micro_bundle, micro_folder, tmp_path_factory):
     """The bundle with fp16 packages for a Mac's GPU. Shared."""
     root = tmp_path_factory.mktemp("plain") / "bundle"
     bundle = open_bundle(shutil.copytree(micro_bundle.root, root))
-    place = StudentPlace(str(micro_folder))
-    return compile_coreml(bundle, place, CoremlOptions(swift_bundle=False), in_process=True)
+    return compile_coreml(bundle, load_student(micro_folder), CoremlOptions(swift_bundle=False))
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +184,8 @@ def test_each_profile_makes_all_four_packages_and_passes_its_gates(
 ):
     from tiue_export.apps.report.tables import console, parity_table
 
-    place = StudentPlace(str(micro_pipeline))
     own = open_bundle(shutil.copytree(whole.root, tmp_path / "own"))
-    bundle = compile_coreml(own, place, CoremlOptions(profile), in_process=True)
+    bundle = compile_coreml(own, load_student(micro_pipeline), CoremlOptions(profile))
     compiled = bundle.manifest.compiled[FOLDER]
     assert set(compiled.graphs) == set(GRAPH_NAMES)
     assert all(record.passed for record in compiled.parity)
@@ -210,10 +213,10 @@ def test_several_sizes_become_one_package_with_a_function_each(
         arrays = load_reference(micro_bundle).arrays
         coreml_job.start_pool(manifest, arrays, size, tmp_path, own=index == 0)
     package = tmp_path / f"{UNET_ENCODER}.mlpackage"
-    place, plan = StudentPlace(str(micro_folder)), plan_coreml(CoremlOptions())
+    student, plan = load_student(micro_folder), plan_coreml(CoremlOptions())
     result = coreml_job.run_job(
         coreml_job.GraphJob(
-            UNET_ENCODER, place, manifest, plan, sizes, package, tmp_path, {"graph": UNET_ENCODER}
+            UNET_ENCODER, student, manifest, plan, sizes, package, tmp_path, {"graph": UNET_ENCODER}
         )
     )
     wide = MilProgram.open(package, "size_64x128")
@@ -437,7 +440,6 @@ def remade(plain, monkeypatch):
         numbers = {key: report[key] for key in ("convert_s", "verify_s", "cpu_s")}
         return coreml_job.GraphResult(
             ops={"conv": 1},
-            peak_memory_bytes=1,
             size_bytes=1,
             max_abs=1.0,
             max_abs_op="conv",
@@ -488,25 +490,26 @@ def test_swift_gets_vocabulary_constants_and_the_lines_that_compile(tiny_bundle,
 
 def test_packages_that_are_there_are_replaced_only_with_force(plain, micro_folder):
     with pytest.raises(BundleError, match="has Core ML packages already"):
-        compile_coreml(plain, StudentPlace(str(micro_folder)), in_process=True)
+        compile_coreml(plain, load_student(micro_folder))
 
 
 @pytest.mark.parametrize(
-    ("graph", "part"), [("text_encoder", "text encoder"), ("vae_decoder", "VAE")]
+    ("graph", "part", "folder_of_part"),
+    [("text_encoder", "text encoder", "text_encoder"), ("vae_decoder", "VAE", "vae")],
 )
 def test_a_checkpoint_without_a_part_of_the_bundle_is_refused(
-    tiny_bundle, tiny_pipeline, graph, part
+    tiny_bundle, tiny_pipeline, tmp_path, graph, part, folder_of_part
 ):
-    place = StudentPlace(str(tiny_pipeline / "unet"))
-    for asked in (graph, None) if graph == "text_encoder" else (graph,):
-        with pytest.raises(CheckpointError, match=f"has no {part}; the bundle's {graph}") as caught:
-            open_student(place, tiny_bundle.manifest, asked)
-        assert "--base" in caught.value.next_step
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "part")
+    shutil.rmtree(folder / folder_of_part)
+    with pytest.raises(CheckpointError, match=f"has no {part}; the bundle's {graph}") as caught:
+        open_student(StudentPlace(str(folder)), tiny_bundle.manifest)
+    assert "--base" in caught.value.next_step
 
 
 def test_the_checkpoint_of_another_student_is_refused(own, tiny_pipeline):
     with pytest.raises(CheckpointError, match="is not the student of this bundle"):
-        compile_coreml(own, StudentPlace(str(tiny_pipeline)), in_process=True)
+        compile_coreml(own, load_student(tiny_pipeline))
     assert open_bundle(own.root).manifest.compiled == {}
 
 
@@ -520,30 +523,10 @@ def test_w8a8_needs_a_text_encoder_to_calibrate_on(made):
         made(compress="w8a8", prompts=("a fox",))
 
 
-def _killed(request):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.slow
-def test_a_child_process_that_is_killed_is_told_as_memory():
-    with pytest.raises(ResourceError, match="was killed, most likely because memory ran out"):
-        run_in_child(_killed, None, preload=JOB)
-
-
-def _process_name(request):
-    return multiprocessing.current_process().pid
-
-
-def test_a_job_runs_in_a_process_of_its_own():
-    pids = {run_in_child(_process_name, None, preload=JOB) for _ in range(2)}
-    assert len(pids) == 2
-    assert os.getpid() not in pids
-
-
 # ---- the command
 
 
-def test_the_command_converts_in_child_processes_and_prints_both_tables(
+def test_the_command_adds_packages_to_a_bundle_and_prints_both_tables(
     run, own, micro_folder, tmp_path, monkeypatch
 ):
     scratch = tmp_path / "scratch"
@@ -555,8 +538,61 @@ def test_the_command_converts_in_child_processes_and_prints_both_tables(
     assert "scaled_dot_product_attention" in out or "reshape" in out
     assert "tiue-export parity" in out
     assert set(open_bundle(own.root).manifest.compiled) == {FOLDER}
-    # coremltools' own clean-up does not run in a child process.
+    # coremltools itself removes its temporary files when the process ends.
     assert [path.name for path in scratch.iterdir() if "torch" not in path.name] == []
+
+
+def test_a_checkpoint_becomes_packages_without_any_onnx_file(run, micro_folder):
+    code, out, err = run("coreml", "--ckpt", micro_folder, "--out", "fox")
+    assert code == 0, err
+    assert "closed form" in out
+    assert "verify" not in err
+    assert list(Path("fox").rglob("*.onnx*")) == []
+    bundle = open_bundle("fox")
+    assert all(record.passed for record in bundle.manifest.compiled[FOLDER].parity)
+    decoder = bundle.spec(UNET_DECODER)
+    with closing(open_runtime("coreml", bundle, RuntimeOptions())) as runtime:
+        feeds = load_reference(bundle).arrays
+        made = runtime.run(UNET_ENCODER, bundle.spec(UNET_ENCODER).select(feeds))
+        latents = runtime.run(UNET_DECODER, decoder.select({**feeds, **made}))["latents"]
+    assert psnr_db(feeds["latents"], latents) > GATES_PSNR_DB["fp16"]
+    for command in (["parity", "fox"], ["openvino", "--bundle", "fox"]):
+        code, _, err = run(*command)
+        assert code != 0
+        assert "without ONNX files" in err or "has no ONNX files" in err
+        assert "tiue-export onnx --ckpt" in err
+
+
+def test_packages_of_other_weights_have_another_identity(plain):
+    manifest = plain.manifest
+    records = {
+        name: dataclasses.replace(record, path=None, opset=None, files={})
+        for name, record in manifest.graphs.items()
+    }
+    bare = dataclasses.replace(manifest, graphs=records)
+    other = dataclasses.replace(bare.source, sha256="f" * 64)
+    bundles = (
+        dataclasses.replace(plain, manifest=each)
+        for each in (bare, dataclasses.replace(bare, source=other))
+    )
+    assert len({form_identity(bundle, UNET_DECODER) for bundle in bundles}) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--no-hoist", "--decoder-batch", "1"], "cuts the decoder's 2 rows in groups"),
+        (["--swift-bundle"], "has no tokenizer/vocab.json"),
+    ],
+)
+def test_what_packages_cannot_be_is_refused_before_the_student_is_run(
+    run, micro_folder, arguments, message
+):
+    code, _, err = run("coreml", "--ckpt", micro_folder, "--out", "fox", *arguments)
+    assert code != 0
+    assert message in " ".join(err.split())
+    assert "run student" not in err
+    assert not Path("fox").exists()
 
 
 @pytest.mark.parametrize(
@@ -600,11 +636,5 @@ def test_without_coremltools_the_extra_is_named(run, micro_folder, monkeypatch):
 def test_an_observer_hears_every_stage(own, micro_folder):
     started, done = [], []
     observer = Observer(started.append, lambda report: done.append(report.stage))
-    compile_coreml(
-        own,
-        StudentPlace(str(micro_folder)),
-        in_process=True,
-        allow_parity_loss=True,
-        observer=observer,
-    )
+    compile_coreml(own, load_student(micro_folder), allow_parity_loss=True, observer=observer)
     assert started == done == [f"convert {UNET_ENCODER}", f"convert {UNET_DECODER}"]

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from tiue_export import Pipeline, export_onnx, open_bundle
 from tiue_export.bundle.read import Bundle
+from tiue_export.checkpoint.family import load_family
 from tiue_export.errors import CheckpointError, RuntimeFailure, UsageError
 from tiue_export.export.coreml.profiles import CoremlOptions
 from tiue_export.export.own_student import StudentPlace, open_student
@@ -24,6 +25,7 @@ from tiue_export.runtimes.coreml.runtime import package_of
 from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.specs import CONTROLNET, GRAPH_NAMES, UNET_DECODER, UNET_ENCODER, RuntimeOptions
 from tiue_export.student.lora import merge_lora
+from tiue_export.student.pipeline_folder import write_scheduler
 
 pytest.importorskip("coremltools", reason="coremltools is not installed: tiue-export[coreml]")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: tiue-export[coreml]")
@@ -32,35 +34,43 @@ from tiue_export.export.coreml.bundle import FOLDER, compile_coreml, plan_for
 from tiue_export.export.coreml.mil.evaluator import MilProgram
 
 
-def packages(bundle: Bundle, teacher_folder: Path, **options: object) -> Bundle:
+def packages(bundle: Bundle, micro_teacher: Path, **options: object) -> Bundle:
     settings = CoremlOptions(**{"precision": "fp32", **options})
-    return compile_coreml(bundle, StudentPlace(str(teacher_folder)), settings, in_process=True)
+    return compile_coreml(bundle, load_teacher(micro_teacher), settings)
 
 
 @pytest.fixture(scope="module")
-def own(teacher_folder, tmp_path_factory):
+def micro_teacher(micro_pipeline, tmp_path_factory):
+    """The smallest student as an ordinary model: it records no K."""
+    folder = shutil.copytree(micro_pipeline, tmp_path_factory.mktemp("micro") / "teacher")
+    write_scheduler(folder, load_family("tiny").scheduler, None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(micro_teacher, tmp_path_factory):
     """Steps 0 to 3, the encoder at 0 and 1, with the shared part in the encoder's graph."""
     options = FasterOptions(steps=4, key_steps=(0, 1), guidance=3.0)
     folder = tmp_path_factory.mktemp("loop") / "bundle"
-    teacher = load_teacher(teacher_folder, options=options)
+    teacher = load_teacher(micro_teacher, options=options)
     return export_onnx(teacher, folder, ExportOptions(hoist="encoder"))
 
 
 @pytest.fixture(scope="module")
-def one_step(faster_bundle, teacher_folder, tmp_path_factory):
-    """The bundle of six steps with float32 packages of one step. Shared."""
-    root = tmp_path_factory.mktemp("one") / "bundle"
-    return packages(
-        open_bundle(shutil.copytree(faster_bundle.root, root)), teacher_folder, linear="linear"
-    )
+def one_step(micro_teacher, tmp_path_factory):
+    """Six steps, the encoder at 0, 1 and 3, with float32 packages of one step. Shared."""
+    options = FasterOptions(steps=6, key_steps=(0, 1, 3), guidance=5.0)
+    folder = tmp_path_factory.mktemp("one") / "bundle"
+    bundle = export_onnx(load_teacher(micro_teacher, options=options), folder)
+    return packages(bundle, micro_teacher, linear="linear")
 
 
 @pytest.fixture(scope="module")
-def two_steps(own, teacher_folder, tmp_path_factory):
+def two_steps(own, micro_teacher, tmp_path_factory):
     """Packages of two steps as a Neural Engine takes them: channels first, heads apart. Shared."""
     root = tmp_path_factory.mktemp("two") / "bundle"
     copy = open_bundle(shutil.copytree(own.root, root))
-    return packages(copy, teacher_folder, decoder_batch=2, linear="conv", attention="split")
+    return packages(copy, micro_teacher, decoder_batch=2, linear="conv", attention="split")
 
 
 def drawn(bundle: Bundle, runtime: str) -> np.ndarray:
@@ -120,9 +130,9 @@ def test_fewer_steps_are_filled_up_and_more_are_refused(two_steps):
         rows(3)
 
 
-def test_the_time_embedding_stays_in_float32_in_half_precision(own, teacher_folder, tmp_path):
+def test_the_time_embedding_stays_in_float32_in_half_precision(own, micro_teacher, tmp_path):
     copy = open_bundle(shutil.copytree(own.root, tmp_path / "half"))
-    bundle = packages(copy, teacher_folder, precision="fp16")
+    bundle = packages(copy, micro_teacher, precision="fp16")
     for graph in (UNET_ENCODER, UNET_DECODER):
         program = MilProgram.open(package_of(bundle, graph).path)
         feeds = {
@@ -147,23 +157,23 @@ def test_the_time_embedding_stays_in_float32_in_half_precision(own, teacher_fold
         ({"sizes": ((128, 64),), "target": "iOS18"}, "--size differs from the 64x64 of"),
     ],
 )
-def test_what_packages_of_a_loop_cannot_be_is_refused(own, teacher_folder, options, part):
+def test_what_packages_of_a_loop_cannot_be_is_refused(own, micro_teacher, options, part):
     with pytest.raises(UsageError) as caught:
-        packages(own, teacher_folder, **options)
+        packages(own, micro_teacher, **options)
     assert part in caught.value.message
 
 
-def test_packages_come_without_a_controlnet(own, teacher_folder):
+def test_packages_come_without_a_controlnet(own, micro_teacher):
     graphs = {**own.manifest.graphs, CONTROLNET: own.manifest.graphs[UNET_ENCODER]}
     with_control = Bundle(own.root, replace(own.manifest, graphs=graphs))
     with pytest.raises(UsageError, match="has a ControlNet"):
-        packages(with_control, teacher_folder)
+        packages(with_control, micro_teacher)
 
 
 def test_an_adapter_merged_at_the_export_is_merged_for_the_packages_too(
-    own, teacher_folder, tmp_path
+    own, micro_teacher, tmp_path
 ):
-    teacher = load_teacher(teacher_folder)
+    teacher = load_teacher(micro_teacher)
     (name, layer), *_ = (
         (name, module)
         for name, module in teacher.unet.named_modules()
@@ -178,16 +188,16 @@ def test_an_adapter_merged_at_the_export_is_merged_for_the_packages_too(
     save_file(layers, adapter)
     merged = merge_lora(teacher, adapter, 0.5)
     ours = replace(own.manifest, source=replace(own.manifest.source, sha256=merged.source.sha256))
-    again = open_student(StudentPlace(str(teacher_folder), lora=(f"{adapter}:0.5",)), ours)
+    again = open_student(StudentPlace(str(micro_teacher), lora=(f"{adapter}:0.5",)), ours)
     assert again.source.sha256 == merged.source.sha256
     assert again.plan == own.manifest.plan
     with pytest.raises(CheckpointError, match="is not the student of this bundle"):
-        open_student(StudentPlace(str(teacher_folder)), ours)
+        open_student(StudentPlace(str(micro_teacher)), ours)
 
 
 @pytest.mark.slow
-def test_the_command_exports_a_loop_with_the_shared_part_in_the_encoder(run, teacher_folder):
-    arguments = ["coreml", "--ckpt", teacher_folder, "--method", "faster", "--steps", "3"]
+def test_the_command_exports_a_loop_with_the_shared_part_in_the_encoder(run, micro_teacher):
+    arguments = ["coreml", "--ckpt", micro_teacher, "--method", "faster", "--steps", "3"]
     code, out, err = run(*arguments, "--precision", "fp32", "--out", "fox")
     assert code == 0, err
     assert "decoder batch 1" in out
@@ -196,8 +206,8 @@ def test_the_command_exports_a_loop_with_the_shared_part_in_the_encoder(run, tea
     assert list(manifest.compiled[FOLDER].graphs) == list(GRAPH_NAMES)
 
 
-def test_the_command_explains_what_it_cannot_do(run, own, teacher_folder):
-    command = ["coreml", "--ckpt", teacher_folder]
+def test_the_command_explains_what_it_cannot_do(run, own, micro_teacher):
+    command = ["coreml", "--ckpt", micro_teacher]
     for arguments, part in (
         (["--key-steps", "0,1"], "--key-steps is for --method faster"),
         (["--method", "faster", "--swift-bundle", "--out", "x"], "come without --swift-bundle"),

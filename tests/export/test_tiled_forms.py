@@ -13,7 +13,6 @@ from tiue_export.bundle.read import open_bundle, vae_tile_px
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import UsageError
 from tiue_export.export.onnx.bundle import export_onnx
-from tiue_export.export.own_student import StudentPlace
 from tiue_export.graphs.build import ExportOptions
 from tiue_export.proof.gates import psnr_db
 
@@ -44,13 +43,13 @@ def coreml(bundle, pipeline, **options):
     from tiue_export.export.coreml.profiles import CoremlOptions
 
     own = CoremlOptions(precision="fp32", **options)
-    return compile_coreml(bundle, StudentPlace(str(pipeline)), own, in_process=True)
+    return compile_coreml(bundle, load_student(pipeline), own)
 
 
 def coreai(bundle, pipeline):
     from tiue_export.export.coreai import CoreaiOptions, compile_coreai
 
-    return compile_coreai(bundle, StudentPlace(str(pipeline)), CoreaiOptions("fp32"))
+    return compile_coreai(bundle, load_student(pipeline), CoreaiOptions("fp32"))
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_what_no_ensemble_could_draw_is_refused(tiny_bundle) -> None:
 
     with pytest.raises(UsageError, match="has a graph in bf16, which a Triton ensemble cannot"):
         plan_models(changed(precision="bf16"), TritonOptions())
-    with pytest.raises(UsageError, match="was packed without its ONNX files"):
+    with pytest.raises(UsageError, match="has no ONNX files"):
         plan_models(changed(omitted=True), TritonOptions())
     with pytest.raises(UsageError, match="holds no TensorRT engines"):
         plan_models(tiny_bundle, TritonOptions("tensorrt"))

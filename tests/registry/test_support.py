@@ -69,7 +69,7 @@ def with_feature(manifest: Manifest, feature: str) -> Manifest:
         graphs[VAE_DECODER] = replace(graphs[VAE_DECODER], precision="bf16")
     if feature == "int8":
         graphs[UNET_DECODER] = replace(graphs[UNET_DECODER], precision="w8a8")
-    if feature == "packed":
+    if feature == "without-onnx":
         graphs = {name: replace(graph, omitted=True) for name, graph in graphs.items()}
     return replace(manifest, graphs=graphs)
 

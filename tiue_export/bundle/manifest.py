@@ -48,19 +48,21 @@ class Source:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One exported graph: `path` is the ONNX file; `files` are all it needs, relative paths.
+    """One graph: `path` is its ONNX file; `files` are all it needs, relative paths.
 
-    `float32_modules` are the module paths that compute in float32 in a half-precision graph beside
-    the norms; `max_abs_in_half` is the largest |value| left in half that an overflow audit saw.
-    `omitted`: the bundle was packed for a runtime with its own form of the graph, without these
-    files; their records stay, as the identity of compiled forms rests on them.
+    `path` and `opset` are None and `files` empty where it was never written as ONNX, for backends
+    that make their form from the student itself. `float32_modules` are the module paths that
+    compute in float32 in a half-precision graph beside the norms; `max_abs_in_half` is the largest
+    |value| left in half that an overflow audit saw. `omitted`: the bundle was packed for a runtime
+    with its own form of the graph, without these files; their records stay, as the identity of
+    compiled forms rests on them.
     """
 
-    path: str
+    path: str | None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     precision: str
-    opset: int
+    opset: int | None
     files: Mapping[str, FileRecord]
     omitted: bool = False
     float32_modules: tuple[str, ...] = ()
@@ -69,6 +71,11 @@ class GraphRecord:
     def spec(self, name: str) -> GraphSpec:
         """The graph's contract under its name."""
         return GraphSpec(name, self.inputs, self.outputs)
+
+    @property
+    def has_onnx(self) -> bool:
+        """Whether the bundle holds its ONNX files."""
+        return self.path is not None and not self.omitted
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,11 @@ class Manifest:
     tools: Mapping[str, str] = field(default_factory=dict)
     # By the name of the folder that holds them, such as "trt" or "openvino".
     compiled: Mapping[str, Compiled] = field(default_factory=dict)
+
+    @property
+    def has_onnx(self) -> bool:
+        """Whether the bundle holds the ONNX files of all its graphs."""
+        return all(record.has_onnx for record in self.graphs.values())
 
     @property
     def height_px(self) -> int:

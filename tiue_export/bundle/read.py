@@ -41,6 +41,13 @@ class Bundle:
         """The ONNX file of one graph."""
         self.spec(graph)
         record = self.manifest.graphs[graph]
+        if record.path is None:
+            forms = " or ".join(f"--runtime {form}" for form in self.manifest.compiled)
+            raise BundleError(
+                f"{self.root} was made without ONNX files, which not every backend reads",
+                (f"Run it with {forms}, or export" if forms else "Export")
+                + " them to another bundle: tiue-export onnx --ckpt STUDENT --out BUNDLE",
+            )
         if record.omitted:
             raise BundleError(
                 f"{self.root} was packed for one runtime, without its ONNX files",
@@ -128,7 +135,7 @@ def all_files(manifest: Manifest) -> list[tuple[str, FileRecord]]:
     """Every file the manifest answers for, with its record; those left out when packing are not."""
     files = list(manifest.files.items())
     for graph in manifest.graphs.values():
-        if not graph.omitted:
+        if graph.has_onnx:
             files.extend(graph.files.items())
     for compiled in manifest.compiled.values():
         for form in compiled.graphs.values():
@@ -163,7 +170,9 @@ def check_listed(root: Path, manifest: Manifest) -> None:
 
     Needs no file; `root` names the bundle in errors.
     """
-    entries: list[tuple[str, GraphRecord | CompiledGraph]] = [*manifest.graphs.items()]
+    entries: list[tuple[str, GraphRecord | CompiledGraph]] = [
+        (graph, record) for graph, record in manifest.graphs.items() if record.path is not None
+    ]
     for folder, compiled in manifest.compiled.items():
         entries += [(f"{folder}/{graph}", form) for graph, form in compiled.graphs.items()]
     for graph, entry in entries:

@@ -101,7 +101,7 @@ def add_compiled(
 def _manifest_now(bundle: Bundle, name: str) -> Manifest:
     """The bundle's manifest as it is on disk, if a form NAME made from `bundle` still belongs."""
     now = read_manifest(bundle.root)
-    if now.graphs != bundle.manifest.graphs:
+    if replace(now, compiled={}) != replace(bundle.manifest, compiled={}):
         raise BundleError(
             f"{bundle.root} was exported again while its {name} form was made",
             "Run the command again.",

@@ -15,11 +15,17 @@ import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from tiue_export.bundle.manifest import Compiled, CompiledGraph, ParityRecord
+from tiue_export.bundle.manifest import (
+    Compiled,
+    CompiledGraph,
+    GraphRecord,
+    Manifest,
+    ParityRecord,
+)
 from tiue_export.bundle.read import Bundle, file_records
 from tiue_export.bundle.write import add_compiled, compiled_folder
 from tiue_export.errors import BundleError
@@ -155,10 +161,26 @@ def graphs_to_make(
 
 
 def form_identity(bundle: Bundle, graph: str, **decides: object) -> str:
-    """SHA-256 over a graph's ONNX files and all else that decides its compiled form."""
-    files = {name: file.sha256 for name, file in bundle.manifest.graphs[graph].files.items()}
-    content = json.dumps({"files": files, **decides}, sort_keys=True)
+    """SHA-256 over a graph's ONNX files and all else that decides its compiled form.
+
+    Where it has no ONNX files: over the weights, the plan and the contract that it is made from.
+    """
+    manifest = bundle.manifest
+    record = manifest.graphs[graph]
+    files = {name: file.sha256 for name, file in record.files.items()}
+    made_from = {} if files else _made_from(manifest, record)
+    content = json.dumps({"files": files, **made_from, **decides}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _made_from(manifest: Manifest, record: GraphRecord) -> dict[str, object]:
+    return {
+        "weights": [manifest.source.sha256, dict(manifest.source.part_sha256)],
+        "plan": asdict(manifest.plan),
+        "hoisted": manifest.hoisted,
+        "contract": asdict(record),
+        "created_by": manifest.created_by,
+    }
 
 
 def files_below(folder: Path, name: str) -> tuple[str, ...]:

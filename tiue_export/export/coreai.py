@@ -33,10 +33,11 @@ from tiue_export.export.backend import (
     files_below,
     form_identity,
 )
-from tiue_export.export.own_student import StudentPlace, fp32_options, open_student
+from tiue_export.export.own_student import as_exported, fp32_options
 from tiue_export.graphs.build import Graph, build_graphs
 from tiue_export.registry.packages import require
 from tiue_export.specs import UNET_GRAPHS, RuntimeOptions
+from tiue_export.student.model import Student
 from tiue_export.system.memory import return_freed_memory
 from tiue_export.system.progress import Observer
 
@@ -53,7 +54,7 @@ class CoreaiOptions:
 
 def compile_coreai(
     bundle: Bundle,
-    place: StudentPlace,
+    student: Student,
     options: CoreaiOptions | None = None,
     *,
     force: bool = False,
@@ -62,11 +63,11 @@ def compile_coreai(
 ) -> Bundle:
     """Make an asset of every graph and run all of them; see `compile_form`.
 
-    `place` is the checkpoint that the bundle was made from: `CheckpointError` for another one.
+    `student` is the one that the bundle was made from: `CheckpointError` for another one.
     """
     return compile_form(
         bundle,
-        CoreaiBackend(place, options or CoreaiOptions()),
+        CoreaiBackend(as_exported(student, bundle.manifest), options or CoreaiOptions()),
         force=force,
         allow_parity_loss=allow_parity_loss,
         observer=observer,
@@ -77,7 +78,7 @@ def compile_coreai(
 class CoreaiBackend(Backend):
     """Assets from the student, through torch.export; Core AI reads no ONNX."""
 
-    place: StudentPlace
+    student: Student
     options: CoreaiOptions
     runtime: ClassVar[str] = "coreai"
     title: ClassVar[str] = "Core AI assets"
@@ -105,7 +106,7 @@ class CoreaiBackend(Backend):
 
     @contextlib.contextmanager
     def converter(self, workshop: Workshop) -> Iterator[Convert]:
-        """Each graph from a student that is loaded for it alone."""
+        """Each graph from the student, whose other parts it leaves unbuilt."""
         yield lambda graph: self._convert(workshop, graph)
 
     def trials(self) -> tuple[RuntimeOptions, ...]:
@@ -114,11 +115,10 @@ class CoreaiBackend(Backend):
 
     def _convert(self, workshop: Workshop, name: str) -> GraphForm:
         manifest = workshop.bundle.manifest
-        student = open_student(self.place, manifest, name)
         exported = fp32_options(manifest, (manifest.height_px, manifest.width_px))
         only = UNET_GRAPHS if name in UNET_GRAPHS else (name,)
         options = replace(exported, precision=self.options.precision)
-        graphs = build_graphs(student, options, only=only)
+        graphs = build_graphs(self.student, options, only=only)
         asset = f"{name}.aimodel"
         _write(next(graph for graph in graphs if graph.spec.name == name), workshop.folder / asset)
         return_freed_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,54 +33,73 @@ class StudentPlace:
     controlnet: str | None = None
 
 
-def open_student(place: StudentPlace, manifest: Manifest, graph: str | None = None) -> Student:
-    """The bundle's own model, with the parts that `graph` needs (None: all), adapters merged.
+def open_student(
+    place: StudentPlace,
+    manifest: Manifest,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Student:
+    """The bundle's own model with adapters merged: a student, or a teacher that is drawn in passes.
 
-    A student, or what the bundle's plan draws with in a loop (Faster Diffusion).
-
-    Raises `CheckpointError` when its weights are not those that the bundle was made from, and when
-    it lacks the part of a graph.
+    Raises what `as_exported` raises.
     """
     student = load_model(
         place.ckpt,
         place.base,
         lambda checkpoint: manifest.plan,
         family=None if manifest.source.family == "custom" else manifest.source.family,
-        # An adapter may want to be merged into all of them.
-        without=() if place.lora else _unneeded(manifest, graph),
-        vae=place.vae if graph in (None, VAE_DECODER) else None,
+        vae=place.vae,
+        on_stage=on_stage,
     )
     for text in place.lora:
         student = merge_lora(student, *lora_from(text))
     if place.controlnet is not None:
         student = with_controlnet(student, Path(place.controlnet))
-    _check_same(student, place, manifest)
+    return as_exported(student, manifest)
+
+
+def as_exported(student: Student, manifest: Manifest) -> Student:
+    """The model with the plan that the bundle's graphs have.
+
+    Raises `CheckpointError` when its weights are not those that the bundle was made from, and when
+    it lacks the part of a graph.
+    """
+    _check_same(student, manifest)
     for name, part, model in (
         (TEXT_ENCODER, "text encoder", student.text_encoder),
         (VAE_DECODER, "VAE", student.vae),
     ):
-        if model is None and name in manifest.graphs and graph in (None, name):
+        if model is None and name in manifest.graphs:
             raise CheckpointError(
-                f"{place.ckpt} has no {part}; the bundle's {name} came from elsewhere",
+                f"{student.source.name} has no {part}; the bundle's {name} came from elsewhere",
                 "Give --base (or --vae) as when the bundle was exported.",
             )
-    return student
+    return Student(
+        student.unet,
+        manifest.plan,
+        source=student.source,
+        scheduler_config=student.scheduler_config,
+        text_encoder=student.text_encoder,
+        vae=student.vae,
+        tokenizer_folder=student.tokenizer_folder,
+        controlnet=student.controlnet,
+    )
 
 
-def _check_same(student: Student, place: StudentPlace, manifest: Manifest) -> None:
+def _check_same(student: Student, manifest: Manifest) -> None:
     """Refuse other weights than the bundle's, with what the export merged or added."""
+    name = student.source.name
     given = {"unet": student.source.sha256, **student.source.part_sha256}
     own = {"unet": manifest.source.sha256, **manifest.source.part_sha256}
     for part, digest in given.items():
         if digest != own.get(part):
             raise CheckpointError(
-                f"{place.ckpt} is not the student of this bundle: the SHA-256 of its {part} is "
+                f"{name} is not the student of this bundle: the SHA-256 of its {part} is "
                 f"{digest[:12]}..., the bundle's {str(own.get(part))[:12]}...",
                 _as_exported(manifest),
             )
     if CONTROLNET in manifest.graphs and student.controlnet is None:
         raise CheckpointError(
-            f"{place.ckpt} comes without the ControlNet of this bundle",
+            f"{name} comes without the ControlNet of this bundle",
             f"Add the one of the export: {manifest.source.parts.get('controlnet', '--controlnet')}",
         )
 
@@ -93,14 +113,6 @@ def _as_exported(manifest: Manifest) -> str:
         + (f" with {' '.join(more)} as at the export" if more else "")
         + ", or export this one."
     )
-
-
-def _unneeded(manifest: Manifest, graph: str | None) -> tuple[str, ...]:
-    """Parts that need not be read, as long as sizes do not depend on them."""
-    if graph is None or manifest.vae_scale != 8 or manifest.text_shape[1] != 77:
-        return ()
-    parts = {"text_encoder": TEXT_ENCODER, "vae": VAE_DECODER}
-    return tuple(part for part, needed_by in parts.items() if needed_by != graph)
 
 
 def fp32_options(manifest: Manifest, size: Size) -> ExportOptions:

@@ -107,10 +107,10 @@ FEATURES: Mapping[str, Feature] = {
         lambda manifest: any(graph.precision == "bf16" for graph in manifest.graphs.values()),
     ),
     "int8": Feature("int8 graphs (quantize)", "is quantized already", _is_quantized),
-    "packed": Feature(
-        "packed for one runtime (pack)",
-        "was packed without its ONNX files",
-        lambda manifest: any(graph.omitted for graph in manifest.graphs.values()),
+    "without-onnx": Feature(
+        "no ONNX files (pack --runtime, coreml --ckpt, coreai --ckpt)",
+        "has no ONNX files",
+        lambda manifest: not manifest.has_onnx,
     ),
 }
 
@@ -195,9 +195,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         ("openvino", "trt", "triton", "calibrate", "quantize"),
-        ("packed",),
+        ("without-onnx",),
         "they are what this starts from",
-        "Take the bundle it was packed from.",
+        "Take the bundle it was packed from, or make one: tiue-export onnx --ckpt STUDENT --out "
+        "BUNDLE",
     ),
 )
 

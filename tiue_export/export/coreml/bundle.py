@@ -1,7 +1,6 @@
-"""Bundle and its checkpoint -> the same bundle with Core ML packages, each proven by executing it.
+"""Bundle and its student -> the same bundle with Core ML packages, each proven by executing it.
 
-Core ML reads no ONNX: packages come from the student itself, through torch.export. Every graph is
-made in a process of its own, so that memory is given back whole and a crash is one message.
+Core ML reads no ONNX: packages come from the student itself, through torch.export.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ import functools
 import importlib.metadata
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from tiue_export._version import __version__
 from tiue_export.bundle.manifest import Compiled, Manifest
@@ -29,7 +28,7 @@ from tiue_export.export.backend import (
     files_below,
     form_identity,
 )
-from tiue_export.export.child_process import run_here, run_in_child
+from tiue_export.export.contract import GRAPH_GROUPS
 from tiue_export.export.coreml.job import (
     GraphJob,
     GraphResult,
@@ -45,55 +44,65 @@ from tiue_export.export.coreml.profiles import (
     check_whole_decoder,
     plan_coreml,
 )
-from tiue_export.export.coreml.recipe import MixedRecipe, RecipeJob, find_recipe
+from tiue_export.export.coreml.recipe import MixedRecipe, RecipeSearch, find_recipe
 from tiue_export.export.coreml.swift import check_swift, write_swift_resources
-from tiue_export.export.own_student import Size, StudentPlace
+from tiue_export.export.own_student import Size, as_exported, fp32_options
+from tiue_export.graphs.build import build_graphs
 from tiue_export.proof.gates import weakest
 from tiue_export.proof.parity import load_reference
 from tiue_export.registry.packages import require
+from tiue_export.registry.support import require_support
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
+from tiue_export.student.model import Student
+from tiue_export.system.memory import return_freed_memory
 from tiue_export.system.progress import Observer, stage
 
 FOLDER = "coreml"
 RECIPE_FILE = "recipe.json"
 _TOKENIZER = "tokenizer/tokenizer.json"
-T = TypeVar("T")
 
 
 def compile_coreml(
     bundle: Bundle,
-    place: StudentPlace,
+    student: Student,
     options: CoremlOptions | None = None,
     *,
     force: bool = False,
     allow_parity_loss: bool = False,
-    in_process: bool = False,
     observer: Observer | None = None,
 ) -> Bundle:
     """Make, compress and prove a package of every graph; see `compile_form`.
 
-    `place` is the checkpoint that the bundle was made from: `CheckpointError` for another one.
-    `in_process` makes all graphs in this process: faster for small students, and memory adds up.
-    Raises `UsageError` for options that do not go together.
+    `student` is the one that the bundle was made from: `CheckpointError` for another one. Raises
+    `UsageError` for options that do not go together.
     """
-    options = options or CoremlOptions()
     return compile_form(
         bundle,
-        CoremlBackend(place, options, plan_for(bundle.manifest, options), in_process),
+        _backend_for(bundle, student, options or CoremlOptions()),
         force=force,
         allow_parity_loss=allow_parity_loss,
         observer=observer,
     )
 
 
+def check_coreml(bundle: Bundle, student: Student, options: CoremlOptions) -> None:
+    """Refuse options that a bundle's packages cannot have; it need not be written yet."""
+    _backend_for(bundle, student, options).check(bundle)
+
+
+def _backend_for(bundle: Bundle, student: Student, options: CoremlOptions) -> CoremlBackend:
+    require_support("coreml", bundle)
+    own = as_exported(student, bundle.manifest)
+    return CoremlBackend(own, options, plan_for(bundle.manifest, options))
+
+
 @dataclass(frozen=True)
 class CoremlBackend(Backend):
-    """Packages from the student; each is proven by the evaluator in the process that makes it."""
+    """Packages from the student; each is proven by the evaluator as soon as it is made."""
 
-    place: StudentPlace
+    student: Student
     options: CoremlOptions
     plan: CoremlPlan
-    in_process: bool = False
     runtime: ClassVar[str] = "coreml"
     title: ClassVar[str] = "Core ML packages"
     if_lost: ClassVar[str] = (
@@ -101,13 +110,18 @@ class CoremlBackend(Backend):
         "with --allow-parity-loss (the manifest then says so)."
     )
     reads_onnx: ClassVar[bool] = False
-    in_child: ClassVar[bool] = True
     folder: ClassVar[str] = FOLDER
 
     def check(self, bundle: Bundle) -> None:
         """Refuse options that this bundle's packages cannot have."""
         require("Core ML export", ("coremltools", "sklearn"), "coreml")
         _check_bundle(bundle, self.plan, self.options)
+        if self.plan.limit_bytes is not None:
+            size = bundle.manifest.height_px, bundle.manifest.width_px
+            for group in GRAPH_GROUPS:
+                options = fp32_options(bundle.manifest, size)
+                for graph in build_graphs(self.student, options, only=group):
+                    check_limit(self.plan, graph.spec.name, graph.weight_bytes // 4)
 
     def form(self, bundle: Bundle) -> Compiled:
         """For the plan's deployment target; the coarsest gate of its graphs is the form's."""
@@ -158,18 +172,6 @@ class _Export:
     work: Path
     sizes: tuple[Size, ...]
 
-    def run(self, job: Callable[[Any], T], request: Any, progress: Path | None = None) -> T:
-        """`job(request)` in a child process of its own, or here."""
-        if self.backend.in_process:
-            return run_here(job, request)
-        return run_in_child(
-            job,
-            request,
-            preload="tiue_export.export.coreml.job",
-            progress_file=progress,
-            on_progress=self.workshop.observer.on_progress,
-        )
-
     def recipe(self) -> MixedRecipe | None:
         """Start the captured arrays; the bits of each layer: the user's, or found for a target."""
         bundle, plan, options = self.workshop.bundle, self.backend.plan, self.backend.options
@@ -183,21 +185,17 @@ class _Export:
             return MixedRecipe(bits=options.recipe)
         if options.target_psnr_db is None and options.target_mb is None:
             return None
-        progress = self.work / "progress.json"
-        request = RecipeJob(
-            self.backend.place,
+        search = RecipeSearch(
+            self.backend.student,
             manifest,
             plan,
             self.sizes[0],
             self.work,
             options.target_psnr_db,
             options.target_mb,
-            progress,
         )
-        with stage(self.workshop.observer, "find bits per layer", in_child=True) as running:
-            recipe = self.run(find_recipe, request, progress)
-            running.peak_memory_bytes = recipe.peak_memory_bytes
-        return recipe
+        with stage(self.workshop.observer, "find bits per layer"):
+            return find_recipe(search, self.workshop.observer.on_progress)
 
     def extra_files(self, recipe: MixedRecipe | None) -> dict[str, tuple[str, ...]]:
         """Write what goes along with the packages; files by the graph that lists them."""
@@ -219,30 +217,28 @@ class _Export:
         """One graph's package, made and proven."""
         bundle, folder, options = self.workshop.bundle, self.workshop.folder, self.backend.options
         tokenizer = bundle.root / _TOKENIZER
-        result = self.run(
-            run_job,
-            GraphJob(
-                graph=graph,
-                place=self.backend.place,
-                manifest=bundle.manifest,
-                plan=self.backend.plan,
-                sizes=self.sizes if graph != TEXT_ENCODER else self.sizes[:1],
-                package=folder / f"{graph}.mlpackage",
-                work=self.work,
-                metadata=_metadata(bundle, self.backend.plan, graph),
-                bits={} if recipe is None else recipe.bits.get(graph, {}),
-                prompts=options.prompts,
-                tokenizer=tokenizer if tokenizer.is_file() else None,
-                gate_db=options.target_psnr_db,
-            ),
+        job = GraphJob(
+            graph=graph,
+            student=self.backend.student,
+            manifest=bundle.manifest,
+            plan=self.backend.plan,
+            sizes=self.sizes if graph != TEXT_ENCODER else self.sizes[:1],
+            package=folder / f"{graph}.mlpackage",
+            work=self.work,
+            metadata=_metadata(bundle, self.backend.plan, graph),
+            bits={} if recipe is None else recipe.bits.get(graph, {}),
+            prompts=options.prompts,
+            tokenizer=tokenizer if tokenizer.is_file() else None,
+            gate_db=options.target_psnr_db,
         )
+        result = run_job(job)
+        return_freed_memory()
         package = f"{graph}.mlpackage"
         return GraphForm(
             path=f"{package}/Manifest.json",
             files=(*files_below(folder, package), *extra.get(graph, ())),
             report=_report(result, self.backend.plan.compression_of(graph).name),
             parity=result.parity,
-            peak_memory_bytes=result.peak_memory_bytes,
         )
 
 
@@ -293,10 +289,6 @@ def _check_bundle(bundle: Bundle, plan: CoremlPlan, options: CoremlOptions) -> N
             f"w8a8 is calibrated on prompts, and {bundle.root} has no text encoder",
             "Export the bundle with --base and the pipeline folder that holds it.",
         )
-    for graph, record in manifest.graphs.items():
-        size_bytes = sum(file.size_bytes for file in record.files.values())
-        # ONNX stores little but weights.
-        check_limit(plan, graph, size_bytes // (4 if record.precision == "fp32" else 2))
     unknown = sorted(set(options.recipe) - set(UNET_GRAPHS))
     if unknown:
         raise UsageError(f"the recipe is for {', '.join(unknown)}; expected {UNET_GRAPHS}")
@@ -304,11 +296,16 @@ def _check_bundle(bundle: Bundle, plan: CoremlPlan, options: CoremlOptions) -> N
 
 @contextlib.contextmanager
 def _work_folder(folder: Path) -> Iterator[Path]:
-    """Beside the packages, so that a full disk shows early; gone before they are put in place."""
+    """Beside the packages, so that a full disk shows early; gone before they are put in place.
+
+    coremltools' temporary files lie there too: it removes them when the process ends.
+    """
     work = Path(tempfile.mkdtemp(prefix="work-", dir=folder))
+    before, tempfile.tempdir = tempfile.tempdir, str(work)
     try:
         yield work
     finally:
+        tempfile.tempdir = before
         shutil.rmtree(work, ignore_errors=True)
 
 

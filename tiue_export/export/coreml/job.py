@@ -1,17 +1,15 @@
-"""One graph of a Core ML export, start to finish, in whatever process runs it.
+"""One graph of a Core ML export, start to finish.
 
-The student's part is loaded, run in float32 for what the package is to be held against, put into
-the device's layout, converted, compressed, and freed; then the package on disk is executed. Arrays
+The student's part is run in float32 for what the package is to be held against, put into the
+device's layout, converted, compressed, and freed; then the package on disk is executed. Arrays
 that later graphs need lie as .npz files in the job's work folder.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +34,7 @@ from tiue_export.export.coreml.layout import with_layout
 from tiue_export.export.coreml.mil.evaluator import Evaluation, MilProgram
 from tiue_export.export.coreml.mil.package import MilPackage
 from tiue_export.export.coreml.profiles import CoremlPlan, function_named
-from tiue_export.export.own_student import Size, StudentPlace, fp32_options, open_student
+from tiue_export.export.own_student import Size, fp32_options
 from tiue_export.graphs.build import Graph, build_graphs, run_graph
 from tiue_export.proof.half_range import HALF_MAX
 from tiue_export.proof.parity import parity_record
@@ -53,7 +51,7 @@ from tiue_export.specs import (
     axis_size,
 )
 from tiue_export.student.model import Student
-from tiue_export.system.memory import PeakMemory, return_freed_memory
+from tiue_export.system.memory import return_freed_memory
 
 # Beyond half of what half precision holds, an operation stays in float32: another prompt may reach
 # further than ours.
@@ -80,7 +78,7 @@ class GraphJob:
     """
 
     graph: str
-    place: StudentPlace
+    student: Student
     manifest: Manifest
     plan: CoremlPlan
     sizes: tuple[Size, ...]
@@ -101,7 +99,6 @@ class GraphResult:
     convert_s: float
     verify_s: float
     cpu_s: float
-    peak_memory_bytes: int
     size_bytes: int
     max_abs: float
     max_abs_op: str
@@ -112,12 +109,11 @@ class GraphResult:
 def run_job(job: GraphJob) -> GraphResult:
     """Make and prove one package. Raises every error that the steps raise."""
     start, cpu_start = time.perf_counter(), time.process_time()
-    with PeakMemory() as memory:
-        ops, float32_ops = _make(job)
-        converted = time.perf_counter()
-        return_freed_memory()
-        evaluations = {size: _evaluate(job, size) for size in job.sizes}
-        records = [_judged(job, size, evaluations[size]) for size in job.sizes]
+    ops, float32_ops = _make(job)
+    converted = time.perf_counter()
+    return_freed_memory()
+    evaluations = {size: _evaluate(job, size) for size in job.sizes}
+    records = [_judged(job, size, evaluations[size]) for size in job.sizes]
     worst = max(
         (record for each in evaluations.values() for record in each.records),
         key=lambda record: record.max_abs,
@@ -127,7 +123,6 @@ def run_job(job: GraphJob) -> GraphResult:
         convert_s=converted - start,
         verify_s=time.perf_counter() - converted,
         cpu_s=time.process_time() - cpu_start,
-        peak_memory_bytes=memory.peak_bytes,
         size_bytes=sum(f.stat().st_size for f in job.package.rglob("*") if f.is_file()),
         max_abs=worst.max_abs,
         max_abs_op=f"{worst.op} {worst.name}",
@@ -141,13 +136,12 @@ def run_job(job: GraphJob) -> GraphResult:
 
 def _make(job: GraphJob) -> tuple[dict[str, int], tuple[str, ...]]:
     """Write the package; operations by type, and those that stay in float32 for their range."""
-    student = open_student(job.place, job.manifest, job.graph)
     parts: dict[Size, Path] = {}
     ops: dict[str, int] = {}
     float32_ops: frozenset[str] = frozenset()
     for size in job.sizes:
         package = job.package if len(job.sizes) == 1 else _part(job, size)
-        ops, float32_ops = _make_size(job, student, size, package, float32_ops)
+        ops, float32_ops = _make_size(job, size, package, float32_ops)
         parts[size] = package
     if len(parts) > 1:
         merge_functions(parts, job.package)
@@ -157,12 +151,12 @@ def _make(job: GraphJob) -> tuple[dict[str, int], tuple[str, ...]]:
 
 
 def _make_size(
-    job: GraphJob, student: Student, size: Size, package: Path, large: frozenset[str]
+    job: GraphJob, size: Size, package: Path, large: frozenset[str]
 ) -> tuple[dict[str, int], frozenset[str]]:
     """Convert one size until no value comes near half precision's limit, then compress it."""
     plan, compression = job.plan, job.plan.compression_of(job.graph)
     plain = package if compression.kind == "none" else job.work / f"plain-{package.name}"
-    graph = _graph(job, student, size)
+    graph = _graph(job, size)
     _capture(job, graph, size)
     module = with_layout(graph, plan.attention, plan.linear, plan.decoder_batch)
     metadata = {**job.metadata, "height_px": size[0], "width_px": size[1]}
@@ -179,7 +173,7 @@ def _make_size(
     if compression.kind != "none":
         ranges = None
         if compression.kind == "w8a8":
-            ranges = activation_ranges(plain, _samples(job, student, size))
+            ranges = activation_ranges(plain, _samples(job, size))
         ops = compress(plain, package, compression, bits=job.bits, ranges=ranges)
         shutil.rmtree(plain)
     return ops, conversion.float32_ops
@@ -214,9 +208,9 @@ def merge_functions(parts: Mapping[Size, Path], package: Path) -> None:
     (package / _MODEL_FILE).write_bytes(whole.SerializeToString())
 
 
-def _graph(job: GraphJob, student: Student, size: Size) -> Graph:
+def _graph(job: GraphJob, size: Size) -> Graph:
     only = UNET_GRAPHS if job.graph in UNET_GRAPHS else (job.graph,)
-    graphs = build_graphs(student, fp32_options(job.manifest, size), only=only)
+    graphs = build_graphs(job.student, fp32_options(job.manifest, size), only=only)
     graph = next(graph for graph in graphs if graph.spec.name == job.graph)
     return graph if job.manifest.plan.one_pass else _at_steps(graph, job.plan.decoder_batch)
 
@@ -312,13 +306,11 @@ def load_pool(work: Path, name: str, size: Size) -> dict[str, Array]:
         return {key: stored[key] for key in stored.files}
 
 
-def _samples(job: GraphJob, student: Student, size: Size) -> Iterator[dict[str, Array]]:
+def _samples(job: GraphJob, size: Size) -> Iterator[dict[str, Array]]:
     """Inputs of this graph for each calibration prompt, from the float32 student."""
-    full = student
-    if student.text_encoder is None and job.tokenizer is not None:
-        full = open_student(job.place, job.manifest)
     options = fp32_options(job.manifest, size)
-    graphs = {graph.spec.name: graph for graph in build_graphs(full, options)}
+    built = build_graphs(job.student, options, only=(TEXT_ENCODER, *UNET_GRAPHS))
+    graphs = {graph.spec.name: graph for graph in built}
     rows = options.batch
     assert job.tokenizer is not None  # checked where the options were
     tokenize = open_tokenizer(job.tokenizer, int(job.manifest.text_shape[1]))
@@ -389,16 +381,3 @@ def _judged(job: GraphJob, size: Size, evaluation: Evaluation) -> ParityRecord:
 
 def _part(job: GraphJob, size: Size) -> Path:
     return job.work / f"{job.graph}-{size[0]}x{size[1]}.mlpackage"
-
-
-@contextmanager
-def progress_file(path: Path | None) -> Iterator[Any]:
-    """A function (fraction, detail) that leaves word in a file for whoever waits."""
-
-    def say(fraction: float, detail: str) -> None:
-        if path is not None:
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps([fraction, detail]), "utf-8")
-            partial.replace(path)
-
-    yield say

@@ -12,11 +12,10 @@ from __future__ import annotations
 import heapq
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,16 +26,15 @@ from tiue_export.errors import BundleError, UsageError
 from tiue_export.export.coreml.compress import LEAST_WEIGHTS, palette
 from tiue_export.export.coreml.job import (
     load_pool,
-    progress_file,
 )
 from tiue_export.export.coreml.layout import with_layout
 from tiue_export.export.coreml.profiles import CoremlPlan
-from tiue_export.export.own_student import Size, StudentPlace, fp32_options, open_student
+from tiue_export.export.own_student import Size, fp32_options
 from tiue_export.graphs.build import Graph, build_graphs
 from tiue_export.proof.gates import psnr_db
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER, UNET_GRAPHS, Array
-from tiue_export.system.memory import PeakMemory
+from tiue_export.student.model import Student
 
 FORMAT = 1
 BITS = (4, 6, 8, 16)
@@ -58,7 +56,6 @@ class MixedRecipe:
     measured_db: float | None = None
     size_bytes: int = 0
     sensitivity_db: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    peak_memory_bytes: int = 0
 
     def save(self, path: Path) -> None:
         """Write as JSON, for `--recipe`."""
@@ -94,17 +91,16 @@ def read_recipe(path: Path) -> Mapping[str, Mapping[str, int]]:
 
 
 @dataclass(frozen=True)
-class RecipeJob:
+class RecipeSearch:
     """What a recipe is searched for: a PSNR of the latents, or MB of both UNet graphs' weights."""
 
-    place: StudentPlace
+    student: Student
     manifest: Manifest
     plan: CoremlPlan
     size: Size
     work: Path
     target_psnr_db: float | None
     target_mb: float | None
-    progress: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -130,13 +126,14 @@ class _Weight:
         return self.count * bits // 8
 
 
-def find_recipe(job: RecipeJob) -> MixedRecipe:
+def find_recipe(
+    job: RecipeSearch, say: Callable[[float, str], None] = lambda fraction, detail: None
+) -> MixedRecipe:
     """Measure every weight, choose bits for the target, and check the choice as a whole."""
-    with PeakMemory() as memory, torch.no_grad(), progress_file(job.progress) as say:
-        student = open_student(job.place, job.manifest, UNET_DECODER)
-        probe = _Probe(job, student, _small(job))
+    with torch.no_grad():
+        probe = _Probe(job, _small(job))
         weights = _measured(probe, say)
-        whole = _Probe(job, student, job.size)
+        whole = _Probe(job, job.size)
         parameters = {(w.graph, w.name): w.parameter for w in whole.named()}
         bits, measured = _chosen(job, whole, weights, parameters, say)
     by_graph: dict[str, dict[str, int]] = {graph: {} for graph in UNET_GRAPHS}
@@ -145,10 +142,10 @@ def find_recipe(job: RecipeJob) -> MixedRecipe:
         by_graph[weight.graph][weight.name] = bits[weight.graph, weight.name]
         sensitivity[weight.graph][weight.name] = round(probe.db(weight.cost(_PROBE)), 2)
     size_bytes = sum(w.size_bytes(bits[w.graph, w.name]) for w in weights)
-    return MixedRecipe(by_graph, round(measured, 2), size_bytes, sensitivity, memory.peak_bytes)
+    return MixedRecipe(by_graph, round(measured, 2), size_bytes, sensitivity)
 
 
-def _small(job: RecipeJob) -> Size:
+def _small(job: RecipeSearch) -> Size:
     """The least size that the UNet halves evenly, doubled: enough for attention to matter."""
     least = 16 * job.manifest.vae_scale
     return min(job.size[0], least), min(job.size[1], least)
@@ -157,10 +154,10 @@ def _small(job: RecipeJob) -> Size:
 class _Probe:
     """The student's two UNet graphs at one size, in the layout that is exported."""
 
-    def __init__(self, job: RecipeJob, student: Any, size: Size) -> None:
+    def __init__(self, job: RecipeSearch, size: Size) -> None:
         options, plan = fp32_options(job.manifest, size), job.plan
         self.graphs: dict[str, Graph] = {
-            graph.spec.name: graph for graph in build_graphs(student, options, only=UNET_GRAPHS)
+            graph.spec.name: graph for graph in build_graphs(job.student, options, only=UNET_GRAPHS)
         }
         self.modules = {
             name: with_layout(graph, plan.attention, plan.linear, plan.decoder_batch)
@@ -204,7 +201,7 @@ class _Probe:
         return dict(zip((tensor.name for tensor in spec.outputs), outputs, strict=True))
 
 
-def _measured(probe: _Probe, say: Any) -> list[_Weight]:
+def _measured(probe: _Probe, say: Callable[[float, str], None]) -> list[_Weight]:
     """Every weight with its rounding errors and what they do to the latents."""
     named = list(probe.named())
     measured = []
@@ -246,11 +243,11 @@ def _swapped(values: Mapping[int, tuple[nn.Parameter, Array]]) -> Iterator[None]
 
 
 def _chosen(
-    job: RecipeJob,
+    job: RecipeSearch,
     whole: _Probe,
     weights: list[_Weight],
     parameters: Mapping[tuple[str, str], nn.Parameter],
-    say: Any,
+    say: Callable[[float, str], None],
 ) -> tuple[dict[tuple[str, str], int], float]:
     """Bits for the target, and the PSNR measured with all of them at the export's own size."""
     aim = job.target_psnr_db

@@ -44,7 +44,7 @@ def write_swift_resources(
 def check_swift(bundle: Bundle) -> None:
     """Refuse a bundle without a vocabulary."""
     for name in _VOCABULARY:
-        if not (bundle.root / "tokenizer" / name).is_file():
+        if f"tokenizer/{name}" not in bundle.manifest.files:
             raise BundleError(
                 f"{bundle.root} has no tokenizer/{name}, which a Swift program needs",
                 "Export the bundle with --base and the pipeline folder that holds the tokenizer.",

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from tiue_export._version import __version__
 from tiue_export.bundle.chain import LATENTS, SCALED_LATENTS, chain_of, scaled_latents
-from tiue_export.bundle.manifest import FORMAT_VERSION, GraphRecord, Manifest, ParityRecord
+from tiue_export.bundle.manifest import GraphRecord, ParityRecord
 from tiue_export.bundle.read import (
     MANIFEST_FILE,
-    REFERENCE_FILE,
     Bundle,
-    file_records,
     open_bundle,
     records_below,
 )
 from tiue_export.bundle.write import check_target, new_bundle
-from tiue_export.checkpoint.tokenizer_files import write_tokenizer
-from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.drawing.vae_tiles import first_tile, tile_size
+from tiue_export.export.contract import (
+    GRAPH_GROUPS,
+    new_manifest,
+    write_parts,
+    write_reference,
+)
 from tiue_export.export.onnx.write import MODEL_FILE, OPSET, onnx_from_graph
-from tiue_export.graphs.build import Graph, build_graphs, exported_plan
+from tiue_export.graphs.build import Graph, build_graphs
 from tiue_export.graphs.options import ExportOptions
-from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.gates import weakest
 from tiue_export.proof.half_range import (
     AUDIT_FILE,
@@ -45,15 +42,12 @@ from tiue_export.proof.parity import (
     require_passed,
     with_dtypes,
 )
-from tiue_export.reference.capture import Capture, capture, measure_half_arithmetic
+from tiue_export.reference.capture import Capture, measure_half_arithmetic
 from tiue_export.reference.half_audit import RangeRecorder, audit_student
 from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.packages import require
 from tiue_export.specs import (
-    BATCH,
     RUNNING_ORDER,
-    TEXT_ENCODER,
-    UNET_GRAPHS,
     VAE_DECODER,
     Runtime,
     RuntimeOptions,
@@ -90,9 +84,9 @@ def export_onnx(
     require("checking an export", ("onnxruntime",), "export")
     check_target(out, force=force)
     with new_bundle(out, force=force) as folder:
-        tokenizer = _write_parts(student, options, folder)
+        tokenizer = write_parts(student, options, folder)
         recorder = RangeRecorder(student, options, _audited(options) if audit else ())
-        captured = _capture(student, options, tokenizer, folder, recorder, observer)
+        captured = write_reference(student, options, tokenizer, folder, recorder, observer)
         found = None
         if recorder.watched:
             if audit_prompts:
@@ -101,7 +95,7 @@ def export_onnx(
             found = _audit(recorder, captured.reference.inputs, audit_prompts, folder)
             options = replace(options, float32=_joined(options.float32, recorder))
         graphs, modules = _export_graphs(student, options, folder, found, observer)
-        bundle = Bundle(folder, _manifest(student, options, graphs, folder))
+        bundle = Bundle(folder, new_manifest(student, options, graphs, folder, _TOOLS))
         records = [*captured.hops, *_measure(bundle, captured, modules, observer)]
         if not allow_parity_loss:
             require_passed(records, _IF_LOST)
@@ -150,7 +144,7 @@ def _export_graphs(
     """Write every graph; returns their records, and the modules of those in half precision."""
     largest = {} if audit is None else {g.graph: g.max_abs_in_half for g in audit.graphs}
     records, modules = {}, {}
-    for group in ((TEXT_ENCODER,), UNET_GRAPHS, (VAE_DECODER,)):
+    for group in GRAPH_GROUPS:
         for graph in build_graphs(student, options, only=group):
             name = graph.spec.name
             record = _export_graph(graph, folder, observer)
@@ -175,21 +169,6 @@ def _export_graph(graph: Graph, folder: Path, observer: Observer) -> GraphRecord
         files=files,
         float32_modules=tuple(sorted(map(node_path, graph.float32))),
     )
-
-
-def _capture(
-    student: Student,
-    options: ExportOptions,
-    tokenizer: Tokenizer | None,
-    folder: Path,
-    recorder: RangeRecorder,
-    observer: Observer,
-) -> Capture:
-    name = "run student in fp32"
-    with stage(observer, name):
-        captured = capture(student, options, tokenizer, recorder, observer.steps_of(name))
-        captured.reference.save(folder / REFERENCE_FILE)
-    return captured
 
 
 def _measure(
@@ -246,60 +225,3 @@ def _ort(bundle: Bundle) -> Iterator[Runtime]:
         yield runtime
     finally:
         runtime.close()
-
-
-def _write_parts(student: Student, options: ExportOptions, folder: Path) -> Tokenizer | None:
-    """Configurations and tokenizer, in the layout that optimum and diffusers read."""
-    _write_json(folder / "scheduler" / "scheduler_config.json", student.scheduler_config)
-    index: dict[str, Any] = {
-        "_class_name": "TiUEPipeline" if student.plan.one_pass else "FasterDiffusionPipeline",
-        "scheduler": ["diffusers", student.scheduler_config.get("_class_name", "DDIMScheduler")],
-    }
-    if student.vae is not None:
-        config = {k: v for k, v in student.vae.config.items() if k != "_name_or_path"}
-        config["_class_name"] = type(student.vae).__name__
-        _write_json(folder / "vae_decoder" / "config.json", config)
-        index["vae"] = ["diffusers", type(student.vae).__name__]
-    tokenizer = None
-    if student.text_encoder is not None and student.tokenizer_folder is not None:
-        config = student.text_encoder.config.to_diff_dict()
-        config.pop("_name_or_path", None)
-        _write_json(folder / "text_encoder" / "config.json", config)
-        length = shapes_of(student, options).text[1]
-        write_tokenizer(student.tokenizer_folder, folder / "tokenizer", length)
-        index["text_encoder"] = ["transformers", "CLIPTextModel"]
-        index["tokenizer"] = ["transformers", "CLIPTokenizer"]
-        tokenizer = open_tokenizer(folder / "tokenizer" / "tokenizer.json", length)
-    _write_json(folder / "model_index.json", index)
-    return tokenizer
-
-
-def _manifest(
-    student: Student, options: ExportOptions, graphs: Mapping[str, GraphRecord], folder: Path
-) -> Manifest:
-    latents: tuple[int | str, ...] = shapes_of(student, options).latents
-    text: tuple[int | str, ...] = shapes_of(student, options).text
-    if options.dynamic_batch:
-        latents, text = (BATCH, *latents[1:]), (BATCH, *text[1:])
-    in_graphs = {name for record in graphs.values() for name in record.files}
-    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        created_by=f"tiue-export {__version__}",
-        source=student.source,
-        plan=exported_plan(student, options),
-        latent_shape=latents,
-        text_shape=text,
-        vae_scale=shapes_of(student).vae_scale,
-        vae_scaling_factor=shapes_of(student).vae_scaling_factor,
-        precision=options.precision,
-        hoisted=options.hoist,
-        graphs=graphs,
-        files=file_records(folder, [name for name in names if name not in in_graphs]),
-        tools={name: importlib.import_module(name).__version__ for name in _TOOLS},
-    )
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2, sort_keys=True, default=str) + "\n", "utf-8")

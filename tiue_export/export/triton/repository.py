@@ -174,7 +174,7 @@ def _check(bundle: Bundle, options: TritonOptions) -> None:
         raise UsageError(f"--max-batch is {options.max_batch}; expected 1 or more")
     features = features_of(bundle.manifest)
     if options.backend == "tensorrt":
-        features -= {"bf16", "packed"}  # engines are there, whatever the ONNX files are
+        features -= {"bf16", "without-onnx"}  # engines are there, whatever the ONNX files are
     check_support("triton", features, str(bundle.root))
     if options.backend == "tensorrt":
         if _TENSORRT not in bundle.manifest.compiled:
@@ -206,7 +206,7 @@ def _max_batch(bundle: Bundle, options: TritonOptions) -> int:
 def _graph_path(bundle: Bundle, graph: str, backend: str) -> str:
     if backend == "tensorrt":
         return bundle.manifest.compiled[_TENSORRT].graphs[graph].path
-    return bundle.manifest.graphs[graph].path
+    return bundle.graph_path(graph).relative_to(bundle.root).as_posix()
 
 
 def _write_model(bundle: Bundle, model: TritonModel, folder: Path) -> None:
