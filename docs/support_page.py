@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tiue_export.registry.support import FEATURES, REFUSALS, VERBS
+from tiue_export.registry.support import FEATURES, OPTION_REFUSALS, REFUSALS, VERBS
 
 PAGE = Path(__file__).with_name("support.md")
 
@@ -34,6 +34,12 @@ def support_page() -> str:
         f"({', '.join(f'`{verb}`' for verb in refusal.verbs)}): {refusal.reason}. "
         f"{refusal.next_step}"
         for refusal in together
+    ]
+    lines += ["", "Options that mean nothing to a form are refused by name:", ""]
+    lines += [
+        f"- `{refusal.option}` ({', '.join(f'`{verb}`' for verb in refusal.verbs)}"
+        f"{''.join(f', {FEATURES[name].title}' for name in refusal.features)}): {refusal.reason}."
+        for refusal in OPTION_REFUSALS
     ]
     return "\n".join(lines) + "\n"
 

@@ -14,16 +14,15 @@ from rich.table import Table
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import UsageError
-from tiue_export.registry.support import require_support
+from tiue_export.registry.support import check_options, require_support
 from tiue_export.system.progress import stage
 
 from ..options.checkpoint import SourceOptions, StudentSourceOptions
 from ..options.graphs import ExportRequest
-from ..options.group import refuse
+from ..options.group import given, refuse
 from ..report.stages import stage_bar
 from ..report.tables import console, megabytes, parity_table, print_json
 from .onnx import Check, export_checkpoint, print_contract, print_exported
-from .support import refuse_unsupported
 
 if TYPE_CHECKING:
     from tiue_export.student.model import Student
@@ -73,7 +72,7 @@ def check_source(
             export,
             usable=form.usable,
         )
-    refuse_unsupported(form.command, export)
+    check_options(form.command, given(export))
     if not batch_range:
         export.check_one_batch()
     if source.ckpt is not None:

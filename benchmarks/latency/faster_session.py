@@ -64,7 +64,7 @@ def loop_runs(plan: Plan, loop: str, batch: int) -> LoopRuns:
     sizes = Counter(
         len(piece)
         for group in plan.passes
-        for piece in pieces(group, plan.max_decoder_rows, 2 * batch)
+        for piece in pieces(group, plan.max_decoder_rows, plan.copies * batch)
     )
     return LoopRuns(len(plan.passes), dict(sorted(sizes.items())))
 
@@ -84,7 +84,8 @@ class FasterSession:
         self._runtime = open_runtime(settings.runtime, self._bundle, options)
         self._known = _inputs(self._bundle)
         batch = len(self._known["noise"])
-        plan = plan_of(self._bundle).bounded(step_limit(self._runtime), 2 * batch)
+        plan = plan_of(self._bundle)
+        plan = plan.bounded(step_limit(self._runtime), plan.copies * batch)
         self._runs = loop_runs(plan, settings.loop, batch)
 
     @property

@@ -12,11 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from tiue_export import ExportOptions, export_onnx, load_student, open_bundle
+from tiue_export.registry.support import OPTION_REFUSALS, VERBS
 
 refit = importlib.import_module("tiue_export.apps.export.refit")
-support = importlib.import_module("tiue_export.apps.export.support")
 ExportRequest = importlib.import_module("tiue_export.apps.options.graphs").ExportRequest
-flag_of = importlib.import_module("tiue_export.apps.options.group").flag_of
 
 
 def refused(run, folder: Path, *arguments: object) -> str:
@@ -88,20 +87,34 @@ def test_wrong_words_are_refused_before_anything_is_loaded(
     assert message in refused(run, tmp_path, "openvino", "--ckpt", tiny_pipeline, *options)
 
 
-_VALUES = {"method": "faster", "vae_tile": "64", "max_decoder_rows": "4", "dynamic_batch": None}
+# Each option of the table as it would be typed.
+_TYPED = {
+    "--vae-precision": ["--vae-precision", "fp32"],
+    "--dynamic-batch": ["--dynamic-batch"],
+    "--max-decoder-rows": ["--max-decoder-rows", "4"],
+    "several --size": ["--size", "64x64", "--size", "64x128"],
+    "--compress w8a8": ["--compress", "w8a8", "--calibration-prompts", "{prompts}"],
+    "--target-psnr": ["--target-psnr", "40"],
+    "--target-mb": ["--target-mb", "1"],
+    "--swift-bundle": ["--swift-bundle"],
+}
 
 
 @pytest.mark.parametrize(
-    ("backend", "field", "why"),
-    [(b, name, why) for b, each in support.REFUSED.items() for name, why in each.items()],
+    ("refusal", "verb"),
+    [(refusal, verb) for refusal in OPTION_REFUSALS for verb in refusal.verbs],
+    ids=lambda value: getattr(value, "option", value),
 )
-def test_what_a_backend_cannot_do_is_refused_by_name(
-    run, tiny_pipeline, tmp_path, backend, field, why
+def test_an_option_that_means_nothing_to_a_form_is_refused_by_name(
+    run, tiny_pipeline, tmp_path, refusal, verb
 ):
-    value = _VALUES.get(field, "x")
-    words = [flag_of(ExportRequest, field), *([] if value is None else [value])]
-    err = refused(run, tmp_path, backend, "--ckpt", tiny_pipeline, *words)
-    assert f"{words[0]} is {why}" in err
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red fox")
+    words = [word.format(prompts=prompts) for word in _TYPED[refusal.option]]
+    loop = ["--method", "faster"] if refusal.features else []
+    err = refused(run, tmp_path, verb, "--ckpt", tiny_pipeline, *loop, *words)
+    assert f"{refusal.option} is not for {VERBS[verb]}" in err
+    assert refusal.reason in err
 
 
 @pytest.mark.parametrize("command", ["onnx", "openvino", "trt", "coreml", "coreai"])

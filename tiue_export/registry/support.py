@@ -203,6 +203,34 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 
 
+@dataclass(frozen=True)
+class OptionRefusal:
+    """Why an option, as it is typed, means nothing to some verbs; with all of `features` if any."""
+
+    verbs: tuple[str, ...]
+    option: str
+    reason: str
+    features: tuple[str, ...] = ()
+
+
+_APPLE = ("coreml", "coreai")
+OPTION_REFUSALS: tuple[OptionRefusal, ...] = (
+    OptionRefusal(_APPLE, "--vae-precision", "their graphs have one precision, --precision"),
+    OptionRefusal(_APPLE, "--dynamic-batch", "they are made for one batch"),
+    OptionRefusal(("coreml",), "--max-decoder-rows", "--decoder-batch bounds their decoder"),
+    *(
+        OptionRefusal(("coreml",), option, reason, ("passes",))
+        for option, reason in (
+            ("several --size", "those of a loop have one size"),
+            ("--compress w8a8", "ranges are captured from distilled students"),
+            ("--target-psnr", "bits are chosen by the latents of one pass"),
+            ("--target-mb", "bits are chosen by the latents of one pass"),
+            ("--swift-bundle", "the Swift program draws in one pass"),
+        )
+    ),
+)
+
+
 def features_of(manifest: Manifest) -> frozenset[str]:
     """Names of the features that a bundle has."""
     return frozenset(name for name, feature in FEATURES.items() if feature.of(manifest))
@@ -226,6 +254,19 @@ def check_support(verb: str, features: Iterable[str], name: str) -> None:
             f"{name} {phrase}, which {VERBS[verb]} cannot have: {refusal.reason}",
             refusal.next_step,
         )
+
+
+def check_options(verb: str, options: Iterable[str], features: Iterable[str] = ()) -> None:
+    """Raise `UsageError` for an option, as it was typed, that means nothing to a verb."""
+    typed, present = set(options), set(features)
+    for refusal in OPTION_REFUSALS:
+        if verb in refusal.verbs and refusal.option in typed and present >= set(refusal.features):
+            phrase = " and ".join(FEATURES[feature].phrase for feature in refusal.features)
+            of_what = f" of what {phrase}" if phrase else ""
+            raise UsageError(
+                f"{refusal.option} is not for {VERBS[verb]}{of_what}: {refusal.reason}",
+                "Leave it out.",
+            )
 
 
 def require_support(verb: str, bundle: Bundle) -> None:

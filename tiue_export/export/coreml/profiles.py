@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tiue_export.errors import UsageError, unknown_name
+from tiue_export.registry.support import check_options
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
 
 # Oldest first. coremltools calls a deployment target by its iOS release; macOS ships the same.
@@ -290,19 +291,15 @@ def _check_together(plan: CoremlPlan, options: CoremlOptions) -> None:
 
 
 def check_loop(options: CoremlOptions) -> None:
-    """Refuse what packages of a model in a loop (Faster Diffusion) cannot be."""
-    for named, given in (
-        ("several --size", len(set(options.sizes)) > 1),
-        ("--compress w8a8", options.compress == "w8a8"),
-        ("--target-psnr", options.target_psnr_db is not None),
-        ("--target-mb", options.target_mb is not None),
-        ("--swift-bundle", options.swift_bundle),
-    ):
-        if given:
-            raise UsageError(
-                f"Core ML packages of a model in a loop (Faster Diffusion) come without {named}",
-                "Leave it out.",
-            )
+    """Refuse what packages of a model that draws in several passes cannot be."""
+    typed = {
+        "several --size": len(set(options.sizes)) > 1,
+        f"--compress {options.compress}": True,
+        "--target-psnr": options.target_psnr_db is not None,
+        "--target-mb": options.target_mb is not None,
+        "--swift-bundle": options.swift_bundle,
+    }
+    check_options("coreml", (option for option, given in typed.items() if given), ("passes",))
 
 
 def check_whole_decoder(decoder_batch: int, rows: int) -> None:

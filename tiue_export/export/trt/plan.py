@@ -213,7 +213,7 @@ def _decoder_steps(bundle: Bundle, options: TrtOptions) -> tuple[int, int, int] 
                 "Leave it out.",
             )
         return None
-    rows_per_step = 2 * (bundle.manifest.batch or 1)
+    rows_per_step = plan.copies * (bundle.manifest.batch or 1)
     rows = options.max_decoder_rows or plan.max_decoder_rows
     longest = max(
         len(piece) for group in plan.passes for piece in pieces(group, rows, rows_per_step)
