@@ -8,7 +8,12 @@ from pathlib import Path
 from rich.markup import escape
 
 from tiue_export.bundle.read import open_bundle
-from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
+from tiue_export.proof.parity import (
+    load_reference,
+    measure_constants,
+    measure_runtime,
+    require_passed,
+)
 from tiue_export.registry.backends import open_runtime
 from tiue_export.specs import Placed, RuntimeOptions
 
@@ -23,7 +28,8 @@ def run(path: Path, runtime_name: str, options: RuntimeOptions, as_json: bool) -
     runtime = open_runtime(runtime_name, bundle, options)
     try:
         with step_bar(shown=not bundle.manifest.plan.one_pass and not as_json) as on_step:
-            records = measure_runtime(bundle, runtime, reference, on_step)
+            records = measure_constants(bundle, reference)
+            records += measure_runtime(bundle, runtime, reference, on_step)
         placement = runtime.placement() if isinstance(runtime, Placed) and not as_json else {}
     finally:
         runtime.close()

@@ -1,4 +1,4 @@
-"""`tiue-export bundle pack` and `unpack`."""
+"""`tiue-export bundle pack`, `unpack` and `seal`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from ..options.bundle import BundleOptions
 from ..options.group import OptionGroup, command
-from ..options.output import WriteOptions
+from ..options.output import JsonOptions, WriteOptions
 
 app = typer.Typer(
     help=(
@@ -72,3 +72,15 @@ def unpack(what: UnpackOptions, output: WriteOptions) -> None:
     from ..bundle_archive import unpack as run
 
     run(what.archive, what.out, force=output.force, as_json=output.as_json)
+
+
+@app.command()
+@command
+def seal(what: BundleOptions, output: JsonOptions) -> None:
+    """Accept a tiue.json that you edited on purpose: it is checked, and its digest made anew.
+
+    Example:  tiue-export bundle seal fox
+    """
+    from ..bundle_seal import run
+
+    run(what.bundle, as_json=output.as_json)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sealed_manifest import sealed_text
 
 from tiue_export import open_bundle
 from tiue_export.drawing.picture import parameters_from_png
@@ -131,6 +132,7 @@ def test_parity_holds_a_runtime_against_the_stored_reference(run, tiny_bundle):
     code, out, _ = run("parity", tiny_bundle.root, "--json")
     assert code == 0
     assert [r["subject"] for r in json.loads(out)] == [
+        "latents / VAE scaling factor",
         "encoder_hidden_states",
         "latents",
         "picture",
@@ -283,7 +285,7 @@ def test_a_file_that_the_manifest_does_not_list_is_not_trusted(run, bundle_copy)
     manifest = bundle_copy / "tiue.json"
     data = json.loads(manifest.read_text())
     del data["files"]["tokenizer/tokenizer.json"]
-    manifest.write_text(json.dumps(data))
+    manifest.write_text(sealed_text(data))
     arguments = ["generate", bundle_copy, "a fox"]
     failing(run, 6, "the manifest lists no tokenizer/tokenizer.json", arguments=arguments)
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sealed_manifest import sealed_text
 
 from tiue_export.bundle.manifest import FileRecord
 from tiue_export.bundle.read import Bundle, open_bundle, records_below
@@ -34,7 +35,7 @@ def edit_manifest(folder: Path, edit) -> None:
     path = folder / "tiue.json"
     data = json.loads(path.read_text("utf-8"))
     edit(data)
-    path.write_text(json.dumps(data), "utf-8")
+    path.write_text(sealed_text(data), "utf-8")
 
 
 def test_an_intact_bundle_opens_with_its_manifest(bundle_copy, tiny_bundle):

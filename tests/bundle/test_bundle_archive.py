@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sealed_manifest import sealed_text
 
 from tiue_export.bundle.archive import manifest_for, pack_bundle, unpack_bundle
 from tiue_export.bundle.manifest import Compiled, CompiledGraph, Manifest
@@ -174,12 +175,12 @@ def test_anything_but_a_regular_file_is_refused(archive, tmp_path, kind):
 def test_a_manifest_that_lists_a_path_outside_is_refused(archive, tmp_path):
     data = json.loads(members(archive)["tiue.json"])
     data["files"]["../evil"] = {"size_bytes": 4, "sha256": "0" * 64}
-    contents = [("tiue.json", json.dumps(data).encode()), ("../evil", b"evil")]
+    contents = [("tiue.json", sealed_text(data).encode()), ("../evil", b"evil")]
     error = refusal(write(tmp_path / "bad.tar", contents), tmp_path / "out")
     assert "the manifest points outside the bundle: '../evil'" in error.message
     del data["files"]["../evil"]
     data["files"]["tiue.json"] = {"size_bytes": 4, "sha256": "0" * 64}
-    bad = write(tmp_path / "bad.tar", [("tiue.json", json.dumps(data).encode())])
+    bad = write(tmp_path / "bad.tar", [("tiue.json", sealed_text(data).encode())])
     assert "the manifest lists itself" in refusal(bad, tmp_path / "out").message
 
 
@@ -239,7 +240,7 @@ def test_manifests_written_before_packing_existed_still_open(tiny_bundle):
     data = json.loads(tiny_bundle.manifest.to_json())
     for graph in data["graphs"].values():
         del graph["omitted"]
-    assert Manifest.from_json(json.dumps(data), "tiue.json") == tiny_bundle.manifest
+    assert Manifest.from_json(sealed_text(data), "tiue.json") == tiny_bundle.manifest
 
 
 def test_the_commands_pack_and_unpack(compiled, run):

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plan_cases import plans
+from sealed_manifest import sealed_text
 
 from tiue_export.bundle.manifest import (
     FORMAT_VERSION,
@@ -68,7 +69,7 @@ MANIFEST = st.builds(
     latent_shape=st.tuples(SIDE, SIZE, SIZE, SIZE),
     text_shape=st.tuples(SIDE, SIZE, SIZE),
     vae_scale=SIZE,
-    vae_scaling_factor=FINITE,
+    vae_scaling_factor=st.floats(1e-6, 1e6),
     precision=TEXT,
     hoisted=TEXT,
     graphs=st.dictionaries(
@@ -172,7 +173,7 @@ def test_shapes_and_lists_come_back_as_tuples():
 
 
 def test_a_whole_number_is_read_as_a_float_where_a_float_belongs():
-    manifest = Manifest.from_json(json.dumps({**parsed(), "vae_scaling_factor": 1}), WHERE)
+    manifest = Manifest.from_json(sealed_text({**parsed(), "vae_scaling_factor": 1}), WHERE)
     assert isinstance(manifest.vae_scaling_factor, float)
 
 
@@ -181,7 +182,7 @@ def test_fields_that_have_a_default_may_be_absent():
     for name in ("parity", "parity_loss_allowed", "tools"):
         del data[name]
     del data["source"]["licence"]
-    manifest = Manifest.from_json(json.dumps(data), WHERE)
+    manifest = Manifest.from_json(sealed_text(data), WHERE)
     assert (manifest.parity, manifest.parity_loss_allowed, manifest.tools) == ((), False, {})
     assert manifest.source.licence is None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 import types
@@ -13,9 +14,10 @@ from typing import Any
 
 from tiue_export.errors import BundleError
 from tiue_export.sampling.plan import Plan
-from tiue_export.specs import GraphSpec, TensorSpec
+from tiue_export.specs import TEXT_ENCODER, UNET_ENCODER, VAE_DECODER, GraphSpec, TensorSpec
 
 FORMAT_VERSION = 2
+_DIGEST = "sha256"
 
 
 @dataclass(frozen=True)
@@ -163,19 +165,26 @@ class Manifest:
         return None if isinstance(size, str) else size
 
     def to_json(self) -> str:
-        """The text of tiue.json: readable, stable order, strict JSON (no NaN)."""
-        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        """The text of tiue.json: readable, stable order, strict JSON (no NaN), its digest last."""
+        content = dataclasses.asdict(self)
+        sealed = {**content, _DIGEST: digest_of(content)}
+        return json.dumps(sealed, indent=1, allow_nan=False) + "\n"
 
     @staticmethod
-    def from_json(text: str, where: str) -> Manifest:
-        """Parse and check every field; `where` names the file in errors."""
+    def from_json(text: str, where: str, *, sealed: bool = True) -> Manifest:
+        """Parse and check every field; `where` names the file in errors.
+
+        `sealed`: its digest must be that of its content, as nothing else protects its constants.
+        """
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{where} is not JSON: {error}", _REEXPORT) from error
         version = data.get("format_version") if isinstance(data, dict) else None
-        if type(version) is int and version == 1:
-            data, version = upgraded(data), FORMAT_VERSION
+        digest = data.pop(_DIGEST, None) if isinstance(data, dict) else None
+        altered = sealed and digest != digest_of(data)
+        if type(version) is int and version == 1:  # which had no digest
+            data, version, altered = upgraded(data), FORMAT_VERSION, False
         if version != FORMAT_VERSION:
             raise BundleError(
                 f"{where} has format version {version!r}; this program reads 1 and "
@@ -195,7 +204,49 @@ class Manifest:
         problem = manifest.plan.problem()
         if problem:
             raise BundleError(f"{where}: the plan contradicts itself: {problem}", _REEXPORT)
+        problem = manifest.problem()
+        if problem:
+            raise BundleError(f"{where} contradicts itself: {problem}", _REEXPORT)
+        if altered:
+            raise BundleError(
+                f"{where} was altered: its content is not that of its {_DIGEST}",
+                "Copy the bundle again. If it was you, on purpose: tiue-export bundle seal BUNDLE",
+            )
         return manifest
+
+    def problem(self) -> str | None:
+        """What cannot be, or does not fit together; None where all agrees."""
+        for name in ("vae_scale", "vae_scaling_factor"):
+            if getattr(self, name) <= 0:
+                return f"{name} is {getattr(self, name)}; expected more than 0"
+        sides = (*self.latent_shape, *self.text_shape)
+        if any(side < 1 for side in sides if isinstance(side, int)):
+            return f"latents {self.latent_shape} and text {self.text_shape} need sides of 1 or more"
+        for graph, tensor, own in (
+            (UNET_ENCODER, "sample", self.latent_shape),
+            (TEXT_ENCODER, "last_hidden_state", self.text_shape),
+        ):
+            for shape in self._shapes(graph, tensor):
+                if shape[1:] != own[1:]:
+                    return f"{graph} has {tensor} {shape}, the bundle {own}"
+        for latents in self._shapes(VAE_DECODER, "latent_sample"):
+            pixels = [side * self.vae_scale for side in latents[2:] if isinstance(side, int)]
+            for picture in self._shapes(VAE_DECODER, "sample"):
+                if list(picture[2:]) != pixels:
+                    return f"{VAE_DECODER} draws {picture} of {latents}, {self.vae_scale} px each"
+        return None
+
+    def _shapes(self, graph: str, tensor: str) -> list[tuple[int | str, ...]]:
+        """The shape of a tensor, where a graph has one of this name."""
+        record = self.graphs.get(graph)
+        tensors = () if record is None else (*record.inputs, *record.outputs)
+        return [spec.shape for spec in tensors if spec.name == tensor and len(spec.shape) > 1]
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 over what a manifest says, however it is laid out."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:

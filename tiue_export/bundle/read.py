@@ -68,8 +68,10 @@ class Bundle:
         return sum(record.size_bytes for _, record in all_files(self.manifest))
 
 
-def open_bundle(path: str | Path) -> Bundle:
+def open_bundle(path: str | Path, *, sealed: bool = True) -> Bundle:
     """Open a bundle folder, checking the manifest and the SHA-256 of every file in it.
+
+    `sealed`: the manifest must be as the program wrote it, by its own SHA-256.
 
     Raises `BundleError`: no bundle, unfinished export, unknown format version, a missing,
     truncated or altered file.
@@ -86,19 +88,19 @@ def open_bundle(path: str | Path) -> Bundle:
             else f"{root} is a file; a bundle is a folder with a {MANIFEST_FILE}",
             _bundle_meant(root),
         )
-    manifest = read_manifest(root)
+    manifest = read_manifest(root, sealed=sealed)
     _verify(root, manifest)
     return Bundle(root, manifest)
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: Path, *, sealed: bool = True) -> Manifest:
     """What tiue.json says, its files unchecked. Raises `BundleError` where it cannot be read."""
     path = root / MANIFEST_FILE
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
-    return Manifest.from_json(text, str(path))
+    return Manifest.from_json(text, str(path), sealed=sealed)
 
 
 def _bundle_meant(root: Path) -> str:

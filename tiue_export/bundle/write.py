@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tiue_export.bundle.lock import locked
 from tiue_export.bundle.manifest import Compiled, Manifest
-from tiue_export.bundle.read import MANIFEST_FILE, PARTIAL, Bundle, read_manifest
+from tiue_export.bundle.read import MANIFEST_FILE, PARTIAL, Bundle, open_bundle, read_manifest
 from tiue_export.errors import BundleError
 from tiue_export.system.disk_errors import disk_errors
 
@@ -96,6 +96,18 @@ def add_compiled(
         manifest = replace(now, compiled={**others, name: compiled})
         write_manifest(bundle.root, manifest)
     return Bundle(bundle.root, manifest)
+
+
+def seal(path: str | Path) -> Bundle:
+    """Accept a manifest that was edited on purpose; returns the bundle.
+
+    Raises `BundleError` where it contradicts itself or the bundle's files.
+    """
+    root = open_bundle(path, sealed=False).root
+    with locked(root):
+        manifest = read_manifest(root, sealed=False)
+        write_manifest(root, manifest)
+    return Bundle(root, manifest)
 
 
 def _manifest_now(bundle: Bundle, name: str) -> Manifest:

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tiue_export.bundle.chain import LATENTS, PICTURE, chain_of
+from tiue_export.bundle.chain import (
+    LATENTS,
+    PICTURE,
+    SCALED_LATENTS,
+    chain_of,
+    scaled_latents,
+)
 from tiue_export.bundle.manifest import ParityRecord
 from tiue_export.bundle.read import REFERENCE_FILE, Bundle
 from tiue_export.errors import BundleError, ParityError
@@ -158,6 +164,23 @@ def measure_runtime(
     if VAE_DECODER in graphs:
         measure(VAE_DECODER, known)
     return records
+
+
+def measure_constants(bundle: Bundle, reference: Reference) -> list[ParityRecord]:
+    """What the manifest alone decides: its scaling factor, by what the student's VAE was given.
+
+    Plans in several passes are proven by drawing them; those of one pass are constants of graphs.
+    """
+    if VAE_DECODER not in bundle.manifest.graphs:
+        return []
+    known, expected = reference.arrays, reference.arrays[SCALED_LATENTS]
+    height, width = expected.shape[2:]  # of the first tile, where pictures are decoded in tiles
+    scaled = scaled_latents(known[LATENTS], bundle.manifest.vae_scaling_factor)
+    scaled = scaled[:, :, :height, :width]
+    record = parity_record(
+        "manifest", "latents / VAE scaling factor", expected, scaled, "split", reference.inputs
+    )
+    return [record]
 
 
 def measure_loop(
