@@ -68,7 +68,14 @@ def check_container(path: Path) -> None:
             entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
         ]
         promised = 8 + header_bytes + max((int(end) for end in ends), default=0)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,  # an infinite offset
+        RecursionError,
+    ) as error:
         if len(raw) < header_bytes:
             raise _truncated(path, size_bytes, 8 + header_bytes) from error
         raise CheckpointError(

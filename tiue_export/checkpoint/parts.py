@@ -143,6 +143,8 @@ def quiet_libraries() -> Iterator[None]:
 
 def read_json(path: Path) -> Config:
     """A JSON object from a file of the checkpoint."""
+    if path.exists() and not path.is_file():  # a named pipe would be waited for without end
+        raise CheckpointError(f"{path} is no file")
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -153,9 +155,13 @@ def read_json(path: Path) -> Config:
 def parse_json(text: str, where: str) -> Config:
     """A JSON object from text; `where` names it in errors."""
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where} is not JSON: {error}") from error
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON: {first_line(error)}") from error
     if not isinstance(data, Mapping):
         raise CheckpointError(f"{where} is not a JSON object")
     return dict(data)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number that JSON knows")

@@ -64,6 +64,11 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             shards = sorted({str(shard) for shard in listed})
         except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{index} is not a shard index: {error}") from error
+        foreign = [shard for shard in shards if Path(shard).name != shard]
+        if foreign:
+            raise CheckpointError(
+                f"{index} names {foreign[0]!r} as a shard; expected a file beside it"
+            )
         return [folder / shard for shard in shards]
     for path in sorted(folder.iterdir()):
         refuse_pickle(path)

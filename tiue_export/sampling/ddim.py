@@ -32,6 +32,13 @@ _COMMON: dict[str, Any] = {
     "trained_betas": None,
     "prediction_type": "epsilon",
 }
+# What a schedule can be at all; none was ever trained on more than a few thousand timesteps.
+_RANGES = {
+    "num_train_timesteps": (1, 100_000),
+    "beta_start": (0, 1),
+    "beta_end": (0, 1),
+    "steps_offset": (0, 100_000),
+}
 # What each diffusers class assumes for a key that its saved configuration lacks (diffusers 0.42
 # constructor defaults). A key the class never had takes its neutral value: PNDM never clips.
 # Classes without set_alpha_to_one leave the last step open, so the key must be in the file.
@@ -118,7 +125,10 @@ def alphas_cumprod(config: Mapping[str, Any]) -> npt.NDArray[np.float64]:
     start, end = float(settings["beta_start"]), float(settings["beta_end"])
     kind = settings["beta_schedule"]
     if settings["trained_betas"] is not None:
-        betas = np.asarray(settings["trained_betas"], dtype=np.float64)
+        try:
+            betas = np.asarray(settings["trained_betas"], dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ScheduleError(f"trained_betas are no list of numbers: {error}") from None
         if betas.shape != (count,):
             raise ScheduleError(f"trained_betas has shape {betas.shape}; expected ({count},)")
     elif kind == "linear":
@@ -169,9 +179,14 @@ def ddim_settings(config: Mapping[str, Any]) -> dict[str, Any]:
                 "needs steps that are linear in the sample",
                 f'Set "{key}": false in scheduler_config.json if the student was trained so.',
             )
-    for key in ("num_train_timesteps", "beta_start", "beta_end", "steps_offset"):
-        if isinstance(settings[key], bool) or not isinstance(settings[key], (int, float)):
-            raise ScheduleError(f"the scheduler's {key} is {settings[key]!r}; expected a number")
+    for key, (least, most) in _RANGES.items():
+        value = settings[key]
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not known or not least <= value <= most:  # NaN is in no range
+            raise ScheduleError(
+                f"the scheduler's {key} is {str(value)[:40]!r}; expected a number from {least:g} "
+                f"to {most:g}"
+            )
     if settings["prediction_type"] not in PREDICTION_TYPES:
         raise ScheduleError(
             f"prediction_type is {settings['prediction_type']!r}; "

@@ -42,6 +42,8 @@ def check_seeds(seed: int, count: int) -> None:
 
 def noise_from_file(path: Path, shape: tuple[int, ...]) -> Array:
     """Noise from an .npy file: (4, H, W) for one noise or `shape` (N, 4, H, W), a plan's noises."""
+    if path.exists() and not path.is_file():  # a named pipe would be waited for without end
+        raise UsageError(f"{path} cannot be read as an .npy array: it is no file")
     try:
         with path.open("rb") as file:
             array = np.load(file, allow_pickle=False)
