@@ -178,6 +178,18 @@ def test_a_graph_is_never_loaded_from_a_file_that_was_not_hashed(bundle_copy, na
     assert name in refusal(bundle_copy).message
 
 
+def test_a_file_that_is_a_link_out_of_the_bundle_is_refused(bundle_copy, tmp_path):
+    weights = bundle_copy / "unet_encoder" / "model.onnx.data"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    error = refusal(bundle_copy)
+    name = "unet_encoder/model.onnx.data"
+    assert error.message == f"{bundle_copy}: {name} is a link that leads out of the bundle"
+    command = error.next_step.partition(": ")[2].replace("BUNDLE", str(bundle_copy))
+    subprocess.run(command.replace("COPY", str(tmp_path / "copy")).split(), check=True)
+    assert open_bundle(tmp_path / "copy")
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     folder = tmp_path / "exports"

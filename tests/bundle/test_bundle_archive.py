@@ -184,6 +184,27 @@ def test_a_manifest_that_lists_a_path_outside_is_refused(archive, tmp_path):
     assert "the manifest lists itself" in refusal(bad, tmp_path / "out").message
 
 
+def test_a_sparse_member_writes_no_byte_of_what_it_claims(archive, tmp_path):
+    data = json.loads(members(archive)["tiue.json"])
+    data["files"] = {"big.bin": {"size_bytes": 4, "sha256": "0" * 64}}
+    data["graphs"] = data["compiled"] = {}
+    bomb = tmp_path / "bomb.tar"
+    with tarfile.open(bomb, "w", format=tarfile.PAX_FORMAT) as tar:
+        text = sealed_text(data).encode()
+        manifest, big = tarfile.TarInfo("tiue.json"), tarfile.TarInfo("big.bin")
+        manifest.size, big.size = len(text), 512
+        big.pax_headers = {
+            "GNU.sparse.major": "1",
+            "GNU.sparse.minor": "0",
+            "GNU.sparse.name": "big.bin",
+            "GNU.sparse.realsize": str(1 << 40),
+        }
+        tar.addfile(manifest, io.BytesIO(text))
+        tar.addfile(big, io.BytesIO(b"1\n0\n0\n".ljust(512, b"\0")))
+    error = refusal(bomb, tmp_path / "out")
+    assert error.message == f"{bomb} holds 'big.bin', which is no regular file"
+
+
 def test_files_that_are_unlisted_missing_or_there_twice_are_refused(archive, tmp_path):
     contents = list(members(archive).items())
     bad = tmp_path / "bad.tar"

@@ -6,9 +6,13 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tiue_export import load_student
 from tiue_export.errors import CheckpointError, ScheduleError, TiueError, UsageError
@@ -83,6 +87,17 @@ def test_a_shard_index_names_files_beside_it_alone(checkpoint, shard):
     index.write_text(json.dumps({"weight_map": {"a": shard}}))
     message = f"{index} names {shard!r} as a shard; expected a file beside it"
     assert refusal(checkpoint).message == message
+
+
+def test_the_conversion_that_is_printed_for_a_pickled_part_leads_out(checkpoint):
+    safe = checkpoint / "text_encoder" / "model.safetensors"
+    torch.save(load_file(safe), safe.with_name("pytorch_model.bin"))
+    safe.unlink()
+    error = refusal(checkpoint)
+    assert "is a pickle, which can run any code" in error.message
+    line = error.next_step.splitlines()[-1].strip().replace("python", sys.executable, 1)
+    subprocess.run(line, shell=True, check=True)
+    assert load_student(checkpoint).text_encoder is not None
 
 
 def test_an_infinite_offset_is_no_header(checkpoint):

@@ -166,7 +166,8 @@ def _extract(tar: tarfile.TarFile, path: Path, folder: Path) -> None:
 
 def _read_manifest(tar: tarfile.TarFile, member: tarfile.TarInfo | None, path: Path) -> Manifest:
     source = None
-    if member is not None and member.isreg() and member.name == MANIFEST_FILE:
+    plain = member is not None and member.isreg() and not member.issparse()
+    if member is not None and plain and member.name == MANIFEST_FILE:
         source = tar.extractfile(member)
     if source is None or member is None or member.size > _MANIFEST_LIMIT_BYTES:
         raise BundleError(
@@ -182,7 +183,8 @@ def _read_manifest(tar: tarfile.TarFile, member: tarfile.TarInfo | None, path: P
 
 def _safe_name(member: tarfile.TarInfo, path: Path) -> str:
     pure = PurePosixPath(member.name)
-    if not member.isreg():
+    # A sparse file may unpack to more than the disk holds, from a few bytes.
+    if not member.isreg() or member.issparse():
         raise BundleError(f"{path} holds {member.name!r}, which is no regular file")
     # A backslash or a colon means another folder on Windows.
     if pure.is_absolute() or ".." in pure.parts or any(c in member.name for c in "\\:\0"):

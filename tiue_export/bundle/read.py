@@ -194,11 +194,16 @@ def check_listed(root: Path, manifest: Manifest) -> None:
 
 def _verify(root: Path, manifest: Manifest) -> None:
     check_listed(root, manifest)
-    files = dict(all_files(manifest))
+    files, inside = dict(all_files(manifest)), root.resolve()
     for name, record in files.items():
         path = root / name
         if not path.is_file():
             raise BundleError(f"{root}: {name} is missing", _COPY_AGAIN)
+        if not path.resolve().is_relative_to(inside):
+            raise BundleError(
+                f"{root}: {name} is a link that leads out of the bundle",
+                "Copy the bundle with its files: cp -rL BUNDLE COPY",
+            )
         size_bytes = path.stat().st_size
         if size_bytes != record.size_bytes:
             raise BundleError(

@@ -33,10 +33,13 @@ def is_hub_id(path: str) -> bool:
     return _HUB_ID.fullmatch(path) is not None and not known_kind and not Path(path).parent.exists()
 
 
-def refuse_pickle(path: Path) -> None:
-    """Refuse pickled checkpoints by suffix or content: opening one can run any code."""
+def refuse_pickle(path: Path, converted: str | None = None) -> None:
+    """Refuse pickled checkpoints by suffix or content: opening one can run any code.
+
+    `converted` is the file name that the loader looks for beside it.
+    """
     if path.suffix in _PICKLE_SUFFIXES:
-        raise _pickle_error(path)
+        raise _pickle_error(path, converted)
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -44,7 +47,7 @@ def refuse_pickle(path: Path) -> None:
     # A safetensors header of 640 bytes has a size that begins like a pickle; "{" follows it.
     begins = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
     if head.startswith(begins) and head[8:] != b"{":
-        raise _pickle_error(path)
+        raise _pickle_error(path, converted)
 
 
 def check_container(path: Path) -> None:
@@ -93,8 +96,8 @@ def _truncated(path: Path, size_bytes: int, promised_bytes: int) -> CheckpointEr
     )
 
 
-def _pickle_error(path: Path) -> CheckpointError:
-    target = path.with_suffix(".safetensors")
+def _pickle_error(path: Path, converted: str | None) -> CheckpointError:
+    target = path.with_name(converted) if converted else path.with_suffix(".safetensors")
     if target == path:
         target = path.with_name(f"{path.stem}-converted.safetensors")
     code = (

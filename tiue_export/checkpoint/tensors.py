@@ -71,7 +71,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             )
         return [folder / shard for shard in shards]
     for path in sorted(folder.iterdir()):
-        refuse_pickle(path)
+        refuse_pickle(path, f"{stem}.safetensors")
     raise CheckpointError(
         f"{folder} holds no {stem}.safetensors",
         "Point --ckpt at a diffusers folder saved with safe_serialization=True.",
