@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Sequence
 
 from rich.table import Table
@@ -23,6 +24,7 @@ from tiue_export.sampling.plan import DEFAULT_GUIDANCE
 from .commands.analyze import AnalyzeRequest
 from .draw.prompt_file import prompts_in
 from .options.graphs import ExportRequest
+from .options.group import typed
 from .report.stages import stage_bar
 from .report.tables import console, print_json
 
@@ -36,7 +38,6 @@ def run(request: AnalyzeRequest) -> None:
     from tiue_export.methods.load import load_for_method
     from tiue_export.reference.key_step_analysis import candidates, measure_prompt
     from tiue_export.reference.sharing_cost import torch_model
-    from tiue_export.sampling.key_step_options import FasterOptions
 
     with stage_bar(quiet=request.as_json) as bar:
         bar.begin("load model")
@@ -102,11 +103,14 @@ def run(request: AnalyzeRequest) -> None:
     console.print(_verdict(found), highlight=False)
     for path in (file, *plots):
         console.print(str(path), markup=False, highlight=False)
-    command = f"tiue-export onnx --ckpt {request.ckpt} --method faster --key-steps {line}"
-    console.print(f"next:  {command}", markup=False, soft_wrap=True)
-    usual = FasterOptions().scheduler
-    if described.scheduler != usual:
-        console.print(f"       with --scheduler {described.scheduler}", markup=False)
+    console.print(f"next:  {_export_line(request, line)}", markup=False, soft_wrap=True)
+
+
+def _export_line(request: AnalyzeRequest, key_steps: str) -> str:
+    """The export of what was analyzed: the same model, sampled the same way."""
+    names = ("base", "vae", "family", "lora", "steps", "scheduler", "guidance", "height", "width")
+    words = ["--ckpt", request.ckpt, *typed(request, names), "--key-steps", key_steps]
+    return f"tiue-export onnx --method faster {shlex.join(words)}"
 
 
 def _prompts(request: AnalyzeRequest) -> Sequence[str]:

@@ -108,11 +108,12 @@ def _prompts(what: PromptOptions) -> list[str]:
 
 
 def _noise(what: PromptOptions, bundle: Bundle) -> Array | None:
-    """The initial noise of `--latents`, (1, 4, H, W) float32; None where seeds give it."""
+    """The plan's noises from `--latents`, (N, 4, H, W) float32; None where seeds give them."""
     if what.latents is None:
         check_seeds(what.seed or 0, max(1, what.count))
         return None
-    shape = (1, *(int(side) for side in bundle.manifest.latent_shape[1:]))
+    manifest = bundle.manifest
+    shape = (manifest.plan.noises, *(int(side) for side in manifest.latent_shape[1:]))
     return noise_from_file(what.latents, shape)
 
 

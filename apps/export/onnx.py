@@ -102,7 +102,7 @@ def export_checkpoint(
         with stage(observer, "load student"):
             request = export.checkpoint(ckpt)
             student = load_to_export(
-                request, method, sampling, lambda part: bar.begin(f"load {part}")
+                request, method, sampling, options, lambda part: bar.begin(f"load {part}")
             )
         if export.dry_run:
             plan = plan_export(student, options)

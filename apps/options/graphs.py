@@ -152,7 +152,8 @@ class AuditOptions(OptionGroup):
         if precision != "fp16":
             refuse(
                 f"for graphs in half precision; the ONNX graphs made here are {precision}",
-                "Leave it out, or export in half precision: tiue-export onnx --precision fp16.",
+                "Leave it out, or export in half precision: tiue-export onnx --ckpt STUDENT "
+                "--precision fp16 --out BUNDLE",
                 self,
                 only=("no_audit", "audit_prompts"),
             )

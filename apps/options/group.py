@@ -62,6 +62,17 @@ def given(
     )
 
 
+def typed(group: OptionGroup, only: Collection[str]) -> list[str]:
+    """The words that give some fields of a group their value, where nobody would have it so."""
+    words = []
+    for name, option in _options(type(group)).items():
+        value = getattr(group, name)
+        if name in only and value != option.default:
+            for each in value if option.many else (value,):
+                words += [option.flag(each), *([] if isinstance(each, bool) else [str(each)])]
+    return words
+
+
 def refuse(
     why: str,
     next_step: str,

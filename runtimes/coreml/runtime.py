@@ -175,7 +175,7 @@ class _Evaluated:
                     f'{self._graph}: output "{name}" holds non-finite values; they begin at op '
                     f'{culprit.op} "{culprit.name}" with {culprit.nonfinite} of them',
                     "Half precision holds up to 65504. Run it with --precision fp32, or convert "
-                    "it again so: tiue-export coreml --precision fp32."
+                    "it again so: tiue-export coreml --ckpt STUDENT --precision fp32 --out BUNDLE"
                     if self._precision == "fp16"
                     else "The weights themselves overflow: check the checkpoint.",
                 )
@@ -208,7 +208,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> CoremlRuntime:
     if _FOLDER not in bundle.manifest.compiled:
         raise BundleError(
             f"{bundle.root} has no Core ML packages",
-            f"Make them: tiue-export coreml --bundle {bundle.root}",
+            f"Make them: tiue-export coreml --ckpt STUDENT --bundle {bundle.root}",
         )
     asked = options.device.lower()
     if asked not in ("auto", _EVALUATOR, *_UNITS):
@@ -260,7 +260,7 @@ def package_of(bundle: Bundle, graph: str) -> PackageFile:
     if form is None:
         raise BundleError(
             f"{bundle.root} has no Core ML package of {graph}",
-            f"Make them again: tiue-export coreml --bundle {bundle.root} --force",
+            f"Make them again: tiue-export coreml --ckpt STUDENT --bundle {bundle.root} --force",
         )
     path = bundle.root / form.path
     while path.suffix != ".mlpackage" and path != bundle.root:
@@ -272,7 +272,7 @@ def package_of(bundle: Bundle, graph: str) -> PackageFile:
     if not fitting:
         raise BundleError(
             f"{path} does not fit the bundle: {_misfits(spec, package, names[0])[0]}",
-            f"Make it again: tiue-export coreml --bundle {bundle.root} --force",
+            f"Make it again: tiue-export coreml --ckpt STUDENT --bundle {bundle.root} --force",
         )
     function = fitting[0] if len(names) > 1 else None
     # The manifest may list more with a graph, such as what a Swift program needs.
@@ -330,6 +330,6 @@ def _precisions(bundle: Bundle) -> tuple[str, str]:
         raise BundleError(
             f"{bundle.root}: the manifest gives its Core ML packages no precision that is known: "
             f"{computed}, {gate}",
-            f"Make them again: tiue-export coreml --bundle {bundle.root} --force",
+            f"Make them again: tiue-export coreml --ckpt STUDENT --bundle {bundle.root} --force",
         )
     return computed, weakest(computed, gate)

@@ -90,6 +90,8 @@ def test_wrong_words_are_refused_before_anything_is_loaded(
 # Each option of the table as it would be typed.
 _TYPED = {
     "--vae-precision": ["--vae-precision", "fp32"],
+    "--no-audit": ["--no-audit"],
+    "--audit-prompts": ["--audit-prompts", "{prompts}"],
     "--dynamic-batch": ["--dynamic-batch"],
     "--max-decoder-rows": ["--max-decoder-rows", "4"],
     "several --size": ["--size", "64x64", "--size", "64x128"],

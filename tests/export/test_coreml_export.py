@@ -425,6 +425,30 @@ def test_what_half_precision_cannot_hold_stays_in_float32(tmp_path):
     np.testing.assert_allclose(whole.outputs["y"].astype(np.float32), 1, atol=2e-3)
 
 
+def test_a_group_norm_is_exact_in_float32(tmp_path):
+    class Norms(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = torch.nn.Sequential(*(torch.nn.GroupNorm(4, 16) for _ in range(8)))
+            for norm in self.norms:
+                torch.nn.init.normal_(norm.weight, 1, 0.1, torch.Generator().manual_seed(0))
+
+        def forward(self, x):
+            return (self.norms(x),)
+
+    shape = (1, 16, 8, 8)
+    tensors = (TensorSpec("x", "float32", shape),), (TensorSpec("y", "float32", shape),)
+    noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    module, example = Norms().eval(), (torch.from_numpy(noise),)
+    plan = plan_coreml(CoremlOptions(precision="fp32"))
+    convert(
+        Conversion(GraphSpec("x", *tensors), module, example, plan, {}), tmp_path / "n.mlpackage"
+    )
+    found = MilProgram.open(tmp_path / "n.mlpackage").run({"x": noise}, "fp32").outputs["y"]
+    with torch.no_grad():
+        assert psnr_db(module(*example)[0].numpy(), found) > 120  # coremltools' fusion: 89
+
+
 # ---- refusals
 
 

@@ -62,7 +62,9 @@ def with_feature(manifest: Manifest, feature: str) -> Manifest:
     if feature == "tiles":
         (latents,) = graphs[VAE_DECODER].inputs
         tile = replace(latents, shape=(*latents.shape[:2], 2, 2))
-        graphs[VAE_DECODER] = replace(graphs[VAE_DECODER], inputs=(tile,))
+        (picture,) = graphs[VAE_DECODER].outputs
+        pixels = replace(picture, shape=(*picture.shape[:2], 16, 16))
+        graphs[VAE_DECODER] = replace(graphs[VAE_DECODER], inputs=(tile,), outputs=(pixels,))
     if feature == "islands":
         graphs[UNET_DECODER] = replace(graphs[UNET_DECODER], float32_modules=("up_blocks.0",))
     if feature == "bf16":

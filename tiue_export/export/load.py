@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.shapes import shapes_of
 from tiue_export.methods.faster import AUTO, faster_options, with_plan
 from tiue_export.methods.load import CheckpointRequest, check_method, load_for_method
 from tiue_export.methods.method import MethodOptions
@@ -24,7 +25,7 @@ def check_request(
     chosen = check_method(method, options, request.controlnet)
     steered = {"controlnet"} if request.controlnet is not None else set()
     features = chosen.features | graphs.features | steered
-    for step in ("onnx", verb):
+    for step in (verb, "onnx"):  # what was asked for is refused before a step on the way
         check_support(step, features, request.ckpt)
 
 
@@ -32,15 +33,21 @@ def load_to_export(
     request: CheckpointRequest,
     method: str,
     options: MethodOptions,
+    graphs: ExportOptions,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:
-    """`load_for_method`, and with key steps "auto" those that cost this model least."""
+    """`load_for_method`, and with key steps "auto" those that cost this model least at its size.
+
+    Raises `UsageError` for a size that the model cannot have.
+    """
     student = load_for_method(request, method, options, on_stage)
+    shapes_of(student, graphs)
     if options.key_steps != AUTO:
         return student
 
     def tell(done: int, total: int) -> None:
         on_stage(f"key steps: {done} of {total}")
 
-    chosen = auto_options(student, faster_options(options), options.budget, tell)
+    size = graphs.height, graphs.width
+    chosen = auto_options(student, faster_options(options), options.budget, tell, size)
     return with_plan(student, chosen)

@@ -178,15 +178,16 @@ def auto_key_steps(
     budget: float | None,
     prompts: Sequence[str] = PROMPTS,
     on_step: OnStep = lambda done, total: None,
+    size_px: tuple[int | None, int | None] = (None, None),
 ) -> Choice:
     """Measure on `prompts` (seeds 0, 1, ...) and choose within a share of the operations.
 
-    Without a budget there are as many encoder runs as in the published list. Raises `UsageError`
-    for a budget that no plan can meet.
+    `size_px` is (height, width); None is the model's own. Without a budget there are as many
+    encoder runs as in the published list. Raises `UsageError` for a budget that no plan can meet.
     """
     plan = every_step(teacher, options)
     count = plan.rows
-    model = torch_model(teacher)
+    model = torch_model(teacher, *size_px)
     if budget is None:
         runs = len(key_steps_from("nonuniform", count))
     else:
@@ -207,9 +208,10 @@ def auto_options(
     options: FasterOptions,
     budget: float | None,
     on_step: OnStep = lambda done, total: None,
+    size_px: tuple[int | None, int | None] = (None, None),
 ) -> FasterOptions:
     """The options with key steps chosen by `auto_key_steps`, and how, for the manifest."""
-    choice = auto_key_steps(teacher, options, budget, PROMPTS, on_step)
+    choice = auto_key_steps(teacher, options, budget, PROMPTS, on_step, size_px)
     within = "as many as published" if budget is None else f"budget {budget:g}"
     how = f"auto, {within}, {len(PROMPTS)} prompts, loss {choice.loss:.4f}"
     return replace(options, key_steps=choice.key_steps, chosen_by=how)

@@ -216,6 +216,8 @@ class OptionRefusal:
 _APPLE = ("coreml", "coreai")
 OPTION_REFUSALS: tuple[OptionRefusal, ...] = (
     OptionRefusal(_APPLE, "--vae-precision", "their graphs have one precision, --precision"),
+    OptionRefusal(_APPLE, "--no-audit", "they are made of the float32 student"),
+    OptionRefusal(_APPLE, "--audit-prompts", "they are made of the float32 student"),
     OptionRefusal(_APPLE, "--dynamic-batch", "they are made for one batch"),
     OptionRefusal(("coreml",), "--max-decoder-rows", "--decoder-batch bounds their decoder"),
     *(

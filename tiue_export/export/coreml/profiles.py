@@ -272,6 +272,11 @@ def _check_together(plan: CoremlPlan, options: CoremlOptions) -> None:
             "w8a8 quantizes activations and must see some: it got no calibration prompts",
             "Add --calibration-prompts FILE, a text file with one prompt a line (4 or more).",
         )
+    if compression.kind != "w8a8" and options.prompts:
+        raise UsageError(
+            f"--calibration-prompts is for --compress w8a8; here it is {plan.compress}",
+            "Leave it out.",
+        )
     if options.target_psnr_db is not None and options.target_mb is not None:
         raise UsageError(
             "--target-psnr and --target-mb were both given; a recipe is searched for one of them"

@@ -92,7 +92,9 @@ class TrtBackend(Backend):
     plan: TrtPlan
     runtime: ClassVar[str] = "trt"
     title: ClassVar[str] = "TensorRT engines"
-    if_lost: ClassVar[str] = "Export again: tiue-export onnx --precision fp16."
+    if_lost: ClassVar[str] = (
+        "Export again: tiue-export onnx --ckpt STUDENT --precision fp16 --out BUNDLE"
+    )
     verb: ClassVar[str] = "build"
     in_child: ClassVar[bool] = True
     resumes: ClassVar[bool] = True
@@ -298,7 +300,7 @@ def _failure(name: str, code: int, text: str, next_step: str | None) -> TiueErro
     if code == NOT_HALF:
         return ParityError(
             f"{name}: {text}, but the bundle says fp16: no engine was made",
-            "Export again: tiue-export onnx --precision fp16.",
+            "Export again: tiue-export onnx --ckpt STUDENT --precision fp16 --out BUNDLE",
         )
     if code == NOT_INT8:
         return ParityError(

@@ -174,7 +174,8 @@ def _check_precision(bundle: Bundle, options: TrtOptions) -> None:
         raise UsageError(
             f"--precision is {options.precision}, but the graphs of {bundle.root} are {have}; "
             "TensorRT takes the precision from them",
-            f"Export again: tiue-export onnx --precision {options.precision}, or use --ckpt.",
+            f"Export again: tiue-export onnx --ckpt STUDENT --precision {options.precision} "
+            "--out BUNDLE",
         )
 
 
@@ -197,7 +198,7 @@ def _batch(bundle: Bundle, options: TrtOptions) -> tuple[int, int, int]:
         again = "--dynamic-batch" if ":" in asked else f"--batch {asked}"
         raise UsageError(
             f"--batch is {asked}, but the graphs of {bundle.root} take {fixed}",
-            f"Export again: tiue-export onnx {again}, or use --ckpt.",
+            f"Export again: tiue-export onnx --ckpt STUDENT {again} --out BUNDLE",
         )
     return fixed, fixed, fixed
 
