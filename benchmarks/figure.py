@@ -7,6 +7,7 @@ from typing import Any
 
 from tiue_export.errors import UsageError
 from tiue_export.registry.packages import require
+from tiue_export.system.disk_errors import disk_errors
 
 
 def check_plot(path: Path | None) -> None:
@@ -37,5 +38,6 @@ def new_figure(size: tuple[float, float]) -> Any:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write it in the format of its ending; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)

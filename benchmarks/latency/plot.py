@@ -8,7 +8,6 @@ from typing import Any
 
 from tiue_export.proof.latency_change import ratio_text
 from tiue_export.proof.latency_record import END_TO_END, UNET, Measurement, Record
-from tiue_export.system.disk_errors import disk_errors
 
 from ..figure import new_figure, save_figure
 from .summary import Spread, denominator, ratio_to, spreads
@@ -44,8 +43,7 @@ def plot_record(record: Record, ratio_name: str | None, path: Path) -> None:
         fontsize=8,
         frameon=False,
     )
-    with disk_errors(path):
-        save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def _draw(axes: Any, shown: list[Measurement], record: Record, ratio_name: str | None) -> None:

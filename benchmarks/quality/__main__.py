@@ -142,8 +142,7 @@ def _judge(asked: argparse.Namespace) -> None:
     print_table(scores, request)
     write_json(scores, request, data, asked.json)
     if asked.plot is not None:
-        title = f"Quality on {len(request.prompts)} prompts, {request.seeds} seed(s) each"
-        plot_quality(contenders, scores, asked.plot, title)
+        plot_quality(contenders, scores, request, asked.plot)
 
 
 if __name__ == "__main__":

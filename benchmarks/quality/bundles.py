@@ -10,46 +10,33 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from tiue_export.bundle.read import Bundle
-from tiue_export.drawing.picture import pixels_from_sample
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import UsageError
 from tiue_export.methods.scheduler import plan_from_config
 from tiue_export.sampling.key_step_options import FasterOptions
-from tiue_export.sampling.noise import noises_from_seed
 
 from .judge import Contender, Draws
-from .yardstick import PICTURE_SIZE_PX, QualityData
+from .yardstick import PICTURE_SIZE_PX, QualityData, require_size
 
 PLAIN_STEPS = (50, 25, 9)
 UNIFORM = (2, 4, 6)
 _STEPS = PLAIN_STEPS[0]
-_DYNAMIC_BATCH = 8
 
 
 def pipeline_contender(name: str, pipeline: Pipeline) -> Contender:
     """An opened bundle; one with a plan is drawn with the plan's guidance."""
-    bundle = pipeline.bundle
-    shape = tuple(int(side) for side in bundle.manifest.latent_shape[1:])
-    size = bundle.manifest.batch or _DYNAMIC_BATCH
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> Draws:
-        count = len(prompts)
-        missing = size - count if bundle.manifest.batch else 0
-        filled = [*prompts, *[prompts[-1]] * missing]
-        plan, rows = bundle.manifest.plan, [*seeds, *[seeds[-1]] * missing]
-        noises = [noises_from_seed(seed, plan.noises, (1, *shape)) for seed in rows]
-        text = pipeline.embed(filled)
-        if plan.guidance is not None:
-            text = np.concatenate([pipeline.embed([""] * len(filled)), text])  # (2B, L, D)
-        latents = pipeline.latents_from_noise(np.concatenate(noises, axis=1), text)
-        pictures = pixels_from_sample(pipeline.decode(latents))
-        return Draws(pictures[:count], latents[:count].astype(np.float32))
+        drawn = pipeline.draw(list(zip(prompts, seeds, strict=True))).pictures
+        pictures = np.stack([np.asarray(picture.image) for picture in drawn])
+        return Draws(pictures, np.stack([picture.latents for picture in drawn]).astype(np.float32))
 
-    manifest = asdict(bundle.manifest)
+    manifest = asdict(pipeline.bundle.manifest)
     decisive = json.dumps([manifest[part] for part in ("graphs", "plan")])
     runtime = f"{pipeline.runtime.name} {pipeline.runtime.device}"
     identity = f"bundle {hashlib.sha256(decisive.encode()).hexdigest()} on {runtime}"
-    return Contender(name, draw, identity, size, series="bundles", mark=name)
+    _, batch = pipeline.batch_range()
+    return Contender(name, draw, identity, batch, series="bundles", mark=name)
 
 
 def require_family(bundle: Bundle, data: QualityData) -> None:
@@ -61,12 +48,8 @@ def require_family(bundle: Bundle, data: QualityData) -> None:
             f"pictures of the family {data.family!r}",
             "Give a bundle of the demo student, or --data with quality data of its own family.",
         )
-    if (manifest.height_px, manifest.width_px) != (PICTURE_SIZE_PX, PICTURE_SIZE_PX):
-        raise UsageError(
-            f"{bundle.root} draws {manifest.width_px}x{manifest.height_px} px; the quality data "
-            f"judges {PICTURE_SIZE_PX}x{PICTURE_SIZE_PX} px",
-            f"Export it with --height {PICTURE_SIZE_PX} --width {PICTURE_SIZE_PX}.",
-        )
+    size = f"--height {PICTURE_SIZE_PX} --width {PICTURE_SIZE_PX}"
+    require_size(bundle.root, manifest.height_px, manifest.width_px, f"Export it with {size}.")
 
 
 @dataclass(frozen=True)
@@ -85,13 +68,15 @@ def plans(guidance: float, further: Sequence[tuple[str, tuple[int, ...]]]) -> li
 
     `further` are (name, key steps) beside the usual ones, such as those of `analyze`.
     """
+
+    def planned(
+        name: str, series: str, mark: str, steps: int, keys: str | tuple[int, ...], inject: str
+    ) -> Planned:
+        options = FasterOptions(steps=steps, key_steps=keys, inject=inject, guidance=guidance)
+        return Planned(name, series, mark, options)
+
     plain = [
-        Planned(
-            f"DDIM {steps}",
-            "ordinary sampling",
-            "",
-            FasterOptions(steps=steps, key_steps="uniform:1", inject="off", guidance=guidance),
-        )
+        planned(f"DDIM {steps}", "ordinary sampling", "", steps, "uniform:1", "off")
         for steps in PLAIN_STEPS
     ]
     lists: list[tuple[str, str | tuple[int, ...]]] = [
@@ -99,17 +84,12 @@ def plans(guidance: float, further: Sequence[tuple[str, tuple[int, ...]]]) -> li
         ("published", "nonuniform"),
         *further,
     ]
-    shared = [
-        Planned(
-            name + ("" if inject == "on" else f", {series}"),
-            series,
-            name,
-            FasterOptions(steps=_STEPS, key_steps=keys, inject=inject, guidance=guidance),
-        )
-        for inject, series in (("on", "with injection"), ("off", "no injection"))
+    with_injection = [planned(name, "with injection", name, _STEPS, k, "on") for name, k in lists]
+    without = [
+        planned(f"{name}, no injection", "no injection", name, _STEPS, keys, "off")
         for name, keys in lists
     ]
-    return [*plain, *shared]
+    return [*plain, *with_injection, *without]
 
 
 def planned_contender(planned: Planned, pipeline: Pipeline) -> Contender:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 
 from tiue_export.errors import UsageError
 from tiue_export.proof.gates import psnr_db
@@ -191,7 +191,6 @@ def compare(
     data: QualityData,
     *,
     keep: Path | None = None,
-    console: Console | None = None,
     on_draws: Callable[[str, Draws], None] = lambda name, draws: None,
 ) -> list[Scores]:
     """Draw with each contender and score it; real pictures come first in the result.
@@ -203,44 +202,30 @@ def compare(
     scores = [score_real(request, data)]
     reference: Array | None = None
     for contender in contenders:
-        draws = draw_all(contender, request, keep, console or Console(stderr=True))
+        draws = draw_all(contender, request, keep)
         on_draws(contender.name, draws)
         scores.append(score(contender.name, draws, request, data, reference))
         reference = draws.latents if reference is None else reference
     return scores
 
 
-def draw_all(contender: Contender, request: Request, keep: Path | None, console: Console) -> Draws:
+def draw_all(contender: Contender, request: Request, keep: Path | None) -> Draws:
     """All pictures of the request, chunk by chunk; taken from `keep` where it holds them."""
     file = None if keep is None else _kept_file(keep, contender, request)
     if file is not None and file.is_file():
         return _read_draws(file)
-    jobs = request.jobs
-    parts, seconds = [], []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    jobs, name, console = request.jobs, escape(contender.name), Console(stderr=True)
+    parts = []
     began = time.perf_counter()
-    with Progress(
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task(escape(contender.name), total=len(jobs))
-        for start in range(0, len(jobs), contender.batch):
-            chunk = jobs[start : start + contender.batch]
-            chunk_began = time.perf_counter()
-            parts.append(contender.draw([text for text, _ in chunk], [seed for _, seed in chunk]))
-            seconds.append((time.perf_counter() - chunk_began) / len(chunk))
-            progress.advance(task, len(chunk))
-    took = time.perf_counter() - began
-    console.print(f"{escape(contender.name)}: {len(jobs)} pictures in {took:.0f} s")
-    draws = Draws(
-        np.concatenate([part.pictures for part in parts]),
-        np.concatenate([part.latents for part in parts]),
-        _joined([part.row_norms for part in parts]),
-        np.array(seconds),
-    )
+    starts, hidden = range(0, len(jobs), contender.batch), not console.is_terminal
+    for start in track(starts, name, console=console, transient=True, disable=hidden):
+        chunk = jobs[start : start + contender.batch]
+        chunk_began = time.perf_counter()
+        part = contender.draw([text for text, _ in chunk], [seed for _, seed in chunk])
+        took = (time.perf_counter() - chunk_began) / len(chunk)
+        parts.append(replace(part, seconds=np.array([took])))
+    console.print(f"{name}: {len(jobs)} pictures in {time.perf_counter() - began:.0f} s")
+    draws = _joined(parts)
     if file is not None:
         _write_draws(file, draws)
     return draws
@@ -269,6 +254,8 @@ def _read_draws(file: Path) -> Draws:
         raise UsageError(f"{file} holds no draws: {error}", f"Remove {file}.") from error
 
 
-def _joined(parts: Sequence[Array | None]) -> Array | None:
-    present = [part for part in parts if part is not None]
-    return np.concatenate(present) if present else None
+def _joined(parts: Sequence[Draws]) -> Draws:
+    """One after the other; what the first lacks, all lack."""
+    every = [vars(part) for part in parts]
+    names = [name for name, array in every[0].items() if array is not None]
+    return Draws(**{name: np.concatenate([arrays[name] for arrays in every]) for name in names})

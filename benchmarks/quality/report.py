@@ -39,7 +39,7 @@ _ROWS: tuple[tuple[str, Callable[[Scores], str]], ...] = (
     ("right emoji, top-5 % ↑", lambda s: _percent(s.top5)),
     ("right ground % ↑", lambda s: _percent(s.ground)),
     ("alignment with the prompt ↑", lambda s: _number(s.alignment)),
-    ("Fréchet distance ↓", lambda s: f"{s.frechet:.2f}"),
+    ("Fréchet distance ↓", lambda s: _number(s.frechet, 2)),
     ("kernel distance x1000 ↓", lambda s: f"{s.kernel * 1e3:.1f} ± {s.kernel_deviation * 1e3:.1f}"),
     ("precision ↑", lambda s: _number(s.precision)),
     ("recall ↑", lambda s: _number(s.recall)),
@@ -47,16 +47,35 @@ _ROWS: tuple[tuple[str, Callable[[Scores], str]], ...] = (
     ("coverage ↑", lambda s: _number(s.coverage)),
     ("diversity, features ↑", lambda s: _number(s.feature_diversity)),
     ("diversity, pixels ↑", lambda s: _number(s.pixel_diversity)),
-    ("ms a picture ↓", lambda s: "-" if s.picture_ms is None else f"{s.picture_ms:.0f}"),
+    ("ms a picture ↓", lambda s: _number(s.picture_ms, 0)),
     ("latents / first, PSNR dB", lambda s: _decibels(s.latents_psnr_db)),
-    ("decoder rows' shares %", lambda s: _shares(s.row_shares)),
+    ("decoder rows' shares %", lambda s: " ".join(map(_percent, s.row_shares or (None,)))),
 )
+_PLOTTED: tuple[tuple[str, Callable[[Scores], float]], ...] = (
+    ("Fréchet distance, lower is better", lambda s: s.frechet),
+    ("right emoji %, higher is better", lambda s: 100 * s.top1),
+)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return _number(share and 100 * share, 1)
+
+
+def _decibels(value: float | None) -> str:
+    return "identical" if value is not None and value >= IDENTICAL_DB else _number(value, 1)
+
+
+def _title(request: Request) -> str:
+    return f"Quality on {len(request.prompts)} prompts, {request.seeds} seed(s) each"
 
 
 def quality_table(scores: Sequence[Scores], request: Request) -> Table:
     """One column per contender, one row per measure; arrows point to the better side."""
-    title = f"Quality on {len(request.prompts)} prompts, {request.seeds} seed(s) each"
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=_title(request), title_justify="left", title_style="bold")
     table.add_column("measure", no_wrap=True)
     for entry in scores:
         table.add_column(escape(entry.name), justify="right", overflow="fold")
@@ -90,14 +109,8 @@ def write_json(
         write_atomically(file, (json.dumps(record, indent=1) + "\n").encode())
 
 
-_PLOTTED: tuple[tuple[str, Callable[[Scores], float]], ...] = (
-    ("Fréchet distance, lower is better", lambda s: s.frechet),
-    ("right emoji %, higher is better", lambda s: 100 * s.top1),
-)
-
-
 def plot_quality(
-    contenders: Sequence[Contender], scores: Sequence[Scores], path: Path, title: str
+    contenders: Sequence[Contender], scores: Sequence[Scores], request: Request, path: Path
 ) -> None:
     """Fréchet distance and retrieval against steps, or against time where not all have steps.
 
@@ -106,45 +119,44 @@ def plot_quality(
     """
     real, *own = scores
     by_steps = all(contender.steps is not None for contender in contenders)
+    places = [
+        float((contender.steps if by_steps else entry.picture_ms) or 0)
+        for contender, entry in zip(contenders, own, strict=True)
+    ]
     names = dict.fromkeys(contender.series for contender in contenders)
     colours = dict(zip(names, itertools.cycle(_COLOURS), strict=False))
     marks = dict.fromkeys(contender.mark for contender in contenders if contender.mark)
     shapes = {"": "o", **dict(zip(marks, itertools.cycle(_SHAPES[1:]), strict=False))}
     figure = new_figure((13.5, 4.8))
     for panel, (label, value) in zip(figure.subplots(1, 2), _PLOTTED, strict=True):
-        points = [
-            (contender, (float((contender.steps if by_steps else s.picture_ms) or 0), value(s)))
-            for contender, s in zip(contenders, own, strict=True)
-        ]
+        points = list(zip(contenders, places, map(value, own), strict=True))
         for series, colour in colours.items():
-            line = sorted((at, c.mark) for c, at in points if c.series == series)
-            joined = "-" if any(not mark for _, mark in line) else "none"
-            places = zip(*(at for at, _ in line), strict=True)
-            panel.plot(*places, color=colour, linestyle=joined, marker="", alpha=0.5)
-        for contender, at in points:
+            line = sorted((x, y, c.mark) for c, x, y in points if c.series == series)
+            joined = "-" if any(not mark for _, _, mark in line) else "none"
+            xs, ys, _ = zip(*line, strict=True)
+            panel.plot(xs, ys, color=colour, linestyle=joined, marker="", alpha=0.5)
+        for contender, x, y in points:
             look = {"color": colours[contender.series], "markersize": 8}
-            panel.plot(*at, shapes[contender.mark], zorder=3 if contender.mark else 2, **look)
+            panel.plot(x, y, shapes[contender.mark], zorder=3 if contender.mark else 2, **look)
             if not by_steps and not contender.mark:
                 near = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 8}
-                panel.annotate(contender.name, at, **near)
+                panel.annotate(contender.name, (x, y), **near)
         panel.axhline(value(real), color=_REAL_COLOUR, linestyle="--")
         panel.margins(x=0.14)  # the last name needs room
         panel.set(xlabel="timesteps" if by_steps else "ms a picture", ylabel=label)
         panel.grid(alpha=0.3)
         if by_steps:
-            ticks = sorted({at[0] for _, at in points})
+            ticks = sorted(set(places))
             panel.set_xscale("log", base=2)
             panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             panel.minorticks_off()
-    for series, colour in colours.items():
-        panel.plot([], [], "o-", color=colour, label=series)
-    for mark in marks:
-        panel.plot([], [], shapes[mark], color="#444444", label=mark)
-    panel.plot([], [], "--", color=_REAL_COLOUR, label="real pictures")
+    legend = [("o-", colour, series) for series, colour in colours.items()]
+    legend += [(shapes[mark], "#444444", mark) for mark in marks]
+    for form, colour, label in (*legend, ("--", _REAL_COLOUR, "real pictures")):
+        panel.plot([], [], form, color=colour, label=label)
     panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(title)
-    with disk_errors(path):
-        save_figure(figure, path)
+    figure.suptitle(_title(request))
+    save_figure(figure, path)
 
 
 class ComparisonSheet:
@@ -170,21 +182,3 @@ class ComparisonSheet:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             sheet = contact_sheet(rows, list(self._columns))
             save_png(sheet, self._file, {"prompt": " | ".join(self._prompts)})
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _decibels(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return "identical" if value >= IDENTICAL_DB else f"{value:.1f}"
-
-
-def _shares(shares: tuple[float, ...] | None) -> str:
-    return "-" if shares is None else " ".join(f"{100 * share:.1f}" for share in shares)

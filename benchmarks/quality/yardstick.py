@@ -169,6 +169,16 @@ class QualityData:
         return chosen.reshape(-1, chosen.shape[2])
 
 
+def require_size(source: Path, height_px: int, width_px: int, next_step: str) -> None:
+    """Refuse what draws pictures of another size than the feature network takes."""
+    if (height_px, width_px) != (PICTURE_SIZE_PX, PICTURE_SIZE_PX):
+        raise UsageError(
+            f"{source} draws {width_px}x{height_px} px; the quality data judges "
+            f"{PICTURE_SIZE_PX}x{PICTURE_SIZE_PX} px",
+            next_step,
+        )
+
+
 def default_folder() -> Path:
     """Where the package carries the demo family's quality data."""
     return Path(str(resources.files("tiue_export"))) / "demo" / "quality"

@@ -21,30 +21,23 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from torch import Tensor
 
 from tiue_export.bundle.manifest import structured
 from tiue_export.checkpoint.tensors import sha256_of_files
 from tiue_export.checkpoint.tokenizer_files import tokenizer_of
-from tiue_export.drawing.tokenizer import Tokenizer
 from tiue_export.errors import BundleError, CheckpointError, RuntimeFailure, UsageError, first_line
-from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.methods.load import load_student
+from tiue_export.methods.scheduler import ddim_arguments
 from tiue_export.reference.key_step_analysis import DEFAULT_PROMPTS
 from tiue_export.reference.unet_blocks import named_blocks, watched_blocks
 from tiue_export.registry.spokes import run_explained
@@ -54,9 +47,9 @@ from tiue_export.student.model import Student
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.disk_errors import disk_errors
 
-from ..ddim import ddim_arguments
 from ..figure import check_file, check_plot
 from ..latency.environment import describe_environment
+from ..torch_pipeline import TorchPipeline
 from .feature_similarity_report import (
     PAPER,
     Similarity,
@@ -99,27 +92,16 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class LoadedPipeline:
+class LoadedPipeline(TorchPipeline):
     """What a sampling run needs, float32 on one device, without the VAE.
 
-    `scheduler` holds DDIMScheduler's arguments, `latent_shape` is (1, 4, H, W), and `sha256`
-    covers weights, configurations and vocabulary.
+    `scheduler` holds DDIMScheduler's arguments, and `sha256` covers weights, configurations and
+    vocabulary.
     """
 
     name: str
     sha256: str
-    unet: Any
-    text_encoder: Any
-    tokenizer: Tokenizer
     scheduler: Mapping[str, Any]
-    latent_shape: tuple[int, ...]
-
-    @torch.inference_mode()
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> text embeddings (B, L, D), float32."""
-        ids = torch.from_numpy(self.tokenizer(prompts)).to(self.unet.device)
-        embedding: Tensor = self.text_encoder(ids).last_hidden_state
-        return embedding
 
 
 def load_pipeline(folder: Path, device: str = "cpu") -> LoadedPipeline:
@@ -128,31 +110,26 @@ def load_pipeline(folder: Path, device: str = "cpu") -> LoadedPipeline:
     Raises `UsageError` for a path that is no folder, `CheckpointError` for an incomplete one, and
     whatever `load_student` raises for weights that fit no Stable Diffusion 1.x/2.x UNet.
     """
+    next_step = "Give the folder that holds model_index.json, with all its parts."
     if not folder.is_dir():
         raise UsageError(
             f"{folder} is {'a file' if folder.exists() else 'not there'}; expected a diffusers "
             "pipeline folder",
-            "Give the folder that holds model_index.json.",
+            next_step,
         )
     missing = [f"{part}/" for part in _NEEDED if not (folder / part).is_dir()]
     if missing:
         raise CheckpointError(
-            f"{folder} is no diffusers pipeline folder: it lacks {', '.join(missing)}",
-            "Give the folder that holds model_index.json, with all its parts.",
+            f"{folder} is no diffusers pipeline folder: it lacks {', '.join(missing)}", next_step
         )
     student = load_student(folder, without=("vae",)).to(torch.device(device), torch.float32)
-    text_encoder: Any = student.text_encoder
     return LoadedPipeline(
-        name=folder.resolve().name,
-        sha256=_sha256(folder, student),
-        unet=student.unet,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer_of(
-            folder / "tokenizer", int(text_encoder.config.max_position_embeddings)
-        ),
+        student,
+        tokenizer_of(folder / "tokenizer", shapes_of(student).text[1]),
+        folder.resolve().name,
+        _sha256(folder, student),
         # The paper's spacing in figure (c).
-        scheduler={**ddim_arguments(student.scheduler_config), "timestep_spacing": "leading"},
-        latent_shape=shapes_of(student, ExportOptions(batch=1)).latents,
+        {**ddim_arguments(student.scheduler_config), "timestep_spacing": "leading"},
     )
 
 
@@ -164,7 +141,6 @@ def _sha256(folder: Path, student: Student) -> str:
     return hashlib.sha256("\n".join([*parts, sha256_of_files(small, folder)]).encode()).hexdigest()
 
 
-@torch.inference_mode()
 def block_outputs(
     pipeline: LoadedPipeline,
     noise: Tensor,
@@ -180,17 +156,10 @@ def block_outputs(
     """
     scheduler = DDIMScheduler(**pipeline.scheduler)
     scheduler.set_timesteps(steps)
-    sample = noise.to(pipeline.unet.device) * scheduler.init_noise_sigma
-    rows: dict[str, list[Tensor]] = {name: [] for name in named_blocks(pipeline.unet)}
-    with watched_blocks(pipeline.unet, lambda name, row: rows[name].append(row.flatten())):
-        for timestep in scheduler.timesteps:
-            batch = sample.expand(len(text), -1, -1, -1)  # (1 or 2, 4, H, W)
-            predicted = pipeline.unet(batch, timestep, encoder_hidden_states=text).sample
-            if len(text) == 2:
-                unconditional, conditional = predicted.chunk(2)
-                predicted = unconditional + guidance * (conditional - unconditional)
-            sample = scheduler.step(predicted, timestep, sample, eta=0.0).prev_sample
-            on_step()
+    unet = pipeline.student.unet
+    rows: dict[str, list[Tensor]] = {name: [] for name in named_blocks(unet)}
+    with watched_blocks(unet, lambda name, row: rows[name].append(row.flatten())):
+        pipeline.sample(scheduler, noise.to(unet.device), text, guidance, on_step)
     return {name: torch.stack(block) for name, block in rows.items()}
 
 
@@ -204,17 +173,15 @@ def measure(
 
     Raises `RuntimeFailure` when the UNet's features are not finite.
     """
-    start = time.perf_counter()
+    start, shape = time.perf_counter(), shapes_of(pipeline.student).latents
     blocks: dict[str, list[Similarity]] = {}
     for prompt, seed in zip(settings.prompts, settings.seeds, strict=True):
-        noise = torch.from_numpy(noise_from_seed(seed, pipeline.latent_shape)).to(
-            pipeline.unet.device
-        )
+        noise = torch.from_numpy(noise_from_seed(seed, shape))
         text = pipeline.embed([prompt] if settings.guidance == 1 else ["", prompt])
         rows = block_outputs(pipeline, noise, text, steps, settings.guidance, on_step)
         for name in list(rows):
             similarity = similarity_over_steps(rows.pop(name))
-            if not similarity.is_finite:
+            if not all(map(math.isfinite, astuple(similarity))):
                 raise RuntimeFailure(
                     f"{name} gave non-finite features at T={steps} for {prompt[:50]!r}",
                     "The weights diverge; try a lower --guidance or an earlier checkpoint.",
@@ -232,19 +199,15 @@ def read_prompts(source: str) -> list[str]:
     """Prompts of a UTF-8 file, one a line; "default" gives everyday ones that ship with this."""
     if source == "default":
         return list(DEFAULT_PROMPTS)
+    next_step = "Write one prompt a line, or pass --prompts default."
     try:
         lines = Path(source).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"--prompts {source} cannot be read as UTF-8 text: {first_line(error)}",
-            "Write one prompt a line, or pass --prompts default.",
-        ) from error
+        said = f"--prompts {source} cannot be read as UTF-8 text: {first_line(error)}"
+        raise UsageError(said, next_step) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UsageError(
-            f"--prompts {source} holds no prompt",
-            "Write one prompt a line, or pass --prompts default.",
-        )
+        raise UsageError(f"--prompts {source} holds no prompt", next_step)
     return prompts
 
 
@@ -279,11 +242,11 @@ def describe_request(pipeline: LoadedPipeline, settings: Settings) -> dict[str, 
     return {
         "pipeline": pipeline.name,
         "pipeline_sha256": pipeline.sha256,
-        "latent_shape": pipeline.latent_shape,
+        "latent_shape": shapes_of(pipeline.student).latents,
         "scheduler": {"class": "DDIMScheduler", "eta": 0.0, **pipeline.scheduler},
         **asdict(settings),
         "dtype": "float32",
-        "device": str(pipeline.unet.device),
+        "device": str(pipeline.student.unet.device),
     }
 
 
@@ -313,48 +276,30 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.guidance,
     )
     pipeline = load_pipeline(arguments.pipeline, _device(arguments.device))
-    counts = sorted(set(arguments.steps))
-    for steps in counts:
+    for steps in arguments.steps:
         one_pass_plan(pipeline.scheduler, steps)  # raises for what the scheduler cannot do
     request = describe_request(pipeline, settings)
     runs: dict[int, StepRun] = {}
     if arguments.json is not None and not arguments.force:
         runs = read_runs(arguments.json, request)
-    _measure_missing(pipeline, settings, counts, runs, arguments.json, request)
+    missing = sorted(set(arguments.steps) - set(runs))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=sum(missing) * arguments.count)
+        for steps in missing:
+            progress.update(task, description=f"UNet steps, T={steps}")
+            runs[steps] = measure(pipeline, settings, steps, lambda: progress.advance(task))
+            if arguments.json is not None:
+                write_result(arguments.json, request, runs)
     summary = [summarise(runs[steps]) for steps in sorted(runs)]
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(similarity_table(summary))
     for sentence in statements(curves_of(summary)):
         console.print(sentence, highlight=False)
-    if arguments.json is not None:
-        console.print(f"numbers: {arguments.json}", markup=False, highlight=False)
     if arguments.plot is not None:
-        with disk_errors(arguments.plot):
-            arguments.plot.parent.mkdir(parents=True, exist_ok=True)
-            save_plot(summary, arguments.plot, pipeline.name, _note(settings))
-        console.print(f"plot: {arguments.plot}", markup=False, highlight=False)
-
-
-def _measure_missing(
-    pipeline: LoadedPipeline,
-    settings: Settings,
-    counts: Sequence[int],
-    runs: dict[int, StepRun],
-    json_path: Path | None,
-    request: Mapping[str, Any],
-) -> None:
-    """Add to `runs` every step count it lacks, saving the file after each."""
-    missing = [steps for steps in counts if steps not in runs]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    ) as progress:
-        task = progress.add_task("", total=sum(missing) * len(settings.prompts))
-        for steps in missing:
-            progress.update(task, description=f"UNet steps, T={steps}")
-            runs[steps] = measure(pipeline, settings, steps, lambda: progress.advance(task))
-            if json_path is not None:
-                write_result(json_path, request, runs)
+        save_plot(summary, arguments.plot, pipeline.name, _note(settings))
+    for what, path in (("numbers", arguments.json), ("plot", arguments.plot)):
+        if path is not None:
+            console.print(f"{what}: {path}", markup=False, highlight=False)
 
 
 def _note(settings: Settings) -> str:
@@ -394,27 +339,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m tiue_export.benchmarks.studies.feature_similarity",
         description=__doc__.splitlines()[0] if __doc__ else None,
     )
-    parser.add_argument("pipeline", type=Path, help="diffusers pipeline folder")
-    parser.add_argument(
-        "--prompts", default="default", metavar="FILE", help="one prompt a line, or: default"
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        nargs="+",
-        default=list(PAPER.steps),
-        metavar="T",
-        help="step counts [default: the paper's, 4 to 49]",
-    )
-    parser.add_argument(
-        "--count", type=int, default=16, help="runs per T; prompts repeat with other seeds [16]"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="run i uses seed + i [0]")
-    parser.add_argument("--guidance", type=float, default=1.0, help="1: none [1]")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers; resumed if there")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="needs tiue-export[bench]")
-    parser.add_argument("--force", action="store_true", help="measure again what --json holds")
+    add = parser.add_argument
+    add("pipeline", type=Path, help="diffusers pipeline folder")
+    add("--prompts", default="default", metavar="FILE", help="one prompt a line, or: default")
+    add("--steps", type=int, nargs="+", default=PAPER.steps, metavar="T", help="[the paper's]")
+    add("--count", type=int, default=16, help="runs per T; prompts repeat with other seeds [16]")
+    add("--seed", type=int, default=0, help="run i uses seed + i [0]")
+    add("--guidance", type=float, default=1.0, help="1: none [1]")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--json", type=Path, metavar="FILE", help="all numbers; resumed if there")
+    add("--plot", type=Path, metavar="FILE.png", help="needs tiue-export[bench]")
+    add("--force", action="store_true", help="measure again what --json holds")
     given = parser.parse_args(arguments)
     run_explained(lambda: run(given))
 

@@ -5,22 +5,17 @@ The numbers come from `feature_similarity`; nothing here runs a model.
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from ..figure import new_figure, save_figure
 
-PARTS: Mapping[str, str] = {
-    "down_blocks": "encoder",
-    "mid_block": "mid",
-    "up_blocks": "decoder",
-}
+PARTS = {"down_blocks": "encoder", "mid_block": "mid", "up_blocks": "decoder"}
 # A curve has saturated where it stays this close to its value at the largest step count.
 SATURATION_TOLERANCE = 0.02
 
@@ -37,10 +32,6 @@ class Similarity:
     first_vs_rest: float
     adjacent: float
 
-    @property
-    def is_finite(self) -> bool:
-        return all(map(math.isfinite, astuple(self)))
-
 
 @dataclass(frozen=True)
 class StepRun:
@@ -53,16 +44,13 @@ class StepRun:
 
 
 @dataclass(frozen=True)
-class PartSummary:
+class PartSummary(Similarity):
     """Encoder, mid block or decoder: means over its blocks and all prompts.
 
     `all_pairs_std` is the standard deviation of `all_pairs` over prompts.
     """
 
-    all_pairs: float
     all_pairs_std: float
-    first_vs_rest: float
-    adjacent: float
 
 
 @dataclass(frozen=True)
@@ -83,33 +71,15 @@ def part_of(block: str) -> str:
 
 def summarise(run: StepRun) -> StepSummary:
     """Average over blocks and prompts, part by part."""
-    parts = {part: _per_prompt(run, part) for part in PARTS.values()}
-    ordered = [
-        encoder.all_pairs > decoder.all_pairs
-        for encoder, decoder in zip(parts["encoder"], parts["decoder"], strict=True)
-    ]
-    return StepSummary(
-        steps=run.steps,
-        prompts_ordered=statistics.fmean(ordered),
-        **{part: _part_summary(prompts) for part, prompts in parts.items()},
-    )
-
-
-def _per_prompt(run: StepRun, part: str) -> list[Similarity]:
-    """Means over the blocks of one part, prompt by prompt."""
-    blocks = [prompts for name, prompts in run.blocks.items() if part_of(name) == part]
-    return [Similarity(*_means(same_prompt)) for same_prompt in zip(*blocks, strict=True)]
-
-
-def _part_summary(prompts: Sequence[Similarity]) -> PartSummary:
-    all_pairs, first_vs_rest, adjacent = _means(prompts)
-    deviation = statistics.pstdev(prompt.all_pairs for prompt in prompts)
-    return PartSummary(all_pairs, deviation, first_vs_rest, adjacent)
-
-
-def _means(similarities: Sequence[Similarity]) -> list[float]:
-    """Each kind's mean, in the order of the fields."""
-    return [statistics.fmean(kind) for kind in zip(*map(astuple, similarities), strict=True)]
+    pairs, parts = {}, {}
+    for part in PARTS.values():
+        blocks = [prompts for name, prompts in run.blocks.items() if part_of(name) == part]
+        kinds = np.array([[astuple(prompt) for prompt in block] for block in blocks]).mean(0)
+        pairs[part] = kinds[:, 0]  # of (prompts, 3)
+        means = [*kinds.mean(0), pairs[part].std()]
+        parts[part] = PartSummary(*map(float, means))
+    ordered = float((pairs["encoder"] > pairs["decoder"]).mean())
+    return StepSummary(run.steps, **parts, prompts_ordered=ordered)
 
 
 @dataclass(frozen=True)
@@ -189,26 +159,26 @@ def curves_of(summary: Sequence[StepSummary]) -> Curves:
 
 def statements(curves: Curves) -> tuple[str, str]:
     """The verdict in two sentences, with the paper's beside it."""
-    counts, broken = len(curves.steps), len(curves.violations)
-    where = ", ".join(f"T={t}" for t in curves.violations)
-    spans = [f"{min(c.difference):+.3f} to {max(c.difference):+.3f}" for c in (curves, PAPER)]
+    counts, broken = len(curves.steps), curves.violations
+    where = f"all {counts} step counts"
+    if broken:
+        listed = ", ".join(f"T={steps}" for steps in broken)
+        where = f"{counts - len(broken)} of {counts} step counts (not at {listed})"
+    own, paper = (f"{min(c.difference):+.3f} to {max(c.difference):+.3f}" for c in (curves, PAPER))
     ordering = (
-        "Ordering: the encoder's features are more alike than the decoder's at "
-        + (f"{counts - broken} of {counts}" if broken else f"all {counts}")
-        + " step counts"
-        + (f" (not at {where})" if where else "")
-        + f"; encoder - decoder is {spans[0]} (paper: {spans[1]}, at all {len(PAPER.steps)})."
+        f"Ordering: the encoder's features are more alike than the decoder's at {where}; encoder - "
+        f"decoder is {own} (paper: {paper}, at all {len(PAPER.steps)})."
     )
     conclusion = {
         True: "both saturate",
         False: "they do not both saturate",
         None: "the range is too short to speak of saturation",
     }[curves.saturates]
-    (encoder, decoder), paper = curves.flat_from, PAPER.flat_from
+    encoder, decoder = curves.flat_from
     saturation = (
         f"Saturation: the encoder's curve stays within {SATURATION_TOLERANCE} of its value at "
         f"T={curves.steps[-1]} from T={encoder} on, the decoder's from T={decoder} on (paper: "
-        f"{paper[0]} and {paper[1]}): {conclusion}."
+        f"{PAPER.flat_from[0]} and {PAPER.flat_from[1]}): {conclusion}."
     )
     return ordering, saturation
 
@@ -232,25 +202,16 @@ def similarity_table(summary: Sequence[StepSummary]) -> Table:
         title_style="bold",
         caption_justify="left",
     )
-    table.add_column("T", justify="right")
-    titles = ("all pairs", "d", "mid block", "first vs rest", "adjacent", "paper")
-    for title in titles:
+    for title in ("T", "all pairs", "d", "mid block", "first vs rest", "adjacent", "paper"):
         table.add_column(title, justify="right", no_wrap=True)
-    paper = {
-        t: _two(*both) for t, *both in zip(PAPER.steps, PAPER.encoder, PAPER.decoder, strict=True)
-    }
-    for row in summary:
-        encoder, decoder = row.encoder, row.decoder
-        delta = encoder.all_pairs - decoder.all_pairs
-        table.add_row(
-            str(row.steps),
-            _two(encoder.all_pairs, decoder.all_pairs),
-            f"[{'green' if delta > 0 else 'red'}]{delta:+.3f}[/]",
-            f"{row.mid.all_pairs:.3f}",
-            _two(encoder.first_vs_rest, decoder.first_vs_rest),
-            _two(encoder.adjacent, decoder.adjacent),
-            paper.get(row.steps, "-"),
-        )
+    paper = dict(zip(PAPER.steps, map(_two, PAPER.encoder, PAPER.decoder), strict=True))
+    for row, delta in zip(summary, curves_of(summary).difference, strict=True):
+        pairs = [
+            _two(getattr(row.encoder, kind), getattr(row.decoder, kind))
+            for kind in ("all_pairs", "first_vs_rest", "adjacent")
+        ]
+        middle = [f"[{'green' if delta > 0 else 'red'}]{delta:+.3f}[/]", f"{row.mid.all_pairs:.3f}"]
+        table.add_row(str(row.steps), pairs[0], *middle, *pairs[1:], paper.get(row.steps, "-"))
     return table
 
 
@@ -258,18 +219,13 @@ def _two(encoder: float, decoder: float) -> str:
     return f"{encoder:.3f}, {decoder:.3f}"
 
 
-# Colour (Okabe-Ito), marker and line.
-_LOOK = {
-    "encoder": ("#0072B2", "o", "-"),
-    "decoder": ("#D55E00", "s", "-"),
-    "mid": ("#7F7F7F", "^", "--"),
-    "own": ("black", "o", "-"),
-    "paper": ("#CC79A7", "D", "--"),
-}
-_TITLES = {
-    "encoder": "encoder (down blocks)",
-    "decoder": "decoder (up blocks)",
-    "mid": "mid block",
+# Label, colour (Okabe-Ito), marker and line.
+_LOOKS = {
+    "encoder": ("encoder (down blocks)", "#0072B2", "o", "-"),
+    "decoder": ("decoder (up blocks)", "#D55E00", "s", "-"),
+    "mid": ("mid block", "#7F7F7F", "^", "--"),
+    "own": ("", "black", "o", "-"),
+    "paper": ("paper", "#CC79A7", "D", "--"),
 }
 
 
@@ -277,47 +233,46 @@ def save_plot(summary: Sequence[StepSummary], path: Path, name: str, note: str) 
     """Write a PNG of three panels: this model, the paper, and encoder - decoder of both.
 
     `name` is what was measured, `note` (one line) how. Needs matplotlib; leaves its global state
-    alone. Raises OSError.
+    alone.
     """
+
+    def curve(panel: Any, of: Curves, values: Sequence[float], look: str) -> None:
+        label, colour, marker, line = _LOOKS[look]
+        panel.plot(of.steps, values, line, marker=marker, color=colour, markersize=4)
+        panel.lines[-1].set_label(label or name)
+
     figure = new_figure((13.5, 4.9))
     figure.get_layout_engine().set(wspace=0.04)
-    own, theirs, difference = figure.subplots(1, 3)
+    own, theirs, difference = panels = figure.subplots(1, 3)
     curves = curves_of(summary)
     for part in ("encoder", "decoder", "mid"):
-        parts: list[PartSummary] = [getattr(row, part) for row in summary]
-        _curve(own, curves.steps, [p.all_pairs for p in parts], part, part)
+        rows: list[PartSummary] = [getattr(row, part) for row in summary]
+        curve(own, curves, [row.all_pairs for row in rows], part)
         if part != "mid":
-            low = [p.all_pairs - p.all_pairs_std for p in parts]
-            high = [p.all_pairs + p.all_pairs_std for p in parts]
-            own.fill_between(curves.steps, low, high, color=_LOOK[part][0], alpha=0.15)
-            _curve(theirs, PAPER.steps, getattr(PAPER, part), part, part)
-    _curve(difference, curves.steps, curves.difference, "own", name)
-    _curve(difference, PAPER.steps, PAPER.difference, "paper", "paper")
+            low = [row.all_pairs - row.all_pairs_std for row in rows]
+            high = [row.all_pairs + row.all_pairs_std for row in rows]
+            own.fill_between(curves.steps, low, high, color=_LOOKS[part][1], alpha=0.15)
+            curve(theirs, PAPER, getattr(PAPER, part), part)
+    curve(difference, curves, curves.difference, "own")
+    curve(difference, PAPER, PAPER.difference, "paper")
     difference.axhline(0.0, color="#555555", linewidth=1)
     low_end, high_end = difference.get_ylim()
     difference.set_ylim(min(low_end, -0.1 * high_end), max(high_end, -0.1 * low_end))
-    own.set_title(f"{name}: measured\n(band: 1 standard deviation over prompts)", fontsize=10)
-    theirs.set_title(
-        "TiUE paper, figure (c): SD 2.1\n(digitised; features not defined)", fontsize=10
+    heads = (
+        f"{name}: measured\n(band: 1 standard deviation over prompts)",
+        "TiUE paper, figure (c): SD 2.1\n(digitised; features not defined)",
+        "encoder - decoder\n(the paper's claim: above zero)",
     )
-    difference.set_title("encoder - decoder\n(the paper's claim: above zero)", fontsize=10)
-    own.set_ylabel("mean cosine similarity, all pairs of steps")
-    theirs.set_ylabel("'Mean of Cosine Similarity' as printed")
-    difference.set_ylabel("difference of mean cosine similarity")
-    for panel in (own, theirs, difference):
-        panel.set_xlabel("number of DDIM steps T")
+    axes = (
+        "mean cosine similarity, all pairs of steps",
+        "'Mean of Cosine Similarity' as printed",
+        "difference of mean cosine similarity",
+    )
+    for panel, head, label in zip(panels, heads, axes, strict=True):
+        panel.set_title(head, fontsize=10)
+        panel.set(xlabel="number of DDIM steps T", ylabel=label)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8.5)
     figure.suptitle("Do encoder features change less than decoder features along the sampling run?")
     figure.supxlabel(note, fontsize=8.5, color="#555555")
     save_figure(figure, path)
-
-
-def _curve(
-    panel: Any, steps: Sequence[int], values: Sequence[float], look: str, label: str
-) -> None:
-    colour, marker, line = _LOOK[look]
-    label = _TITLES.get(label, label)
-    panel.plot(
-        steps, values, color=colour, marker=marker, linestyle=line, markersize=4, label=label
-    )

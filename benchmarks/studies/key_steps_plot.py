@@ -10,7 +10,6 @@ import numpy as np
 
 from tiue_export.proof.key_step_results import Candidate, PromptResult, losses_of
 from tiue_export.specs import Array
-from tiue_export.system.disk_errors import disk_errors
 
 from ..figure import new_figure, save_figure
 
@@ -23,9 +22,8 @@ def save_key_step_plots(
 ) -> list[Path]:
     """Write blocks.png and key_steps.png into `folder`; `name` is the model's."""
     paths = [folder / "blocks.png", folder / "key_steps.png"]
-    with disk_errors(folder):
-        _save_blocks_plot(results, paths[0], name)
-        _save_key_steps_plot(results, found, paths[1], name)
+    _save_blocks_plot(results, paths[0], name)
+    _save_key_steps_plot(results, found, paths[1], name)
     return paths
 
 

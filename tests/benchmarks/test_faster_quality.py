@@ -22,6 +22,7 @@ from tiue_export.sampling.key_step_options import FasterOptions
 bundles = importlib.import_module("tiue_export.benchmarks.quality.bundles")
 checkpoints = importlib.import_module("tiue_export.benchmarks.quality.checkpoints")
 front = importlib.import_module("tiue_export.benchmarks.quality.__main__")
+yardstick = importlib.import_module("tiue_export.benchmarks.quality.yardstick")
 GUIDANCE = 3.0
 
 
@@ -103,7 +104,7 @@ def test_the_command_prints_a_table_and_writes_json_and_plot(
 
 def test_a_distilled_bundle_has_no_plans(tiny_bundle, tmp_path, monkeypatch, capsys):
     save_quality_data(made_up_data("tiny"), tmp_path)
-    monkeypatch.setattr(bundles, "PICTURE_SIZE_PX", 64)
+    monkeypatch.setattr(yardstick, "PICTURE_SIZE_PX", 64)
     where = ["plans", tiny_bundle.root, "--data", tmp_path, "--prompts", 6]
     with pytest.raises(SystemExit) as stopped:
         front.main([*map(str, where)])

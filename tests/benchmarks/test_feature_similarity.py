@@ -102,10 +102,10 @@ def test_the_mean_is_the_plain_loop_over_pairs_of_steps(steps, width, seed) -> N
 
 
 def test_blocks_are_split_into_encoder_mid_and_decoder(loaded) -> None:
-    blocks = features.named_blocks(loaded.unet)
+    blocks = features.named_blocks(loaded.student.unet)
     assert list(blocks) == [*ENCODER, "mid_block", *DECODER]
-    assert [blocks[name] for name in ENCODER] == list(loaded.unet.down_blocks)
-    assert [blocks[name] for name in DECODER] == list(loaded.unet.up_blocks)
+    assert [blocks[name] for name in ENCODER] == list(loaded.student.unet.down_blocks)
+    assert [blocks[name] for name in DECODER] == list(loaded.student.unet.up_blocks)
     parts = [words.part_of(name) for name in blocks]
     assert parts == ["encoder"] * 3 + ["mid"] + ["decoder"] * 3
 
@@ -200,7 +200,8 @@ def test_the_hooks_leave_the_unet_even_after_an_interruption(loaded) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         bench.measure(loaded, bench.Settings((PROMPT,), (0,)), 2, stop)
-    assert all(not block._forward_hooks for block in features.named_blocks(loaded.unet).values())
+    blocks = features.named_blocks(loaded.student.unet).values()
+    assert all(not block._forward_hooks for block in blocks)
 
 
 # --- loading

@@ -71,11 +71,7 @@ def trajectory_of(
 
 def diffusers_scheduler(config: Mapping[str, Any], scheduler: str, steps: int) -> Any:
     """diffusers' own scheduler as `Scheduler.from_config(config)` makes it, its timesteps set."""
-    settings = dict(config)
-    if scheduler == "ddim":
-        settings = ddim_settings(config)
-        known = inspect.signature(DDIMScheduler.__init__).parameters
-        settings = {k: v for k, v in settings.items() if k in known}
+    settings = ddim_arguments(config) if scheduler == "ddim" else dict(config)
     if scheduler == "pndm":
         # Its other start, four Runge-Kutta steps, takes a dozen calls that no one means by 50.
         settings |= {"skip_prk_steps": True}
@@ -90,6 +86,16 @@ def diffusers_scheduler(config: Mapping[str, Any], scheduler: str, steps: int) -
             )
     made.set_timesteps(steps)
     return made
+
+
+def ddim_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """DDIMScheduler's arguments for a configuration that any scheduler class saved.
+
+    `DDIMScheduler.from_config` would take its own defaults (clipping!) for keys that a PNDM
+    configuration never has.
+    """
+    known = inspect.signature(DDIMScheduler.__init__).parameters
+    return {key: value for key, value in ddim_settings(config).items() if key in known}
 
 
 def _spacing(config: Mapping[str, Any], scheduler: str) -> str:

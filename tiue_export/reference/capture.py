@@ -6,7 +6,6 @@ parts are run and freed one after the other: at full size they would not fit sid
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,10 +33,10 @@ from tiue_export.graphs.build import Graph, build_graphs, exported_plan, gaussia
 from tiue_export.graphs.lowering import copied
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
+from tiue_export.methods.scheduler import diffusers_scheduler
 from tiue_export.proof.parity import PROMPTS, Reference, parity_record, with_dtypes
 from tiue_export.reference.half_audit import RangeRecorder, float32_options, score_blocks
 from tiue_export.reference.loop_capture import capture_loop
-from tiue_export.sampling.ddim import ddim_settings
 from tiue_export.sampling.noise import noises_from_seed
 from tiue_export.sampling.sampler import OnStep
 from tiue_export.specs import (
@@ -325,12 +324,7 @@ def _wide(argument: Any) -> Any:
 
 def scheduler_loop(student: Student, noise: Tensor, outputs: Tensor) -> Tensor:
     """The official loop: diffusers' DDIM scheduler stepped through the K outputs (K*B, 4, H, W)."""
-    from diffusers import DDIMScheduler
-
-    settings = ddim_settings(student.scheduler_config)
-    known = inspect.signature(DDIMScheduler.__init__).parameters
-    scheduler: Any = DDIMScheduler(**{k: v for k, v in settings.items() if k in known})
-    scheduler.set_timesteps(student.plan.steps)
+    scheduler = diffusers_scheduler(student.scheduler_config, "ddim", student.plan.steps)
     latents = noise
     rows = outputs.float().reshape(student.plan.steps, *noise.shape)
     for timestep, output in zip(scheduler.timesteps, rows, strict=True):
