@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from tiue_export.errors import RuntimeFailure, UsageError
 from tiue_export.proof.latency_record import (
     UNET,
     Ceiling,
+    Environment,
     Measurement,
     Record,
     Settings,
@@ -22,7 +23,6 @@ from tiue_export.proof.latency_record import (
     write_text,
 )
 from tiue_export.proof.latency_request import (
-    ContenderRequest,
     LatencyOutcome,
     LatencyOutputs,
     LatencyPlan,
@@ -65,12 +65,26 @@ def measure_latency(plan: LatencyPlan, tell: Tell = lambda line: None) -> Latenc
     request = replace(plan.request, bundles=tuple(open_bundle(path) for path in plan.bundles))
     contenders = expand(request)
     asked = full_names([contender.name for contender in contenders], plan.ratios_to)
+    record = measure_contenders(contenders, plan, environment, tell)
+    ratios_to = asked or first_measured(record)
+    changes = compare_with_first_bundle(record, bundle_titles(request.bundles))
+    text = to_json(record, summarized(record, ratios_to))
+    stopped = record.settings.rounds < plan.settings.rounds
+    outcome = LatencyOutcome(record, ratios_to, tuple(changes), text, stopped)
+    write_outputs(outcome, plan.outputs)
+    return outcome
+
+
+def measure_contenders(
+    contenders: Sequence[Contender], plan: LatencyPlan, environment: Environment, tell: Tell
+) -> Record:
+    """Make the bundles that contenders lack, let all take turns, count operations."""
     given = parse_ceilings(plan.peaks)
     if environment.is_busy:
         tell(f"warning: the machine is busy: load {environment.load_average[0]:.1f}")
     with work_folder(plan.work) as work:
         contenders = [ready(contender, Path(work), tell) for contender in contenders]
-        ceilings = given or _ceilings(plan, request, tell)
+        ceilings = given or _ceilings(plan, tell)
         told = _Teller(plan.settings, tell)
         rows = measure(contenders, plan.settings, timeout_s=plan.timeout_s, on_turn=told.turn_taken)
         # Graphs are counted from their files, which may go with the folder.
@@ -82,13 +96,7 @@ def measure_latency(plan: LatencyPlan, tell: Tell = lambda line: None) -> Latenc
     warnings = standing_warnings(record)
     if rounds < asked_rounds:
         warnings.append(f"stopped by Ctrl-C after {rounds} of {asked_rounds} rounds")
-    record = replace(record, warnings=tuple(warnings))
-    ratios_to = asked or first_measured(record)
-    changes = compare_with_first_bundle(record, bundle_titles(request.bundles))
-    text = to_json(record, summarized(record, ratios_to))
-    outcome = LatencyOutcome(record, ratios_to, tuple(changes), text, rounds < asked_rounds)
-    write_outputs(outcome, plan.outputs)
-    return outcome
+    return replace(record, warnings=tuple(warnings))
 
 
 def check_settings(plan: LatencyPlan) -> None:
@@ -149,12 +157,12 @@ def work_folder(work: Path | None) -> AbstractContextManager[str | Path]:
     return tempfile.TemporaryDirectory(prefix="tiue-export-bench-")
 
 
-def _ceilings(plan: LatencyPlan, request: ContenderRequest, tell: Tell) -> Mapping[str, Ceiling]:
+def _ceilings(plan: LatencyPlan, tell: Tell) -> Mapping[str, Ceiling]:
     if not plan.measure_peak:
         return {}
     tell("measuring the machine's ceiling")
     try:
-        return ceilings_in_child(request.threads)
+        return ceilings_in_child(plan.request.threads)
     except RuntimeFailure as failure:
         tell(f"warning: {failure.message}")
         return {}

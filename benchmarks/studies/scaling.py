@@ -15,10 +15,13 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from tiue_export.bundle.read import Bundle, open_bundle
@@ -33,22 +36,20 @@ from tiue_export.proof.latency_record import (
     to_json,
     write_text,
 )
+from tiue_export.proof.latency_request import ContenderRequest, LatencyOutputs, LatencyPlan
 from tiue_export.registry.spokes import run_explained
 from tiue_export.sampling.key_step_options import PlanChange
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER
-from tiue_export.system.disk_errors import disk_errors
 
-from ..figure import check_file, check_plot, new_figure, save_figure
-from ..latency.bench import counted, ready, work_folder
+from ..figure import check_plot, new_figure, save_figure
+from ..latency.bench import check_settings, measure_contenders
 from ..latency.contenders import Contender
 from ..latency.environment import describe_environment
 from ..latency.faster_session import loop_runs, plan_of
 from ..latency.made_bundle import MadeBundle
-from ..latency.report import rich_table, standing_warnings
+from ..latency.report import rich_table
 from ..latency.settings import FasterSettings, GraphSettings, TorchSettings
 from ..latency.summary import peak_share, spreads, summarized
-from ..latency.turns import measure
-from .ceiling import ceilings_in_child, parse_ceilings
 
 _TITLES: Mapping[str, str] = {
     "steps": "decoder rows K",
@@ -121,207 +122,129 @@ def parse_axis(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _contender(sweep: Sweep, axis: str, value: int, variant: str) -> Contender:
-    what = f"{variant} UNet at {_TITLES[axis]} = {value}"
     name = f"{axis}={value}/{variant}/{sweep.runtime}/{sweep.precision}"
+    what = f"{variant} UNet at {_TITLES[axis]} = {value}"
     threads = value if axis == "threads" else sweep.threads
+    alone: dict[str, Any] = {"threads": threads, "unet_only": True}
     precision = sweep.precision if sweep.runtime == "openvino" else "auto"
+    on_graphs: dict[str, Any] = {"runtime": sweep.runtime, "precision": precision, **alone}
     if sweep.bundle is not None:
-        settings = FasterSettings(
-            bundle=str(sweep.bundle.root),
-            runtime=sweep.runtime,
-            loop="plan",
-            precision=precision,
-            max_decoder_rows=value if axis == "rows" else None,
-            threads=threads,
-            unet_only=True,
-        )
-        _check_rows(sweep.bundle, settings.max_decoder_rows)
-        return Contender(name, what, settings)
-    assert sweep.checkpoint is not None
-    shape: dict[str, Any] = {
-        "size": {"height": value, "width": value},
-        "threads": {},
-    }.get(axis, {axis: value})
+        rows = value if axis == "rows" else None
+        plan = plan_of(replanned(sweep.bundle, PlanChange(max_decoder_rows=rows)))
+        loop_runs(plan, "plan", sweep.bundle.manifest.batch or 1)  # raises for too few rows
+        bundle = str(sweep.bundle.root)
+        planned = FasterSettings(bundle=bundle, loop="plan", max_decoder_rows=rows, **on_graphs)
+        return Contender(name, what, planned)
+    shapes = {"size": {"height": value, "width": value}, "threads": {}}
+    model: dict[str, Any] = {"checkpoint": sweep.checkpoint, "base": sweep.base}
+    model |= shapes.get(axis, {axis: value})
     if sweep.runtime == "torch":
-        torch = TorchSettings(
-            checkpoint=sweep.checkpoint,
-            base=sweep.base,
-            precision=sweep.precision,
-            threads=threads,
-            unet_only=True,
-            **shape,
-        )
-        return Contender(name, what, torch)
+        return Contender(name, what, TorchSettings(precision=sweep.precision, **model, **alone))
     graphs = MadeBundle(
-        checkpoint=sweep.checkpoint,
-        base=sweep.base,
         hoist=VARIANTS[variant].hoist,
         merge_below=VARIANTS[variant].merge_below,
         unet_only=True,
         forms=("openvino",) if sweep.runtime == "openvino" else (),
-        **shape,
+        **model,
     )
-    made = GraphSettings(
-        bundle=None, runtime=sweep.runtime, precision=precision, threads=threads, unet_only=True
-    )
-    return Contender(name, what, made, {"bundle": graphs})
+    return Contender(name, what, GraphSettings(bundle=None, **on_graphs), {"bundle": graphs})
 
 
-def _check_rows(bundle: Bundle, rows: int | None) -> None:
-    plan = plan_of(replanned(bundle, PlanChange(max_decoder_rows=rows)))
-    loop_runs(plan, "plan", bundle.manifest.batch or 1)
-
-
-def run_sweep(
-    points: Sequence[Contender],
-    settings: Settings,
-    *,
-    peaks: tuple[str, ...] = (),
-    measure_peak: bool = True,
-    work: Path | None = None,
-    timeout_s: float = 3600.0,
-) -> Record:
-    """Measure all points in turn; progress goes to standard error.
-
-    `peaks` are "PRECISION=TFLOPS"; without any, the machine's are measured if `measure_peak`.
-    """
-    environment = describe_environment()
-
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    def turn_taken(number: int, row: Measurement) -> None:
-        told = row.reason or f"{row.turns[-1].latency_ms[UNET][0]:.4g} ms"
-        tell(f"round {number} of {settings.rounds}  {row.name}: {told}")
-
-    ceilings = parse_ceilings(peaks)
-    if measure_peak and not ceilings:
-        tell("measuring the machine's ceiling")
-        ceilings = ceilings_in_child(None)
-    with work_folder(work) as folder:
-        points = [ready(point, Path(folder), tell) for point in points]
-        rows = measure(points, settings, timeout_s=timeout_s, on_turn=turn_taken)
-        rows = [counted(point.settings, row) for point, row in zip(points, rows, strict=True)]
-    record = Record(environment, settings, tuple(rows), ceilings)
-    return replace(record, warnings=tuple(standing_warnings(record)))
-
-
-@dataclass(frozen=True)
-class _Point:
-    """One measured contender's place."""
-
-    axis: str
-    value: int
-    variant: str
-    entry: Measurement
-
-    @property
-    def seconds(self) -> float:
-        return spreads(self.entry)[UNET].median_ms / 1e3
-
-
-# A variant's look and its points in the order of their values; the first is naive where it is.
-_Lines = Sequence[tuple[str, Variant, Sequence[_Point]]]
+# Measured points of one axis by variant, as (value, row) in the order of the values.
+_Lines = Mapping[str, Sequence[tuple[int, Measurement]]]
 
 
 def plot_scaling(record: Record, path: Path) -> None:
     """Draw `path`: a column for each axis; time, memory, what hoisting and merging bring, and
     how near each graph comes to the machine's measured peak where the record has that."""
-    points = [point for entry in record.contenders if (point := _point(entry)) is not None]
-    axes = [axis for axis in AXES if any(point.axis == axis for point in points)]
-    drawings = dict(_DRAWINGS)
+    axes = _lines_by_axis(record)
+    drawings: dict[str, Callable[[Any, _Lines], None]] = {
+        "UNet, seconds": _draw_time,
+        "peak memory, GB": _draw_memory,
+    }
+    if any("naive" in lines for lines in axes.values()):
+        drawings["time / naive (dotted: operations)"] = _draw_gain
     if record.ceilings:
-        drawings["share of the peak (dashed: encoder)"] = lambda panel, lines: _draw_share(
-            panel, lines, record
-        )
-    if not any(point.variant == "naive" for point in points):
-        del drawings[_GAIN_TITLE]
+        drawings["share of the peak (dashed: encoder)"] = partial(_draw_share, record)
     columns, rows = max(1, len(axes)), len(drawings)
     figure = new_figure((1 + 3.4 * columns, 0.5 + 2.5 * rows))
     grid = figure.subplots(rows, columns, squeeze=False)
-    for column, axis in enumerate(axes):
-        own = [point for point in points if point.axis == axis]
-        for panel, draw in zip(grid[:, column], drawings.values(), strict=True):
-            draw(panel, _lines(own))
-            _dress(panel, sorted({point.value for point in own}))
-        grid[-1][column].set_xlabel(_TITLES[axis], fontsize=9)
+    for column, (axis, lines) in zip(grid.T, axes.items(), strict=False):
+        for panel, draw in zip(column, drawings.values(), strict=True):
+            draw(panel, lines)
+            _dress(panel, sorted({value for line in lines.values() for value, _ in line}))
+        column[-1].set_xlabel(_TITLES[axis], fontsize=9)
     for row, title in zip(grid, drawings, strict=True):
         row[0].set_ylabel(title, fontsize=9)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    with disk_errors(path):
-        save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def _point(entry: Measurement) -> _Point | None:
-    parts = re.match(r"(\w+)=(\d+)/(\w+)/", entry.name)
-    if parts is None or not entry.measured:
-        return None
-    return _Point(parts[1], int(parts[2]), parts[3], entry)
+def _lines_by_axis(record: Record) -> dict[str, _Lines]:
+    found: dict[str, dict[str, list[tuple[int, Measurement]]]] = {}
+    for entry in record.contenders:
+        parts = re.match(r"(\w+)=(\d+)/(\w+)/", entry.name)
+        if parts is not None and entry.measured:
+            axis, value, variant = parts.groups()
+            found.setdefault(axis, {}).setdefault(variant, []).append((int(value), entry))
+    return {
+        axis: {
+            variant: sorted(found[axis][variant], key=lambda point: point[0])
+            for variant in _DRAWN
+            if variant in found[axis]
+        }
+        for axis in AXES
+        if axis in found
+    }
 
 
-def _lines(points: Sequence[_Point]) -> _Lines:
-    return [
-        (name, form, sorted((p for p in points if p.variant == name), key=lambda p: p.value))
-        for name, form in _DRAWN.items()
-        if any(point.variant == name for point in points)
-    ]
+def _seconds(entry: Measurement) -> float:
+    return spreads(entry)[UNET].median_ms / 1e3
 
 
 def _draw_time(panel: Any, lines: _Lines) -> None:
-    for name, form, line in lines:
-        times = [spreads(point.entry)[UNET] for point in line]
-        spans = [
-            [(s.median_ms - s.p10_ms) / 1e3 for s in times],
-            [(s.p90_ms - s.median_ms) / 1e3 for s in times],
-        ]
-        look = {"color": form.colour, "marker": form.marker, "capsize": 2, "label": name}
-        panel.errorbar([p.value for p in line], [p.seconds for p in line], yerr=spans, **look)
+    for name, line in lines.items():
+        times = [spreads(entry)[UNET] for _, entry in line]
+        low, middle, high = np.array([[s.p10_ms, s.median_ms, s.p90_ms] for s in times]).T / 1e3
+        look = {"color": _DRAWN[name].colour, "marker": _DRAWN[name].marker, "capsize": 2}
+        spans = [middle - low, high - middle]
+        panel.errorbar([value for value, _ in line], middle, yerr=spans, label=name, **look)
 
 
 def _draw_memory(panel: Any, lines: _Lines) -> None:
-    for _, form, line in lines:
-        sizes = [(p.value, p.entry.peak_memory_bytes) for p in line]
-        _draw_line(panel, [(v, s and s / 1e9) for v, s in sizes], form.colour, marker=form.marker)
+    for name, line in lines.items():
+        sizes = [(value, (entry.peak_memory_bytes or nan) / 1e9) for value, entry in line]
+        _draw_line(panel, sizes, _DRAWN[name].colour, marker=_DRAWN[name].marker)
 
 
 def _draw_gain(panel: Any, lines: _Lines) -> None:
     """Time over the naive decoder's at the same value, and the operations' share below it."""
-    naive = {p.value: p for name, _, line in lines if name == "naive" for p in line}
-    for name, form, line in lines:
-        pairs = [(p, naive[p.value]) for p in line if p.value in naive and name != "naive"]
-        times = [(p.value, p.seconds / other.seconds) for p, other in pairs]
+    naive = dict(lines.get("naive", ()))
+    for name in [name for name in lines if name != "naive"]:
+        form = _DRAWN[name]
+        pairs = [(value, entry, naive[value]) for value, entry in lines[name] if value in naive]
+        times = [(value, _seconds(entry) / _seconds(other)) for value, entry, other in pairs]
+        work = [(v, e.flops.get(UNET, nan) / other.flops.get(UNET, nan)) for v, e, other in pairs]
         _draw_line(panel, times, form.colour, marker=form.marker)
-        work = [(p.value, p.entry.flops.get(UNET), o.entry.flops.get(UNET)) for p, o in pairs]
-        _draw_line(panel, [(v, a and b and a / b) for v, a, b in work], form.colour, linestyle=":")
+        _draw_line(panel, work, form.colour, linestyle=":")
     panel.axhline(1, color="#999999", linewidth=0.8)
 
 
-def _draw_share(panel: Any, lines: _Lines, record: Record) -> None:
+def _draw_share(record: Record, panel: Any, lines: _Lines) -> None:
     """Operations over time over the machine's peak: the decoder of each form, and the encoder,
     which all forms share, once."""
-    drawn = [(form.colour, "-", UNET_DECODER, line) for _, form, line in lines]
-    drawn += [("#009E73", "--", UNET_ENCODER, line) for _, _, line in lines[-1:]]
-    for colour, style, graph, line in drawn:
-        shares = [(point.value, peak_share(point.entry, record, graph)) for point in line]
+    drawn = [(_DRAWN[name].colour, "-", UNET_DECODER, line) for name, line in lines.items()]
+    for colour, style, graph, line in (*drawn, ("#009E73", "--", UNET_ENCODER, drawn[-1][-1])):
+        shares = [(value, peak_share(entry, record, graph)) for value, entry in line]
         _draw_line(panel, shares, colour, linestyle=style, marker=".")
 
 
 def _draw_line(
-    panel: Any, pairs: Sequence[tuple[int, float | None]], colour: str, **look: str
+    panel: Any, points: Sequence[tuple[int, float | None]], colour: str, **look: str
 ) -> None:
-    """A line through the pairs that have a value; none where no pair has."""
-    present = [pair for pair in pairs if pair[1] is not None]
-    if present:
-        panel.plot(*zip(*present, strict=True), color=colour, **look)
-
-
-_GAIN_TITLE = "time / naive (dotted: operations)"
-_DRAWINGS: Mapping[str, Callable[[Any, _Lines], None]] = {
-    "UNet, seconds": _draw_time,
-    "peak memory, GB": _draw_memory,
-    _GAIN_TITLE: _draw_gain,
-}
+    """A line through the points; none where a value is not known (None, NaN)."""
+    panel.plot(*np.array(points, float).reshape(-1, 2).T, color=colour, **look)
 
 
 def _dress(panel: Any, values: Sequence[int]) -> None:
@@ -362,18 +285,10 @@ def main() -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     check_plot(arguments.plot)
-    check_file("--out", arguments.out)
     if arguments.record is not None:
         record = read_record(arguments.record)
     else:
-        record = run_sweep(
-            contenders(_sweep(arguments)),
-            Settings(arguments.rounds, arguments.runs, arguments.warmup, unet_only=True),
-            peaks=tuple(arguments.peak),
-            measure_peak=not arguments.no_peak,
-            work=arguments.work,
-            timeout_s=arguments.timeout,
-        )
+        record = _measured(arguments)
         if arguments.out is not None:
             write_text(arguments.out, to_json(record, summarized(record, ())))
         Console(width=None if sys.stdout.isatty() else 140).print(rich_table(record, ()))
@@ -381,6 +296,24 @@ def _run(arguments: argparse.Namespace) -> None:
             print(line)
     if arguments.plot is not None:
         plot_scaling(record, arguments.plot)
+
+
+def _measured(arguments: argparse.Namespace) -> Record:
+    plan = LatencyPlan(
+        bundles=(),
+        request=ContenderRequest(),
+        settings=Settings(arguments.rounds, arguments.runs, arguments.warmup, unet_only=True),
+        peaks=tuple(arguments.peak),
+        measure_peak=not arguments.no_peak,
+        work=arguments.work,
+        timeout_s=arguments.timeout,
+        outputs=LatencyOutputs(record=arguments.out, plot=arguments.plot),
+    )
+    check_settings(plan)
+    points = contenders(_sweep(arguments))
+    return measure_contenders(
+        points, plan, describe_environment(), lambda line: print(line, file=sys.stderr)
+    )
 
 
 def _sweep(arguments: argparse.Namespace) -> Sweep:
