@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.proof.latency_request import ContenderRequest
@@ -38,42 +38,41 @@ NAIVE = "naive"
 _ROWS = re.compile(r"rows-(\d+)")
 _TORCH_PRECISIONS = ("fp32", "bf16", "fp16")
 _SD_CPP_PRECISIONS = ("f16", "q8_0", "f32")
-_GUIDED_TIMED_PASSES = 3
 # DeepCache's own example: the whole UNet at every third step, its outermost layers between.
 _CACHE_INTERVAL = 3
 _WITHOUT_FORM = "ort"  # runs the ONNX graphs as they are
+_FULL_NAME = "METHOD/RUNTIME/PRECISION, such as one-step/torch/fp32"
+# What METHOD/RUNTIME means without a precision, where no bundle decides it.
+_USUAL_PRECISION = {TORCH: "fp32", COMPILED_TORCH: "fp32", SD_CPP: "f16"}
 
 
 @dataclass(frozen=True)
 class Passes:
-    """A sampler that takes `total` ordinary UNet passes, of which `timed` are really run.
+    """A sampler of ordinary UNet passes; `settings` are those of `PassSettings`.
 
-    `guided`: every pass runs on two rows, with and without the prompt. `cache_interval`: DeepCache
-    runs the whole UNet at every so many passes; 0 is without.
+    `cache_interval`: DeepCache runs the whole UNet at every so many passes; 0 is without.
     """
 
-    total: int
-    timed: int
-    guided: bool
     what: str
+    settings: Mapping[str, Any]
     cache_interval: int = 0
 
 
+_GUIDED = {"passes": 50, "timed_passes": 3, "guided": True}
 SAMPLERS: Mapping[str, Passes] = {
-    "one-step": Passes(1, 1, False, "1-step model (SD-Turbo, SwiftBrush): 1 UNet pass"),
-    "four-step": Passes(4, 4, False, "4-step model (SD-Turbo, LCM): 4 UNet passes"),
+    "one-step": Passes(
+        "1-step model (SD-Turbo, SwiftBrush): 1 UNet pass", {"passes": 1, "timed_passes": 1}
+    ),
+    "four-step": Passes(
+        "4-step model (SD-Turbo, LCM): 4 UNet passes", {"passes": 4, "timed_passes": 4}
+    ),
     "fifty-step": Passes(
-        50,
-        _GUIDED_TIMED_PASSES,
-        True,
-        f"50 steps with guidance: {_GUIDED_TIMED_PASSES} passes timed at batch 2, scaled to 50",
+        "50 steps with guidance: 3 passes timed at batch 2, scaled to 50", _GUIDED
     ),
     "deepcache": Passes(
-        50,
-        _CACHE_INTERVAL,
-        True,
         f"50 steps with guidance by DeepCache, interval {_CACHE_INTERVAL}: "
-        f"{_CACHE_INTERVAL} passes timed at batch 2, scaled to 50",
+        "3 passes timed at batch 2, scaled to 50",
+        _GUIDED,
         _CACHE_INTERVAL,
     ),
 }
@@ -87,19 +86,9 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 WITHOUT_CHECKPOINT = (BUNDLES,)
 USUAL = ("official", "torch-bf16", BUNDLES, "one-step", "four-step", "sd-cpp")
 EVERY = (
-    "official",
-    "torch-bf16",
-    "torch-compile",
-    BUNDLES,
-    "rows-2",
-    "rows-8",
-    "rows-16",
-    "one-step",
-    "four-step",
-    "fifty-step/torch/fp32",
-    "deepcache/torch/fp32",
-    "sd-cpp",
-)
+    "official", "torch-bf16", "torch-compile", BUNDLES, "rows-2", "rows-8", "rows-16", "one-step",
+    "four-step", "fifty-step/torch/fp32", "deepcache/torch/fp32", "sd-cpp",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,16 +113,16 @@ class Lane:
     runtime: str
     precision: str
 
+    def name(self, method: str) -> str:
+        """The full name of a method in this lane."""
+        return f"{method}/{self.runtime}/{self.precision}"
+
 
 def expand(asked: ContenderRequest) -> list[Contender]:
     """All contenders, in the order they were asked for; the first is what ratios are taken to."""
-    chosen = asked.contenders
-    if not chosen:
-        chosen = USUAL if asked.checkpoint is not None else WITHOUT_CHECKPOINT
-    if "all" in chosen:
-        chosen = EVERY
+    chosen = asked.contenders or (WITHOUT_CHECKPOINT if asked.checkpoint is None else USUAL)
     found: dict[str, Contender] = {}
-    for name in chosen:
+    for name in EVERY if "all" in chosen else chosen:
         for contender in _named(name, asked):
             found.setdefault(contender.name, contender)
     if not found:
@@ -182,21 +171,16 @@ def _named(name: str, asked: ContenderRequest) -> list[Contender]:
     return [_one(method, chosen, asked) for chosen in _lanes(method, lane, asked)]
 
 
-_FULL_NAME = "METHOD/RUNTIME/PRECISION, such as one-step/torch/fp32"
-
-
 def _lanes(method: str, parts: Sequence[str], asked: ContenderRequest) -> list[Lane]:
     """The lanes that METHOD, METHOD/RUNTIME or METHOD/RUNTIME/PRECISION stands for."""
     if len(parts) == 2:
         return [Lane(*parts)]
     if parts:
         (runtime,) = parts
-        if runtime in (TORCH, COMPILED_TORCH):
-            return [Lane(runtime, "fp32")]
-        if runtime == SD_CPP:
-            return [Lane(runtime, "f16")]
-        precisions = [_precisions(runtime, bundle, asked) for bundle in asked.bundles[:1]]
-        return [Lane(runtime, p) for p in (precisions[0] if precisions else ("fp32",))]
+        precisions: tuple[str, ...] = (_USUAL_PRECISION.get(runtime, "fp32"),)
+        if runtime not in _USUAL_PRECISION and asked.bundles:
+            precisions = _precisions(runtime, asked.bundles[0], asked)
+        return [Lane(runtime, precision) for precision in precisions]
     lanes = [Lane(TORCH, "fp32")]
     if method in SAMPLERS and not SAMPLERS[method].cache_interval:
         lanes += [lane for bundle in asked.bundles for lane in bundle_lanes(asked, bundle)]
@@ -205,14 +189,13 @@ def _lanes(method: str, parts: Sequence[str], asked: ContenderRequest) -> list[L
 
 def _one(method: str, lane: Lane, asked: ContenderRequest) -> Contender:
     """The contender of one method in one lane."""
-    name = f"{method}/{lane.runtime}/{lane.precision}"
     if lane.runtime in (TORCH, COMPILED_TORCH):
-        return _torch(name, method, lane, asked)
+        return _torch(method, lane, asked)
     if lane.runtime == SD_CPP:
-        return _sd_cpp(name, method, lane, asked)
+        return _sd_cpp(method, lane, asked)
     if lane.runtime not in BACKENDS:
         raise unknown_name("runtime", lane.runtime, {*BACKENDS, COMPILED_TORCH, SD_CPP})
-    return _sampler_on_graphs(name, method, lane, asked)
+    return _sampler_on_graphs(method, lane, asked)
 
 
 def _bundle_contenders(asked: ContenderRequest) -> list[Contender]:
@@ -230,19 +213,9 @@ def _bundle_contenders(asked: ContenderRequest) -> list[Contender]:
 
 
 def _student_bundle(title: str, bundle: Bundle, lane: Lane, asked: ContenderRequest) -> Contender:
-    return Contender(
-        name=f"{title}/{lane.runtime}/{lane.precision}",
-        what=_bundle_what(bundle),
-        settings=GraphSettings(
-            bundle=str(bundle.root),
-            runtime=lane.runtime,
-            precision=_asked_precision(lane),
-            checkpoint=asked.checkpoint if lane.runtime == TORCH else None,
-            base=asked.base if lane.runtime == TORCH else None,
-            vae=asked.vae if lane.runtime == TORCH else None,
-            **_common(asked),
-        ),
-    )
+    weights = _weights(asked) if lane.runtime == TORCH else {}
+    settings = GraphSettings(bundle=str(bundle.root), **weights, **_on_graphs(lane, asked))
+    return Contender(lane.name(title), _bundle_what(bundle), settings)
 
 
 def _looped_bundle(
@@ -255,23 +228,22 @@ def _looped_bundle(
         missing = "a bundle with a plan is measured on its graphs: use fifty-step/torch/fp32"
     elif CONTROLNET in bundle.manifest.graphs:
         missing = "it follows a picture, which is not measured"
+    head = f"Faster Diffusion, {steps} steps, {len(plan.passes)} key steps"
+    heads = {"every-step": f"{steps} steps with guidance"}
+    on_graphs = _on_graphs(lane, asked)
     return [
         Contender(
-            name=f"{title}{'' if loop == 'plan' else f'-{loop}'}/{lane.runtime}/{lane.precision}",
-            what=f"Faster Diffusion, {steps} steps, {len(plan.passes)} key steps: {what}"
-            if loop != "every-step"
-            else f"{steps} steps with guidance: {what}",
-            settings=FasterSettings(
-                bundle=str(bundle.root),
-                runtime=lane.runtime,
-                loop=loop,
-                precision=_asked_precision(lane),
-                **_common(asked),
-            ),
+            name=lane.name(_loop_title(title, loop)),
+            what=f"{heads.get(loop, head)}: {what}",
+            settings=FasterSettings(bundle=str(bundle.root), loop=loop, **on_graphs),
             missing=missing,
         )
         for loop, what in LOOPS.items()
     ]
+
+
+def _loop_title(title: str, loop: str) -> str:
+    return title if loop == "plan" else f"{title}-{loop}"
 
 
 def bundle_titles(bundles: Sequence[Bundle]) -> list[str]:
@@ -281,14 +253,11 @@ def bundle_titles(bundles: Sequence[Bundle]) -> list[str]:
         name if names.count(name) == 1 else f"{bundle.root.parent.name}-{name}"
         for name, bundle in zip(names, bundles, strict=True)
     ]
-    looped = [
-        f"{title}-{loop}"
+    taken = [
+        _loop_title(title, loop)
         for title, bundle in zip(titles, bundles, strict=True)
-        if not bundle.manifest.plan.one_pass
-        for loop in LOOPS
-        if loop != "plan"
+        for loop in (["plan"] if bundle.manifest.plan.one_pass else LOOPS)
     ]
-    taken = [*titles, *looped]
     if len(set(taken)) < len(taken) or set(taken) & {NAIVE, *SAMPLERS}:
         raise UsageError(
             f"the bundles would be called {', '.join(titles)}; expected names that tell them "
@@ -306,39 +275,35 @@ def _bundle_what(bundle: Bundle) -> str:
     return f"TiUE K={manifest.plan.steps}, {rows}, {hoisted}"
 
 
-def _torch(name: str, method: str, lane: Lane, asked: ContenderRequest) -> Contender:
-    rows = _ROWS.fullmatch(method)
-    passes = SAMPLERS.get(method)
+def _torch(method: str, lane: Lane, asked: ContenderRequest) -> Contender:
     if lane.precision not in _TORCH_PRECISIONS:
         raise unknown_name("precision of PyTorch", lane.precision, _TORCH_PRECISIONS)
-    how = "PyTorch " + ("compiled" if lane.runtime == COMPILED_TORCH else "eager")
-    what = f"TiUE K={rows[1]}, naive" if rows else "TiUE as the official code runs it"
-    height, width = _size(asked)
-    settings = TorchSettings(
-        checkpoint=asked.checkpoint,
-        base=asked.base,
-        vae=asked.vae,
-        precision=lane.precision,
-        compiled=lane.runtime == COMPILED_TORCH,
-        steps=int(rows[1]) if rows else None,
-        height=height,
-        width=width,
-        batch=_batch(asked),
-        **_common(asked),
-    )
-    if passes is not None:
-        settings = replace(
-            settings, cache_interval=passes.cache_interval, **_counted_passes(passes)
-        )
+    what = "TiUE as the official code runs it"
+    counted: dict[str, Any] = {}
+    missing = _no_checkpoint(asked)
+    if rows := _ROWS.fullmatch(method):
+        what, counted = f"TiUE K={rows[1]}, naive", {"steps": int(rows[1])}
+    elif passes := SAMPLERS.get(method):
+        what, counted = passes.what, {**passes.settings, "cache_interval": passes.cache_interval}
+        if passes.cache_interval and missing_modules(("DeepCache",)):
+            missing = missing or "DeepCache is not installed (pip install DeepCache)"
+    compiled = lane.runtime == COMPILED_TORCH
     return Contender(
-        name=name,
-        what=f"{what if passes is None else passes.what}, {how}",
-        settings=settings,
-        missing=_no_checkpoint(asked) or _no_deepcache(passes),
+        name=lane.name(method),
+        what=f"{what}, PyTorch {'compiled' if compiled else 'eager'}",
+        settings=TorchSettings(
+            precision=lane.precision,
+            compiled=compiled,
+            **counted,
+            **_weights(asked),
+            **_shape(asked),
+            **_common(asked),
+        ),
+        missing=missing,
     )
 
 
-def _sd_cpp(name: str, method: str, lane: Lane, asked: ContenderRequest) -> Contender:
+def _sd_cpp(method: str, lane: Lane, asked: ContenderRequest) -> Contender:
     if method not in SAMPLERS or SAMPLERS[method].cache_interval:
         raise UsageError(
             f"stable-diffusion.cpp cannot run {method!r}: it knows ordinary UNet passes only",
@@ -354,29 +319,27 @@ def _sd_cpp(name: str, method: str, lane: Lane, asked: ContenderRequest) -> Cont
             "stable-diffusion.cpp is not installed (pip install stable-diffusion-cpp-python "
             "builds it from source)"
         )
-    height, width = _size(asked)
-    return Contender(
-        name=name,
-        what=f"{SAMPLERS[method].what}, stable-diffusion.cpp",
-        settings=SdCppSettings(
-            checkpoint=asked.checkpoint,
-            vae=asked.vae,
-            weights=lane.precision,
-            height=height,
-            width=width,
-            **_counted_passes(SAMPLERS[method]),
-            **_common(asked),
-        ),
-        missing=missing,
+    shape = _shape(asked)
+    settings = SdCppSettings(
+        checkpoint=asked.checkpoint,
+        vae=asked.vae,
+        weights=lane.precision,
+        height=shape["height"],
+        width=shape["width"],
+        **SAMPLERS[method].settings,
+        **_common(asked),
     )
+    what = f"{SAMPLERS[method].what}, stable-diffusion.cpp"
+    return Contender(lane.name(method), what, settings, missing=missing)
 
 
-def _sampler_on_graphs(name: str, method: str, lane: Lane, asked: ContenderRequest) -> Contender:
+def _sampler_on_graphs(method: str, lane: Lane, asked: ContenderRequest) -> Contender:
     """Ordinary UNet passes as graphs: a bundle whose decoder has a single row, run several times.
 
     A student's encoder with one decoder row is the UNet itself, so a one-step bundle is an
     ordinary bundle, made by the ordinary export (`MadeBundle`).
     """
+    name = lane.name(method)
     if method not in SAMPLERS:
         raise UsageError(
             f"{name}: {method} is measured in PyTorch only",
@@ -385,91 +348,63 @@ def _sampler_on_graphs(name: str, method: str, lane: Lane, asked: ContenderReque
     passes = SAMPLERS[method]
     if passes.cache_interval:
         raise UsageError(f"{name}: DeepCache runs in PyTorch only", "Use deepcache/torch/fp32.")
+    missing = _no_checkpoint(asked)
+    made_for = [runtime for runtime, entry in BACKENDS.items() if entry.made_by_bench]
+    if missing is None and lane.runtime not in made_for:
+        listed = " and ".join(made_for)
+        missing = f"ordinary UNet passes are made for {listed}, not for {lane.runtime}"
     return Contender(
         name=name,
         what=f"{passes.what}, as graphs",
-        settings=GraphSettings(
-            bundle=None,
-            runtime=lane.runtime,
-            precision=_asked_precision(lane),
-            **_counted_passes(passes),
-            **_common(asked),
-        ),
+        settings=GraphSettings(bundle=None, **passes.settings, **_on_graphs(lane, asked)),
         made=_one_step_bundles(passes, lane, asked),
-        missing=_no_checkpoint(asked) or _no_graphs(lane),
+        missing=missing,
     )
 
 
 def _one_step_bundles(passes: Passes, lane: Lane, asked: ContenderRequest) -> dict[str, MadeBundle]:
     if asked.checkpoint is None:
         return {}
-    height, width = _size(asked)
-    chooses = BACKENDS[lane.runtime].chooses_precision
+    backend = BACKENDS[lane.runtime]
     whole = MadeBundle(
-        checkpoint=asked.checkpoint,
-        base=asked.base,
-        vae=asked.vae,
         one_step=True,
-        precision="fp32" if chooses else lane.precision,
-        height=height,
-        width=width,
-        batch=_batch(asked),
+        precision="fp32" if backend.chooses_precision else lane.precision,
         unet_only=asked.unet_only,
-        forms=(lane.runtime,) if BACKENDS[lane.runtime].exporter else (),
+        forms=(lane.runtime,) if backend.exporter else (),
+        **_weights(asked),
+        **_shape(asked),
     )
-    if not passes.guided:
+    if not passes.settings.get("guided"):
         return {"bundle": whole}
-    pairs = replace(whole, batch=2 * whole.batch, unet_only=True)
-    return {"bundle": whole, "unet_bundle": pairs}
+    return {"bundle": whole, "unet_bundle": replace(whole, batch=2 * whole.batch, unet_only=True)}
 
 
 def _no_checkpoint(asked: ContenderRequest) -> str | None:
     return None if asked.checkpoint is not None else "it needs the weights: give --ckpt"
 
 
-def _no_deepcache(passes: Passes | None) -> str | None:
-    if passes is None or not passes.cache_interval or not missing_modules(("DeepCache",)):
-        return None
-    return "DeepCache is not installed (pip install DeepCache)"
-
-
-def _no_graphs(lane: Lane) -> str | None:
-    made_for = [name for name, entry in BACKENDS.items() if entry.made_by_bench]
-    if lane.runtime in made_for:
-        return None
-    return f"ordinary UNet passes are made for {' and '.join(made_for)}, not for {lane.runtime}"
-
-
-class _Common(TypedDict):
-    device: str
-    threads: int | None
-    unet_only: bool
-
-
-def _common(asked: ContenderRequest) -> _Common:
+def _common(asked: ContenderRequest) -> dict[str, Any]:
+    """What every session's settings have."""
     return {"device": asked.device, "threads": asked.threads, "unet_only": asked.unet_only}
 
 
-class _Counted(TypedDict):
-    passes: int
-    timed_passes: int
-    guided: bool
+def _on_graphs(lane: Lane, asked: ContenderRequest) -> dict[str, Any]:
+    """What the settings of sessions on a runtime have; only some can be told a precision."""
+    precision = lane.precision if BACKENDS[lane.runtime].chooses_precision else "auto"
+    return {"runtime": lane.runtime, "precision": precision, **_common(asked)}
 
 
-def _counted_passes(passes: Passes) -> _Counted:
-    return {"passes": passes.total, "timed_passes": passes.timed, "guided": passes.guided}
+def _weights(asked: ContenderRequest) -> dict[str, Any]:
+    return {"checkpoint": asked.checkpoint, "base": asked.base, "vae": asked.vae}
 
 
-def _size(asked: ContenderRequest) -> tuple[int | None, int | None]:
-    """Height and width in pixels: as asked, or the first bundle's."""
+def _shape(asked: ContenderRequest) -> dict[str, Any]:
+    """Height and width in pixels, as asked or the first bundle's, and the first bundle's batch."""
     if not asked.bundles:
-        return asked.height, asked.width
+        return {"height": asked.height, "width": asked.width, "batch": 1}
     manifest = asked.bundles[0].manifest
-    return asked.height or manifest.height_px, asked.width or manifest.width_px
-
-
-def _batch(asked: ContenderRequest) -> int:
-    return (asked.bundles[0].manifest.batch or 1) if asked.bundles else 1
+    height, width = asked.height or manifest.height_px, asked.width or manifest.width_px
+    return {"height": height, "width": width, "batch": manifest.batch or 1}
 
 
 def _usable_runtimes(bundle: Bundle) -> tuple[str, ...]:
@@ -477,39 +412,29 @@ def _usable_runtimes(bundle: Bundle) -> tuple[str, ...]:
 
     ONNX Runtime where there is none, for the reason's sake.
     """
+    manifest = bundle.manifest
     found = [
         name
         for name, entry in BACKENDS.items()
-        if entry.automatic and _has_form(bundle, name) and not missing_modules(entry.needs)
+        if entry.automatic
+        and (set(entry.folders) & set(manifest.compiled) if entry.folders else manifest.has_onnx)
+        and not missing_modules(entry.needs)
     ]
     return tuple(found) or (_WITHOUT_FORM,)
 
 
-def _has_form(bundle: Bundle, runtime: str) -> bool:
-    """Whether it holds what a runtime draws with: a compiled form, or its ONNX files."""
-    folders = BACKENDS[runtime].folders
-    if not folders:
-        return bundle.manifest.has_onnx
-    return any(folder in bundle.manifest.compiled for folder in folders)
-
-
 def _precisions(runtime: str, bundle: Bundle, asked: ContenderRequest) -> tuple[str, ...]:
+    """The bundle's, or those asked for, or what this processor computes in (OpenVINO's bf16 is
+    native on some), where the runtime chooses; "auto" leaves it to the form."""
     if runtime == TORCH:
         return ("fp32",)
     if runtime not in BACKENDS:
         raise unknown_name("runtime", runtime, BACKENDS)
-    if not BACKENDS[runtime].chooses_precision:
+    entry = BACKENDS[runtime]
+    if not entry.chooses_precision:
         return (bundle.manifest.precision,)
-    return asked.precisions or _native_precisions(runtime, asked.device)
-
-
-def _native_precisions(runtime: str, device: str) -> tuple[str, ...]:
-    """What this processor computes in: OpenVINO's bf16 is native on some; else the form's own."""
-    if device not in ("auto", "cpu") or missing_modules(BACKENDS[runtime].needs):
+    if asked.precisions:
+        return asked.precisions
+    if asked.device not in ("auto", "cpu") or missing_modules(entry.needs):
         return ("auto",)
     return native_precisions(runtime)
-
-
-def _asked_precision(lane: Lane) -> str:
-    """What `RuntimeOptions.precision` must be: only some runtimes can be told."""
-    return lane.precision if BACKENDS[lane.runtime].chooses_precision else "auto"
