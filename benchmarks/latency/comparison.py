@@ -10,8 +10,11 @@ from rich.table import Table
 from tiue_export.proof.latency_change import Change, Comparison, ratio_text
 from tiue_export.proof.latency_record import END_TO_END, UNET, Measurement, Record
 
+from ..markdown import table_lines
 from .report import number
 from .summary import ratio_to, spread, unpaired_ratio
+
+_HEAD = ("contender", "stage", "before ms", "now ms", "now / before [95 %]")
 
 
 def compare_records(before: Record, now: Record) -> Comparison:
@@ -58,8 +61,8 @@ def _environment_changes(before: Record, now: Record) -> list[str]:
 def change_table(changes: Sequence[Change]) -> Table:
     """One row per contender."""
     table = Table(title="Now against before", title_justify="left", title_style="bold")
-    table.add_column("contender", overflow="fold")
-    for title in ("stage", "before ms", "now ms", "now / before [95 %]"):
+    table.add_column(_HEAD[0], overflow="fold")
+    for title in _HEAD[1:]:
         table.add_column(title, justify="right", overflow="fold")
     for row in _cells(changes):
         table.add_row(*map(escape, row))
@@ -68,9 +71,7 @@ def change_table(changes: Sequence[Change]) -> Table:
 
 def change_markdown(compared: Comparison) -> str:
     """The same as markdown, with what else differs."""
-    lines = ["| contender | stage | before ms | now ms | now / before [95 %] |"]
-    lines += ["|---|---|---:|---:|---:|"]
-    lines += ["| " + " | ".join(row) + " |" for row in _cells(compared.changes)]
+    lines = table_lines(_HEAD, _cells(compared.changes), 2)
     if compared.notes:
         lines += ["", *(f"- {note}" for note in compared.notes)]
     return "\n".join(lines) + "\n"

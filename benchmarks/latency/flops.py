@@ -16,6 +16,8 @@ from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.graphs.flops import GraphFlops, count_flops
 from tiue_export.registry.spokes import run_explained
 
+from ..markdown import table_lines
+
 __all__ = ["GraphFlops", "bundle_flops", "count_flops"]
 
 
@@ -39,11 +41,11 @@ def main() -> None:
 
 
 def _print_table(path: Path, batch: int, steps: int) -> None:
-    print("| graph | GFLOP | Conv | MatMul | Gemm |\n|---|---:|---:|---:|---:|")
+    kinds, rows = ("Conv", "MatMul", "Gemm"), []
     for name, flops in bundle_flops(open_bundle(path), batch, steps).items():
-        parts = [flops.by_operator.get(kind, 0) / 1e9 for kind in ("Conv", "MatMul", "Gemm")]
-        cells = " | ".join(f"{value:.3g}" for value in (flops.total / 1e9, *parts))
-        print(f"| {name} | {cells} |")
+        counts = [flops.total, *(flops.by_operator.get(kind, 0) for kind in kinds)]
+        rows.append([name, *(f"{count / 1e9:.3g}" for count in counts)])
+    print("\n".join(table_lines(["graph", "GFLOP", *kinds], rows)))
 
 
 if __name__ == "__main__":

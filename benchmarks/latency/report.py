@@ -12,6 +12,7 @@ from tiue_export.errors import UsageError
 from tiue_export.proof.latency_change import ratio_text
 from tiue_export.proof.latency_record import END_TO_END, UNET, Measurement, Record
 
+from ..markdown import table_lines
 from .summary import ANY, denominator, peak_share, ratio_to, spreads
 
 _PART_TITLES: Mapping[str, str] = {
@@ -125,19 +126,14 @@ def rich_table(record: Record, ratios_to: Sequence[str]) -> Table:
 def markdown(record: Record, ratios_to: Sequence[str]) -> str:
     """The table with its circumstances; rows that were not measured say why."""
     chosen = columns(record, ratios_to, detailed=True)
-    lines = [
-        f"{_title(record)} (p10-p90).",
-        f"{_machine(record)}. {_legend(ratios_to)}.",
-        "",
-        "| contender | what | " + " | ".join(column.title for column in chosen) + " |",
-        "|---|---|" + "---:|" * len(chosen),
+    lines = [f"{_title(record)} (p10-p90).", f"{_machine(record)}. {_legend(ratios_to)}.", ""]
+    rows = [
+        [entry.name, _cell(entry.what), *(column.cell(entry) for column in chosen)]
+        if entry.measured
+        else [entry.name, _cell(f"not measured: {entry.reason}"), *["-"] * len(chosen)]
+        for entry in record.contenders
     ]
-    for entry in record.contenders:
-        cells = [column.cell(entry) for column in chosen]
-        what = entry.what
-        if not entry.measured:
-            cells, what = ["-"] * len(chosen), f"not measured: {entry.reason}"
-        lines.append(f"| {entry.name} | {_cell(what)} | " + " | ".join(cells) + " |")
+    lines += table_lines(["contender", "what", *(column.title for column in chosen)], rows, 2)
     notes = [*record.warnings, *(f"peak {line}" for line in _ceiling_lines(record))]
     if notes:
         lines += ["", *(f"- {note}" for note in notes)]

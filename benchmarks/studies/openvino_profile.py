@@ -16,8 +16,8 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ import numpy as np
 
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.errors import UsageError, unknown_name
+from tiue_export.proof.latency_record import write_text
 from tiue_export.registry.packages import require
 from tiue_export.registry.spokes import run_explained
 from tiue_export.specs import GRAPH_NAMES, UNET_DECODER
-from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.openvino_core import openvino_core
+
+from ..markdown import table_lines
 
 _TYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
@@ -64,27 +66,49 @@ class Profile:
         return math.exp(statistics.fmean(math.log(mine / other) for mine, other in pairs))
 
 
-@dataclass
 class _Compiled:
-    """A graph ready to run, and what its runs took."""
+    """A graph of one bundle, compiled on the CPU, and what its runs took."""
 
-    request: Any
-    feeds: Mapping[str, Any]
-    cpu_ms: list[float] = field(default_factory=list)
-    wall_ms: list[float] = field(default_factory=list)
-    nodes: dict[str, tuple[str, str, float]] = field(default_factory=dict)
+    def __init__(self, bundle: Bundle, graph: str, precision: str, threads: int | None) -> None:
+        config: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": _TYPES[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "PERF_COUNT": True,
+        }
+        if threads is not None:
+            config["INFERENCE_NUM_THREADS"] = threads
+        model = openvino_core().compile_model(bundle.graph_path(graph), "CPU", config)
+        self._name, self._request = bundle.root.name, model.create_infer_request()
+        random = np.random.default_rng(0)
+        self._feeds: dict[str, Any] = {}
+        for tensor in bundle.spec(graph).inputs:
+            shape = [side if isinstance(side, int) else 1 for side in tensor.shape]
+            whole = tensor.dtype.startswith("int")
+            values = np.zeros(shape) if whole else random.standard_normal(shape)
+            self._feeds[tensor.name] = values.astype(tensor.dtype)
+        self._cpu_ms: list[float] = []
+        self._wall_ms: list[float] = []
+        self._nodes: dict[str, tuple[str, str, float]] = {}
+        self._request.infer(self._feeds)  # the first run allocates
 
     def run(self) -> None:
         cpu, wall = time.process_time(), time.perf_counter()
-        self.request.infer(self.feeds)
-        self.cpu_ms.append((time.process_time() - cpu) * 1e3)
-        self.wall_ms.append((time.perf_counter() - wall) * 1e3)
-        for entry in self.request.profiling_info:
-            ms = entry.real_time.total_seconds() * 1e3
-            if entry.node_name in self.nodes:
-                ms = min(ms, self.nodes[entry.node_name][2])
+        self._request.infer(self._feeds)
+        self._cpu_ms.append((time.process_time() - cpu) * 1e3)
+        self._wall_ms.append((time.perf_counter() - wall) * 1e3)
+        for node in self._request.profiling_info:
+            ms = node.real_time.total_seconds() * 1e3
+            *_, smallest = self._nodes.get(node.node_name, (ms,))
             if ms > 0:
-                self.nodes[entry.node_name] = entry.node_type, entry.exec_type, ms
+                self._nodes[node.node_name] = node.node_type, node.exec_type, min(ms, smallest)
+
+    def profile(self) -> Profile:
+        sums: dict[tuple[str, str], list[float]] = {}
+        for node_type, kernel, ms in self._nodes.values():
+            sums.setdefault((node_type, kernel), []).append(ms)
+        kinds = [Kind(*key, len(times), math.fsum(times)) for key, times in sums.items()]
+        ordered = tuple(sorted(kinds, key=lambda kind: -kind.ms))
+        return Profile(self._name, tuple(self._cpu_ms), tuple(self._wall_ms), ordered)
 
 
 def profile(
@@ -98,45 +122,11 @@ def profile(
         raise unknown_name("precision", precision, _TYPES)
     if rounds < 1:
         raise UsageError(f"--rounds is {rounds}; expected 1 or more")
-    compiled = [_compiled(bundle, graph, precision, threads) for bundle in bundles]
+    compiled = [_Compiled(bundle, graph, precision, threads) for bundle in bundles]
     for _ in range(rounds):
         for one in compiled:
             one.run()
-    return [
-        Profile(bundle.root.name, tuple(one.cpu_ms), tuple(one.wall_ms), _kinds(one))
-        for bundle, one in zip(bundles, compiled, strict=True)
-    ]
-
-
-def _compiled(bundle: Bundle, graph: str, precision: str, threads: int | None) -> _Compiled:
-
-    config: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": _TYPES[precision],
-        "PERFORMANCE_HINT": "LATENCY",
-        "PERF_COUNT": True,
-    }
-    if threads is not None:
-        config["INFERENCE_NUM_THREADS"] = threads
-    spec, random = bundle.spec(graph), np.random.default_rng(0)
-    feeds: dict[str, Any] = {}
-    for tensor in spec.inputs:
-        shape = [side if isinstance(side, int) else 1 for side in tensor.shape]
-        whole = tensor.dtype.startswith("int")
-        feeds[tensor.name] = (np.zeros(shape) if whole else random.standard_normal(shape)).astype(
-            tensor.dtype
-        )
-    model = openvino_core().compile_model(bundle.graph_path(graph), "CPU", config)
-    request = model.create_infer_request()
-    request.infer(feeds)  # the first run allocates
-    return _Compiled(request, feeds)
-
-
-def _kinds(compiled: _Compiled) -> tuple[Kind, ...]:
-    sums: dict[tuple[str, str], list[float]] = {}
-    for node_type, kernel, ms in compiled.nodes.values():
-        sums.setdefault((node_type, kernel), []).append(ms)
-    kinds = [Kind(*key, len(times), math.fsum(times)) for key, times in sums.items()]
-    return tuple(sorted(kinds, key=lambda kind: -kind.ms))
+    return [one.profile() for one in compiled]
 
 
 def main() -> None:
@@ -159,37 +149,32 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     print(markdown(found))
     if arguments.out is not None:
-        text = json.dumps([asdict(one) for one in found], indent=1) + "\n"
-        with disk_errors(arguments.out):
-            arguments.out.write_text(text, "utf-8")
+        write_text(arguments.out, json.dumps([asdict(one) for one in found], indent=1) + "\n")
 
 
 def markdown(profiles: Sequence[Profile]) -> str:
     """A table: kinds down, bundles across; milliseconds, and nodes in brackets."""
-    keys: dict[tuple[str, str], None] = {}
-    for one in profiles:
-        keys.update({(kind.node_type, kind.kernel): None for kind in one.kinds if kind.ms >= 0.1})
-    lines = [f"| ms | {' | '.join(one.name for one in profiles)} |"]
-    lines.append("|---|" + "---:|" * len(profiles))
-    for key in keys:
-        cells = [_cell(one, key) for one in profiles]
-        lines.append(f"| {' / '.join(key)} | {' | '.join(cells)} |")
-    rows = {
-        "sum of counters": [f"{one.counters_ms:.0f}" for one in profiles],
-        "CPU time, smallest": [f"{min(one.cpu_ms):.0f}" for one in profiles],
-        "CPU time, median": [f"{statistics.median(one.cpu_ms):.0f}" for one in profiles],
-        "CPU time, ratio to the first": [f"{one.cpu_ratio(profiles[0]):.3f}" for one in profiles],
-        "wall time, smallest": [f"{min(one.wall_ms):.0f}" for one in profiles],
+    found = [{(kind.node_type, kind.kernel): kind for kind in one.kinds} for one in profiles]
+    shown = {key: None for kinds in found for key, kind in kinds.items() if kind.ms >= 0.1}
+    rows = [
+        [
+            " / ".join(key),
+            *(
+                f"{kinds[key].ms:.1f} ({kinds[key].nodes})" if key in kinds else "0"
+                for kinds in found
+            ),
+        ]
+        for key in shown
+    ]
+    sums: Mapping[str, Callable[[Profile], str]] = {
+        "sum of counters": lambda one: f"{one.counters_ms:.0f}",
+        "CPU time, smallest": lambda one: f"{min(one.cpu_ms):.0f}",
+        "CPU time, median": lambda one: f"{statistics.median(one.cpu_ms):.0f}",
+        "CPU time, ratio to the first": lambda one: f"{one.cpu_ratio(profiles[0]):.3f}",
+        "wall time, smallest": lambda one: f"{min(one.wall_ms):.0f}",
     }
-    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
-    return "\n".join(lines)
-
-
-def _cell(one: Profile, key: tuple[str, str]) -> str:
-    for kind in one.kinds:
-        if (kind.node_type, kind.kernel) == key:
-            return f"{kind.ms:.1f} ({kind.nodes})"
-    return "0"
+    rows += [[name, *map(cell, profiles)] for name, cell in sums.items()]
+    return "\n".join(table_lines(["ms", *(one.name for one in profiles)], rows))
 
 
 if __name__ == "__main__":

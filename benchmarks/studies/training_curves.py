@@ -22,6 +22,7 @@ from tiue_export.specs import Array
 from tiue_export.train.run_folder import JOURNAL_FILE, RunFolder
 
 from ..figure import check_plot, new_figure, save_figure
+from ..markdown import table_lines
 
 _WINDOW_SHARE = 0.05
 _NO_CURVE = ("step", "seconds")
@@ -95,15 +96,13 @@ def save_curves_plot(runs: Sequence[Curves], path: Path) -> None:
 
 
 def _table(runs: Sequence[Curves]) -> str:
-    lines = [
-        "| run | steps | hours | at the end (mean of its last twentieth) |",
-        "|---|---:|---:|---|",
-    ]
+    rows = []
     for run in runs:
         last = {name: running_mean(values)[-1] for name, values in run.values.items()}
         told = ", ".join(f"{name} {value:.4g}" for name, value in last.items())
-        lines.append(f"| {run.name} | {run.steps[-1]} | {run.hours:.1f} | {told} |")
-    return "\n".join(lines)
+        rows.append((run.name, str(run.steps[-1]), f"{run.hours:.1f}", told))
+    head = ("run", "steps", "hours", "at the end (mean of its last twentieth)")
+    return "\n".join(table_lines(head, rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
