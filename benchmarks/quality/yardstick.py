@@ -264,11 +264,9 @@ def _check_counts(data: QualityData) -> None:
         "prototypes": (len(data.prototypes), len(data.names)),
         "reference": (data.reference.shape[1], len(data.names)),
         "real": (data.real.shape[1], len(data.prompts)),
-        "text": (
-            len(data.prompts if data.alignment is None else data.alignment.text),
-            len(data.prompts),
-        ),
     }
+    if data.alignment is not None:
+        expected["text"] = (len(data.alignment.text), len(data.prompts))
     for name, (got, wanted) in expected.items():
         if got != wanted:
             raise ValueError(f"{name} holds {got} rows; expected {wanted}")

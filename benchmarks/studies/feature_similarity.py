@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -37,7 +36,7 @@ from tiue_export.checkpoint.tokenizer_files import tokenizer_of
 from tiue_export.errors import BundleError, CheckpointError, RuntimeFailure, UsageError, first_line
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.methods.load import load_student
-from tiue_export.methods.scheduler import ddim_arguments
+from tiue_export.methods.scheduler import ddim_arguments, diffusers_scheduler
 from tiue_export.reference.key_step_analysis import DEFAULT_PROMPTS
 from tiue_export.reference.unet_blocks import named_blocks, watched_blocks
 from tiue_export.registry.spokes import run_explained
@@ -154,9 +153,7 @@ def block_outputs(
     `noise` (1, 4, H, W); `text` (1, L, D), or (2, L, D) with the unconditional row first, which
     `guidance` other than 1 needs. At 512 px (SD 2.1) a step of all blocks takes 25 MB.
     """
-    scheduler = DDIMScheduler(**pipeline.scheduler)
-    scheduler.set_timesteps(steps)
-    unet = pipeline.student.unet
+    scheduler, unet = diffusers_scheduler(pipeline.scheduler, "ddim", steps), pipeline.student.unet
     rows: dict[str, list[Tensor]] = {name: [] for name in named_blocks(unet)}
     with watched_blocks(unet, lambda name, row: rows[name].append(row.flatten())):
         pipeline.sample(scheduler, noise.to(unet.device), text, guidance, on_step)
@@ -342,7 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("pipeline", type=Path, help="diffusers pipeline folder")
     add("--prompts", default="default", metavar="FILE", help="one prompt a line, or: default")
-    add("--steps", type=int, nargs="+", default=PAPER.steps, metavar="T", help="[the paper's]")
+    steps = "step counts [default: the paper's, 4 to 49]"
+    add("--steps", type=int, nargs="+", default=PAPER.steps, metavar="T", help=steps)
     add("--count", type=int, default=16, help="runs per T; prompts repeat with other seeds [16]")
     add("--seed", type=int, default=0, help="run i uses seed + i [0]")
     add("--guidance", type=float, default=1.0, help="1: none [1]")

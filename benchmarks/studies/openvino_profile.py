@@ -156,16 +156,12 @@ def markdown(profiles: Sequence[Profile]) -> str:
     """A table: kinds down, bundles across; milliseconds, and nodes in brackets."""
     found = [{(kind.node_type, kind.kernel): kind for kind in one.kinds} for one in profiles]
     shown = {key: None for kinds in found for key, kind in kinds.items() if kind.ms >= 0.1}
-    rows = [
-        [
-            " / ".join(key),
-            *(
-                f"{kinds[key].ms:.1f} ({kinds[key].nodes})" if key in kinds else "0"
-                for kinds in found
-            ),
-        ]
-        for key in shown
-    ]
+
+    def cells(key: tuple[str, str]) -> list[str]:
+        own = [kinds.get(key) for kinds in found]
+        return ["0" if kind is None else f"{kind.ms:.1f} ({kind.nodes})" for kind in own]
+
+    rows = [[" / ".join(key), *cells(key)] for key in shown]
     sums: Mapping[str, Callable[[Profile], str]] = {
         "sum of counters": lambda one: f"{one.counters_ms:.0f}",
         "CPU time, smallest": lambda one: f"{min(one.cpu_ms):.0f}",
