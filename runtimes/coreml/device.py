@@ -24,9 +24,10 @@ import numpy as np
 
 from tiue_export.bundle.manifest import FileRecord
 from tiue_export.errors import RuntimeFailure, first_line
-from tiue_export.export.coreml.mil.package import TensorType, has_native_library, quiet_coremltools
+from tiue_export.export.coreml.mil.package import TensorType, has_native_library
 from tiue_export.specs import Array, Feeds
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.quiet import errors_only
 
 # coremltools: models/compute_plan.py, models/model.py (_verify_optimization_hint_input).
 _HINTS_SINCE = (15, 0)
@@ -191,7 +192,7 @@ def open_device(cache: Path) -> CoremlDevice:
             "Use --device evaluator, or install the wheel: pip install --only-binary :all: "
             "coremltools",
         )
-    with quiet_coremltools():
+    with errors_only("coremltools"):
         import coremltools
         import coremltools.models.compute_plan
         import coremltools.models.utils

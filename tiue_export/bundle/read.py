@@ -149,16 +149,24 @@ def file_records(root: Path, names: Iterable[str]) -> dict[str, FileRecord]:
     """Size and SHA-256 of files below `root`, hashed side by side."""
     listed = sorted(names)
     with ThreadPoolExecutor() as pool:
-        return dict(zip(listed, pool.map(lambda name: _record(root / name), listed), strict=True))
+        return dict(
+            zip(listed, pool.map(lambda name: file_record(root / name), listed), strict=True)
+        )
 
 
 def records_below(root: Path, folder: str) -> Mapping[str, FileRecord]:
     """Records of all files below `root`/`folder`, keyed by path relative to `root`."""
-    names = [p.relative_to(root).as_posix() for p in (root / folder).rglob("*") if p.is_file()]
-    return file_records(root, names)
+    return file_records(root, files_below(root, folder))
 
 
-def _record(path: Path) -> FileRecord:
+def files_below(root: Path, folder: str = "") -> tuple[str, ...]:
+    """All files below `root`/`folder`, by their paths relative to `root`."""
+    paths = (root / folder).rglob("*")
+    return tuple(sorted(p.relative_to(root).as_posix() for p in paths if p.is_file()))
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and SHA-256 of one file, read in 1 MiB pieces."""
     digest, size_bytes = hashlib.sha256(), 0
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

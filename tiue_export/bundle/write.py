@@ -143,6 +143,15 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     partial.replace(target)
 
 
+def link_or_copy(source: Path, place: Path) -> None:
+    """Bring a file to another place: a hard link where the disk has them."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copyfile(source, place)
+
+
 def check_target(path: str | Path, *, force: bool) -> None:
     """Refuse a target that is in the way, before any work is done."""
     target = Path(path)

@@ -17,6 +17,7 @@ from tiue_export.errors import UnsupportedModelError, unknown_name
 
 Config = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
+_FAMILIES = resources.files("tiue_export.checkpoint") / "families"
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,14 @@ class Family:
 
 def family_names() -> tuple[str, ...]:
     """Names of the families that ship with the package."""
-    folder = resources.files("tiue_export.checkpoint").joinpath("families")
-    return tuple(sorted(e.name[:-5] for e in folder.iterdir() if e.name.endswith(".json")))
+    return tuple(sorted(e.name[:-5] for e in _FAMILIES.iterdir() if e.name.endswith(".json")))
 
 
 def load_family(name: str) -> Family:
     """Read one family file; an unknown name lists the known ones."""
     if name not in family_names():
         raise unknown_name("family", name, family_names())
-    text = (
-        resources.files("tiue_export.checkpoint")
-        .joinpath(f"families/{name}.json")
-        .read_text("utf-8")
-    )
-    return Family(name=name, **json.loads(text))
+    return Family(name=name, **json.loads((_FAMILIES / f"{name}.json").read_text("utf-8")))
 
 
 def families_of(shapes: Shapes) -> tuple[str, ...]:
@@ -55,33 +50,20 @@ def families_of(shapes: Shapes) -> tuple[str, ...]:
     `shapes` maps diffusers names to shapes. SD 2.x base and SD 2.x differ in the prediction type
     alone, which no weight shows: then both are returned, the 512 px epsilon model first.
     """
-    found = []
-    for name in family_names():
-        unet = load_family(name).unet
-        if _signature_of_config(unet) == signature_of_shapes(shapes):
-            found.append(name)
-    return tuple(found)
+    return tuple(name for name in family_names() if config_fits(load_family(name).unet, shapes))
 
 
 def config_fits(config: Config, shapes: Shapes) -> bool:
     """Whether a UNet configuration and weights agree in width, text width and projection."""
-    return _signature_of_config(config) == signature_of_shapes(shapes)
-
-
-def signature_of_shapes(shapes: Shapes) -> tuple[int | None, int | None, bool]:
-    """(first width, text width, linear projection) as the weights show them."""
-    width = shapes.get("conv_in.weight", (None,))[0]
-    text = next((s[1] for k, s in shapes.items() if k.endswith("attn2.to_k.weight")), None)
-    rank = next((len(s) for k, s in shapes.items() if k.endswith("proj_in.weight")), None)
-    return width, text, rank == 2
-
-
-def _signature_of_config(config: Config) -> tuple[int | None, int | None, bool]:
-    return (
+    wanted = (
         config["block_out_channels"][0],
         config.get("cross_attention_dim", 1280),
         bool(config.get("use_linear_projection", False)),
     )
+    width = shapes.get("conv_in.weight", (None,))[0]
+    text = next((s[1] for k, s in shapes.items() if k.endswith("attn2.to_k.weight")), None)
+    rank = next((len(s) for k, s in shapes.items() if k.endswith("proj_in.weight")), None)
+    return wanted == (width, text, rank == 2)
 
 
 _ATTENTION_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")

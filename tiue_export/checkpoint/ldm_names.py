@@ -8,6 +8,7 @@ Source: the module lists of openaimodel.py in CompVis/stable-diffusion.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 LDM_PREFIX = "model.diffusion_model."
@@ -69,15 +70,18 @@ def ldm_module_names(unet_config: dict[str, Any]) -> dict[str, str]:
 def ldm_names(diffusers_names: list[str], unet_config: dict[str, Any]) -> dict[str, str]:
     """Map of LDM tensor name (without prefix) -> diffusers tensor name, for the names given."""
     modules = ldm_module_names(unet_config)
-    mapped = {}
-    for name in diffusers_names:
-        parts = name.split(".")
-        # The longest known module prefix wins; attention interiors keep their names.
-        for cut in range(len(parts), 0, -1):
-            module = modules.get(".".join(parts[:cut]))
-            if module is not None:
-                mapped[".".join([module, *parts[cut:]])] = name
-                break
-        else:
-            raise KeyError(name)
-    return mapped
+    mapped = {ldm_name(name, modules): name for name in diffusers_names}
+    if None in mapped:
+        raise KeyError(mapped[None])
+    return {name: own for name, own in mapped.items() if name is not None}
+
+
+def ldm_name(name: str, modules: Mapping[str, str]) -> str | None:
+    """A diffusers name of a tensor or layer in LDM words, by `ldm_module_names`; None: no place."""
+    parts = name.split(".")
+    # The longest known module prefix wins; attention interiors keep their names.
+    for cut in range(len(parts), 0, -1):
+        module = modules.get(".".join(parts[:cut]))
+        if module is not None:
+            return ".".join([module, *parts[cut:]])
+    return None

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tiue_export.bundle.read import file_record
 from tiue_export.checkpoint.container import check_container, refuse_pickle
 from tiue_export.checkpoint.family import Config, Shapes, check_tensor_names
 from tiue_export.checkpoint.ldm_names import LDM_PREFIX, ldm_names
@@ -80,20 +81,16 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
 def sha256_of_files(paths: Iterable[Path], root: Path) -> str:
     """One digest over several files: the plain SHA-256 for one file, else of their listing."""
-    digests = [(str(path.relative_to(root)), sha256_of_file(path)) for path in paths]
+    digests = [(str(path.relative_to(root)), file_record(path).sha256) for path in paths]
     if len(digests) == 1:
         return digests[0][1]
     listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file's content, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+def sha256_of_folder(folder: Path, stem: str) -> str:
+    """Of the weights `stem` in a diffusers/transformers folder."""
+    return sha256_of_files(weight_files(folder, stem), folder)
 
 
 @dataclass(frozen=True)

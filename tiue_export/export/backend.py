@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,7 +25,7 @@ from tiue_export.bundle.manifest import (
     ParityRecord,
 )
 from tiue_export.bundle.read import Bundle, file_records
-from tiue_export.bundle.write import add_compiled, compiled_folder
+from tiue_export.bundle.write import add_compiled, compiled_folder, link_or_copy
 from tiue_export.errors import BundleError
 from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry.backends import open_runtime
@@ -183,12 +181,6 @@ def _made_from(manifest: Manifest, record: GraphRecord) -> dict[str, object]:
     }
 
 
-def files_below(folder: Path, name: str) -> tuple[str, ...]:
-    """All files of a form that is a folder, such as a package; relative to `folder`."""
-    paths = (folder / name).rglob("*")
-    return tuple(sorted(p.relative_to(folder).as_posix() for p in paths if p.is_file()))
-
-
 def _same_settings(one: Compiled, other: Compiled) -> bool:
     """Whether two forms were made by the same compiler for the same target with the same flags."""
     return all(
@@ -253,11 +245,7 @@ class _Run:
                 continue
             for file in graph.files:
                 place = folder / Path(file).relative_to(self.backend.folder)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(bundle.root / file, place)
-                except OSError:
-                    shutil.copyfile(bundle.root / file, place)
+                link_or_copy(bundle.root / file, place)
             kept[name] = graph
         return kept
 

@@ -20,6 +20,7 @@ from tiue_export.bundle.read import (
     REFERENCE_FILE,
     Bundle,
     file_records,
+    files_below,
     open_bundle,
 )
 from tiue_export.bundle.write import check_target, new_bundle
@@ -141,12 +142,13 @@ def new_manifest(
     tools: Sequence[str] = TOOLS,
 ) -> Manifest:
     """The manifest of what lies in `folder`; parity and compiled forms are still to come."""
-    latents: tuple[int | str, ...] = shapes_of(student, options).latents
-    text: tuple[int | str, ...] = shapes_of(student, options).text
+    shapes = shapes_of(student, options)
+    latents: tuple[int | str, ...] = shapes.latents
+    text: tuple[int | str, ...] = shapes.text
     if options.dynamic_batch:
         latents, text = (BATCH, *latents[1:]), (BATCH, *text[1:])
     in_graphs = {name for record in graphs.values() for name in record.files}
-    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    others = [name for name in files_below(folder) if name not in in_graphs]
     return Manifest(
         format_version=FORMAT_VERSION,
         created_by=f"tiue-export {__version__}",
@@ -154,12 +156,12 @@ def new_manifest(
         plan=exported_plan(student, options),
         latent_shape=latents,
         text_shape=text,
-        vae_scale=shapes_of(student).vae_scale,
-        vae_scaling_factor=shapes_of(student).vae_scaling_factor,
+        vae_scale=shapes.vae_scale,
+        vae_scaling_factor=shapes.vae_scaling_factor,
         precision=options.precision,
         hoisted=options.hoist,
         graphs=graphs,
-        files=file_records(folder, [name for name in names if name not in in_graphs]),
+        files=file_records(folder, others),
         tools={name: importlib.import_module(name).__version__ for name in tools},
     )
 

@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import io
-import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ import torch
 
 from tiue_export._version import __version__
 from tiue_export.bundle.manifest import Compiled
-from tiue_export.bundle.read import Bundle
+from tiue_export.bundle.read import Bundle, files_below
 from tiue_export.errors import RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.export.backend import (
     Backend,
@@ -30,7 +29,6 @@ from tiue_export.export.backend import (
     GraphForm,
     Workshop,
     compile_form,
-    files_below,
     form_identity,
 )
 from tiue_export.export.own_student import as_exported, fp32_options
@@ -40,6 +38,7 @@ from tiue_export.specs import UNET_GRAPHS, RuntimeOptions
 from tiue_export.student.model import Student
 from tiue_export.system.memory import return_freed_memory
 from tiue_export.system.progress import Observer
+from tiue_export.system.quiet import errors_only
 
 FOLDER = "coreai"
 PRECISIONS = ("fp16", "fp32")
@@ -167,15 +166,11 @@ def _write(graph: Graph, asset: Path) -> None:
 @contextlib.contextmanager
 def quiet_coreai() -> Iterator[Any]:
     """coreai_torch, without its greeting and its warning of a torch that it was validated with."""
-    level = logging.getLogger("coreai_torch").level
-    logging.getLogger("coreai_torch").setLevel(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield importlib.import_module("coreai_torch")
-    finally:
-        logging.getLogger("coreai_torch").setLevel(level)
+    with (
+        errors_only("coreai_torch"),
+        warnings.catch_warnings(),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield importlib.import_module("coreai_torch")

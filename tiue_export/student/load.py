@@ -41,6 +41,7 @@ from tiue_export.checkpoint.tensors import (
     named_for_diffusers,
     read_weights,
     sha256_of_files,
+    sha256_of_folder,
     unet_weights,
     weight_files,
 )
@@ -119,11 +120,11 @@ def load_model(
         on_stage("text encoder")
         text_encoder = load_text_encoder(folders["text_encoder"])
         _check_text_width(text_encoder, config, folders["text_encoder"])
-        part_sha256["text_encoder"] = _folder_sha256(folders["text_encoder"], "model")
+        part_sha256["text_encoder"] = sha256_of_folder(folders["text_encoder"], "model")
     if folders["vae"] is not None:
         on_stage("VAE")
         decoder = load_vae(folders["vae"])
-        part_sha256["vae"] = _folder_sha256(folders["vae"], WEIGHTS_STEM)
+        part_sha256["vae"] = sha256_of_folder(folders["vae"], WEIGHTS_STEM)
 
     source = Source(
         name=checkpoint.root.name,
@@ -341,10 +342,6 @@ def _origin(folder: Path | None, checkpoint: _Checkpoint) -> str:
     if folder is None:
         return "none"
     return "checkpoint" if checkpoint.owns(folder) else f"base {folder.parent.name}"
-
-
-def _folder_sha256(folder: Path, stem: str) -> str:
-    return sha256_of_files(weight_files(folder, stem), folder)
 
 
 def _scheduler_config(folder: Path | None, family: str) -> Config:

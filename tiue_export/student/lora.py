@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from tiue_export.bundle.manifest import Source
-from tiue_export.checkpoint.ldm_names import ldm_module_names
+from tiue_export.bundle.read import file_record
+from tiue_export.checkpoint.ldm_names import ldm_module_names, ldm_name
 from tiue_export.checkpoint.lora_file import TEXT, UNET, Adapter, read_adapters
-from tiue_export.checkpoint.tensors import sha256_of_file
 from tiue_export.errors import UnsupportedModelError, UsageError
 from tiue_export.student.model import Student
 
@@ -40,9 +40,10 @@ def merge_lora(student: Student, path: Path, scale: float = 1.0) -> Student:
         weight = layer.weight
         merged = weight.float() + scale * adapter.delta().view(weight.shape)
         layer.weight = nn.Parameter(merged.to(weight.dtype), requires_grad=False)
+    digested = f"{student.source.sha256} {file_record(path).sha256} {scale!r}"
     student.source = replace(
         student.source,
-        sha256=_digest(student.source.sha256, sha256_of_file(path), scale),
+        sha256=hashlib.sha256(digested.encode()).hexdigest(),
         notes=(*student.source.notes, f"LoRA {path.name} merged at scale {scale:g}"),
     )
     return student
@@ -52,10 +53,6 @@ def lora_options(source: Source) -> tuple[str, ...]:
     """What was merged into a model, in order, as one types it: "--lora style.safetensors:0.5"."""
     merged = (_NOTE.fullmatch(note) for note in source.notes)
     return tuple(f"--lora {shlex.quote(f'{note[1]}:{note[2]}')}" for note in merged if note)
-
-
-def _digest(base: str, lora: str, scale: float) -> str:
-    return hashlib.sha256(f"{base} {lora} {scale!r}".encode()).hexdigest()
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
@@ -70,16 +67,11 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 def _ldm_layers(unet: Any) -> dict[str, Any]:
     """The same layers under the names of original checkpoints, as some trainers write them."""
     modules = ldm_module_names(dict(unet.config))
-    own = {n: m for n, m in unet.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    found = {}
-    for name, module in own.items():
-        parts = name.split(".")
-        for cut in range(len(parts), 0, -1):
-            place = modules.get(".".join(parts[:cut]))
-            if place is not None:
-                found["_".join([*place.split("."), *parts[cut:]])] = module
-                break
-    return found
+    return {
+        place.replace(".", "_"): module
+        for name, module in unet.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and (place := ldm_name(name, modules))
+    }
 
 
 def _check_fits(path: Path, adapters: list[Adapter], layers: dict[str, dict[str, Any]]) -> None:

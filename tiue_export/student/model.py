@@ -74,7 +74,7 @@ class Student(nn.Module):
         hidden = unet.conv_in(noise)
         skips = [hidden]
         for block in unet.down_blocks:
-            hidden, block_skips = block(hidden, time, **_text_for(block, text))
+            hidden, block_skips = block(hidden, time, **text_for(block, text))
             skips.extend(block_skips)
         mid = unet.mid_block(hidden, time, encoder_hidden_states=text)
         return Features(mid, tuple(skips))
@@ -90,7 +90,7 @@ class Student(nn.Module):
         for block in unet.up_blocks:
             count = len(block.resnets)
             block_skips, skips = tuple(skips[-count:]), skips[:-count]
-            hidden = block(hidden, block_skips, time, **_text_for(block, text))
+            hidden = block(hidden, block_skips, time, **text_for(block, text))
         return output_head(unet, hidden)
 
     def combine(self, noise: Tensor, outputs: Tensor) -> Tensor:
@@ -135,6 +135,7 @@ def combine(terms: Combination, noise: Tensor, outputs: Tensor) -> Tensor:
     return latents
 
 
-def _text_for(block: nn.Module, text: Tensor) -> dict[str, Tensor]:
+def text_for(block: nn.Module, text: Tensor) -> dict[str, Tensor]:
+    """The text as a block of the UNet takes it: not at all where it has no text attention."""
     attends = getattr(block, "has_cross_attention", False)
     return {"encoder_hidden_states": text} if attends else {}

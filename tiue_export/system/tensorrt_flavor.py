@@ -129,16 +129,14 @@ def installed_flavors() -> list[str]:
 @cache
 def _import_flavor(name: str) -> Flavor:
     if not importlib.util.find_spec(MODULES[name]):
-        raise _missing(name, f"{TITLES[name]} is not installed")
+        raise MissingExtraError(f"{TITLES[name]} is not installed", install_line(name))
     try:
         module = importlib.import_module(MODULES[name])
         return Flavor(name, module, str(module.__version__))
     except Exception as error:  # the bindings raise whatever their loader of libraries raises
-        raise _missing(name, f"{TITLES[name]} is installed but does not import: {error}") from error
-
-
-def _missing(flavor: str, message: str) -> MissingExtraError:
-    return MissingExtraError(message, install_line(flavor))
+        raise MissingExtraError(
+            f"{TITLES[name]} is installed but does not import: {error}", install_line(name)
+        ) from error
 
 
 def install_line(flavor: str) -> str:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import CLIPModel
 
 from tiue_export.checkpoint.parts import WEIGHTS_STEM, load_vae, quiet_libraries
-from tiue_export.checkpoint.tensors import sha256_of_files, weight_files
+from tiue_export.checkpoint.tensors import sha256_of_folder
 from tiue_export.checkpoint.tokenizer_files import tokenizer_of
 from tiue_export.drawing.tokenizer import Tokenizer
 from tiue_export.errors import CheckpointError, first_line
@@ -79,9 +79,7 @@ def clip_sha256(config: DistillConfig) -> dict[str, str]:
     """SHA-256 of the weights that the term computes with; empty where there is none."""
     if config.clip_model is None or config.clip_decoder is None:
         return {}
-    folders = {"clip_model": (Path(config.clip_model), "model")}
-    folders["clip_decoder"] = (Path(config.clip_decoder), WEIGHTS_STEM)
     return {
-        name: sha256_of_files(weight_files(folder, stem), folder)
-        for name, (folder, stem) in folders.items()
+        "clip_model": sha256_of_folder(Path(config.clip_model), "model"),
+        "clip_decoder": sha256_of_folder(Path(config.clip_decoder), WEIGHTS_STEM),
     }

@@ -166,7 +166,16 @@ class _SampleWriter:
         average.store(parameters)
         try:
             average.copy_to(parameters)
-            self._write_student()
+            write_pipeline(
+                self._out / "student",
+                unet=networks.student.unet,
+                text_encoder=networks.text_encoder,
+                vae=networks.vae,
+                tokenizer=networks.tokenizer_folder,
+                scheduler_config=networks.student.scheduler_config,
+                steps=config.steps,
+                force=True,
+            )
             if step % config.sample_every == 0 or step == config.iterations:
                 grid = draw_grid(
                     networks, self._prompts, config.samples_per_prompt, config.micro_batch
@@ -181,16 +190,3 @@ class _SampleWriter:
         """Flush the curves."""
         if self._board is not None:
             self._board.close()
-
-    def _write_student(self) -> None:
-        networks = self._networks
-        write_pipeline(
-            self._out / "student",
-            unet=networks.student.unet,
-            text_encoder=networks.text_encoder,
-            vae=networks.vae,
-            tokenizer=networks.tokenizer_folder,
-            scheduler_config=networks.student.scheduler_config,
-            steps=self._config.steps,
-            force=True,
-        )

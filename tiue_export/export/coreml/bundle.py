@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from tiue_export._version import __version__
 from tiue_export.bundle.manifest import Compiled, Manifest
-from tiue_export.bundle.read import Bundle, vae_tile_px
+from tiue_export.bundle.read import Bundle, files_below, vae_tile_px
 from tiue_export.errors import UsageError
 from tiue_export.export.backend import (
     Backend,
@@ -25,7 +25,6 @@ from tiue_export.export.backend import (
     GraphForm,
     Workshop,
     compile_form,
-    files_below,
     form_identity,
 )
 from tiue_export.export.contract import GRAPH_GROUPS
@@ -185,14 +184,9 @@ class _Export:
             return MixedRecipe(bits=options.recipe)
         if options.target_psnr_db is None and options.target_mb is None:
             return None
+        targets = options.target_psnr_db, options.target_mb
         search = RecipeSearch(
-            self.backend.student,
-            manifest,
-            plan,
-            self.sizes[0],
-            self.work,
-            options.target_psnr_db,
-            options.target_mb,
+            self.backend.student, manifest, plan, self.sizes[0], self.work, *targets
         )
         with stage(self.workshop.observer, "find bits per layer"):
             return find_recipe(search, self.workshop.observer.on_progress)
@@ -260,24 +254,19 @@ def plan_for(manifest: Manifest, options: CoremlOptions) -> CoremlPlan:
     return replace(plan, decoder_batch=1)
 
 
-def _check_loop(bundle: Bundle, options: CoremlOptions) -> None:
-    """Refuse what packages of a model in a loop cannot be, or cannot be for this bundle."""
-    check_loop(options)
-    if len(_sizes(bundle, options)) > 1:
-        own = f"{bundle.manifest.height_px}x{bundle.manifest.width_px}"
-        raise UsageError(
-            f"--size differs from the {own} of {bundle.root}; a loop's packages have its size",
-            "Leave it out, or export at that size.",
-        )
-
-
 def _check_bundle(bundle: Bundle, plan: CoremlPlan, options: CoremlOptions) -> None:
-    manifest = bundle.manifest
+    manifest, several = bundle.manifest, len(_sizes(bundle, options)) > 1
     if not manifest.plan.one_pass:
-        _check_loop(bundle, options)
+        check_loop(options)
+        if several:
+            own = f"{manifest.height_px}x{manifest.width_px}"
+            raise UsageError(
+                f"--size differs from the {own} of {bundle.root}; a loop's packages have its size",
+                "Leave it out, or export at that size.",
+            )
     elif manifest.hoisted == "none":
         check_whole_decoder(plan.decoder_batch, manifest.plan.rows)
-    if len(_sizes(bundle, options)) > 1 and vae_tile_px(manifest) is not None:
+    if several and vae_tile_px(manifest) is not None:
         raise UsageError(
             f"several --size, and the VAE of {bundle.root} decodes tiles of one size",
             "Give one size, or export again without --vae-tile.",

@@ -63,14 +63,12 @@ def compress(
         return save(model, target)
 
 
-def activation_ranges(
-    package: Path, samples: Iterable[Feeds], known: dict[str, Range] | None = None
-) -> dict[str, Range]:
+def activation_ranges(package: Path, samples: Iterable[Feeds]) -> dict[str, Range]:
     """The smallest and largest value of every float tensor over all samples, in float32.
 
     The evaluator's names are those of the package's operations, as the quantization needs them.
     """
-    ranges = known if known is not None else {}
+    ranges: dict[str, Range] = {}
     program = MilProgram.open(package)
     for feeds in samples:
         for record in program.run(feeds, "fp32").records:
@@ -155,12 +153,9 @@ def _ops_of_outputs(model: Any) -> list[str]:
         block = function.block_specializations[function.opset]
         for operation in block.operations:
             if {value.name for value in operation.outputs} & set(block.outputs):
-                names.append(_string(operation.attributes["name"]))
+                name = operation.attributes["name"].immediateValue.tensor
+                names.append(str(name.strings.values[0]))
     return names
-
-
-def _string(value: Any) -> str:
-    return str(value.immediateValue.tensor.strings.values[0])
 
 
 def _quantized_activations(ct: Any, model: Any, ranges: dict[str, Range]) -> Any:

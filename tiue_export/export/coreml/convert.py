@@ -7,7 +7,6 @@ import functools
 import gc
 import io
 import json
-import logging
 import shutil
 import tempfile
 import warnings
@@ -24,6 +23,7 @@ from tiue_export._version import __version__
 from tiue_export.errors import ResourceError, RuntimeFailure, first_line
 from tiue_export.export.coreml.profiles import CoremlPlan
 from tiue_export.specs import UNET_DECODER, VAE_DECODER, GraphSpec, TensorSpec
+from tiue_export.system.quiet import errors_only
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,7 +86,10 @@ def convert(conversion: Conversion, package: Path) -> dict[str, int]:
             model = ct.convert(
                 program,
                 convert_to="mlprogram",
-                inputs=[_tensor_type(ct, spec, conversion) for spec in conversion.spec.inputs],
+                inputs=[
+                    ct.TensorType(spec.name, spec.shape, _io_dtype(spec, conversion))
+                    for spec in conversion.spec.inputs
+                ],
                 outputs=[
                     ct.TensorType(spec.name, dtype=_io_dtype(spec, conversion))
                     for spec in conversion.spec.outputs
@@ -180,17 +183,12 @@ def quiet_coremltools() -> Iterator[Any]:
     It logs that native libraries of macOS are absent on Linux, and that the torch version was not
     tested by Apple (apple/coremltools#2465, #2220).
     """
-    logger = logging.getLogger("coremltools")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            import coremltools
+    quiet = contextlib.redirect_stderr(io.StringIO())
+    with errors_only("coremltools"), warnings.catch_warnings(), quiet:
+        warnings.simplefilter("ignore")
+        import coremltools
 
-            yield coremltools
-    finally:
-        logger.setLevel(level)
+        yield coremltools
 
 
 def add_missing_operations() -> None:
@@ -226,7 +224,9 @@ def _exported(conversion: Conversion) -> tuple[Any, frozenset[int]]:
 def _precision(ct: Any, conversion: Conversion, exact: frozenset[int]) -> Any:
     if conversion.plan.precision == "fp32":
         return ct.precision.FLOAT32
-    selector = _half_selector(exact, _base_names(conversion.float32_ops))
+    # Names as they were before coremltools marked them as half precision.
+    large = frozenset(name.removesuffix(_HALF) for name in conversion.float32_ops)
+    selector = _half_selector(exact, large)
     return ct.transform.FP16ComputePrecision(op_selector=selector)
 
 
@@ -263,15 +263,6 @@ def _half_selector(exact: frozenset[int], large: frozenset[str]) -> Callable[[An
 def _inputs(op: Any) -> Iterator[Any]:
     for value in op.inputs.values():
         yield from value if isinstance(value, (list, tuple)) else [value]
-
-
-def _base_names(names: frozenset[str]) -> frozenset[str]:
-    """Names as they were before coremltools marked them as half precision."""
-    return frozenset(name.removesuffix(_HALF) for name in names)
-
-
-def _tensor_type(ct: Any, spec: TensorSpec, conversion: Conversion) -> Any:
-    return ct.TensorType(spec.name, shape=spec.shape, dtype=_io_dtype(spec, conversion))
 
 
 def _io_dtype(spec: TensorSpec, conversion: Conversion) -> Any:

@@ -140,7 +140,8 @@ def _make(job: GraphJob) -> tuple[dict[str, int], tuple[str, ...]]:
     ops: dict[str, int] = {}
     float32_ops: frozenset[str] = frozenset()
     for size in job.sizes:
-        package = job.package if len(job.sizes) == 1 else _part(job, size)
+        part = job.work / f"{job.graph}-{size[0]}x{size[1]}.mlpackage"
+        package = job.package if len(job.sizes) == 1 else part
         ops, float32_ops = _make_size(job, size, package, float32_ops)
         parts[size] = package
     if len(parts) > 1:
@@ -333,7 +334,8 @@ def _evaluate(job: GraphJob, size: Size) -> Evaluation:
     program = MilProgram.open(job.package, function)
     evaluation = program.run(_feeds(job, size), precision)  # type: ignore[arg-type]
     bad = evaluation.first_nonfinite
-    if bad is not None and not _is_masked(bad.op):
+    # Masks may be infinite by design; what is made of them is finite again.
+    if bad is not None and bad.op not in ("select", "const"):
         raise ParityError(
             f"{job.package.name} is not usable: {bad.op} {bad.name!r} gives {bad.nonfinite} "
             "non-finite values on a real prompt",
@@ -345,23 +347,18 @@ def _evaluate(job: GraphJob, size: Size) -> Evaluation:
     return evaluation
 
 
-def _is_masked(op: str) -> bool:
-    """Masks may be infinite by design; what is made of them is finite again."""
-    return op in ("select", "const")
-
-
 def _judged(job: GraphJob, size: Size, evaluation: Evaluation) -> ParityRecord:
     """The worst output's record. Features of a compressed encoder are reported, and judged by what
     the decoder makes of them: the gates are for latents."""
     expected = load_pool(job.work, f"expected-{job.graph}", size)
+    hop = f"Core ML {job.plan.precision}"
     kind: str | None = job.plan.gate_of(job.graph)
-    if job.graph == UNET_ENCODER and job.plan.compression_of(job.graph).kind != "none":
-        kind = None
+    compression = job.plan.compression_of(job.graph)
+    if compression.kind != "none":
+        hop += f" {compression.name}"
+        kind = None if job.graph == UNET_ENCODER else kind
     shown = "" if len(job.sizes) == 1 else f" {size[0]}x{size[1]}"
     subjects = _SUBJECTS if job.manifest.plan.one_pass else _LOOP_SUBJECTS
-    hop = f"Core ML {job.plan.precision}"
-    if job.plan.compression_of(job.graph).kind != "none":
-        hop += f" {job.plan.compression_of(job.graph).name}"
     records = [
         parity_record(
             hop,
@@ -377,7 +374,3 @@ def _judged(job: GraphJob, size: Size, evaluation: Evaluation) -> ParityRecord:
     if job.gate_db is not None and job.graph == UNET_DECODER:
         worst = replace(worst, gate=job.gate_db)
     return worst
-
-
-def _part(job: GraphJob, size: Size) -> Path:
-    return job.work / f"{job.graph}-{size[0]}x{size[1]}.mlpackage"

@@ -7,7 +7,7 @@ Data and its checks only, nothing heavy is imported: a wrong word is refused bef
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from tiue_export.errors import UsageError, unknown_name
@@ -32,7 +32,7 @@ class Compression:
     """One way of storing weights. `gate` is a key of `compare.GATES_PSNR_DB`.
 
     `group` is the number of output channels that share a palette, or of input weights that share a
-    scale; 0 for a palette per tensor or a scale per channel. `weight_bits` estimates sizes.
+    scale; 0 for a palette per tensor or a scale per channel.
     """
 
     name: str
@@ -41,10 +41,6 @@ class Compression:
     gate: str
     least_target: str = "iOS16"
     group: int = 0
-
-    @property
-    def weight_bits(self) -> int:
-        return 16 if self.kind == "none" else self.bits
 
 
 COMPRESSIONS: Mapping[str, Compression] = {
@@ -223,14 +219,13 @@ class CoremlPlan:
 
 def plan_coreml(options: CoremlOptions) -> CoremlPlan:
     """Fill in the profile's settings and check that all of them go together."""
-    profile = PROFILES.get(options.profile)
-    if profile is None:
-        raise unknown_name("profile", options.profile, PROFILES)
+    profile = PROFILES[_named("profile", options.profile, PROFILES)]
     searched = options.target_psnr_db is not None or options.target_mb is not None
     compress = options.compress or (RECIPE if searched or options.recipe else profile.compress)
     if options.precision == "fp32" and options.compress is None and not searched:
         compress = "none"
     batch = profile.decoder_batch if options.decoder_batch is None else options.decoder_batch
+    unit = options.compute_unit or profile.compute_unit
     plan = CoremlPlan(
         profile=profile.name,
         target=target_named(options.target or profile.target),
@@ -239,7 +234,7 @@ def plan_coreml(options: CoremlOptions) -> CoremlPlan:
         decoder_batch=batch,
         precision=_named("precision", options.precision, PRECISIONS),
         compress=_named("compression", compress, COMPRESSIONS),
-        compute_unit=_compute_unit(options.compute_unit or profile.compute_unit),
+        compute_unit=_named("compute unit", unit.upper().replace("-", "_"), COMPUTE_UNITS),
         limit_bytes=profile.limit_bytes,
     )
     if batch not in DECODER_BATCHES:
@@ -322,7 +317,7 @@ def check_whole_decoder(decoder_batch: int, rows: int) -> None:
 
 def check_limit(plan: CoremlPlan, graph: str, weights: int) -> None:
     """Refuse a graph of `weights` numbers that the profile's device cannot hold."""
-    bits = 32 if plan.precision == "fp32" else plan.compression_of(graph).weight_bits
+    bits = 32 if plan.precision == "fp32" else plan.compression_of(graph).bits
     size_bytes = weights * bits // 8
     if plan.limit_bytes is None or size_bytes <= plan.limit_bytes:
         return
@@ -364,18 +359,10 @@ def function_named(height: int, width: int) -> str:
     return f"size_{height}x{width}"
 
 
-def _named(kind: str, name: str, legal: Iterable[str]) -> str:
-    names = tuple(legal)
-    if name not in names:
-        raise unknown_name(kind, name, names)
+def _named(kind: str, name: str, legal: Collection[str]) -> str:
+    if name not in legal:
+        raise unknown_name(kind, name, legal)
     return name
-
-
-def _compute_unit(name: str) -> str:
-    unit = name.upper().replace("-", "_")
-    if unit not in COMPUTE_UNITS:
-        raise unknown_name("compute unit", name, COMPUTE_UNITS)
-    return unit
 
 
 def _macos_of(target: str) -> str:

@@ -24,9 +24,7 @@ from torch import Tensor, nn
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.errors import BundleError, UsageError
 from tiue_export.export.coreml.compress import LEAST_WEIGHTS, palette
-from tiue_export.export.coreml.job import (
-    load_pool,
-)
+from tiue_export.export.coreml.job import load_pool
 from tiue_export.export.coreml.layout import with_layout
 from tiue_export.export.coreml.profiles import CoremlPlan
 from tiue_export.export.own_student import Size, fp32_options

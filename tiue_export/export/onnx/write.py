@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import logging
 import re
 import warnings
 from collections import Counter
@@ -22,6 +21,7 @@ from tiue_export.graphs.build import Graph
 from tiue_export.proof.half_range import node_path
 from tiue_export.specs import TensorSpec
 from tiue_export.system.memory import rare_collections
+from tiue_export.system.quiet import errors_only
 
 # 19 is the newest opset TensorRT 10.3 (JetPack 6) reads in full and the first with half-precision
 # Q/DQ scales; from 21 on torch emits GroupNormalization, which TensorRT reads since 10.9 only.
@@ -188,14 +188,8 @@ def _onnx_type(spec: TensorSpec) -> int:
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
     """Silence what torch prints about itself while exporting (absent torchvision, old pytrees)."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-            yield
-    finally:
-        logger.setLevel(level)
+    with errors_only("torch.onnx"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+        yield

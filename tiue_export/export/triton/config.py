@@ -92,13 +92,13 @@ def _step_lines(step: EnsembleStep) -> Iterator[str]:
     yield "  }"
 
 
-def triton_tensor(spec: TensorSpec, *, batched: bool, name: str | None = None) -> TritonTensor:
+def triton_tensor(spec: TensorSpec, *, batched: bool) -> TritonTensor:
     """A tensor of a graph as Triton names it."""
     if spec.dtype not in _TYPES:
         raise UsageError(f"{spec.name} is {spec.dtype}; Triton takes {', '.join(_TYPES)} here")
     shape = spec.shape[1:] if batched else spec.shape
     dims = tuple(-1 if isinstance(side, str) else side for side in shape)
-    return TritonTensor(name or spec.name, _TYPES[spec.dtype], dims)
+    return TritonTensor(spec.name, _TYPES[spec.dtype], dims)
 
 
 def _quoted(text: str) -> str:

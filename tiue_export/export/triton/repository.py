@@ -176,13 +176,12 @@ def _check(bundle: Bundle, options: TritonOptions) -> None:
     if options.backend == "tensorrt":
         features -= {"bf16", "without-onnx"}  # engines are there, whatever the ONNX files are
     check_support("triton", features, str(bundle.root))
-    if options.backend == "tensorrt":
-        if _TENSORRT not in bundle.manifest.compiled:
-            raise UsageError(
-                f"{bundle.root} holds no TensorRT engines",
-                f"tiue-export trt --bundle {bundle.root} --flavor tensorrt, with the TensorRT "
-                "version of your Triton.",
-            )
+    if options.backend == "tensorrt" and _TENSORRT not in bundle.manifest.compiled:
+        raise UsageError(
+            f"{bundle.root} holds no TensorRT engines",
+            f"tiue-export trt --bundle {bundle.root} --flavor tensorrt, with the TensorRT "
+            "version of your Triton.",
+        )
 
 
 def _has_batch(spec: GraphSpec) -> bool:

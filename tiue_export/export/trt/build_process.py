@@ -35,7 +35,7 @@ from typing import IO, Any
 
 from tiue_export.errors import TiueError
 from tiue_export.export.trt.precision import engine_census, network_census
-from tiue_export.system.machine import available_memory_bytes
+from tiue_export.system.machine import available_memory_bytes, text_of
 from tiue_export.system.tensorrt_flavor import Device, Flavor, load_flavor, this_device
 
 OK, FAILED, OUT_OF_MEMORY, NOT_PARSED, NOT_HALF, NO_GPU, NOT_INT8 = 0, 1, 13, 14, 15, 16, 17
@@ -417,10 +417,7 @@ def peak_memory_bytes() -> int:
 
     Not getrusage: across fork and exec it keeps the peak of the parent.
     """
-    try:
-        status = Path("/proc/self/status").read_text("utf-8")
-    except OSError:
-        return 0
+    status = text_of("/proc/self/status") or ""
     found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
 

@@ -9,13 +9,10 @@ StorageFormat.hpp). Files are mapped, not read: a weight takes memory while it i
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-import logging
 import math
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +22,7 @@ import numpy as np
 from tiue_export.errors import BundleError, first_line, unknown_name
 from tiue_export.registry.packages import require
 from tiue_export.specs import Array
+from tiue_export.system.quiet import errors_only
 
 _RECORD = struct.Struct("<IIQQQ")  # sentinel, type, size in bytes, offset, bits of padding
 _SENTINEL = 0xDEADBEEF
@@ -198,7 +196,7 @@ def unpack_bits(packed: Array, bits: int, count: int) -> Array:
 
 def model_class() -> Any:
     """coremltools' protobuf class of a model."""
-    with quiet_coremltools():
+    with errors_only("coremltools"):  # it warns of libraries that only macOS has
         from coremltools.proto import Model_pb2
     return Model_pb2.Model
 
@@ -213,18 +211,6 @@ def has_native_library(name: str) -> bool:
     if found is None or found.origin is None:
         return False
     return any(Path(found.origin).parent.glob(f"{name}*.so"))
-
-
-@contextlib.contextmanager
-def quiet_coremltools() -> Iterator[None]:
-    """Import coremltools within: it warns of every library that is only there on macOS."""
-    logger = logging.getLogger("coremltools")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _model_file(path: Path) -> Path:
