@@ -7,7 +7,7 @@ parts are run and freed one after the other: at full size they would not fit sid
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,10 +33,9 @@ from tiue_export.graphs.build import Graph, build_graphs, exported_plan, gaussia
 from tiue_export.graphs.lowering import copied
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
-from tiue_export.methods.scheduler import diffusers_scheduler
 from tiue_export.proof.parity import PROMPTS, Reference, parity_record, with_dtypes
-from tiue_export.reference.half_audit import RangeRecorder, float32_options, score_blocks
-from tiue_export.reference.loop_capture import capture_loop
+from tiue_export.reference.half_audit import HALVES, RangeRecorder, float32_options, score_blocks
+from tiue_export.reference.loop_capture import GraphIO, capture_loop, scheduler_loop
 from tiue_export.sampling.noise import noises_from_seed
 from tiue_export.sampling.sampler import OnStep
 from tiue_export.specs import (
@@ -47,9 +46,6 @@ from tiue_export.specs import (
     Array,
 )
 from tiue_export.student.model import Student, combine
-
-_HALVES = (torch.float16, torch.bfloat16)
-GraphIO = tuple[dict[str, Array], dict[str, Array]]
 
 
 @dataclass(frozen=True)
@@ -75,135 +71,124 @@ def capture(
     """
     options = float32_options(options)
     recorder = recorder or RangeRecorder(student, options, only=())
-    shape = shapes_of(student, options).latents
-    noises = noises_from_seed(0, student.plan.noises, shape)
-    known: dict[str, Array] = {"sample": noises[0]}
-    graph_io: dict[str, GraphIO] = {}
-    hops: list[ParityRecord] = []
-    inputs = _capture_text(student, options, tokenizer, known, graph_io, hops, recorder)
+    noises = noises_from_seed(0, student.plan.noises, shapes_of(student, options).latents)
+    run = _Run(student, options, recorder, {"sample": noises[0]})
+    inputs = run.text(tokenizer)
     if student.plan.one_pass:
-        _capture_unet(student, options, known, graph_io, hops, inputs, recorder)
+        run.unet(inputs)
     else:
-        known["sample"] = noises
+        run.known["sample"] = noises
         control = None if student.controlnet is None else copied_unet(student.controlnet)
         wide = _part_of(student, unet=copied_unet(student.unet), controlnet=control)
-        hops += capture_loop(wide, options, known, graph_io, inputs, recorder, on_step)
-        known[SCALED_LATENTS] = scaled_latents(
-            known[LATENTS], shapes_of(student).vae_scaling_factor
+        run.hops.extend(
+            capture_loop(wide, options, run.known, run.graph_io, inputs, recorder, on_step)
         )
-    _capture_vae(student, options, known, graph_io, hops, inputs, recorder)
-    return Capture(Reference(known, inputs), graph_io, hops)
+    factor = shapes_of(student, options).vae_scaling_factor
+    run.known[SCALED_LATENTS] = scaled_latents(run.known[LATENTS], factor)
+    run.vae(inputs)
+    return Capture(Reference(run.known, inputs), run.graph_io, run.hops)
 
 
-def _capture_text(
-    student: Student,
-    options: ExportOptions,
-    tokenizer: Tokenizer | None,
-    known: dict[str, Array],
-    graph_io: dict[str, GraphIO],
-    hops: list[ParityRecord],
-    recorder: RangeRecorder,
-) -> str:
-    batch, *rest = shapes_of(student, options).text
-    if student.text_encoder is None or tokenizer is None:
-        rows = student.plan.copies * batch
-        known["encoder_hidden_states"] = gaussian_text((rows, rest[0], rest[1]))
-        return "Gaussian text embedding (the checkpoint has no text encoder), seeded noise"
-    prompts = [PROMPTS[row % len(PROMPTS)] for row in range(batch)]
-    known["input_ids"] = tokenizer(prompts)
-    part = _part_of(student, text_encoder=student.text_encoder)
-    (graph,) = build_graphs(part, options, only=(TEXT_ENCODER,))
-    with recorder.watching(graph):
-        feeds, outputs = run_graph(graph, known)
-    graph_io[TEXT_ENCODER] = feeds, outputs
-    known.update(chain_of(student.plan).values(TEXT_ENCODER, outputs))
-    if not student.plan.one_pass:
-        known[TEXT] = known[PROMPT_TEXT]
-    if student.plan.guidance is not None:
-        _, empty = run_graph(graph, {TOKENS: tokenizer([""] * batch)})
-        halves = [*empty.values(), known[PROMPT_TEXT]]
-        known[TEXT] = np.concatenate(halves)  # (2B, L, D)
-    inputs = f"{min(batch, len(PROMPTS))} real prompt(s), seeded noise"
-    own = copied(student.text_encoder, torch.float32, plain=False)
-    with torch.no_grad():
-        plain = own(torch.from_numpy(known["input_ids"])).last_hidden_state
-    hops.append(_lowered(TEXT_ENCODER, plain, outputs["last_hidden_state"], inputs))
-    return inputs
+@dataclass(frozen=True)
+class _Run:
+    """A student's parts run one after the other; each adds what later ones and the bundle need."""
 
+    student: Student
+    options: ExportOptions
+    recorder: RangeRecorder
+    known: dict[str, Array]
+    graph_io: dict[str, GraphIO] = field(default_factory=dict)
+    hops: list[ParityRecord] = field(default_factory=list)
 
-def _capture_unet(
-    student: Student,
-    options: ExportOptions,
-    known: dict[str, Array],
-    graph_io: dict[str, GraphIO],
-    hops: list[ParityRecord],
-    inputs: str,
-    recorder: RangeRecorder,
-) -> None:
-    wide = _part_of(student, unet=copied_unet(student.unet))
-    noise = torch.from_numpy(known["sample"])
-    text = torch.from_numpy(known["encoder_hidden_states"])
-    with torch.no_grad():
-        unsplit = wide.unet(noise, wide.plan.timesteps[0], text).sample
-        features = wide.encode(noise, text)
-        outputs = wide.decode(features, text)
-        latents = wide.combine(noise, outputs)
-        loop = scheduler_loop(wide, noise, outputs)
-    del features
-    first = outputs[: len(noise)]
-    hops += [
-        parity_record("split", "row 0 / unsplit UNet", _np(unsplit), _np(first), "split", inputs),
-        parity_record(
-            "closed form", "latents / DDIM loop", _np(loop), _np(latents), "split", inputs
-        ),
-    ]
-    plan = exported_plan(student, options)
-    pool = dict(known)
-    for graph in build_graphs(wide, options, only=UNET_GRAPHS):
-        with recorder.watching(graph):
-            graph_io[graph.spec.name] = run_graph(graph, pool)
-        pool.update(graph_io[graph.spec.name][1])
-    # The exported rows of the naive student: with merging, the same rows under the same weights.
-    kept = [k for k, t in enumerate(student.plan.timesteps) if t in plan.timesteps]
-    by_step = outputs.reshape(student.plan.rows, *noise.shape)[kept]
-    expected = combine(plan.latents, noise, by_step.flatten(0, 1))
-    hop = "lowered" if options.hoist == "none" else "hoisted"
-    value = graph_io[UNET_DECODER][1]["latents"]
-    hops.append(
-        parity_record(hop, "latents / naive student", _np(expected), value, "split", inputs)
-    )
-    if plan.merged_timesteps:
-        hop = f"merged t={','.join(map(str, plan.merged_timesteps))}"
-        hops.append(parity_record(hop, "latents / all rows", _np(latents), value, None, inputs))
-    known["latents"] = graph_io[UNET_DECODER][1]["latents"]
-    known[SCALED_LATENTS] = scaled_latents(known[LATENTS], shapes_of(student).vae_scaling_factor)
+    def text(self, tokenizer: Tokenizer | None) -> str:
+        """The text embedding; what the reference's inputs are, in words."""
+        student, known = self.student, self.known
+        batch, *rest = shapes_of(student, self.options).text
+        if student.text_encoder is None or tokenizer is None:
+            rows = student.plan.copies * batch
+            known["encoder_hidden_states"] = gaussian_text((rows, rest[0], rest[1]))
+            return "Gaussian text embedding (the checkpoint has no text encoder), seeded noise"
+        prompts = [PROMPTS[row % len(PROMPTS)] for row in range(batch)]
+        known["input_ids"] = tokenizer(prompts)
+        part = _part_of(student, text_encoder=student.text_encoder)
+        (graph,) = build_graphs(part, self.options, only=(TEXT_ENCODER,))
+        outputs = self._watched(graph, known)
+        known.update(chain_of(student.plan).values(TEXT_ENCODER, outputs))
+        if not student.plan.one_pass:
+            known[TEXT] = known[PROMPT_TEXT]
+        if student.plan.guidance is not None:
+            _, empty = run_graph(graph, {TOKENS: tokenizer([""] * batch)})
+            halves = [*empty.values(), known[PROMPT_TEXT]]
+            known[TEXT] = np.concatenate(halves)  # (2B, L, D)
+        inputs = f"{min(batch, len(PROMPTS))} real prompt(s), seeded noise"
+        own = copied(student.text_encoder, torch.float32, plain=False)
+        with torch.no_grad():
+            plain = own(torch.from_numpy(known["input_ids"])).last_hidden_state
+        self.hops.append(_lowered(TEXT_ENCODER, plain, outputs["last_hidden_state"], inputs))
+        return inputs
 
+    def unet(self, inputs: str) -> None:
+        """The UNet of a plan of one pass, its graphs held against it and against the DDIM loop."""
+        student, known = self.student, self.known
+        wide = _part_of(student, unet=copied_unet(student.unet))
+        noise = torch.from_numpy(known["sample"])
+        text = torch.from_numpy(known["encoder_hidden_states"])
+        with torch.no_grad():
+            unsplit = wide.unet(noise, wide.plan.timesteps[0], text).sample
+            outputs = wide.decode(wide.encode(noise, text), text)
+            latents = _np(wide.combine(noise, outputs))
+        by_step = outputs.reshape(student.plan.rows, *noise.shape)
+        loop = scheduler_loop(wide, known["sample"][None], _np(by_step))
+        self._hold("split", "row 0 / unsplit UNet", _np(unsplit), _np(by_step[0]), inputs)
+        self._hold("closed form", "latents / DDIM loop", loop, latents, inputs)
+        plan = exported_plan(student, self.options)
+        pool = dict(known)
+        for graph in build_graphs(wide, self.options, only=UNET_GRAPHS):
+            pool.update(self._watched(graph, pool))
+        # The exported rows of the naive student: with merging, the same rows and weights.
+        kept = [k for k, t in enumerate(student.plan.timesteps) if t in plan.timesteps]
+        expected = combine(plan.latents, noise, by_step[kept].flatten(0, 1))
+        hop = "lowered" if self.options.hoist == "none" else "hoisted"
+        value = known[LATENTS] = self.graph_io[UNET_DECODER][1]["latents"]
+        self._hold(hop, "latents / naive student", _np(expected), value, inputs)
+        if plan.merged_timesteps:
+            hop = f"merged t={','.join(map(str, plan.merged_timesteps))}"
+            self._hold(hop, "latents / all rows", latents, value, inputs, kind=None)
 
-def _capture_vae(
-    student: Student,
-    options: ExportOptions,
-    known: dict[str, Array],
-    graph_io: dict[str, GraphIO],
-    hops: list[ParityRecord],
-    inputs: str,
-    recorder: RangeRecorder,
-) -> None:
-    if student.vae is None:
-        return
-    part = _part_of(student, vae=student.vae)
-    (graph,) = build_graphs(part, options, only=(VAE_DECODER,))
-    whole, size = known["latent_sample"], tile_size(graph.spec)
-    known["latent_sample"] = first_tile(whole, size)
-    with recorder.watching(graph):
-        feeds, outputs = run_graph(graph, known)
-    graph_io[VAE_DECODER] = feeds, outputs
-    known["picture"] = outputs["sample"]
-    own = copied(student.vae, torch.float32, plain=False)
-    with torch.no_grad():
-        plain = own.decode(torch.from_numpy(known["latent_sample"])).sample
-    hops.append(_lowered(VAE_DECODER, plain, outputs["sample"], inputs))
-    if is_tiled(graph.spec, whole):
-        hops.append(_tiled(graph, own, whole, inputs))
+    def vae(self, inputs: str) -> None:
+        """The VAE decoder on the latents, or on their first tile."""
+        student, known = self.student, self.known
+        if student.vae is None:
+            return
+        part = _part_of(student, vae=student.vae)
+        (graph,) = build_graphs(part, self.options, only=(VAE_DECODER,))
+        whole, size = known["latent_sample"], tile_size(graph.spec)
+        known["latent_sample"] = first_tile(whole, size)
+        known["picture"] = self._watched(graph, known)["sample"]
+        own = copied(student.vae, torch.float32, plain=False)
+        with torch.no_grad():
+            plain = own.decode(torch.from_numpy(known["latent_sample"])).sample
+        self.hops.append(_lowered(VAE_DECODER, plain, known["picture"], inputs))
+        if is_tiled(graph.spec, whole):
+            self.hops.append(_tiled(graph, own, whole, inputs))
+
+    def _watched(self, graph: Graph, pool: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a graph, recorded; its outputs."""
+        with self.recorder.watching(graph):
+            feeds, outputs = run_graph(graph, pool)
+        self.graph_io[graph.spec.name] = feeds, outputs
+        return outputs
+
+    def _hold(
+        self,
+        hop: str,
+        subject: str,
+        expected: Array,
+        value: Array,
+        inputs: str,
+        kind: str | None = "split",
+    ) -> None:
+        self.hops.append(parity_record(hop, subject, expected, value, kind, inputs))
 
 
 def _tiled(graph: Graph, own: Any, latents: Array, inputs: str) -> ParityRecord:
@@ -276,7 +261,7 @@ class HalfArithmetic(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         attention = function is F.scaled_dot_product_attention
-        if not (attention or function in self._HEAVY) or args[0].dtype not in _HALVES:
+        if not (attention or function in self._HEAVY) or args[0].dtype not in HALVES:
             return function(*args, **kwargs)
         if attention:
             return half_attention(*args, **kwargs)
@@ -320,16 +305,6 @@ def half_attention(
 
 def _wide(argument: Any) -> Any:
     return argument.float() if isinstance(argument, Tensor) else argument
-
-
-def scheduler_loop(student: Student, noise: Tensor, outputs: Tensor) -> Tensor:
-    """The official loop: diffusers' DDIM scheduler stepped through the K outputs (K*B, 4, H, W)."""
-    scheduler = diffusers_scheduler(student.scheduler_config, "ddim", student.plan.steps)
-    latents = noise
-    rows = outputs.float().reshape(student.plan.steps, *noise.shape)
-    for timestep, output in zip(scheduler.timesteps, rows, strict=True):
-        latents = scheduler.step(output, timestep, latents).prev_sample
-    return latents
 
 
 def copied_unet(unet: Any) -> Any:

@@ -40,7 +40,6 @@ from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.half_range import WHOLE_GRAPH, Float32Parts, GraphRanges, OpRange
 from tiue_export.proof.parity import loop_to_check
-from tiue_export.reference.control_picture import control_to_check
 from tiue_export.sampling.noise import noises_from_seed
 from tiue_export.sampling.sampler import sample
 from tiue_export.specs import (
@@ -59,7 +58,7 @@ _SCORES_BYTES = 32 << 20
 # Attention masks are written as -inf or as the dtype's least number: no activation is that low.
 _MASKED = -1e30
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as"}
-_HALVES = (torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 
 # Module path, operation, and its number among those of the same path and name.
 Step = tuple[str, str, int]
@@ -148,6 +147,19 @@ def _denoise(
         latents = sample(plan, run, noises, text, control=control)
         scaled.append(scaled_latents(latents, shapes.vae_scaling_factor))
     return scaled
+
+
+def control_to_check(shape: Sequence[int]) -> dict[str, Array]:
+    """A picture of lines (B, 3, 8H, 8W) in [0, 1], as edge ControlNets take, at full strength."""
+    rows, _, height, width = shape
+    y, x = np.mgrid[0:height, 0:width]
+    radius = np.hypot(y - height / 2, x - width / 2)
+    lines = (np.abs(radius - height / 3) < height / 32) | (np.abs(x - width / 4) < width / 64)
+    picture = np.broadcast_to(lines.astype(np.float32), (rows, 3, height, width))
+    return {
+        "controlnet_cond": np.ascontiguousarray(picture),
+        "conditioning_scale": np.ones(1, np.float32),
+    }
 
 
 class RangeRecorder:
@@ -368,17 +380,17 @@ class _HeldInHalf(_Watch):
         self._made_by: dict[int, tuple[Tensor, Step]] = {}
 
     def see(self, step: Step, tensors: list[Tensor]) -> None:
-        self.in_half[step] = any(tensor.dtype in _HALVES for tensor in tensors)
+        self.in_half[step] = any(tensor.dtype in HALVES for tensor in tensors)
         for tensor in tensors:
             self._made_by[id(tensor)] = tensor, step
 
     def see_scores(self, step: Step, query: Tensor, key: Tensor, scale: float) -> None:
-        self.in_half[step] = query.dtype in _HALVES
+        self.in_half[step] = query.dtype in HALVES
 
     def see_cast(self, source: Tensor, result: Tensor) -> None:
         if id(source) in self._made_by:
             _, step = self._made_by[id(source)]
-            self.in_half[step] |= result.dtype in _HALVES
+            self.in_half[step] |= result.dtype in HALVES
             self._made_by[id(result)] = result, step
 
 

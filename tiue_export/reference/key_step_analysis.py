@@ -9,7 +9,7 @@ are then drawn, beside the published ones and uniform ones, on prompts that took
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +26,6 @@ from tiue_export.proof.key_step_results import (
     losses_of,
 )
 from tiue_export.reference.sharing_cost import (
-    OnStep,
     TorchModel,
     deviation,
     every_step,
@@ -35,10 +34,10 @@ from tiue_export.reference.sharing_cost import (
 from tiue_export.reference.unet_blocks import named_blocks, watched_blocks
 from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.sampling.key_step_plan import key_steps_from
-from tiue_export.sampling.key_steps import choose_key_steps, cost_of, encoder_runs_within
+from tiue_export.sampling.key_steps import choose_key_steps, cost_of, encoder_runs_within, loss_of
+from tiue_export.sampling.sampler import OnStep
 from tiue_export.specs import Array
 
-OnPrompt = Callable[[int, int], None]
 # Scenes of many kinds, for measuring what no single prompt shows.
 DEFAULT_PROMPTS = (
     "a red fox sitting in fresh snow, soft morning light",
@@ -129,7 +128,7 @@ def candidates(
     results: Sequence[PromptResult],
     budget: float | None,
     held_out: Sequence[tuple[str, int]],
-    on_step: OnPrompt = lambda done, total: None,
+    on_step: OnStep = lambda done, total: None,
 ) -> list[Candidate]:
     """The published key steps, uniform and chosen ones with as many encoder runs, and `budget`'s.
 
@@ -167,15 +166,6 @@ def candidates(
             off.append(deviation(reference, drawn))
             done += 1
             on_step(done, total)
-        ends = (*key_steps[1:], count)
-        predicted = sum(losses[s, e] for s, e in zip(key_steps, ends, strict=True))
-        found.append(
-            Candidate(
-                name,
-                key_steps,
-                cost_of(len(key_steps), count, share),
-                float(predicted),
-                tuple(off),
-            )
-        )
+        cost, predicted = cost_of(len(key_steps), count, share), loss_of(losses, key_steps)
+        found.append(Candidate(name, key_steps, cost, predicted, tuple(off)))
     return found

@@ -12,8 +12,7 @@ from tiue_export.graphs.build import build_graphs, run_graph
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.methods.scheduler import diffusers_scheduler
 from tiue_export.proof.parity import loop_to_check, parity_record
-from tiue_export.reference.control_picture import control_to_check
-from tiue_export.reference.half_audit import RangeRecorder
+from tiue_export.reference.half_audit import RangeRecorder, control_to_check
 from tiue_export.sampling.key_step_plan import SCHEDULERS
 from tiue_export.sampling.plan import Combination, Plan, single_pass
 from tiue_export.sampling.sampler import OnStep, added, combined, encoder_feeds, sampled_outputs

@@ -8,7 +8,7 @@ The decoder works on whole groups anyway, so one step costs an encoder run and o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from tiue_export.sampling.key_steps import Choice, choose_key_steps, encoder_run
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.sampling.plan import Plan
 from tiue_export.sampling.sampler import (
+    OnStep,
     by_step,
     combined,
     encoder_feeds,
@@ -45,7 +46,6 @@ from tiue_export.specs import (
 from tiue_export.student.model import Student
 
 DEFAULT_REACH = 20
-OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
