@@ -7,8 +7,9 @@ import torch
 
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import RuntimeFailure, UsageError, unknown_name
-from tiue_export.export.own_student import StudentPlace, fp32_options, open_student
+from tiue_export.export.own_student import fp32_options, open_student
 from tiue_export.graphs.build import Graph, build_graphs
+from tiue_export.methods.load import CheckpointRequest
 from tiue_export.specs import Array, Feeds, RuntimeOptions
 
 
@@ -77,10 +78,14 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> TorchRuntime:
         raise UsageError(f"--threads is {options.threads}; expected 1 or more")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    place = StudentPlace(
-        options.checkpoint, options.base, options.vae, options.lora, options.controlnet
+    request = CheckpointRequest(
+        options.checkpoint,
+        options.base,
+        options.vae,
+        lora=options.lora,
+        controlnet=options.controlnet,
     )
-    student = open_student(place, manifest)
+    student = open_student(request, manifest)
     size = manifest.height_px, manifest.width_px
     graphs = build_graphs(student, fp32_options(manifest, size), only=tuple(manifest.graphs))
     return TorchRuntime(bundle, graphs, device)

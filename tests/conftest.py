@@ -244,9 +244,10 @@ def micro_bundle(micro_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def faster_bundle(teacher_folder: Path, made_once):
     """Six DDIM steps, the encoder at 0, 1 and 3; with OpenVINO graphs where it is installed."""
+    from teachers import load_teacher
+
     from tiue_export import export_onnx, open_bundle
     from tiue_export.export.openvino import compile_openvino
-    from tiue_export.methods.faster import load_teacher
     from tiue_export.registry.packages import missing_modules
     from tiue_export.sampling.key_step_options import FasterOptions
 

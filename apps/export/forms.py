@@ -114,7 +114,8 @@ def student_bundle_of(
 
     A new bundle has no ONNX files, as the form does not read them; `check` may refuse it early.
     """
-    from tiue_export.export.own_student import StudentPlace, open_student
+    from tiue_export.export.own_student import open_student
+    from tiue_export.methods.load import CheckpointRequest
 
     assert source.ckpt is not None
     if source.bundle is None:
@@ -129,9 +130,9 @@ def student_bundle_of(
             print_contract(exported)
         return exported.bundle, exported.student
     bundle = named_bundle(form, source)
-    place = StudentPlace(source.ckpt, export.base, export.vae, export.lora)
+    request = CheckpointRequest(source.ckpt, export.base, export.vae, lora=export.lora)
     with stage_bar(quiet=export.as_json) as bar, stage(bar.observer(), "load student"):
-        student = open_student(place, bundle.manifest, lambda part: bar.begin(f"load {part}"))
+        student = open_student(request, bundle.manifest, lambda part: bar.begin(f"load {part}"))
     return bundle, student
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from teachers import load_teacher
 
 from tiue_export import export_onnx
 from tiue_export.bundle.read import Bundle
@@ -19,7 +20,6 @@ from tiue_export.checkpoint.family import load_family
 from tiue_export.errors import UsageError
 from tiue_export.graphs.flops import count_flops
 from tiue_export.graphs.options import ExportOptions
-from tiue_export.methods.faster import load_teacher
 from tiue_export.methods.scheduler import trajectory_of
 from tiue_export.proof import latency_record as record
 from tiue_export.proof.latency_request import ContenderRequest, LatencyOutputs, LatencyPlan

@@ -31,6 +31,7 @@ from emoji_family.drawing import BACKGROUNDS, caption, compose, directed, draw
 from emoji_family.feature_network import FeatureSettings
 from emoji_family.teacher import Teacher
 from emoji_family.text_alignment import AlignmentSettings, Maps, Pairs
+from teachers import load_teacher
 
 from tiue_export.benchmarks.quality.yardstick import (
     FeatureNetwork,
@@ -39,7 +40,6 @@ from tiue_export.benchmarks.quality.yardstick import (
 )
 from tiue_export.checkpoint.family import load_family
 from tiue_export.errors import MissingExtraError, UsageError
-from tiue_export.methods.faster import load_teacher
 from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.student.pipeline_folder import write_pipeline
 

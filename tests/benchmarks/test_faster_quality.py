@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from teachers import load_teacher
 from test_quality import made_up_data
 
 from tiue_export import Pipeline, export_onnx
 from tiue_export.benchmarks.quality.yardstick import save_quality_data
 from tiue_export.errors import UsageError
 from tiue_export.graphs.options import ExportOptions
-from tiue_export.methods.faster import load_teacher
 from tiue_export.proof.gates import psnr_db
 from tiue_export.sampling.key_step_options import FasterOptions
 

@@ -60,7 +60,8 @@ from tiue_export.export.coreml.recipe import (  # noqa: E402
     read_recipe,
     rounded_to,
 )
-from tiue_export.export.own_student import StudentPlace, open_student  # noqa: E402
+from tiue_export.export.own_student import open_student  # noqa: E402
+from tiue_export.methods.load import CheckpointRequest  # noqa: E402
 from tiue_export.system.progress import Observer  # noqa: E402
 
 from hypothesis import given, settings  # noqa: E402 isort: skip
@@ -527,7 +528,7 @@ def test_a_checkpoint_without_a_part_of_the_bundle_is_refused(
     folder = shutil.copytree(tiny_pipeline, tmp_path / "part")
     shutil.rmtree(folder / folder_of_part)
     with pytest.raises(CheckpointError, match=f"has no {part}; the bundle's {graph}") as caught:
-        open_student(StudentPlace(str(folder)), tiny_bundle.manifest)
+        open_student(CheckpointRequest(str(folder)), tiny_bundle.manifest)
     assert "--base" in caught.value.next_step
 
 

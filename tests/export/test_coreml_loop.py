@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from teachers import load_teacher
 
 from tiue_export import Pipeline, export_onnx, open_bundle
 from tiue_export.bundle.read import Bundle
 from tiue_export.checkpoint.family import load_family
 from tiue_export.errors import CheckpointError, RuntimeFailure, UsageError
 from tiue_export.export.coreml.profiles import CoremlOptions
-from tiue_export.export.own_student import StudentPlace, open_student
+from tiue_export.export.own_student import open_student
 from tiue_export.graphs.options import ExportOptions
-from tiue_export.methods.faster import load_teacher
+from tiue_export.methods.load import CheckpointRequest
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
 from tiue_export.registry.backends import open_runtime
@@ -188,11 +189,11 @@ def test_an_adapter_merged_at_the_export_is_merged_for_the_packages_too(
     save_file(layers, adapter)
     merged = merge_lora(teacher, adapter, 0.5)
     ours = replace(own.manifest, source=replace(own.manifest.source, sha256=merged.source.sha256))
-    again = open_student(StudentPlace(str(micro_teacher), lora=(f"{adapter}:0.5",)), ours)
+    again = open_student(CheckpointRequest(str(micro_teacher), lora=(f"{adapter}:0.5",)), ours)
     assert again.source.sha256 == merged.source.sha256
     assert again.plan == own.manifest.plan
     with pytest.raises(CheckpointError, match="is not the student of this bundle"):
-        open_student(StudentPlace(str(micro_teacher)), ours)
+        open_student(CheckpointRequest(str(micro_teacher)), ours)
 
 
 @pytest.mark.slow

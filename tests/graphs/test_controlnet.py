@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
+from teachers import load_teacher
 
 from tiue_export import Pipeline, export_onnx
 from tiue_export.benchmarks.synthetic import fill
@@ -20,12 +21,12 @@ from tiue_export.bundle.read import Bundle
 from tiue_export.errors import CheckpointError, UnsupportedModelError, UsageError
 from tiue_export.graphs.build import build_graphs, run_graph
 from tiue_export.graphs.options import ExportOptions
-from tiue_export.methods.faster import load_teacher, with_controlnet
+from tiue_export.methods.faster import with_controlnet
 from tiue_export.methods.load import load_student
 from tiue_export.methods.scheduler import diffusers_scheduler, plan_from_config
 from tiue_export.proof.gates import psnr_db
 from tiue_export.reference.capture import capture
-from tiue_export.reference.loop_capture import control_to_check
+from tiue_export.reference.half_audit import control_to_check
 from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.sampling.sampler import sample

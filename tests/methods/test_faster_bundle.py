@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from teachers import load_teacher
 
 from tiue_export import Pipeline, export_onnx, open_bundle
 from tiue_export.bundle.manifest import Manifest
@@ -17,7 +18,6 @@ from tiue_export.drawing.pipeline import Job
 from tiue_export.errors import BundleError, UsageError
 from tiue_export.graphs.build import build_graphs
 from tiue_export.graphs.options import ExportOptions
-from tiue_export.methods.faster import load_teacher
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import PROMPTS, load_reference, measure_runtime
 from tiue_export.reference.capture import capture, measure_half_arithmetic

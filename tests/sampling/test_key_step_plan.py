@@ -13,12 +13,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from hypothesis import given
 from hypothesis import strategies as st
+from teachers import load_teacher
 
 from tiue_export.checkpoint.family import load_family
 from tiue_export.errors import ScheduleError, TiueError, UnsupportedModelError, UsageError
 from tiue_export.graphs.build import build_graphs, run_graph
 from tiue_export.graphs.options import ExportOptions
-from tiue_export.methods.faster import load_teacher
 from tiue_export.methods.scheduler import diffusers_scheduler, plan_from_config
 from tiue_export.proof.gates import psnr_db
 from tiue_export.sampling.ddim import alphas_cumprod

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from teachers import load_teacher
 
 from tiue_export.errors import UsageError
-from tiue_export.methods.faster import load_teacher
 from tiue_export.methods.scheduler import plan_from_config
 from tiue_export.reference.sharing_cost import (
     auto_options,

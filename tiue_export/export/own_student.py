@@ -3,58 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.bundle.read import vae_tile_px
-from tiue_export.checkpoint.lora_file import lora_from
 from tiue_export.errors import CheckpointError
 from tiue_export.graphs.options import ExportOptions
-from tiue_export.methods.faster import with_controlnet
+from tiue_export.methods.load import CheckpointRequest, completed
 from tiue_export.specs import CONTROLNET, TEXT_ENCODER, VAE_DECODER
 from tiue_export.student.load import load_model
-from tiue_export.student.lora import lora_options, merge_lora
+from tiue_export.student.lora import lora_options
 from tiue_export.student.model import Student
 
 Size = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class StudentPlace:
-    """Where the checkpoint of a bundle is: as `--ckpt`, `--base`, `--vae`, `--lora` and
-    `--controlnet` say.
-    """
-
-    ckpt: str
-    base: str | None = None
-    vae: str | None = None
-    lora: tuple[str, ...] = ()
-    controlnet: str | None = None
-
-
 def open_student(
-    place: StudentPlace,
+    request: CheckpointRequest,
     manifest: Manifest,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:
     """The bundle's own model with adapters merged: a student, or a teacher that is drawn in passes.
 
-    Raises what `as_exported` raises.
+    Its family is the bundle's. Raises what `as_exported` raises.
     """
     student = load_model(
-        place.ckpt,
-        place.base,
+        request.ckpt,
+        request.base,
         lambda checkpoint: manifest.plan,
         family=None if manifest.source.family == "custom" else manifest.source.family,
-        vae=place.vae,
+        vae=request.vae,
         on_stage=on_stage,
     )
-    for text in place.lora:
-        student = merge_lora(student, *lora_from(text))
-    if place.controlnet is not None:
-        student = with_controlnet(student, Path(place.controlnet))
-    return as_exported(student, manifest)
+    return as_exported(completed(student, request, on_stage), manifest)
 
 
 def as_exported(student: Student, manifest: Manifest) -> Student:

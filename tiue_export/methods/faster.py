@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tiue_export.checkpoint.parts import WEIGHTS_STEM, load_controlnet
-from tiue_export.checkpoint.tensors import sha256_of_files, weight_files
+from tiue_export.checkpoint.tensors import sha256_of_folder
 from tiue_export.errors import CheckpointError, ScheduleError, UnsupportedModelError, UsageError
 from tiue_export.methods.method import MethodOptions
 from tiue_export.methods.scheduler import plan_from_config
 from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.sampling.key_step_plan import check_scheduler
 from tiue_export.sampling.plan import Plan
-from tiue_export.student.load import CheckpointFacts, load_model
+from tiue_export.student.load import CheckpointFacts
 from tiue_export.student.model import Student
 
 AUTO = "auto"
@@ -68,48 +67,10 @@ class FasterDiffusion:
 
 def faster_options(options: MethodOptions) -> FasterOptions:
     """What was given, over this method's defaults."""
-    values = {
-        "scheduler": options.scheduler,
-        "steps": options.steps,
-        "key_steps": None if options.key_steps == AUTO else options.key_steps,
-        "inject": options.inject,
-        "guidance": options.guidance,
-        "max_decoder_rows": options.max_decoder_rows,
-    }
-    return FasterOptions(**{k: v for k, v in values.items() if v is not None})  # type: ignore[arg-type]
-
-
-def load_teacher(
-    path: str | Path,
-    base: str | Path | None = None,
-    options: FasterOptions | None = None,
-    *,
-    family: str | None = None,
-    vae: str | Path | None = None,
-    on_stage: Callable[[str], None] = lambda stage: None,
-) -> Student:
-    """Load an ordinary Stable Diffusion 1.x/2.x model with a plan of Faster Diffusion.
-
-    Arguments and errors are those of `load_student`; a distilled student raises `ScheduleError`.
-    """
-    chosen = options or FasterOptions()
-    given = MethodOptions(
-        steps=chosen.steps,
-        scheduler=chosen.scheduler,
-        key_steps=chosen.key_steps,
-        inject=chosen.inject,
-        guidance=chosen.guidance,
-        max_decoder_rows=chosen.max_decoder_rows,
-    )
-    method = FasterDiffusion()
-    return load_model(
-        path,
-        base,
-        lambda checkpoint: method.plan(checkpoint, given),
-        family=family,
-        vae=vae,
-        on_stage=on_stage,
-    )
+    given = {name: getattr(options, name) for name in options.given() if name != "budget"}
+    if options.key_steps == AUTO:
+        del given["key_steps"]
+    return FasterOptions(**given)
 
 
 def with_plan(teacher: Student, options: FasterOptions) -> Student:
@@ -129,7 +90,7 @@ def with_controlnet(teacher: Student, folder: Path) -> Student:
             "Give a folder with config.json and diffusion_pytorch_model.safetensors.",
         )
     teacher.controlnet = load_controlnet(folder, dict(teacher.unet.config))
-    digest = sha256_of_files(weight_files(folder, WEIGHTS_STEM), folder)
+    digest = sha256_of_folder(folder, WEIGHTS_STEM)
     source = teacher.source
     teacher.source = replace(
         source,

@@ -15,14 +15,13 @@ from tiue_export.methods.method import (
     MethodOptions,
     method_named,
     refuse_foreign_options,
-    table_of,
 )
 from tiue_export.methods.tiue import Tiue
 from tiue_export.student.load import load_model
 from tiue_export.student.lora import merge_lora
 from tiue_export.student.model import Student
 
-METHODS: Mapping[str, Method] = MappingProxyType(table_of((Tiue(), FasterDiffusion())))
+METHODS: Mapping[str, Method] = MappingProxyType({"tiue": Tiue(), "faster": FasterDiffusion()})
 DEFAULT_METHOD = "tiue"
 
 
@@ -69,6 +68,13 @@ def load_for_method(
         vae=request.vae,
         on_stage=on_stage,
     )
+    return completed(student, request, on_stage)
+
+
+def completed(
+    student: Student, request: CheckpointRequest, on_stage: Callable[[str], None]
+) -> Student:
+    """A loaded model with the request's adapters merged and its ControlNet added."""
     for text in request.lora:
         path, scale = lora_from(text)
         on_stage(f"LoRA {path.name}")

@@ -5,7 +5,7 @@ Everything to the right of this folder reads the plan alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -84,8 +84,3 @@ def method_named(name: str, methods: Mapping[str, Method]) -> Method:
     if name not in methods:
         raise unknown_name("method", name, methods)
     return methods[name]
-
-
-def table_of(methods: Iterable[Method]) -> dict[str, Method]:
-    """Methods by name."""
-    return {method.name: method for method in methods}
