@@ -337,9 +337,7 @@ class Pipeline:
         (text,) = self._run(TEXT_ENCODER, {TOKENS: self.tokenizer(prompts)}, stages).values()
         return text
 
-    def latents_from_noise(
-        self, noises: Array, text: Array, stages: dict[str, list[float]] | None = None
-    ) -> Array:
+    def latents_from_noise(self, noises: Array, text: Array) -> Array:
         """Noises (N, B, 4, H, W) and text (B, L, D) -> latents (B, 4, H, W).
 
         N is the plan's `noises`; where it is 1, (B, 4, H, W) will do. With guidance, which is the
@@ -347,7 +345,7 @@ class Pipeline:
         `UsageError`.
         """
         noises = noises if noises.ndim == 5 else noises[None]
-        return self._sample(noises, text, stages, None, Loop(control=self._control(None, 1.0)))
+        return self._sample(noises, text, None, None, Loop(control=self._control(None, 1.0)))
 
     def _sample(
         self,

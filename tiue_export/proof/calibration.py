@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from tiue_export.bundle.manifest import FileRecord, structured
 from tiue_export.bundle.read import Bundle, file_records
 from tiue_export.errors import BundleError, UsageError
 from tiue_export.proof.quantization_plan import student_identity
-from tiue_export.specs import UNET_ENCODER, UNET_GRAPHS, Array, RuntimeOptions, TensorSpec
+from tiue_export.specs import BATCH, UNET_ENCODER, UNET_GRAPHS, Array, RuntimeOptions, axis_size
 from tiue_export.system.atomic_file import write_atomically
 
 FORMAT_VERSION = 1
@@ -131,11 +132,8 @@ def run_bytes(bundle: Bundle) -> int:
     """The size of one captured run: the encoder's inputs and outputs in float32."""
     batch, spec = bundle.manifest.batch or 1, bundle.spec(UNET_ENCODER)
     tensors = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
-    return sum(_elements(tensor, batch) * 4 for tensor in tensors.values())
-
-
-def _elements(tensor: TensorSpec, batch: int) -> int:
-    return int(np.prod([batch if isinstance(side, str) else side for side in tensor.shape]))
+    shapes = ([axis_size(side, {BATCH: batch}) for side in t.shape] for t in tensors.values())
+    return sum(4 * math.prod(shape) for shape in shapes)
 
 
 def new_index(bundle: Bundle, prompts: Sequence[str], seed: int, runtime: str) -> CalibrationIndex:

@@ -184,14 +184,14 @@ def float32_parts(graphs: Iterable[GraphRanges]) -> Float32Parts:
     return Float32Parts(modules, frozenset(tensors))
 
 
-def island_of(module: str, outputs: Mapping[str, float], limit: float = HOT_ABOVE) -> str:
-    """The smallest module around `module` (itself included) whose own output is at most `limit`.
+def island_of(module: str, outputs: Mapping[str, float]) -> str:
+    """The smallest module around `module` (itself included) whose own output is not hot.
 
     `outputs` holds max|output| by path, of modules that are called; containers are not. Returns
     `WHOLE_GRAPH` when there is none below the graph itself.
     """
     while module:
-        if outputs.get(module, float("inf")) <= limit:
+        if outputs.get(module, float("inf")) <= HOT_ABOVE:
             return module
         module = module.rpartition(".")[0]
     return WHOLE_GRAPH

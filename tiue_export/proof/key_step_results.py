@@ -10,11 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from tiue_export.errors import UsageError
+from tiue_export.bundle.manifest import structured
+from tiue_export.errors import BundleError, UsageError
 from tiue_export.specs import Array
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.disk_errors import disk_errors
@@ -51,18 +51,6 @@ class PromptResult:
     blocks: Mapping[str, BlockCurves]
     losses: tuple[tuple[float | None, ...], ...]
 
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> PromptResult:
-        """The inverse of `asdict`, from JSON."""
-        blocks = {
-            name: BlockCurves(tuple(curves["change"]), tuple(curves["norm"]))
-            for name, curves in data["blocks"].items()
-        }
-        losses = tuple(tuple(row) for row in data["losses"])
-        return PromptResult(
-            str(data["prompt"]), int(data["seed"]), float(data["duration_s"]), blocks, losses
-        )
-
 
 @dataclass(frozen=True)
 class Candidate:
@@ -96,8 +84,10 @@ def read_results(path: Path, request: AnalysisRequest) -> list[PromptResult]:
     try:
         data = json.loads(path.read_text("utf-8"))
         found = dict(data["request"])
-        results = [PromptResult.from_dict(item) for item in data["prompts"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        listed: tuple[PromptResult, ...] = structured(
+            tuple[PromptResult, ...], data["prompts"], str(path)
+        )
+    except (OSError, ValueError, KeyError, TypeError, BundleError) as error:
         raise UsageError(
             f"{path} exists and is no result of this analysis",
             "Choose another --out, or pass --force to replace it.",
@@ -109,7 +99,7 @@ def read_results(path: Path, request: AnalysisRequest) -> list[PromptResult]:
             f"{path} holds an analysis with another {', another '.join(changed)}",
             "Choose another --out, or pass --force to measure anew.",
         )
-    return results
+    return list(listed)
 
 
 def write_results(

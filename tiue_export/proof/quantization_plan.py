@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tiue_export.errors import BundleError, UsageError, unknown_name
 from tiue_export.proof.gates import GATES_PSNR_DB, weakest
 
 PLAN_VERSION = 1
+_LISTED = 5
 PLAN_FILE = "quantization/plan.json"
 VERDICT_FILE = "quantization/verdict.json"
 
@@ -93,16 +94,6 @@ class QuantizationPlan:
         """The part of all operations that is done in int8, from 0 to 1."""
         done = sum(layer.flops for layer in self.layers if layer.mode == W8A8)
         return done / self.total_flops if self.total_flops else 0.0
-
-    def with_modes(self, modes: Mapping[tuple[str, str], tuple[str, str]]) -> QuantizationPlan:
-        """Change (graph, name) -> (mode, why)."""
-        layers = tuple(
-            replace(layer, mode=modes[key][0], why=modes[key][1])
-            if (key := (layer.graph, layer.name)) in modes
-            else layer
-            for layer in self.layers
-        )
-        return replace(self, layers=layers)
 
     def to_json(self) -> str:
         """One layer a line: made to be read and edited."""
@@ -202,14 +193,14 @@ def require_same_student(plan: QuantizationPlan, manifest: Manifest, what: str) 
         )
 
 
-def largest_losses(plan: QuantizationPlan, count: int = 5) -> list[str]:
+def largest_losses(plan: QuantizationPlan) -> list[str]:
     """The quantized layers or blocks that cost most by themselves, worst first, as text."""
     losses = {
         f"{layer.graph}/{layer.unit or layer.name}": layer.psnr_db
         for layer in plan.layers
         if layer.psnr_db is not None and layer.mode == W8A8
     }
-    worst = sorted(losses.items(), key=lambda entry: entry[1])[:count]
+    worst = sorted(losses.items(), key=lambda entry: entry[1])[:_LISTED]
     return [f"{unit} ({psnr_db:.1f} dB alone)" for unit, psnr_db in worst]
 
 
