@@ -43,6 +43,7 @@ from tiue_export.specs import (
     Feeds,
     GraphSpec,
     TensorSpec,
+    axis_size,
 )
 from tiue_export.student.model import Student
 
@@ -105,7 +106,8 @@ def build_graphs(
             "draw with guidance",
             "Leave the ControlNet out, or export an ordinary model with --method faster.",
         )
-    _check_rows(plan, options)
+    if plan.max_decoder_rows is not None:  # a bound that leaves out a whole step is refused
+        steps_within(plan.max_decoder_rows, plan.copies * options.batch)
     shapes = shapes_of(student, options)
     latents, text = shapes.latents, shapes.text
     graphs = []
@@ -153,7 +155,7 @@ def _folded_unet_graphs(
         shared, rows = hoist(student.unet, plan, dtype, islands | rows_islands, rows_dtype)
         own = UNetEncoder(student.unet, plan, dtype, below(islands, "encoder"))
         encoder = SharingEncoder(own, shared)
-        names = encoder.output_names(request["sample"], request["encoder_hidden_states"].to(dtype))
+        names = _shared_names(encoder, request, dtype)
         decoder = SharedRows(rows, names)
     else:
         encoder = UNetEncoder(student.unet, plan, dtype, islands)
@@ -162,16 +164,22 @@ def _folded_unet_graphs(
         else:
             decoder = HoistedDecoder(*hoist(student.unet, plan, rows_dtype, rows_islands))
     encoder_graph = _graph(UNET_ENCODER, encoder, request, names, options)
-    features = {
-        spec.name: torch.zeros(
-            [_size(side, options) for side in spec.shape], dtype=getattr(torch, spec.dtype)
-        )
-        for spec in encoder_graph.spec.outputs
-    }
     if options.hoist == "encoder":
         del request["encoder_hidden_states"]
-    decoder_graph = _graph(UNET_DECODER, decoder, {**request, **features}, ["latents"], options)
+    request |= _handed_on(encoder_graph.spec, options)
+    decoder_graph = _graph(UNET_DECODER, decoder, request, ["latents"], options)
     return [encoder_graph, decoder_graph]
+
+
+def _handed_on(encoder: GraphSpec, options: ExportOptions) -> dict[str, Tensor]:
+    """The decoder's example inputs that are the encoder's outputs, at the example batch."""
+    sizes = {BATCH: options.example_batch}
+    return {
+        spec.name: torch.zeros(
+            [axis_size(side, sizes) for side in spec.shape], dtype=getattr(torch, spec.dtype)
+        )
+        for spec in encoder.outputs
+    }
 
 
 def _feature_names(unet: Any) -> list[str]:
@@ -188,12 +196,6 @@ def student_features(student: Student) -> frozenset[str]:
         "controlnet": student.controlnet is not None,
     }
     return frozenset(name for name, there in present.items() if there)
-
-
-def _check_rows(plan: Plan, options: ExportOptions) -> None:
-    """Refuse a bound on decoder rows that leaves out a whole step."""
-    if plan.max_decoder_rows is not None:
-        steps_within(plan.max_decoder_rows, plan.copies * options.batch)
 
 
 def _timed_unet_graphs(
@@ -235,9 +237,7 @@ def _timed_unet_graphs(
     features: dict[str, Tensor] = {"timesteps": torch.zeros(steps)}
     if options.hoist != "encoder":
         features["encoder_hidden_states"] = embedding
-    for spec in encoder_graph.spec.outputs:
-        shape = [_size(side, options) for side in spec.shape]
-        features[spec.name] = torch.zeros(shape, dtype=getattr(torch, spec.dtype))
+    features |= _handed_on(encoder_graph.spec, options)
     open_axes = {"timesteps": STEPS, "outputs": f"{rows}*{STEPS}"} if open_rows else {}
     decoder_graph = _graph(UNET_DECODER, decoder, features, ["outputs"], options, open_axes)
     return [*control, encoder_graph, decoder_graph]
@@ -265,8 +265,8 @@ def _shared_names(
 ) -> list[str]:
     """Names of what a sharing encoder hands on, in order, found without computing anything."""
     twin = meta_twin(encoder)
-    sample, timestep, text = (tensor.to("meta") for tensor in request.values())
-    features = twin.encoder(sample, timestep, text.to(dtype))
+    *inputs, text = (tensor.to("meta") for tensor in request.values())
+    features = twin.encoder(*inputs, text.to(dtype))
     return list(twin.shared(text.to(dtype), *features))
 
 
@@ -289,12 +289,6 @@ class SharingEncoder(nn.Module):
     def __init__(self, encoder: nn.Module, shared: SharedDecoder) -> None:
         super().__init__()
         self.encoder, self.shared = encoder, shared
-
-    def output_names(self, sample: Tensor, encoder_hidden_states: Tensor) -> list[str]:
-        """Names of the outputs, in order, found without computing anything."""
-        twin = meta_twin(self)
-        features = twin.encoder(sample.to("meta"), encoder_hidden_states.to("meta"))
-        return list(twin.shared(encoder_hidden_states.to("meta"), *features))
 
     def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
         features = self.encoder(sample, encoder_hidden_states)
@@ -381,10 +375,6 @@ def _spec(
         meaning = "picture in [-1, 1]"
     dtype = str(tensor.dtype).removeprefix("torch.")
     return TensorSpec(name, dtype, (batch, *(int(side) for side in tensor.shape[1:])), meaning)
-
-
-def _size(side: int | str, options: ExportOptions) -> int:
-    return options.example_batch if isinstance(side, str) else side
 
 
 def meta_twin(module: Any) -> Any:

@@ -24,7 +24,7 @@ from tiue_export.graphs.lowering import (
     with_plain_attention,
 )
 from tiue_export.sampling.plan import Combination, Plan
-from tiue_export.student.model import output_head
+from tiue_export.student.model import output_head, text_for
 
 
 class TextEncoder(nn.Module):
@@ -89,10 +89,7 @@ def encoder_features(unet: Any, hidden: Tensor, time: Tensor, text: Tensor) -> t
     """
     skips = [hidden]
     for block in unet["down_blocks"]:
-        if getattr(block, "has_cross_attention", False):
-            hidden, more = block(hidden, time, encoder_hidden_states=text)
-        else:
-            hidden, more = block(hidden, time)
+        hidden, more = block(hidden, time, **text_for(block, text))
         skips.extend(more)
     return (unet["mid_block"](hidden, time, encoder_hidden_states=text), *skips)
 
@@ -123,10 +120,7 @@ class NaiveDecoder(nn.Module):
         for block in self.unet["up_blocks"]:
             count = len(block.resnets)
             block_skips, skips = tuple(skips[-count:]), skips[:-count]
-            if getattr(block, "has_cross_attention", False):
-                hidden = block(hidden, block_skips, text[:, 0, :1], encoder_hidden_states=text)
-            else:
-                hidden = block(hidden, block_skips, text[:, 0, :1])
+            hidden = block(hidden, block_skips, text[:, 0, :1], **text_for(block, text))
         return (self.combine(sample, self.unet["head"](hidden)),)
 
 

@@ -21,6 +21,7 @@ from tiue_export.graphs.lowering import (
     lowered,
     with_plain_attention,
 )
+from tiue_export.student.model import text_for
 
 
 class TimeEmbedding(nn.Module):
@@ -119,10 +120,7 @@ class NaiveGroupDecoder(nn.Module):
         for block in self.unet["up_blocks"]:
             count = len(block.resnets)
             block_skips, skips = tuple(skips[-count:]), skips[:-count]
-            if getattr(block, "has_cross_attention", False):
-                hidden = block(hidden, block_skips, time, encoder_hidden_states=text)
-            else:
-                hidden = block(hidden, block_skips, time)
+            hidden = block(hidden, block_skips, time, **text_for(block, text))
         return (self.unet["head"](hidden).float(),)
 
 
