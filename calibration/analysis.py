@@ -23,6 +23,7 @@ from tiue_export._version import __version__
 from tiue_export.bundle.read import Bundle
 from tiue_export.graphs.flops import count_flops
 from tiue_export.proof.calibration import CalibrationData, graphs_sha256
+from tiue_export.proof.parity import with_dtypes
 from tiue_export.proof.quantization import BY_RULE, AnalysisOptions
 from tiue_export.proof.quantization_plan import (
     FLOAT,
@@ -40,12 +41,11 @@ from tiue_export.system.progress import Observer
 
 from .capture import choose_runs
 from .observe import Observed, observe, watched
-from .onnx_layers import Fold, Layer, Weights, find_folds, find_layers
+from .onnx_layers import CONV, Fold, Layer, Weights, find_folds, find_layers
 from .placement import (
     Selection,
     Unit,
     excluded_by_rule,
-    is_conv,
     select,
     units_of,
 )
@@ -99,7 +99,7 @@ class Analyser:
             return Analysis(self._plan({}, {}), None)
         candidates = [layer for layer in self._all() if self._may_be_int8(layer)]
         units = self._probe(units_of(candidates, self.options.sensitivity))
-        measured = {(layer.graph, layer.name): unit for unit in units for layer in unit.layers}
+        measured = {layer.key: unit for unit in units for layer in unit.layers}
         selection = self._select(units)
         whys = self._whys(candidates, selection)
         return Analysis(self._plan(whys, measured), selection)
@@ -108,22 +108,13 @@ class Analyser:
         self, graph: str, divide: Mapping[str, Array] | None = None
     ) -> dict[str, Observed]:
         """What passes through the inputs of a graph's layers, over the runs for ranges."""
-        path, done = self.bundle.graph_path(graph), 0
-        runs = list(self._ranged)
+        path, spec = self.bundle.graph_path(graph), self.bundle.spec(graph)
+        tensors, runs = watched(self.layers[graph], divide), len(self._ranged)
 
-        def on_run() -> None:
-            nonlocal done
-            done += 1
-            self._observer.on_progress(
-                done / len(runs), f"ranges of {graph}, run {done}/{len(runs)}"
-            )
+        def on_run(done: int) -> None:
+            self._observer.on_progress(done / runs, f"ranges of {graph}, run {done}/{runs}")
 
-        spec = self.bundle.spec(graph)
-        feeds = (
-            {tensor.name: run[tensor.name].astype(tensor.dtype) for tensor in spec.inputs}
-            for run in self.data.runs(runs)
-        )
-        tensors = watched(self.layers[graph], divide)
+        feeds = (with_dtypes(spec, run) for run in self.data.runs(self._ranged))
         return observe(path, tensors, feeds, self.options.threads, on_run)
 
     def _all(self) -> Iterator[Layer]:
@@ -131,7 +122,7 @@ class Analyser:
             yield from self.layers[graph]
 
     def _may_be_int8(self, layer: Layer) -> bool:
-        allowed = is_conv(layer) or self.options.kind != "hybrid"
+        allowed = layer.op == CONV or self.options.kind != "hybrid"
         return allowed and excluded_by_rule(layer) is None
 
     def _find_ranges(self) -> None:
@@ -194,7 +185,7 @@ class Analyser:
     def simulated(self, layer: Layer) -> Simulated:
         """A layer as this plan would quantize it."""
         factors = self._factors[layer.graph].get(layer.activation)
-        return Simulated(layer, self.scales[layer.graph, layer.name], factors)
+        return Simulated(layer, self.scales[layer.key], factors)
 
     def _probe(self, groups: Mapping[tuple[str, str], Sequence[Layer]]) -> list[Unit]:
         """Quantize one unit at a time; what is already measured is not measured again."""
@@ -222,7 +213,7 @@ class Analyser:
         probe = Probe(self.bundle, self.data, self._judged, self.options.threads)
 
         def measure(chosen: Sequence[Unit]) -> float:
-            names = {(layer.graph, layer.name) for unit in chosen for layer in unit.layers}
+            names = {layer.key for unit in chosen for layer in unit.layers}
             with self._written(names) as paths:
                 value = probe.of_files(paths)
             self._observer.on_progress(0.5, f"{len(names)} layers in int8: {value:.1f} dB")
@@ -236,14 +227,8 @@ class Analyser:
     def _written(self, names: set[tuple[str, str]]) -> Iterator[dict[str, Path]]:
         """The real Q/DQ graphs of a set of layers, for as long as they are measured."""
         with tempfile.TemporaryDirectory(dir=self.data.root, prefix=".trial-") as folder:
-            plan = self._plan(
-                {
-                    (layer.graph, layer.name): (W8A8 if key in names else FLOAT, "")
-                    for layer in self._all()
-                    if (key := (layer.graph, layer.name))
-                },
-                {},
-            )
+            keys = [layer.key for layer in self._all()]
+            plan = self._plan({key: (W8A8 if key in names else FLOAT, "") for key in keys}, {})
             paths = {}
             for graph in UNET_GRAPHS:
                 if plan.of(graph):
@@ -260,30 +245,25 @@ class Analyser:
         self, candidates: Sequence[Layer], selection: Selection
     ) -> dict[tuple[str, str], tuple[str, str]]:
         """(mode, why) of the layers that sensitivity decided."""
-        chosen, rest = selection.chosen, self._rest()
+        chosen = selection.chosen
+        rest = FLOAT if self.options.kind == W8A8 else WEIGHTS
         target = f"{self.options.target_psnr_db:g} dB"
         return {
-            (layer.graph, layer.name): (W8A8, f"chosen: the set meets {target}")
-            if (layer.graph, layer.name) in chosen
+            layer.key: (W8A8, f"chosen: the set meets {target}")
+            if layer.key in chosen
             else (rest, f"left out: with it the set misses {target}")
             for layer in candidates
         }
-
-    def _rest(self) -> str:
-        """What a layer is that is not in w8a8, by kind."""
-        return FLOAT if self.options.kind == W8A8 else WEIGHTS
 
     def _plan(
         self,
         whys: Mapping[tuple[str, str], tuple[str, str]],
         measured: Mapping[tuple[str, str], Unit],
     ) -> QuantizationPlan:
-        layers = []
+        layers, folds = [], self._fold_plans()
         for layer in self._all():
-            key = (layer.graph, layer.name)
-            mode, why = whys.get(key) or self._by_rule(layer)
-            scale = self.scales.get(key)
-            unit = measured.get(key)
+            mode, why = whys.get(layer.key) or self._by_rule(layer)
+            scale, unit = self.scales.get(layer.key), measured.get(layer.key)
             layers.append(
                 LayerPlan(
                     graph=layer.graph,
@@ -308,8 +288,8 @@ class Analyser:
             target_psnr_db=self.options.target_psnr_db,
             total_flops=self.total_flops,
             layers=tuple(layers),
-            folds=self._fold_plans(),
-            smoothing_alpha=self.options.smoothing_alpha if self._fold_plans() else None,
+            folds=folds,
+            smoothing_alpha=self.options.smoothing_alpha if folds else None,
         )
 
     def _by_rule(self, layer: Layer) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from tiue_export.errors import RuntimeFailure
 from tiue_export.specs import Array, Feeds
 
 from .histogram import Histogram
-from .onnx_layers import Layer
+from .onnx_layers import Layer, along
 from .onnx_session import OnnxSession
 
 SAMPLE = 65_536
@@ -63,12 +63,15 @@ def observe(
     tensors: Sequence[Watched],
     runs: Iterable[Feeds],
     threads: int | None = None,
-    on_run: Callable[[], None] = lambda: None,
+    on_run: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Observed]:
-    """Run the ONNX graph at `path` on each of `runs`; what passed through `tensors`."""
+    """Run the ONNX graph at `path` on each of `runs`; what passed through `tensors`.
+
+    `on_run` gets the number of runs that are done.
+    """
     session = OnnxSession(_watching(path, tensors), path.parent, threads)
     seen: dict[str, Observed] = {}
-    for pool in runs:
+    for done, pool in enumerate(runs, 1):
         outputs = session.run(pool)
         for number, tensor in enumerate(tensors):
             rows, channels, sample = (outputs[_name(number, part)] for part in _PARTS)
@@ -81,7 +84,7 @@ def observe(
                 rows = np.maximum(rows, before.rows)
                 channels = np.maximum(channels, before.channels)
             seen[tensor.name] = Observed(histogram, rows, channels)
-        on_run()
+        on_run(done)
     return seen
 
 
@@ -120,9 +123,8 @@ def _watch(graph: Any, number: int, tensor: Watched) -> None:
 
     source = add("Cast", [source], _name(number, "float"), to=TensorProto.FLOAT)
     if tensor.divide is not None:
-        shape = [1] * len(tensor.shape)
-        shape[tensor.channel_axis] = -1
-        factor = constant("factor", (1 / tensor.divide).reshape(shape), np.float32)
+        spread = along(1 / tensor.divide, tensor.channel_axis, len(tensor.shape))
+        factor = constant("factor", spread, np.float32)
         source = add("Mul", [source, factor], _name(number, "divided"))
     source = add("Abs", [source], _name(number, "abs"))
     for part, axis in (("rows", 0), ("channels", tensor.channel_axis)):

@@ -37,6 +37,11 @@ class Layer:
     flops: int
 
     @property
+    def key(self) -> tuple[str, str]:
+        """(graph, name): names are unique within a graph."""
+        return self.graph, self.name
+
+    @property
     def module(self) -> str:
         """The module path that the node is named after."""
         return self.name.rsplit("/", 1)[0]
@@ -178,6 +183,11 @@ def _gate(wiring: _Wiring, factor: str, channels: int) -> tuple[Slice, ...]:
     if not (wiring.single(weight) and wiring.single(bias)):
         return ()
     return (Slice(weight, 1, start, channels), Slice(bias, 0, start, channels))
+
+
+def along(values: Array, axis: int, rank: int) -> Array:
+    """Values (C,) in a shape that broadcasts along one axis of a tensor with `rank` axes."""
+    return values.reshape([-1 if i == axis else 1 for i in range(rank)])
 
 
 class Weights:

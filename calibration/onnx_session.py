@@ -15,9 +15,7 @@ _ERRORS_ONLY = 3
 class OnnxSession:
     """A changed graph of a bundle, on the CPU; `folder` holds its external data."""
 
-    def __init__(
-        self, model: Any, folder: Path, threads: int | None = None, *, optimize: bool = True
-    ) -> None:
+    def __init__(self, model: Any, folder: Path, threads: int | None = None) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -27,9 +25,6 @@ class OnnxSession:
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
         if threads is not None:
             options.intra_op_num_threads = threads
-        if not optimize:
-            level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            options.graph_optimization_level = level
         try:
             self._session = onnxruntime.InferenceSession(
                 model.SerializeToString(), options, ["CPUExecutionProvider"]

@@ -9,32 +9,30 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tiue_export.bundle.manifest import Compiled, CompiledGraph
 from tiue_export.bundle.read import Bundle, file_records
-from tiue_export.errors import BundleError, RuntimeFailure, first_line, unknown_name
+from tiue_export.errors import BundleError, RuntimeFailure, first_line
 from tiue_export.export.openvino import FOLDER
 from tiue_export.proof.quantization_plan import (
     W8A8,
     WEIGHTS,
     QuantizationPlan,
-    require_same_student,
 )
 from tiue_export.registry.packages import require
-from tiue_export.registry.support import require_support
 from tiue_export.specs import UNET_GRAPHS, Feeds
 from tiue_export.system.openvino_core import import_openvino, openvino_core
 from tiue_export.system.progress import Observer, stage
+from tiue_export.system.quiet import errors_only
 
 from .quantized_bundle import finish, link_files
 
 INT4 = "4-bit"
-KINDS = (W8A8, "hybrid", WEIGHTS, INT4)
 _LAYERS = ("Convolution", "GroupConvolution", "MatMul")
 _WITHOUT_INPUT = ("Constant", "Parameter", "Result", "Convert")
 # One scale for so many values of a row: what NNCF's own recipes use for 4-bit weights.
@@ -43,7 +41,7 @@ _GROUP = 64
 
 @dataclass(frozen=True)
 class NncfOptions:
-    """`feeds` gives the captured inputs of a graph; `samples` of them are used."""
+    """`feeds` gives the captured inputs of a graph, `samples` in number."""
 
     kind: str
     feeds: Callable[[str], Iterable[Feeds]]
@@ -70,11 +68,7 @@ def write_nncf_graphs(
     observer: Observer | None = None,
 ) -> Bundle:
     """Write a bundle into the empty `folder` of `new_bundle`; it opens once that is in place."""
-    if options.kind not in KINDS:
-        raise unknown_name("kind", options.kind, KINDS)
     compiled = require_nncf(bundle)
-    require_support("quantize", bundle)
-    require_same_student(plan, bundle.manifest, str(bundle.root))
     observer = observer or Observer()
     forms: dict[str, CompiledGraph] = {}
     graphs = {
@@ -149,7 +143,7 @@ def _quantized(model: Any, graph: str, plan: QuantizationPlan, options: NncfOpti
     if chosen:
         model = nncf.quantize(
             model,
-            nncf.Dataset(_first(options.feeds(graph), options.samples)),
+            nncf.Dataset(list(options.feeds(graph))),
             preset=nncf.QuantizationPreset.PERFORMANCE,
             subset_size=options.samples,
             model_type=nncf.ModelType.TRANSFORMER,
@@ -187,10 +181,6 @@ def _group_size(model: Any) -> int:
     return _GROUP if all(min(shape) % _GROUP == 0 for shape in rows) else -1
 
 
-def _first(feeds: Iterable[Feeds], count: int) -> list[Mapping[str, Any]]:
-    return [dict(feed) for feed, _ in zip(feeds, range(count), strict=False)]
-
-
 def _nncf() -> Any:
     # NNCF reports its use to its makers unless it takes the machine for one of theirs.
     os.environ.setdefault("NNCF_CI", "1")
@@ -203,14 +193,6 @@ def _nncf() -> Any:
 def _quiet() -> Iterator[None]:
     """NNCF logs and draws progress bars on standard output, where --json must stand alone."""
     nncf = _nncf()
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    nncf.set_log_level(logging.ERROR)
-    try:
-        with open(os.devnull, "w") as sink:
-            from contextlib import redirect_stdout
-
-            with redirect_stdout(sink):
-                yield
-    finally:
-        logger.setLevel(level)
+    with errors_only("nncf"), open(os.devnull, "w") as sink, redirect_stdout(sink):
+        nncf.set_log_level(logging.ERROR)
+        yield

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tiue_export.proof.quantization import BY_BLOCK, Point
 
-from .onnx_layers import CONV, Layer
+from .onnx_layers import Layer
 
 # Modules that NVIDIA's and Intel's recipes keep in float too: they do little work, and what they
 # lose goes through everything that follows (research in docs/int8.md).
@@ -69,9 +69,7 @@ class Selection:
     @property
     def chosen(self) -> set[tuple[str, str]]:
         """(graph, name) of each layer in int8."""
-        return {
-            (layer.graph, layer.name) for unit in self.order[: self.count] for layer in unit.layers
-        }
+        return {layer.key for unit in self.order[: self.count] for layer in unit.layers}
 
     @property
     def psnr_db(self) -> float | None:
@@ -144,8 +142,3 @@ def _predicted(order: Sequence[Unit], target_psnr_db: float) -> int:
         if total > budget:
             return count
     return len(order) - 1
-
-
-def is_conv(layer: Layer) -> bool:
-    """Whether it is a convolution: the hybrid recipe quantizes their inputs only."""
-    return layer.op == CONV

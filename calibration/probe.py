@@ -13,7 +13,7 @@ from tiue_export.bundle.read import Bundle
 from tiue_export.proof.calibration import CalibrationData
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import with_dtypes
-from tiue_export.specs import UNET_DECODER, UNET_ENCODER, UNET_GRAPHS, Array
+from tiue_export.specs import UNET_DECODER, UNET_ENCODER, Array
 
 from .onnx_session import OnnxSession
 
@@ -36,7 +36,7 @@ class Probe:
         self._runs = list(data.runs(numbers))
         self._decoder: OnnxSession | None = None
         # The bundle's own features: captured ones may come from another precision of it.
-        encoder = self._open(UNET_ENCODER)
+        encoder = self._load(bundle.graph_path(UNET_ENCODER))
         self._features = [self._feed(encoder, UNET_ENCODER, run) for run in self._runs]
         del encoder
         self.reference = self._latents(self._float_decoder(), self._features)
@@ -73,12 +73,8 @@ class Probe:
 
     def _float_decoder(self) -> OnnxSession:
         if self._decoder is None:
-            self._decoder = self._open(UNET_DECODER)
+            self._decoder = self._load(self._bundle.graph_path(UNET_DECODER))
         return self._decoder
-
-    def _open(self, graph: str) -> OnnxSession:
-        assert graph in UNET_GRAPHS
-        return self._load(self._bundle.graph_path(graph))
 
     def _load(self, path: Path) -> OnnxSession:
         model = onnx.load(str(path), load_external_data=False)

@@ -26,7 +26,7 @@ from tiue_export.proof.quantization_plan import (
 )
 from tiue_export.specs import Array
 
-from .onnx_layers import Fold, Layer, Weights
+from .onnx_layers import Fold, Layer, Weights, along
 
 LEVELS = 127
 SCALES = ("auto", "fp32")
@@ -45,9 +45,8 @@ class QuantizedWeight:
 
     def dequantized(self) -> Array:
         """What the graph will compute with, float32."""
-        shape = [1] * self.values.ndim
-        shape[self.axis] = -1
-        wide: Array = self.values.astype(np.float32) * self.scales.astype(np.float32).reshape(shape)
+        scales = along(self.scales.astype(np.float32), self.axis, self.values.ndim)
+        wide: Array = self.values.astype(np.float32) * scales
         return wide
 
 
@@ -59,9 +58,7 @@ def quantize_weight(weight: Array, axis: int, dtype: Any = np.float32) -> Quanti
     wide = np.asarray(weight, np.float32)
     others = tuple(i for i in range(wide.ndim) if i != axis)
     scales = scale_in(np.abs(wide).max(axis=others) / LEVELS, dtype)
-    shape = [1] * wide.ndim
-    shape[axis] = -1
-    steps = np.rint(wide / scales.astype(np.float32).reshape(shape))
+    steps = np.rint(wide / along(scales.astype(np.float32), axis, wide.ndim))
     return QuantizedWeight(np.clip(steps, -LEVELS, LEVELS).astype(np.int8), scales, axis)
 
 
@@ -157,9 +154,7 @@ def rescaled(array: Array, factors: Sequence[tuple[int, int, Array]]) -> Array:
     for axis, start, factor in factors:
         place = [slice(None)] * result.ndim
         place[axis] = slice(start, start + len(factor))
-        shape = [1] * result.ndim
-        shape[axis] = -1
-        result[tuple(place)] *= factor.astype(result.dtype).reshape(shape)
+        result[tuple(place)] *= along(factor.astype(result.dtype), axis, result.ndim)
     return result
 
 
@@ -196,9 +191,8 @@ class _Editor:
 
     def store(self, file: BinaryIO) -> None:
         """Write every initializer to `file`, replacing the records in the model."""
-        names = list(self._weights)
         stored: list[Any] = []
-        for name in names:
+        for name in self._weights:
             array = self._weights.read(name)
             if name in self._factors:
                 array = rescaled(array, self._factors[name])
@@ -241,8 +235,7 @@ class _Editor:
     def _weight(self, layer: Layer, nodes: list[Any]) -> str:
         """Add the dequantization of a weight; the name of what comes out of it."""
         name = f"{layer.name}/weight/DequantizeLinear"
-        if layer.weight not in self._planned:
-            self._planned[layer.weight] = layer.output_axis
+        self._planned[layer.weight] = layer.output_axis
         inputs = [layer.weight, f"{layer.weight}.scale"]
         nodes.append(_node("DequantizeLinear", inputs, name, axis=layer.output_axis))
         return self._back(name, layer.weight, nodes)

@@ -105,14 +105,13 @@ def _check(bundle: Bundle, options: QuantizeOptions) -> None:
             "4-bit weights need a newer opset than TensorRT 10.3 reads; they are made for OpenVINO",
             "Add --backend openvino.",
         )
-    if options.backend == OPENVINO or options.judged.runtime == OPENVINO:
-        if options.backend == OPENVINO:
-            require_nncf(bundle)
-        elif "openvino" not in bundle.manifest.compiled:
-            raise UsageError(
-                f"{bundle.root} has no OpenVINO graphs to compare with",
-                f"Make them first: tiue-export openvino --bundle {bundle.root}",
-            )
+    if options.backend == OPENVINO:
+        require_nncf(bundle)
+    elif options.judged.runtime == OPENVINO and OPENVINO not in bundle.manifest.compiled:
+        raise UsageError(
+            f"{bundle.root} has no OpenVINO graphs to compare with",
+            f"Make them first: tiue-export openvino --bundle {bundle.root}",
+        )
     if options.backend == OPENVINO and options.judged.runtime != OPENVINO:
         raise UsageError(
             f"a bundle of the openvino backend does not run on {options.judged.runtime}",

@@ -7,8 +7,6 @@ of the float graphs. The plan goes along, so that the result says how it was mad
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,15 +14,13 @@ from typing import Any
 
 from tiue_export.bundle.manifest import GraphRecord, Manifest
 from tiue_export.bundle.read import Bundle, file_records, records_below
-from tiue_export.bundle.write import write_manifest
+from tiue_export.bundle.write import link_or_copy, write_manifest
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.proof.quantization_plan import (
     PLAN_FILE,
     VERDICT_FILE,
     QuantizationPlan,
-    require_same_student,
 )
-from tiue_export.registry.support import require_support
 from tiue_export.specs import UNET_GRAPHS
 
 from .onnx_layers import find_folds, find_layers
@@ -36,10 +32,8 @@ def write_quantized_graphs(
 ) -> Bundle:
     """Write a bundle into the empty `folder` of `new_bundle`; it opens once that is in place.
 
-    Raises `UsageError` for a plan that does not fit the bundle or quantizes nothing.
+    Raises `UsageError` for a plan that quantizes nothing.
     """
-    require_support("quantize", bundle)
-    require_same_student(plan, bundle.manifest, str(bundle.root))
     if scales not in SCALES:
         raise unknown_name("scales", scales, SCALES)
     if not any(plan.of(graph) for graph in UNET_GRAPHS):
@@ -79,22 +73,15 @@ def finish(bundle: Bundle, folder: Path, plan: QuantizationPlan, manifest: Manif
     return Bundle(folder, finished)
 
 
-def add_verdict(bundle: Bundle, verdict: Mapping[str, Any], manifest: Manifest) -> Bundle:
+def add_verdict(bundle: Bundle, verdict: Mapping[str, Any], manifest: Manifest) -> None:
     """Put the verdict into the bundle, with the manifest that goes with it."""
     text = json.dumps(verdict, indent=1, allow_nan=False) + "\n"
     (bundle.root / VERDICT_FILE).write_text(text, "utf-8")
     files = {**manifest.files, **file_records(bundle.root, [VERDICT_FILE])}
-    judged = replace(manifest, files=files)
-    write_manifest(bundle.root, judged)
-    return Bundle(bundle.root, judged)
+    write_manifest(bundle.root, replace(manifest, files=files))
 
 
 def link_files(source: Path, target: Path, names: Iterable[str]) -> None:
     """Bring files to the same place below `target`: hard links where the disk has them."""
     for name in names:
-        place = target / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source / name, place)
-        except OSError:
-            shutil.copyfile(source / name, place)
+        link_or_copy(source / name, target / name)

@@ -15,7 +15,7 @@ import numpy as np
 
 from tiue_export.specs import Array
 
-from .onnx_layers import Layer, Weights
+from .onnx_layers import Layer, Weights, along
 from .qdq_onnx import quantize_weight, scale_in
 
 
@@ -63,7 +63,9 @@ def _rounded_input(graph: Any, change: Simulated, weights: Weights, nodes: list[
         graph.initializer.append(numpy_helper.from_array(array, f"{name}.{part}"))
         return f"{name}.{part}"
 
-    source, factor = layer.activation, _factor(change)
+    source, factor = layer.activation, None
+    if change.channels is not None:
+        factor = along(change.channels, layer.channel_axis, len(layer.activation_shape))
     if factor is not None:
         source = add("Mul", [source, constant("down", (1 / factor).astype(dtype))], "down")
     scale = constant("scale", scale_in(np.array(change.scale), dtype))
@@ -75,24 +77,14 @@ def _rounded_input(graph: Any, change: Simulated, weights: Weights, nodes: list[
     return source
 
 
-def _factor(change: Simulated) -> Array | None:
-    """What the input is divided by, in a shape that broadcasts over it."""
-    if change.channels is None:
-        return None
-    shape = [1] * len(change.layer.activation_shape)
-    shape[change.layer.channel_axis] = -1
-    return change.channels.reshape(shape)
-
-
 def _rounded_weight(graph: Any, change: Simulated, weights: Weights) -> str:
     from onnx import numpy_helper
 
     layer = change.layer
     weight = weights.read(layer.weight)
     wide = weight.astype(np.float32)
-    shape = [1] * wide.ndim
-    shape[layer.input_axis] = -1
-    grown = 1 if change.channels is None else change.channels.reshape(shape)
+    channels = change.channels
+    grown = 1 if channels is None else along(channels, layer.input_axis, wide.ndim)
     rounded = quantize_weight(wide * grown, layer.output_axis).dequantized() / grown
     name = f"{layer.name}/simulated.weight"
     graph.initializer.append(numpy_helper.from_array(rounded.astype(weight.dtype), name))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,11 +28,13 @@ from tiue_export.proof.quantization_plan import (
 )
 from tiue_export.registry.backends import BACKENDS, open_runtime
 from tiue_export.specs import (
+    BATCH,
     UNET_DECODER,
     UNET_GRAPHS,
     Array,
     Runtime,
     RuntimeOptions,
+    axis_size,
     check_finite,
 )
 
@@ -44,7 +46,6 @@ def judge(
     data: CalibrationData,
     numbers: Sequence[int],
     options: VerdictOptions,
-    on_step: Callable[[str], None] = lambda text: None,
 ) -> Verdict:
     """Run both on captured runs, graph by graph; the graphs of one kind are open together."""
     contenders = _contenders(base, new, options)
@@ -54,7 +55,6 @@ def judge(
     latency_ms: dict[str, dict[str, float]] = {name: {} for name in contenders}
     titles: dict[str, str] = {}
     for graph in UNET_GRAPHS:
-        on_step(f"judge {graph}")
         runtimes = {
             name: open_runtime(options.runtime, bundle, runtime_options)
             for name, (bundle, runtime_options) in contenders.items()
@@ -180,11 +180,12 @@ def _time(
     times: dict[str, list[float]] = {name: [] for name in runtimes}
     feeds = {}
     for name, (bundle, _) in contenders.items():
-        spec = bundle.spec(graph)
-        shapes = {t.name: [s if isinstance(s, int) else 1 for s in t.shape] for t in spec.inputs}
-        random = np.random.RandomState(0)
+        random, sizes = np.random.RandomState(0), {BATCH: 1}
         feeds[name] = {
-            t.name: random.standard_normal(shapes[t.name]).astype(t.dtype) for t in spec.inputs
+            tensor.name: random.standard_normal(
+                [axis_size(side, sizes) for side in tensor.shape]
+            ).astype(tensor.dtype)
+            for tensor in bundle.spec(graph).inputs
         }
     for _ in range(rounds):
         for name, runtime in runtimes.items():
