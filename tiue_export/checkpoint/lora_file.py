@@ -192,7 +192,9 @@ def _layer(part: str, module: str) -> str:
 def _recorded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
     """Alpha by part or layer: diffusers writes it as metadata, peft into adapter_config.json."""
     found: dict[str, float] = {}
-    for text in (metadata.get("lora_adapter_metadata"), _peft_config(path)):
+    peft = path.with_name("adapter_config.json")
+    beside = peft.read_text("utf-8") if peft.is_file() else None
+    for text in (metadata.get("lora_adapter_metadata"), beside):
         config = _parsed(text)
         for part, prefix in ((UNET, "unet."), (TEXT, "text_encoder."), (UNET, ""), (TEXT, "")):
             if isinstance(alpha := config.get(f"{prefix}lora_alpha"), (int, float)):
@@ -205,11 +207,6 @@ def _recorded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float
                 pattern = config.get(f"{prefix}alpha_pattern") or {}
                 found |= {_layer(part, str(name)): float(a) for name, a in pattern.items()}
     return found
-
-
-def _peft_config(path: Path) -> str | None:
-    config = path.with_name("adapter_config.json")
-    return config.read_text("utf-8") if config.is_file() else None
 
 
 def _parsed(text: str | None) -> dict[str, Any]:

@@ -84,9 +84,9 @@ class Backend(Protocol):
     def folder(self) -> str:
         """Where the form lies in a bundle, and what the manifest lists it as."""
 
-    @abstractmethod
     def check(self, bundle: Bundle) -> None:
         """Refuse, before any work, what cannot be done for this bundle or with these packages."""
+        return
 
     @abstractmethod
     def form(self, bundle: Bundle) -> Compiled:

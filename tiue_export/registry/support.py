@@ -38,18 +38,6 @@ class Feature:
     of: Callable[[Manifest], bool]
 
 
-def _has_passes(manifest: Manifest) -> bool:
-    return not manifest.plan.one_pass
-
-
-def _is_tiled(manifest: Manifest) -> bool:
-    return vae_tile_px(manifest) is not None
-
-
-def _has_islands(manifest: Manifest) -> bool:
-    return any(record.float32_modules for record in manifest.graphs.values())
-
-
 def _is_quantized(manifest: Manifest) -> bool:
     float_precisions = ("fp32", "fp16", "bf16")
     unet = (manifest.graphs.get(name) for name in (UNET_ENCODER, UNET_DECODER))
@@ -60,7 +48,7 @@ FEATURES: Mapping[str, Feature] = {
     "passes": Feature(
         "several passes (Faster Diffusion, few steps)",
         "draws in a loop",
-        _has_passes,
+        lambda manifest: not manifest.plan.one_pass,
     ),
     "guidance": Feature(
         "guidance when drawing",
@@ -95,11 +83,15 @@ FEATURES: Mapping[str, Feature] = {
         "leaves its batch open",
         lambda manifest: manifest.batch is None,
     ),
-    "tiles": Feature("VAE in tiles (--vae-tile)", "decodes its pictures in tiles", _is_tiled),
+    "tiles": Feature(
+        "VAE in tiles (--vae-tile)",
+        "decodes its pictures in tiles",
+        lambda manifest: vae_tile_px(manifest) is not None,
+    ),
     "islands": Feature(
         "float32 islands of an fp16 audit",
         "keeps modules in float32, which half precision cannot hold",
-        _has_islands,
+        lambda manifest: any(graph.float32_modules for graph in manifest.graphs.values()),
     ),
     "bf16": Feature(
         "VAE in bf16 (--vae-precision bf16)",

@@ -111,7 +111,7 @@ def changed_plan(config: Mapping[str, Any], plan: Plan, change: PlanChange) -> P
     options = FasterOptions(
         steps=plan.steps if change.steps is None else change.steps,
         key_steps=_key_steps(plan, change),
-        inject=_inject(plan) if change.inject is None else change.inject,
+        inject=change.inject or ("off" if plan.injection is None else plan.injection.placement),
         guidance=DEFAULT_GUIDANCE if plan.guidance is None else plan.guidance,
         max_decoder_rows=plan.max_decoder_rows,
         chosen_by=plan.chosen_by if change.key_steps is None else "",
@@ -137,7 +137,3 @@ def _key_steps(plan: Plan, change: PlanChange) -> str | tuple[int, ...]:
         f"not for {change.steps}",
         "Add --key-steps nonuniform, uniform:N or a list.",
     )
-
-
-def _inject(plan: Plan) -> str:
-    return "off" if plan.injection is None else plan.injection.placement

@@ -197,14 +197,11 @@ class Plan:
             return f"the latents have {len(self.latents.outputs)} coefficients for {rows} rows"
         if len(self.latents.fresh) < noises:
             return f"the latents know {len(self.latents.fresh)} fresh noises; expected {noises}"
-        start = self.passes[0].input
-        if self.one_pass and (start != Combination(1.0) or _moved(self.passes[0])):
+        only = self.passes[0]
+        moved = only.encoder_timestep != only.timesteps[0]
+        if self.one_pass and (only.input != Combination(1.0) or moved):
             return "its only pass does not start at the initial noise and its first timestep"
         return None
-
-
-def _moved(one: Pass) -> bool:
-    return one.encoder_timestep != one.timesteps[0]
 
 
 def single_pass(

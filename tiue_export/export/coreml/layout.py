@@ -111,12 +111,8 @@ def _joined(parts: list[Tensor], axis: int) -> Tensor:
 
 
 def _rows(module: nn.Module) -> int:
-    rows = [len(child.output_coefficients) for child in _with_coefficients(module)]
-    return max(rows, default=0)
-
-
-def _with_coefficients(module: nn.Module) -> list[Any]:
-    return [child for child in module.modules() if hasattr(child, "output_coefficients")]
+    sums: Any = (child for child in module.modules() if hasattr(child, "output_coefficients"))
+    return max((len(child.output_coefficients) for child in sums), default=0)
 
 
 def _group_rows(module: nn.Module, size: int) -> None:

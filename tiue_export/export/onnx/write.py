@@ -19,7 +19,6 @@ import torch
 from tiue_export.errors import TiueError
 from tiue_export.graphs.build import Graph
 from tiue_export.proof.half_range import node_path
-from tiue_export.specs import TensorSpec
 from tiue_export.system.memory import rare_collections
 from tiue_export.system.quiet import errors_only
 
@@ -167,7 +166,8 @@ def _check_file(graph: Graph, path: Path) -> None:
         ("outputs", model.graph.output, graph.spec.outputs),
     ):
         got = [_described(value) for value in values]
-        expected = [(s.name, _onnx_type(s), tuple(s.shape)) for s in specs]
+        kinds = [onnx.helper.np_dtype_to_tensor_dtype(np.dtype(s.dtype)) for s in specs]
+        expected = [(s.name, k, tuple(s.shape)) for s, k in zip(specs, kinds, strict=True)]
         if got != expected:
             raise TiueError(
                 f"{graph.spec.name}: the exported {side} are {got}; the contract says {expected}",
@@ -179,10 +179,6 @@ def _described(value: Any) -> tuple[str, int, tuple[int | str, ...]]:
     tensor = value.type.tensor_type
     shape = tuple(d.dim_param if d.dim_param else d.dim_value for d in tensor.shape.dim)
     return value.name, tensor.elem_type, shape
-
-
-def _onnx_type(spec: TensorSpec) -> int:
-    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype)))
 
 
 @contextmanager

@@ -104,9 +104,6 @@ class TrtBackend(Backend):
         """One for each flavour of TensorRT."""
         return self.plan.flavor.folder
 
-    def check(self, bundle: Bundle) -> None:
-        """`plan_trt` has refused what cannot be."""
-
     def form(self, bundle: Bundle) -> Compiled:
         """For the plan's target, with its flags."""
         return self.plan.form
@@ -142,9 +139,6 @@ class RefitBackend(Backend):
     def folder(self) -> str:
         """That of the engines."""
         return FOLDERS[self.compiled.backend]
-
-    def check(self, bundle: Bundle) -> None:
-        """`refit_from` has held both bundles against each other."""
 
     def form(self, bundle: Bundle) -> Compiled:
         """That of the engines: refitting changes weights alone."""

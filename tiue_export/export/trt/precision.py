@@ -79,7 +79,7 @@ def network_census(network: Any, float32_modules: Iterable[str] = ()) -> Census:
     `float32_modules` are those of the manifest's graph record: layers carry their nodes' names,
     which begin with the path of their module.
     """
-    audited, kept = 0, tuple(float32_modules)
+    audited, kept = 0, tuple(f"{path}{end}" for path in float32_modules for end in "/.")
     layers: Counter[str] = Counter()
     products: Counter[str] = Counter()
     islands, casts = _Islands(), 0
@@ -99,15 +99,11 @@ def network_census(network: Any, float32_modules: Iterable[str] = ()) -> Census:
         layers[precision] += 1
         if kind in _PRODUCTS:
             products[precision] += 1
-            audited += precision == "float" and _is_under(layer.name, kept)
+            audited += precision == "float" and layer.name.startswith(kept)
     # Islands explain what stands out of a reduced graph; in a float32 one nothing does.
     reduced = layers["half"] or layers["bf16"]
     reasons = islands.reasons() if reduced else {"a float32 graph": layers["float"]}
     return Census(dict(layers), dict(products), reasons, casts, audited)
-
-
-def _is_under(node: str, modules: tuple[str, ...]) -> bool:
-    return any(node.startswith((f"{module}/", f"{module}.")) for module in modules)
 
 
 def _reads_int8(layer: Any, makers: Mapping[str, Any]) -> bool:

@@ -11,7 +11,6 @@ weight is opened when an op needs it.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -67,7 +66,6 @@ class Evaluation:
 
     outputs: dict[str, Array]
     records: tuple[OpRecord, ...]
-    seconds: float
 
     @property
     def max_abs(self) -> float:
@@ -152,7 +150,6 @@ class MilProgram:
         """
         if precision not in PRECISIONS:
             raise unknown_name("precision", precision, PRECISIONS)
-        start = time.perf_counter()
         stored = {**_STORED, "float16": _STORED["float16" if precision == "fp16" else "float32"]}
         values = self._feed(feeds, stored)
         records = [_record("input", name, value) for name, value in values.items()]
@@ -166,8 +163,7 @@ class MilProgram:
                 on_op(done, len(self._ops))
         # Copies: an output may lie in a feed's memory.
         outputs = {name: self._value(name, values).numpy().copy() for name in self.outputs}
-        seconds = time.perf_counter() - start
-        return Evaluation(outputs, tuple(r for r in records if r is not None), seconds)
+        return Evaluation(outputs, tuple(r for r in records if r is not None))
 
     def _feed(self, feeds: Feeds, stored: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         missing = [name for name in self.inputs if name not in feeds]
