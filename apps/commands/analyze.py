@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ..options.checkpoint import (
     CheckpointOptions,
@@ -16,7 +13,7 @@ from ..options.checkpoint import (
     SamplerOptions,
 )
 from ..options.graphs import SizeOptions
-from ..options.group import command
+from ..options.group import command, option
 from ..options.output import WriteOptions
 
 
@@ -33,22 +30,13 @@ class AnalyzeRequest(
     """What is measured; `count` prompts are, and `check` more judge the lists."""
 
     panel = "Analysis"
-    out: Annotated[Path, typer.Option("--out", help="Folder for numbers and pictures.")] = Path(
-        "analysis"
-    )
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="Text file, one a line \\[default: ours].")
-    ] = None
-    count: Annotated[int, typer.Option("--count", help="Prompts to measure.")] = 4
-    check: Annotated[int, typer.Option("--check", help="More prompts, to judge the lists by.")] = 2
-    steps: Annotated[int | None, typer.Option("--steps", help="Steps of the sampler.")] = None
-    reach: Annotated[
-        int | None, typer.Option("--reach", help="Longest group to measure \\[default: any].")
-    ] = None
-    budget: Annotated[
-        float | None,
-        typer.Option("--budget", help="Share of plain sampling's operations, such as 0.7."),
-    ] = None
+    out: Path = option(Path("analysis"), "Folder for numbers and pictures.")
+    prompts: Path | None = option(None, "Text file, one a line \\[default: ours].")
+    count: int = option(4, "Prompts to measure.")
+    check: int = option(2, "More prompts, to judge the lists by.")
+    steps: int | None = option(None, "Steps of the sampler.")
+    reach: int | None = option(None, "Longest group to measure \\[default: any].")
+    budget: float | None = option(None, "Share of plain sampling's operations, such as 0.7.")
 
 
 @command

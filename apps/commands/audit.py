@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ..options.checkpoint import CheckpointOptions, FamilyOptions, PartOptions, StepOptions
 from ..options.graphs import HoistOptions, SizeOptions
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, command, option
 from ..options.output import JsonOptions
 
 
@@ -19,11 +16,8 @@ class AuditScope(OptionGroup):
     """What is drawn for the audit, and how much of it is told."""
 
     panel = "Audit"
-    prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", help="Text file, one prompt a line \\[default: two of ours]."),
-    ] = None
-    top: Annotated[int, typer.Option("--top", help="Operations to list for each graph.")] = 10
+    prompts: Path | None = option(None, "Text file, one prompt a line \\[default: two of ours].")
+    top: int = option(10, "Operations to list for each graph.")
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from ..options.bundle import BundleOptions
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, argument, command, option
 from ..options.output import JsonOptions, WriteOptions
 
 app = typer.Typer(
@@ -26,15 +25,10 @@ class PackOptions(OptionGroup):
     """The archive to write, and for whom."""
 
     panel = "Output"
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Archive to write \\[default: NAME.tar].")
-    ] = None
-    runtime: Annotated[
-        str | None,
-        typer.Option(
-            "--runtime", help="Only what it needs: ort, trt, rtx, openvino \\[default: all]."
-        ),
-    ] = None
+    out: Path | None = option(None, "Archive to write \\[default: NAME.tar].")
+    runtime: str | None = option(
+        None, "Only what it needs: ort, trt, rtx, openvino \\[default: all]."
+    )
 
 
 @dataclass(frozen=True)
@@ -42,10 +36,8 @@ class UnpackOptions(OptionGroup):
     """The archive to read, and where it goes."""
 
     panel = "Output"
-    archive: Annotated[Path, typer.Argument(help="Archive of bundle pack.", show_default=False)]
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write \\[default: the archive's name].")
-    ] = None
+    archive: Path = argument(..., "Archive of bundle pack.")
+    out: Path | None = option(None, "Folder to write \\[default: the archive's name].")
 
 
 @app.command()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
-import typer
-
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, command, option
 from ..options.output import JsonOptions
 
 
@@ -15,13 +12,9 @@ from ..options.output import JsonOptions
 class CacheOptions(OptionGroup):
     """What is listed or deleted."""
 
-    clear: Annotated[bool, typer.Option("--clear", help="Delete instead of listing.")] = False
-    kind: Annotated[
-        str | None, typer.Option("--kind", help="Only this kind, as the list names it.")
-    ] = None
-    unused_days: Annotated[
-        float | None, typer.Option("--unused-days", help="Only what was not used for so long.")
-    ] = None
+    clear: bool = option(False, "Delete instead of listing.")
+    kind: str | None = option(None, "Only this kind, as the list names it.")
+    unused_days: float | None = option(None, "Only what was not used for so long.")
 
 
 @command

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ..options.bundle import BundleOptions
-from ..options.group import command
+from ..options.group import command, option
 from ..options.output import WriteOptions
 from ..options.runtime import DeviceOptions, RuntimeName
 
@@ -19,23 +16,12 @@ class CalibrateRequest(WriteOptions, DeviceOptions, RuntimeName, BundleOptions):
     """The prompts that are captured, and where they go."""
 
     panel = "Calibration"
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write \\[default: NAME-calibration].")
-    ] = None
-    prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", help="Text, TSV, JSONL or parquet \\[default: a list of ours]."),
-    ] = None
-    column: Annotated[
-        str | None, typer.Option("--column", help="Field of --prompts \\[default: prompt, text].")
-    ] = None
-    count: Annotated[
-        int | None, typer.Option("--count", help="Prompts to take \\[default: 64].")
-    ] = None
-    seed: Annotated[int, typer.Option("--seed", help="Prompt i uses seed + i.")] = 0
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the size, write nothing.")] = (
-        False
-    )
+    out: Path | None = option(None, "Folder to write \\[default: NAME-calibration].")
+    prompts: Path | None = option(None, "Text, TSV, JSONL or parquet \\[default: a list of ours].")
+    column: str | None = option(None, "Field of --prompts \\[default: prompt, text].")
+    count: int | None = option(None, "Prompts to take \\[default: 64].")
+    seed: int = option(0, "Prompt i uses seed + i.")
+    dry_run: bool = option(False, "Print the size, write nothing.")
 
 
 @command

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-import typer
 
 from ..options.checkpoint import StudentSourceOptions
 from ..options.graphs import ExportRequest
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, command, option
 
 
 @dataclass(frozen=True)
@@ -17,7 +14,7 @@ class CoreaiForm(OptionGroup):
     """What assets compute in."""
 
     panel = "Core AI"
-    precision: Annotated[str, typer.Option("--precision", help="fp16 or fp32.")] = "fp16"
+    precision: str = option("fp16", "fp16 or fp32.")
 
 
 @command

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ..options.checkpoint import StudentSourceOptions
 from ..options.graphs import ExportRequest
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, command, option
 
 
 @dataclass(frozen=True)
@@ -18,62 +15,26 @@ class CoremlForm(OptionGroup):
     """What packages are made for; None is the profile's own setting."""
 
     panel = "Core ML"
-    profile: Annotated[
-        str, typer.Option("--profile", help="mac-gpu, mac-ane, ipad or iphone; sets what follows.")
-    ] = "mac-gpu"
-    target: Annotated[
-        str | None,
-        typer.Option("--min-deployment-target", help="iOS16 to iOS18, or macOS13 to macOS15."),
-    ] = None
-    attention: Annotated[
-        str | None, typer.Option("--attention", help="sdpa, split or split-chunked.")
-    ] = None
-    linear: Annotated[
-        str | None,
-        typer.Option("--linear", help="linear, or conv: channels first, for the Neural Engine."),
-    ] = None
-    decoder_batch: Annotated[
-        int | None,
-        typer.Option("--decoder-batch", help="Timesteps decoded at once: 1, 2 or 4; all exact."),
-    ] = None
-    precision: Annotated[str, typer.Option("--precision", help="fp16 or fp32.")] = "fp16"
-    compress: Annotated[
-        str | None,
-        typer.Option(
-            "--compress", help="none, palettize-8/-6/-4 (-grouped), int8, int4, w8a8 or recipe."
-        ),
-    ] = None
-    target_psnr: Annotated[
-        float | None,
-        typer.Option("--target-psnr", help="Choose bits per layer for latents this near, in dB."),
-    ] = None
-    target_mb: Annotated[
-        float | None,
-        typer.Option("--target-mb", help="Choose bits per layer for a UNet of this size."),
-    ] = None
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="Bits per layer from an earlier export.")
-    ] = None
-    calibration_prompts: Annotated[
-        Path | None,
-        typer.Option("--calibration-prompts", help="For w8a8: text file, one prompt a line."),
-    ] = None
-    compute_unit: Annotated[
-        str | None,
-        typer.Option(
-            "--compute-unit", help="What to recommend: ALL, CPU_AND_GPU, CPU_AND_NE, CPU_ONLY."
-        ),
-    ] = None
-    size: Annotated[
-        tuple[str, ...],
-        typer.Option("--size", help="HEIGHTxWIDTH in pixels; several make one package (iOS18)."),
-    ] = ()
-    swift_bundle: Annotated[
-        bool,
-        typer.Option(
-            "--swift-bundle", help="Also write vocabulary, constants and compile.sh for Swift."
-        ),
-    ] = False
+    profile: str = option("mac-gpu", "mac-gpu, mac-ane, ipad or iphone; sets what follows.")
+    target: str | None = option(
+        None, "iOS16 to iOS18, or macOS13 to macOS15.", "--min-deployment-target"
+    )
+    attention: str | None = option(None, "sdpa, split or split-chunked.")
+    linear: str | None = option(None, "linear, or conv: channels first, for the Neural Engine.")
+    decoder_batch: int | None = option(None, "Timesteps decoded at once: 1, 2 or 4; all exact.")
+    precision: str = option("fp16", "fp16 or fp32.")
+    compress: str | None = option(
+        None, "none, palettize-8/-6/-4 (-grouped), int8, int4, w8a8 or recipe."
+    )
+    target_psnr: float | None = option(None, "Choose bits per layer for latents this near, in dB.")
+    target_mb: float | None = option(None, "Choose bits per layer for a UNet of this size.")
+    recipe: Path | None = option(None, "Bits per layer from an earlier export.")
+    calibration_prompts: Path | None = option(None, "For w8a8: text file, one prompt a line.")
+    compute_unit: str | None = option(
+        None, "What to recommend: ALL, CPU_AND_GPU, CPU_AND_NE, CPU_ONLY."
+    )
+    size: tuple[str, ...] = option((), "HEIGHTxWIDTH in pixels; several make one package (iOS18).")
+    swift_bundle: bool = option(False, "Also write vocabulary, constants and compile.sh for Swift.")
 
 
 @command

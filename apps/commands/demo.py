@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, command, option
 from ..options.output import WriteOptions
 
 
@@ -17,9 +14,7 @@ class DemoOptions(OptionGroup):
     """Where the demo goes."""
 
     panel = "Output"
-    out: Annotated[Path, typer.Option("--out", help="Folder for everything it makes.")] = Path(
-        "demo"
-    )
+    out: Path = option(Path("demo"), "Folder for everything it makes.")
 
 
 @command

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, argument, command, option
 from ..options.output import JsonOptions
 
 
@@ -17,19 +14,10 @@ class TrainingOptions(OptionGroup):
     """A configuration, and what differs from it."""
 
     panel = "Training"
-    config: Annotated[
-        Path | None, typer.Argument(help="TOML file; see docs/training.md.", show_default=False)
-    ] = None
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Run folder \\[default: the file's `out`].")
-    ] = None
-    iterations: Annotated[
-        int | None,
-        typer.Option("--iterations", help="Stop after this many \\[default: the file's]."),
-    ] = None
-    presets: Annotated[
-        bool, typer.Option("--presets", help="List the presets a configuration can name.")
-    ] = False
+    config: Path | None = argument(None, "TOML file; see docs/training.md.")
+    out: Path | None = option(None, "Run folder \\[default: the file's `out`].")
+    iterations: int | None = option(None, "Stop after this many \\[default: the file's].")
+    presets: bool = option(False, "List the presets a configuration can name.")
 
 
 @command

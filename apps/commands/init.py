@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import typer
 
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, command, option
 from ..options.output import JsonOptions
 
 
@@ -15,17 +14,9 @@ from ..options.output import JsonOptions
 class RouteOptions(OptionGroup):
     """From where to where; what is not given is asked."""
 
-    device: Annotated[
-        str | None,
-        typer.Option("--device", help="cpu, arm, rtx, nvidia, jetson, mac \\[default: asked]."),
-    ] = None
-    ckpt: Annotated[
-        str | None, typer.Option("--ckpt", help="Student or model \\[default: asked].")
-    ] = None
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="Pipeline folder or hub id for what the checkpoint lacks."),
-    ] = None
+    device: str | None = option(None, "cpu, arm, rtx, nvidia, jetson, mac \\[default: asked].")
+    ckpt: str | None = option(None, "Student or model \\[default: asked].")
+    base: str | None = option(None, "Pipeline folder or hub id for what the checkpoint lacks.")
 
 
 @command

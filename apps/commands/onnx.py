@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-import typer
 
 from ..options.checkpoint import CheckpointOptions
 from ..options.graphs import ExportRequest
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, command, option
 
 
 @dataclass(frozen=True)
@@ -17,9 +14,7 @@ class OnnxForm(OptionGroup):
     """What graphs compute in."""
 
     panel = "Graphs"
-    precision: Annotated[
-        str, typer.Option("--precision", help="fp32 (exact, fastest on CPUs) or fp16 (for GPUs).")
-    ] = "fp32"
+    precision: str = option("fp32", "fp32 (exact, fastest on CPUs) or fp16 (for GPUs).")
 
 
 @command

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-import typer
 
 from ..options.checkpoint import SourceOptions
 from ..options.graphs import ExportRequest
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, command, option
 
 
 @dataclass(frozen=True)
@@ -17,13 +14,8 @@ class OpenvinoForm(OptionGroup):
     """How OpenVINO stores the graphs, and the arithmetic they are proven in."""
 
     panel = "OpenVINO"
-    weights: Annotated[
-        str, typer.Option("--weights", help="fp32, or fp16 for files half the size.")
-    ] = "fp32"
-    precision: Annotated[
-        tuple[str, ...],
-        typer.Option("--precision", help="Arithmetic to prove \\[default: all this CPU has]."),
-    ] = ()
+    weights: str = option("fp32", "fp32, or fp16 for files half the size.")
+    precision: tuple[str, ...] = option((), "Arithmetic to prove \\[default: all this CPU has].")
 
 
 @command

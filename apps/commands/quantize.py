@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ..options.bundle import BundleOptions
-from ..options.group import command
+from ..options.group import command, option
 from ..options.output import WriteOptions
 from ..options.runtime import MemoryOptions, PrecisionOptions, ThreadOptions
 
@@ -19,82 +16,32 @@ class QuantizeRequest(WriteOptions, MemoryOptions, ThreadOptions, PrecisionOptio
     """What is quantized, and how it is judged; None is the default of what it is passed to."""
 
     panel = "Quantization"
-    calibration: Annotated[
-        Path, typer.Option("--calibration", help="Folder that `calibrate` wrote.")
-    ]
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Bundle to write \\[default: NAME-KIND].")
-    ] = None
-    kind: Annotated[
-        str | None,
-        typer.Option(
-            "--kind",
-            help="w8a8, hybrid (linear layers: weights only), int8-weights, 4-bit "
-            "\\[default: w8a8].",
-        ),
-    ] = None
-    backend: Annotated[
-        str,
-        typer.Option("--backend", help="onnx: Q/DQ for ort, trt, openvino; openvino: by NNCF."),
-    ] = "onnx"
-    target_psnr: Annotated[
-        float | None,
-        typer.Option("--target-psnr", help="dB that the latents shall keep \\[default: 35]."),
-    ] = None
-    ranges: Annotated[
-        str | None,
-        typer.Option("--ranges", help="min-max, percentile or entropy \\[default: percentile]."),
-    ] = None
-    percentile: Annotated[
-        float | None, typer.Option("--percentile", help="In percent \\[default: 99.99].")
-    ] = None
-    smooth: Annotated[
-        float | None,
-        typer.Option("--smooth", help="SmoothQuant's alpha, folded exactly \\[default: 0.5]."),
-    ] = None
-    no_smooth: Annotated[bool, typer.Option("--no-smooth", help="Fold nothing.")] = False
-    sensitivity: Annotated[
-        str | None,
-        typer.Option(
-            "--sensitivity",
-            help="Quantize alone: each layer, each block, or none \\[default: layer].",
-        ),
-    ] = None
-    plan: Annotated[
-        Path | None, typer.Option("--plan", help="Replay this plan, edited or not.")
-    ] = None
-    plan_only: Annotated[
-        bool, typer.Option("--plan-only", help="Write no bundle; see --save-plan.")
-    ] = False
-    save_plan: Annotated[
-        Path | None, typer.Option("--save-plan", help="Write the plan here too (.json).")
-    ] = None
-    scales: Annotated[
-        str, typer.Option("--scales", help="fp32: casts around Q/DQ in half graphs.")
-    ] = "auto"
-    held_out: Annotated[
-        int | None, typer.Option("--held-out", help="Runs kept for judging \\[default: 4].")
-    ] = None
-    runtime: Annotated[str | None, typer.Option("--runtime", help="Judge on ort or openvino.")] = (
-        None
+    calibration: Path = option(..., "Folder that `calibrate` wrote.")
+    out: Path | None = option(None, "Bundle to write \\[default: NAME-KIND].")
+    kind: str | None = option(
+        None, "w8a8, hybrid (linear layers: weights only), int8-weights, 4-bit \\[default: w8a8]."
     )
-    device: Annotated[str, typer.Option("--device", help="Judge on cpu or cuda.")] = "cpu"
-    rounds: Annotated[
-        int | None, typer.Option("--rounds", help="Timed runs of each \\[default: 5].")
-    ] = None
-    any_speed: Annotated[
-        bool, typer.Option("--any-speed", help="For another device: judge quality alone.")
-    ] = False
-    allow_parity_loss: Annotated[
-        bool, typer.Option("--allow-parity-loss", help="Keep a bundle below its gate.")
-    ] = False
-    allow_slower: Annotated[
-        bool, typer.Option("--allow-slower", help="Keep a bundle that is no gain here.")
-    ] = False
-    plots: Annotated[
-        Path | None,
-        typer.Option("--plots", help="Folder for two pictures; measures six sets more."),
-    ] = None
+    backend: str = option("onnx", "onnx: Q/DQ for ort, trt, openvino; openvino: by NNCF.")
+    target_psnr: float | None = option(None, "dB that the latents shall keep \\[default: 35].")
+    ranges: str | None = option(None, "min-max, percentile or entropy \\[default: percentile].")
+    percentile: float | None = option(None, "In percent \\[default: 99.99].")
+    smooth: float | None = option(None, "SmoothQuant's alpha, folded exactly \\[default: 0.5].")
+    no_smooth: bool = option(False, "Fold nothing.")
+    sensitivity: str | None = option(
+        None, "Quantize alone: each layer, each block, or none \\[default: layer]."
+    )
+    plan: Path | None = option(None, "Replay this plan, edited or not.")
+    plan_only: bool = option(False, "Write no bundle; see --save-plan.")
+    save_plan: Path | None = option(None, "Write the plan here too (.json).")
+    scales: str = option("auto", "fp32: casts around Q/DQ in half graphs.")
+    held_out: int | None = option(None, "Runs kept for judging \\[default: 4].")
+    runtime: str | None = option(None, "Judge on ort or openvino.")
+    device: str = option("cpu", "Judge on cpu or cuda.")
+    rounds: int | None = option(None, "Timed runs of each \\[default: 5].")
+    any_speed: bool = option(False, "For another device: judge quality alone.")
+    allow_parity_loss: bool = option(False, "Keep a bundle below its gate.")
+    allow_slower: bool = option(False, "Keep a bundle that is no gain here.")
+    plots: Path | None = option(None, "Folder for two pictures; measures six sets more.")
 
 
 @command

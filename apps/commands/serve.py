@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from tiue_export.errors import UsageError
 
 from ..options.bundle import BundleOptions
-from ..options.group import OptionGroup, command, flag_of
+from ..options.group import OptionGroup, command, flag_of, option
 from ..options.output import JsonOptions
 from ..options.runtime import RuntimeChoice
 
@@ -21,27 +18,14 @@ class AddressOptions(OptionGroup):
     """Where the server listens, and whom it answers."""
 
     panel = "Address"
-    host: Annotated[
-        str, typer.Option("--host", help="Address to bind; the default is this machine only.")
-    ] = "127.0.0.1"
-    port: Annotated[int, typer.Option("--port", help="0 takes any free one.")] = 8000
-    token_file: Annotated[
-        Path | None,
-        typer.Option("--token-file", help="Token to ask for \\[default: TIUE_EXPORT_TOKEN]."),
-    ] = None
-    model_name: Annotated[
-        tuple[str, ...],
-        typer.Option("--model-name", help="Further names that clients may ask for."),
-    ] = ()
-    allowed_host: Annotated[
-        tuple[str, ...],
-        typer.Option(
-            "--allowed-host", help="Host header to answer \\[default: all; on loopback, its own]."
-        ),
-    ] = ()
-    urls: Annotated[
-        bool, typer.Option("--urls", help="Allow response_format url: keep pictures for an hour.")
-    ] = False
+    host: str = option("127.0.0.1", "Address to bind; the default is this machine only.")
+    port: int = option(8000, "0 takes any free one.")
+    token_file: Path | None = option(None, "Token to ask for \\[default: TIUE_EXPORT_TOKEN].")
+    model_name: tuple[str, ...] = option((), "Further names that clients may ask for.")
+    allowed_host: tuple[str, ...] = option(
+        (), "Host header to answer \\[default: all; on loopback, its own]."
+    )
+    urls: bool = option(False, "Allow response_format url: keep pictures for an hour.")
 
 
 @dataclass(frozen=True)
@@ -53,26 +37,17 @@ class ServerLimits(OptionGroup):
     """
 
     panel = "Limits"
-    queue_pictures: Annotated[
-        int, typer.Option("--queue", help="Pictures that may wait; more are refused with 429.")
-    ] = 64
-    pictures_per_request: Annotated[
-        int, typer.Option("--max-pictures", help="Pictures per request.")
-    ] = 10
-    prompt_characters: Annotated[
-        int, typer.Option("--max-prompt", help="Characters of a prompt.")
-    ] = 1000
-    request_bytes: Annotated[
-        int, typer.Option("--max-request-bytes", help="Size of a request's body.")
-    ] = 65536
-    timeout_s: Annotated[
-        float, typer.Option("--timeout", help="Seconds from a request to its pictures.")
-    ] = 120.0
+    queue_pictures: int = option(
+        64, "Pictures that may wait; more are refused with 429.", "--queue"
+    )
+    pictures_per_request: int = option(10, "Pictures per request.", "--max-pictures")
+    prompt_characters: int = option(1000, "Characters of a prompt.", "--max-prompt")
+    request_bytes: int = option(65536, "Size of a request's body.", "--max-request-bytes")
+    timeout_s: float = option(120.0, "Seconds from a request to its pictures.", "--timeout")
     body_timeout_s: float = 10.0
-    batch_wait_ms: Annotated[
-        float,
-        typer.Option("--batch-wait", help="Milliseconds a run waits for company, batch above 1."),
-    ] = 5.0
+    batch_wait_ms: float = option(
+        5.0, "Milliseconds a run waits for company, batch above 1.", "--batch-wait"
+    )
 
     def check(self) -> None:
         """Raise `UsageError` for a bound that nothing could keep."""
@@ -109,10 +84,8 @@ class RayOptions(OptionGroup):
     """Several copies of the runtime, on a cluster."""
 
     panel = "Ray"
-    ray: Annotated[bool, typer.Option("--ray", help="Serve on Ray Serve.")] = False
-    replicas: Annotated[
-        int | None, typer.Option("--replicas", help="With --ray: copies of the runtime.")
-    ] = None
+    ray: bool = option(False, "Serve on Ray Serve.")
+    replicas: int | None = option(None, "With --ray: copies of the runtime.")
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ..completion import bundle_folders, runtime_names
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, argument, command, option
 from ..options.output import JsonOptions
 from ..options.runtime import DeviceOptions, MemoryOptions
 
@@ -19,19 +16,11 @@ class PageOptions(OptionGroup):
     """What the page offers, and where it is served."""
 
     panel = "Page"
-    bundles: Annotated[
-        tuple[Path, ...],
-        typer.Argument(help="Bundle folders.", show_default=False, autocompletion=bundle_folders),
-    ] = ()
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder of the history \\[default: gone when it ends]."),
-    ] = None
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets a phone in.")
-    ] = "127.0.0.1"
-    port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.")] = 7860
-    open_browser: Annotated[bool, typer.Option("--open", help="Open the browser too.")] = False
+    bundles: tuple[Path, ...] = argument((), "Bundle folders.", completion=bundle_folders)
+    out: Path | None = option(None, "Folder of the history \\[default: gone when it ends].")
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 lets a phone in.")
+    port: int = option(7860, "Port; 0 takes a free one.")
+    open_browser: bool = option(False, "Open the browser too.", "--open")
 
 
 @dataclass(frozen=True)
@@ -39,14 +28,12 @@ class OfferedRuntimes(OptionGroup):
     """The runtimes that can be chosen on the page."""
 
     panel = "Runtime"
-    runtimes: Annotated[
-        tuple[str, ...],
-        typer.Option(
-            "--runtime",
-            autocompletion=runtime_names,
-            help="Offer this one only; repeatable \\[default: all that run].",
-        ),
-    ] = ()
+    runtimes: tuple[str, ...] = option(
+        (),
+        "Offer this one only; repeatable \\[default: all that run].",
+        "--runtime",
+        completion=runtime_names,
+    )
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ..options.bundle import BundleOptions
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, command, option
 from ..options.output import WriteOptions
 
 
@@ -18,18 +15,10 @@ class RepositoryOptions(OptionGroup):
     """The model repository to write."""
 
     panel = "Repository"
-    out: Annotated[Path, typer.Option("--out", help="Folder for the repository.")]
-    backend: Annotated[
-        str,
-        typer.Option("--backend", help="onnxruntime, or tensorrt for a bundle with engines."),
-    ] = "onnxruntime"
-    name: Annotated[
-        str | None,
-        typer.Option("--name", help="Name of the ensemble \\[default: the bundle's folder]."),
-    ] = None
-    max_batch: Annotated[
-        int, typer.Option("--max-batch", help="Largest batch, if the bundle's is dynamic.")
-    ] = 4
+    out: Path = option(..., "Folder for the repository.")
+    backend: str = option("onnxruntime", "onnxruntime, or tensorrt for a bundle with engines.")
+    name: str | None = option(None, "Name of the ensemble \\[default: the bundle's folder].")
+    max_batch: int = option(4, "Largest batch, if the bundle's is dynamic.")
 
 
 @command

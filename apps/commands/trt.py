@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ..options.checkpoint import SourceOptions
 from ..options.graphs import EngineBatchOptions, ExportRequest
-from ..options.group import OptionGroup, command
+from ..options.group import OptionGroup, command, option
 
 
 @dataclass(frozen=True)
 class EngineSource(SourceOptions):
     """The same; engines are built from a bundle's ONNX graphs, on a device without torch."""
 
-    bundle: Annotated[
-        Path | None, typer.Option("--bundle", help="Bundle to add engines to; needs no torch.")
-    ] = None
+    bundle: Path | None = option(None, "Bundle to add engines to; needs no torch.")
 
 
 @dataclass(frozen=True)
@@ -30,42 +25,21 @@ class EngineOptions(OptionGroup):
     """
 
     panel = "Engines"
-    flavor: Annotated[
-        str,
-        typer.Option(
-            "--flavor", help="tensorrt (Jetson, servers; on the device), rtx, or what is installed."
-        ),
-    ] = "auto"
-    sm: Annotated[
-        str | None,
-        typer.Option(
-            "--sm", help="rtx: GPUs to build for \\[default: this one, else Ampere and up]."
-        ),
-    ] = None
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            "--precision", help="fp16, fp32, or int8 (quantized bundles) \\[default: as is]."
-        ),
-    ] = None
-    optimization_level: Annotated[
-        int, typer.Option("--optimization-level", help="0 to 5: build time against speed.")
-    ] = 3
-    workspace_mb: Annotated[
-        int, typer.Option("--workspace-mb", help="Builder's scratch memory; 0: what is free.")
-    ] = 0
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Engines for newer TensorRTs too.")
-    ] = False
-    hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="Engines for any Ampere or newer GPU.")
-    ] = False
-    refit: Annotated[
-        bool, typer.Option("--refit", help="Engines whose weights can be swapped later.")
-    ] = False
-    rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Build again what is valid already.")
-    ] = False
+    flavor: str = option(
+        "auto", "tensorrt (Jetson, servers; on the device), rtx, or what is installed."
+    )
+    sm: str | None = option(
+        None, "rtx: GPUs to build for \\[default: this one, else Ampere and up]."
+    )
+    precision: str | None = option(
+        None, "fp16, fp32, or int8 (quantized bundles) \\[default: as is]."
+    )
+    optimization_level: int = option(3, "0 to 5: build time against speed.")
+    workspace_mb: int = option(0, "Builder's scratch memory; 0: what is free.")
+    version_compatible: bool = option(False, "Engines for newer TensorRTs too.")
+    hardware_compatible: bool = option(False, "Engines for any Ampere or newer GPU.")
+    refit: bool = option(False, "Engines whose weights can be swapped later.")
+    rebuild: bool = option(False, "Build again what is valid already.")
 
 
 @dataclass(frozen=True)
@@ -73,10 +47,7 @@ class RefitOptions(OptionGroup):
     """Other weights for engines that are there."""
 
     panel = "Engines"
-    refit_from: Annotated[
-        str | None,
-        typer.Option("--refit-from", help="Student or bundle whose weights to put into engines."),
-    ] = None
+    refit_from: str | None = option(None, "Student or bundle whose weights to put into engines.")
 
 
 @dataclass(frozen=True)

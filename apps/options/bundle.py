@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ..completion import bundle_folders
-from .group import OptionGroup
+from .group import OptionGroup, argument
 
 
 @dataclass(frozen=True)
 class BundleOptions(OptionGroup):
     """One bundle."""
 
-    bundle: Annotated[
-        Path,
-        typer.Argument(help="Bundle folder.", show_default=False, autocompletion=bundle_folders),
-    ]
+    bundle: Path = argument(..., "Bundle folder.", completion=bundle_folders)

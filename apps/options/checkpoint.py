@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from .group import OptionGroup
+from .group import OptionGroup, option
 
 if TYPE_CHECKING:
     from tiue_export.methods.method import MethodOptions as Sampling
@@ -20,14 +18,9 @@ class CheckpointOptions(OptionGroup):
     """The checkpoint itself."""
 
     panel = "Checkpoint"
-    ckpt: Annotated[
-        str,
-        typer.Option(
-            "--ckpt",
-            help='Student: .safetensors file, diffusers folder, hub id; "demo": the one that '
-            "ships.",
-        ),
-    ]
+    ckpt: str = option(
+        ..., 'Student: .safetensors file, diffusers folder, hub id; "demo": the one that ships.'
+    )
 
 
 @dataclass(frozen=True)
@@ -35,24 +28,16 @@ class SourceOptions(OptionGroup):
     """What a compiled form is made of: a checkpoint to export first, or a bundle that is there."""
 
     panel = "Checkpoint"
-    ckpt: Annotated[
-        str | None, typer.Option("--ckpt", help="Student to export first; or give --bundle.")
-    ] = None
-    bundle: Annotated[
-        Path | None, typer.Option("--bundle", help="Bundle to add to; its graphs are kept.")
-    ] = None
+    ckpt: str | None = option(None, "Student to export first; or give --bundle.")
+    bundle: Path | None = option(None, "Bundle to add to; its graphs are kept.")
 
 
 @dataclass(frozen=True)
 class StudentSourceOptions(SourceOptions):
     """The same where a backend reads no ONNX: the checkpoint is needed with a bundle too."""
 
-    ckpt: Annotated[
-        str | None, typer.Option("--ckpt", help="Student; needed with --bundle too.")
-    ] = None
-    bundle: Annotated[
-        Path | None, typer.Option("--bundle", help="Bundle of it \\[default: one is exported].")
-    ] = None
+    ckpt: str | None = option(None, "Student; needed with --bundle too.")
+    bundle: Path | None = option(None, "Bundle of it \\[default: one is exported].")
 
 
 @dataclass(frozen=True)
@@ -60,16 +45,10 @@ class PartOptions(OptionGroup):
     """The parts of the model that the checkpoint does not bring."""
 
     panel = "Checkpoint"
-    base: Annotated[
-        str | None,
-        typer.Option("--base", help="Pipeline folder or hub id for what the checkpoint lacks."),
-    ] = None
-    vae: Annotated[
-        str | None,
-        typer.Option(
-            "--vae", help="Folder of another VAE, such as TAESD; tiny:FOLDER insists on one."
-        ),
-    ] = None
+    base: str | None = option(None, "Pipeline folder or hub id for what the checkpoint lacks.")
+    vae: str | None = option(
+        None, "Folder of another VAE, such as TAESD; tiny:FOLDER insists on one."
+    )
 
 
 @dataclass(frozen=True)
@@ -77,10 +56,7 @@ class FamilyOptions(OptionGroup):
     """What the weights cannot tell."""
 
     panel = "Checkpoint"
-    family: Annotated[
-        str | None,
-        typer.Option("--family", help="sd15, sd21-base, sd21-v, tiny \\[default: recognised]."),
-    ] = None
+    family: str | None = option(None, "sd15, sd21-base, sd21-v, tiny \\[default: recognised].")
 
 
 @dataclass(frozen=True)
@@ -88,10 +64,9 @@ class LoraOptions(OptionGroup):
     """What is merged into the model."""
 
     panel = "Checkpoint"
-    lora: Annotated[
-        tuple[str, ...],
-        typer.Option("--lora", help="FILE[:SCALE] to merge first, diffusers or kohya; repeatable."),
-    ] = ()
+    lora: tuple[str, ...] = option(
+        (), "FILE[:SCALE] to merge first, diffusers or kohya; repeatable."
+    )
 
 
 @dataclass(frozen=True)
@@ -99,10 +74,7 @@ class ControlNetOptions(OptionGroup):
     """What is put beside the model."""
 
     panel = "Checkpoint"
-    controlnet: Annotated[
-        str | None,
-        typer.Option("--controlnet", help="faster: diffusers folder of a ControlNet to steer by."),
-    ] = None
+    controlnet: str | None = option(None, "faster: diffusers folder of a ControlNet to steer by.")
 
 
 @dataclass(frozen=True)
@@ -110,15 +82,10 @@ class StepOptions(OptionGroup):
     """Steps of the sampler: a student's K, or those of a loop."""
 
     panel = "Method"
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            "--steps", help="K \\[default: as recorded, else 4]; faster: the sampler's \\[50]."
-        ),
-    ] = None
-    allow_other_steps: Annotated[
-        bool, typer.Option("--allow-other-steps", help="Take a K it was not trained for.")
-    ] = False
+    steps: int | None = option(
+        None, "K \\[default: as recorded, else 4]; faster: the sampler's \\[50]."
+    )
+    allow_other_steps: bool = option(False, "Take a K it was not trained for.")
 
 
 @dataclass(frozen=True)
@@ -126,14 +93,8 @@ class SamplerOptions(OptionGroup):
     """The sampler of a model in a loop."""
 
     panel = "Method"
-    scheduler: Annotated[
-        str | None,
-        typer.Option("--scheduler", help="faster: ddim, dpmpp or pndm \\[default: ddim]."),
-    ] = None
-    guidance: Annotated[
-        float | None,
-        typer.Option("--guidance", help="faster: scale, 1 is none \\[default: 7.5]."),
-    ] = None
+    scheduler: str | None = option(None, "faster: ddim, dpmpp or pndm \\[default: ddim].")
+    guidance: float | None = option(None, "faster: scale, 1 is none \\[default: 7.5].")
 
 
 @dataclass(frozen=True)
@@ -141,27 +102,14 @@ class LoopOptions(SamplerOptions):
     """What only a model in a loop (Faster Diffusion) has."""
 
     panel = "Method"
-    key_steps: Annotated[
-        str | None,
-        typer.Option(
-            "--key-steps",
-            help="faster: steps that run the encoder: nonuniform, uniform:N, 0,1,2,... or auto.",
-        ),
-    ] = None
-    budget: Annotated[
-        float | None,
-        typer.Option("--budget", help="auto: share of plain sampling's operations, such as 0.7."),
-    ] = None
-    inject: Annotated[
-        str | None,
-        typer.Option(
-            "--inject", help="faster: prior noise: off, on, parallel, sequential \\[default: on]."
-        ),
-    ] = None
-    max_decoder_rows: Annotated[
-        int | None,
-        typer.Option("--max-decoder-rows", help="faster: rows of one decoder run; less memory."),
-    ] = None
+    key_steps: str | None = option(
+        None, "faster: steps that run the encoder: nonuniform, uniform:N, 0,1,2,... or auto."
+    )
+    budget: float | None = option(None, "auto: share of plain sampling's operations, such as 0.7.")
+    inject: str | None = option(
+        None, "faster: prior noise: off, on, parallel, sequential \\[default: on]."
+    )
+    max_decoder_rows: int | None = option(None, "faster: rows of one decoder run; less memory.")
 
 
 @dataclass(frozen=True)
@@ -169,14 +117,10 @@ class MethodName(OptionGroup):
     """The method by its name."""
 
     panel = "Method"
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            help="tiue: a distilled student; faster: any SD 1.x/2.x, Faster Diffusion "
-            "\\[default: tiue].",
-        ),
-    ] = None
+    method: str | None = option(
+        None,
+        "tiue: a distilled student; faster: any SD 1.x/2.x, Faster Diffusion \\[default: tiue].",
+    )
 
 
 @dataclass(frozen=True)

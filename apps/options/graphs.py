@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from tiue_export.errors import UsageError
 
 from .checkpoint import FamilyOptions, MethodOptions, PartOptions
-from .group import OptionGroup, refuse
+from .group import OptionGroup, option, refuse
 from .output import BundleOutput
 
 if TYPE_CHECKING:
@@ -23,12 +21,8 @@ class SizeOptions(OptionGroup):
     """The picture's size."""
 
     panel = "Graphs"
-    height: Annotated[
-        int | None, typer.Option("--height", help="Pixels \\[default: the model's].")
-    ] = None
-    width: Annotated[
-        int | None, typer.Option("--width", help="Pixels \\[default: the model's].")
-    ] = None
+    height: int | None = option(None, "Pixels \\[default: the model's].")
+    width: int | None = option(None, "Pixels \\[default: the model's].")
 
 
 @dataclass(frozen=True)
@@ -36,12 +30,8 @@ class BatchOptions(OptionGroup):
     """How many pictures the graphs draw at once."""
 
     panel = "Graphs"
-    batch: Annotated[str | None, typer.Option("--batch", help="Images per run \\[default: 1].")] = (
-        None
-    )
-    dynamic_batch: Annotated[
-        bool, typer.Option("--dynamic-batch", help="Leave the batch axis open.")
-    ] = False
+    batch: str | None = option(None, "Images per run \\[default: 1].")
+    dynamic_batch: bool = option(False, "Leave the batch axis open.")
 
     def batch_profile(self) -> tuple[int, int, int] | None:
         """ "2" -> (2, 2, 2); "1:2:4" -> (1, 2, 4): smallest, usual and largest batch."""
@@ -76,10 +66,7 @@ class BatchOptions(OptionGroup):
 class EngineBatchOptions(BatchOptions):
     """The same for engines, which are built for a range of batches."""
 
-    batch: Annotated[
-        str | None,
-        typer.Option("--batch", help="Images per run: 1, or min:opt:max such as 1:2:4."),
-    ] = None
+    batch: str | None = option(None, "Images per run: 1, or min:opt:max such as 1:2:4.")
 
 
 @dataclass(frozen=True)
@@ -87,16 +74,10 @@ class HoistOptions(OptionGroup):
     """Where the part of the decoder is computed that is the same at every timestep."""
 
     panel = "Graphs"
-    hoist_into: Annotated[
-        str | None,
-        typer.Option(
-            "--hoist-into",
-            help="Graph for the time-independent part: decoder, encoder \\[default: decoder].",
-        ),
-    ] = None
-    no_hoist: Annotated[
-        bool, typer.Option("--no-hoist", help="Naive batched decoder, for comparison.")
-    ] = False
+    hoist_into: str | None = option(
+        None, "Graph for the time-independent part: decoder, encoder \\[default: decoder]."
+    )
+    no_hoist: bool = option(False, "Naive batched decoder, for comparison.")
 
     @property
     def hoist(self) -> str:
@@ -113,21 +94,11 @@ class GraphOptions(OptionGroup):
     """What else changes the graphs."""
 
     panel = "Graphs"
-    merge_below: Annotated[
-        float | None,
-        typer.Option("--merge-below", help="Merge decoder rows weighing less (try 0.02)."),
-    ] = None
-    vae_precision: Annotated[
-        str | None,
-        typer.Option(
-            "--vae-precision",
-            help="fp16, fp32 or bf16 \\[default: as the other graphs, by the audit].",
-        ),
-    ] = None
-    vae_tile: Annotated[
-        int | None,
-        typer.Option("--vae-tile", help="Decode in tiles of so many pixels, for less memory."),
-    ] = None
+    merge_below: float | None = option(None, "Merge decoder rows weighing less (try 0.02).")
+    vae_precision: str | None = option(
+        None, "fp16, fp32 or bf16 \\[default: as the other graphs, by the audit]."
+    )
+    vae_tile: int | None = option(None, "Decode in tiles of so many pixels, for less memory.")
 
 
 @dataclass(frozen=True)
@@ -135,13 +106,8 @@ class AuditOptions(OptionGroup):
     """The search for values that half precision cannot hold."""
 
     panel = "Proof"
-    no_audit: Annotated[
-        bool, typer.Option("--no-audit", help="fp16 without looking for overflow first.")
-    ] = False
-    audit_prompts: Annotated[
-        Path | None,
-        typer.Option("--audit-prompts", help="More prompts to audit on: text file, one a line."),
-    ] = None
+    no_audit: bool = option(False, "fp16 without looking for overflow first.")
+    audit_prompts: Path | None = option(None, "More prompts to audit on: text file, one a line.")
 
     def check_audit(self, precision: str) -> None:
         """Refuse them for graphs that nothing is audited in, and prompts of no audit."""
@@ -164,9 +130,7 @@ class ParityOptions(OptionGroup):
     """Whether a failed gate ends the command."""
 
     panel = "Proof"
-    allow_parity_loss: Annotated[
-        bool, typer.Option("--allow-parity-loss", help="Keep what fails a gate; it is recorded.")
-    ] = False
+    allow_parity_loss: bool = option(False, "Keep what fails a gate; it is recorded.")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """From frozen dataclasses of options to a typer command, and back to what was typed.
 
 A command is a function of groups, which are its request. A field of a group is an option or an
-argument, `Annotated[T, typer.Option("--flag", help=...)] = default`, or plain data that no option
-sets; `tuple[X, ...]` may be repeated. A group may inherit others: it then has their options, each
-under the heading of the group that it comes from. Python puts the fields of the last base first.
+argument, `height: int = option(512, "Pixels.")`, or plain data that no option sets; what is typed
+`tuple[X, ...]` may be repeated. A group may inherit others: it then has their options, each under
+the heading of the group that it comes from. Python puts the fields of the last base first.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from copy import copy
-from dataclasses import MISSING, dataclass
-from types import GenericAlias
-from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, Field, dataclass, field, fields
+from types import EllipsisType, GenericAlias
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
+import typer
 from typer.models import OptionInfo, ParameterInfo
 
 from tiue_export.errors import UsageError
 
 from ..report.failures import explained
+
+T = TypeVar("T")
+# What the shell offers for the beginning of a value: words, or words with what each means.
+Completion = Callable[[str], list[str]] | Callable[[str], list[tuple[str, str]]]
+_INFO = "typer"
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,37 @@ class OptionGroup:
     """Options that belong together, under one heading of a command's help."""
 
     panel: ClassVar[str] = "Options"
+
+
+def option(
+    default: T | EllipsisType, text: str, flag: str = "", *, completion: Completion | None = None
+) -> T:
+    """A field that an option sets, named like it unless `flag` is given; `...`: it is required.
+
+    `text` is its help. "--yes/--no" is two flags of one option.
+    """
+    flags = (flag,) if flag else ()
+    return _field(default, typer.Option(..., *flags, help=text, autocompletion=completion))
+
+
+def argument(
+    default: T | EllipsisType,
+    text: str,
+    *,
+    metavar: str | None = None,
+    completion: Completion | None = None,
+) -> T:
+    """The same for what is typed without a flag."""
+    info = typer.Argument(
+        ..., help=text, metavar=metavar, show_default=False, autocompletion=completion
+    )
+    return _field(default, info)
+
+
+def _field(default: T | EllipsisType, info: ParameterInfo) -> T:
+    usual: dict[str, Any] = {} if default is ... else {"default": default}
+    made: T = field(metadata={_INFO: info}, **usual)
+    return made
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -93,7 +129,7 @@ def flag_of(group: type[OptionGroup], name: str) -> str:
 
 @dataclass(frozen=True)
 class _Option:
-    """One field: what typer is told of it, and the parameter that typer sees.
+    """One field: its default, what typer is told of it, and the parameter that typer sees.
 
     `many` marks a `tuple[X, ...]`, which typer knows as an optional list.
     """
@@ -107,8 +143,7 @@ class _Option:
         """ "--flag", of "--flag/--no-flag" the one that says `value`; "VALUE" for an argument."""
         if not isinstance(self.info, OptionInfo):
             return str(self.info.metavar or "an argument")
-        # Inside Annotated, typer keeps the first name of an option where its default would be.
-        yes, _, no = str(self.info.default).partition("/")
+        yes, _, no = str((self.info.param_decls or ("",))[0]).partition("/")
         return no if value is False and no else yes
 
 
@@ -129,27 +164,28 @@ def _options(group: type[OptionGroup]) -> dict[str, _Option]:
 def _own_options(group: type[OptionGroup]) -> dict[str, _Option]:
     """Those that the group does not inherit."""
     if group not in _OWN:
-        _OWN[group] = {}
-        for name, hint in inspect.get_annotations(group, eval_str=True).items():
-            kind, *more = get_args(hint) or (None,)
-            for info in more:
-                if isinstance(info, ParameterInfo):
-                    _OWN[group][name] = _option(group, name, kind, info)
+        hints = inspect.get_annotations(group, eval_str=True)
+        _OWN[group] = {
+            each.name: _option(group.panel, each, hints[each.name])
+            for each in fields(group)
+            if each.name in hints and _INFO in each.metadata
+        }
     return _OWN[group]
 
 
-def _option(group: type[OptionGroup], name: str, kind: Any, info: ParameterInfo) -> _Option:
-    default = shown_default = group.__dict__.get(name, MISSING)
-    shown, many = copy(info), get_origin(kind) is tuple and get_args(kind)[1:] == (...,)
-    if isinstance(shown, OptionInfo):
-        shown.rich_help_panel = group.panel
+def _option(panel: str, each: Field[Any], kind: Any) -> _Option:
+    info: ParameterInfo = each.metadata[_INFO]
+    many = get_origin(kind) is tuple and get_args(kind)[1:] == (...,)
+    if isinstance(info, OptionInfo):
+        info.rich_help_panel = panel
+        info.param_decls = info.param_decls or (f"--{each.name.replace('_', '-')}",)
     if many:
-        kind, shown_default = GenericAlias(list, get_args(kind)[:1]) | None, None
-    if shown_default is MISSING:
-        shown_default = inspect.Parameter.empty
-    typed = Annotated[kind, shown]
-    parameter = inspect.Parameter(name, _KEYWORD, default=shown_default, annotation=typed)
-    return _Option(default, info, many, parameter)
+        kind = GenericAlias(list, get_args(kind)[:1]) | None
+        info.default = None
+    elif each.default is not MISSING:
+        info.default = each.default
+    parameter = inspect.Parameter(each.name, _KEYWORD, default=info, annotation=kind)
+    return _Option(each.default, info, many, parameter)
 
 
 def _parameters(name: str, hint: Any) -> Iterator[inspect.Parameter]:

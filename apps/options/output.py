@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from .group import OptionGroup
+from .group import OptionGroup, option
 
 
 @dataclass(frozen=True)
@@ -16,9 +13,7 @@ class JsonOptions(OptionGroup):
     """How results are told."""
 
     panel = "Output"
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
-    ] = False
+    as_json: bool = option(False, "Print one JSON object instead of tables.", "--json")
 
 
 @dataclass(frozen=True)
@@ -26,10 +21,8 @@ class WriteOptions(OptionGroup):
     """What of a command that writes is replaced, and how it is told."""
 
     panel = "Output"
-    force: Annotated[bool, typer.Option("--force", help="Replace existing output.")] = False
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
-    ] = False
+    force: bool = option(False, "Replace existing output.")
+    as_json: bool = option(False, "Print one JSON object instead of tables.", "--json")
 
 
 @dataclass(frozen=True)
@@ -37,13 +30,7 @@ class BundleOutput(OptionGroup):
     """A bundle to write."""
 
     panel = "Output"
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Bundle to write \\[default: NAME-PRECISION].")
-    ] = None
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = (
-        False
-    )
-    force: Annotated[bool, typer.Option("--force", help="Replace existing output.")] = False
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of tables.")
-    ] = False
+    out: Path | None = option(None, "Bundle to write \\[default: NAME-PRECISION].")
+    dry_run: bool = option(False, "Print the plan, write nothing.")
+    force: bool = option(False, "Replace existing output.")
+    as_json: bool = option(False, "Print one JSON object instead of tables.", "--json")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from tiue_export.registry.backends import BACKENDS
 
 from ..completion import runtime_names
-from .group import OptionGroup, refuse
+from .group import OptionGroup, option, refuse
 
 if TYPE_CHECKING:
     from tiue_export.specs import RuntimeOptions
@@ -23,10 +21,7 @@ class ThreadOptions(OptionGroup):
     """How much of a processor is used."""
 
     panel = "Runtime"
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", help="CPU threads \\[default: the runtime's choice]."),
-    ] = None
+    threads: int | None = option(None, "CPU threads \\[default: the runtime's choice].")
 
 
 @dataclass(frozen=True)
@@ -34,19 +29,16 @@ class DeviceOptions(ThreadOptions):
     """Where a runtime computes."""
 
     panel = "Runtime"
-    device: Annotated[
-        str,
-        typer.Option(
-            "--device",
-            help="auto, cpu; "
-            + "; ".join(
-                f"with {name} {', '.join(entry.device_words)}"
-                for name, entry in BACKENDS.items()
-                if entry.device_words
-            )
-            + ".",
-        ),
-    ] = "auto"
+    device: str = option(
+        "auto",
+        "auto, cpu; "
+        + "; ".join(
+            f"with {name} {', '.join(entry.device_words)}"
+            for name, entry in BACKENDS.items()
+            if entry.device_words
+        )
+        + ".",
+    )
 
 
 @dataclass(frozen=True)
@@ -54,13 +46,9 @@ class MemoryOptions(OptionGroup):
     """What a runtime may keep."""
 
     panel = "Runtime"
-    low_memory: Annotated[
-        bool,
-        typer.Option(
-            "--low-memory",
-            help="Give memory back between operations (trt: one graph at a time); slower.",
-        ),
-    ] = False
+    low_memory: bool = option(
+        False, "Give memory back between operations (trt: one graph at a time); slower."
+    )
 
 
 @dataclass(frozen=True)
@@ -68,29 +56,18 @@ class RuntimeName(OptionGroup):
     """Which runtime draws."""
 
     panel = "Runtime"
-    runtime: Annotated[
-        str,
-        typer.Option(
-            "--runtime",
-            help=f"{_NAMES}; torch needs --ckpt.",
-            autocompletion=runtime_names,
-        ),
-    ] = "ort"
+    runtime: str = option("ort", f"{_NAMES}; torch needs --ckpt.", completion=runtime_names)
 
 
 @dataclass(frozen=True)
 class RuntimeOrAuto(RuntimeName):
     """The same, for a command that can look for the fastest."""
 
-    runtime: Annotated[
-        str,
-        typer.Option(
-            "--runtime",
-            help=f"{_NAMES}, or auto: the fastest here, measured once and remembered; torch needs "
-            "--ckpt.",
-            autocompletion=runtime_names,
-        ),
-    ] = "ort"
+    runtime: str = option(
+        "ort",
+        f"{_NAMES}, or auto: the fastest here, measured once and remembered; torch needs --ckpt.",
+        completion=runtime_names,
+    )
 
 
 @dataclass(frozen=True)
@@ -98,14 +75,11 @@ class PrecisionOptions(OptionGroup):
     """The arithmetic of a runtime that can choose."""
 
     panel = "Runtime"
-    precision: Annotated[
-        str,
-        typer.Option(
-            "--precision",
-            help="auto, fp32, bf16 or fp16, for runtimes that can choose "
-            f"({', '.join(name for name, entry in BACKENDS.items() if entry.chooses_precision)}).",
-        ),
-    ] = "auto"
+    precision: str = option(
+        "auto",
+        "auto, fp32, bf16 or fp16, for runtimes that can choose "
+        f"({', '.join(name for name, entry in BACKENDS.items() if entry.chooses_precision)}).",
+    )
 
 
 @dataclass(frozen=True)
@@ -113,19 +87,14 @@ class ArithmeticOptions(PrecisionOptions):
     """How a runtime computes."""
 
     panel = "Runtime"
-    provider: Annotated[
-        str | None,
-        typer.Option(
-            "--provider", help="With ort: cpu, cuda or rtx (plug-in) \\[default: by --device]."
-        ),
-    ] = None
-    cuda_graph: Annotated[
-        bool | None,
-        typer.Option(
-            "--cuda-graph/--no-cuda-graph",
-            help="All in one launch on a GPU \\[default: trt yes, if it can be; ort no].",
-        ),
-    ] = None
+    provider: str | None = option(
+        None, "With ort: cpu, cuda or rtx (plug-in) \\[default: by --device]."
+    )
+    cuda_graph: bool | None = option(
+        None,
+        "All in one launch on a GPU \\[default: trt yes, if it can be; ort no].",
+        "--cuda-graph/--no-cuda-graph",
+    )
 
 
 @dataclass(frozen=True)
@@ -133,18 +102,11 @@ class ReferenceOptions(OptionGroup):
     """The student itself, which `--runtime torch` draws with."""
 
     panel = "Runtime"
-    ckpt: Annotated[str | None, typer.Option("--ckpt", help="Student for --runtime torch.")] = None
-    base: Annotated[
-        str | None, typer.Option("--base", help="torch: pipeline for what the student lacks.")
-    ] = None
-    vae: Annotated[str | None, typer.Option("--vae", help="torch: folder of another VAE.")] = None
-    lora: Annotated[
-        tuple[str, ...],
-        typer.Option("--lora", help="torch: FILE[:SCALE] merged at the export; repeatable."),
-    ] = ()
-    controlnet: Annotated[
-        str | None, typer.Option("--controlnet", help="torch: the bundle's ControlNet folder.")
-    ] = None
+    ckpt: str | None = option(None, "Student for --runtime torch.")
+    base: str | None = option(None, "torch: pipeline for what the student lacks.")
+    vae: str | None = option(None, "torch: folder of another VAE.")
+    lora: tuple[str, ...] = option((), "torch: FILE[:SCALE] merged at the export; repeatable.")
+    controlnet: str | None = option(None, "torch: the bundle's ControlNet folder.")
 
 
 @dataclass(frozen=True)

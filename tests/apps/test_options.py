@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, fields
-from typing import Annotated
 
 import pytest
 import typer
@@ -13,7 +12,8 @@ from typer.testing import CliRunner
 from tiue_export.errors import UsageError
 
 GROUP = importlib.import_module("tiue_export.apps.options.group")
-OptionGroup, command, given, refuse = GROUP.OptionGroup, GROUP.command, GROUP.given, GROUP.refuse
+OptionGroup, option, command = GROUP.OptionGroup, GROUP.option, GROUP.command
+given, refuse = GROUP.given, GROUP.refuse
 CLI = importlib.import_module("tiue_export.apps.cli")
 COMMANDS = typer.main.get_command(CLI.app).commands  # type: ignore[attr-defined]
 EXPORTS = ("onnx", "openvino", "trt", "coreml", "coreai")
@@ -24,8 +24,8 @@ class Colour(OptionGroup):
     """One of several bases."""
 
     panel = "Colour"
-    red: Annotated[int, typer.Option("--red", help="Red.")] = 0
-    matte: Annotated[bool, typer.Option("--matte/--glossy", help="Matte.")] = True
+    red: int = option(0, "Red.")
+    matte: bool = option(True, "Matte.", "--matte/--glossy")
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Names(OptionGroup):
     """One that is required, one that is repeated, and data that no option sets."""
 
     panel = "Names"
-    title: Annotated[str, typer.Option("--title", help="Title.")]
-    name: Annotated[tuple[str, ...], typer.Option("--name", help="Names.")] = ()
+    title: str = option(..., "Title.")
+    name: tuple[str, ...] = option((), "Names.")
     letters: int = 40
 
 
@@ -42,7 +42,7 @@ class Names(OptionGroup):
 class Picture(Colour, Names):
     """Both, and one changed."""
 
-    red: Annotated[int, typer.Option("--red", help="Redder.")] = 7
+    red: int = option(7, "Redder.")
 
 
 def program(seen: list[object]) -> typer.Typer:
