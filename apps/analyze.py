@@ -23,8 +23,7 @@ from tiue_export.sampling.plan import DEFAULT_GUIDANCE
 
 from .commands.analyze import AnalyzeRequest
 from .draw.prompt_file import prompts_in
-from .options.graphs import ExportRequest
-from .options.group import typed
+from .options.group import picked, typed
 from .report.stages import stage_bar
 from .report.tables import console, print_json
 
@@ -35,26 +34,18 @@ def run(request: AnalyzeRequest) -> None:
     require("plots", ("matplotlib",), "bench")
     check_checkpoint_path(request.ckpt)
     prompts = _prompts(request)
-    from tiue_export.methods.load import load_for_method
+    from tiue_export.methods.load import CheckpointRequest, load_for_method
+    from tiue_export.methods.method import MethodOptions
     from tiue_export.reference.key_step_analysis import candidates, measure_prompt
     from tiue_export.reference.sharing_cost import torch_model
 
     with stage_bar(quiet=request.as_json) as bar:
         bar.begin("load model")
-        model_options = ExportRequest(
-            base=request.base,
-            vae=request.vae,
-            family=request.family,
-            lora=request.lora,
-            method="faster",
-            steps=request.steps,
-            scheduler=request.scheduler,
-            guidance=request.guidance,
-        )
         teacher = load_for_method(
-            model_options.checkpoint(request.ckpt),
+            picked(CheckpointRequest, request),
             "faster",
-            model_options.sampling(),
+            # The budget is for choosing here, not for loading.
+            picked(MethodOptions, request, budget=None),
             lambda part: bar.begin(f"load {part}"),
         )
         model = torch_model(teacher, request.height, request.width)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,7 +23,10 @@ from tiue_export.registry.spokes import (
 )
 
 from .commands.bench import BenchRequest
+from .options.group import picked
 from .report.tables import console, print_json
+
+_LISTS = ("runtimes", "precisions", "contenders", "ratios_to", "peaks")
 
 
 def run(request: BenchRequest) -> None:
@@ -79,34 +83,19 @@ def _measure(request: BenchRequest, limit: float | None) -> Sequence[Change]:
 
 
 def _plan(request: BenchRequest) -> LatencyPlan:
-    contenders = ContenderRequest(
-        contenders=request.contenders,
-        runtimes=request.runtimes,
-        precisions=request.precisions,
-        device=request.device,
-        checkpoint=request.ckpt,
-        base=request.base,
-        vae=request.vae,
-        threads=request.threads,
-        height=request.height,
-        width=request.width,
-        unet_only=request.unet_only,
-    )
-    settings = Settings(
-        rounds=request.rounds,
-        runs=request.runs,
-        warmup=request.warmup,
-        unet_only=request.unet_only,
-        reload=request.reload,
-    )
-    return LatencyPlan(
-        bundles=request.bundles,
+    lists: dict[str, Any] = {name: _listed(getattr(request, name)) for name in _LISTS}
+    request = replace(request, **lists)
+    contenders = picked(ContenderRequest, request, bundles=(), checkpoint=request.ckpt)
+    return picked(
+        LatencyPlan,
+        request,
         request=contenders,
-        settings=settings,
-        ratios_to=request.ratios_to,
-        peaks=request.peaks,
+        settings=picked(Settings, request),
         measure_peak=not request.no_peak,
-        work=request.work,
-        timeout_s=request.timeout_s,
         outputs=LatencyOutputs(request.out, request.markdown, request.plot),
     )
+
+
+def _listed(values: tuple[str, ...]) -> tuple[str, ...]:
+    """Options that may be repeated, or hold several values between commas."""
+    return tuple(part for value in values for part in value.split(",") if part)

@@ -16,6 +16,7 @@ from tiue_export.specs import RuntimeOptions
 from tiue_export.train.prompts import read_prompts
 
 from .commands.calibrate import CalibrateRequest
+from .options.group import picked
 from .report.stages import stage_bar
 from .report.tables import console, megabytes, print_json
 
@@ -26,13 +27,8 @@ def run(request: CalibrateRequest) -> None:
     bundle, prompts = open_bundle(request.bundle), _prompts(request)
     require_support("calibrate", bundle)
     out = request.out or Path(f"{request.bundle.resolve().name}-calibration")
-    options = CaptureOptions(
-        prompts=prompts,
-        count=request.count,
-        seed=request.seed,
-        runtime=request.runtime,
-        runtime_options=RuntimeOptions(device=request.device, threads=request.threads),
-    )
+    runtime_options = picked(RuntimeOptions, request)
+    options = picked(CaptureOptions, request, prompts=prompts, runtime_options=runtime_options)
     plan = plan_capture(bundle, options)
     if request.dry_run:
         _print_plan(request, out, plan)

@@ -32,12 +32,15 @@ from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.progress import StageReport
 
 from .commands.quantize import QuantizeRequest
+from .options.group import given, picked
 from .report.next_line import draw_line
 from .report.stages import stage_bar
 from .report.tables import console, megabytes, print_json
 
 T = TypeVar("T")
 _KIND = "w8a8"
+# What a plan decides.
+_OF_A_PLAN = ["kind", "target_psnr", "ranges", "percentile", "smooth", "no_smooth", "sensitivity"]
 # Sets of layers that --plots has measured beside those the search needs: a curve, not a point.
 _CURVE_SETS = 6
 _NO_SENSITIVITY = "--plots needs a sensitivity, which this plan does not have"
@@ -91,38 +94,26 @@ def _options(request: QuantizeRequest) -> QuantizeOptions:
         raise UsageError(f"--percentile belongs to --ranges percentile, not {request.ranges}")
     if request.smooth is not None and request.no_smooth:
         raise UsageError("--smooth and --no-smooth contradict each other", "Leave one out.")
-    ranges, analysis, judged = RangeMethod(), AnalysisOptions(), VerdictOptions()
-    held_out = _given(request.held_out, analysis.held_out)
-    return QuantizeOptions(
-        kind=request.kind or _KIND,
-        backend=request.backend,
-        analysis=AnalysisOptions(
-            ranges=RangeMethod(
-                _given(request.ranges, ranges.name), _given(request.percentile, ranges.percentile)
-            ),
-            smoothing_alpha=None
-            if request.no_smooth
-            else _given(request.smooth, analysis.smoothing_alpha),
-            sensitivity=_given(request.sensitivity, analysis.sensitivity),
-            target_psnr_db=_given(request.target_psnr, analysis.target_psnr_db),
-            held_out=held_out,
-            probed=min(held_out, analysis.probed),
-            threads=request.threads,
-            curve_sets=0 if request.plots is None else _CURVE_SETS,
-        ),
-        judged=VerdictOptions(
-            runtime=request.runtime or ("openvino" if request.backend == OPENVINO else "ort"),
-            precision=request.precision,
-            device=request.device,
-            threads=request.threads,
-            low_memory=request.low_memory,
-            rounds=_given(request.rounds, judged.rounds),
-        ),
-        plan=request.plan,
-        scales=request.scales,
-        any_speed=request.any_speed,
+    usual = AnalysisOptions()
+    smoothing = _given(request.smooth, usual.smoothing_alpha)
+    analysis = picked(
+        AnalysisOptions,
+        request,
+        kind=usual.kind,
+        ranges=picked(RangeMethod, request, name=_given(request.ranges, usual.ranges.name)),
+        smoothing_alpha=None if request.no_smooth else smoothing,
+        target_psnr_db=_given(request.target_psnr, usual.target_psnr_db),
+        probed=min(_given(request.held_out, usual.held_out), usual.probed),
+        curve_sets=0 if request.plots is None else _CURVE_SETS,
+    )
+    runtime = request.runtime or ("openvino" if request.backend == OPENVINO else "ort")
+    judged = picked(VerdictOptions, request, runtime=runtime)
+    return picked(
+        QuantizeOptions,
+        request,
+        analysis=analysis,
+        judged=judged,
         allow_loss=request.allow_parity_loss,
-        allow_slower=request.allow_slower,
     )
 
 
@@ -134,22 +125,13 @@ def _refuse_beside_plan(request: QuantizeRequest) -> None:
     """A plan says of each layer what it becomes, and with which range: nothing else may."""
     if request.plan is None:
         return
-    given = {
-        # NNCF takes the layers from the plan, and from the kind what becomes of linear ones.
-        "--kind": None if request.backend == "openvino" else request.kind,
-        "--target-psnr": request.target_psnr,
-        "--ranges": request.ranges,
-        "--percentile": request.percentile,
-        "--smooth": request.smooth,
-        "--no-smooth": request.no_smooth or None,
-        "--sensitivity": request.sensitivity,
-    }
-    for option, value in given.items():
-        if value is not None:
-            raise UsageError(
-                f"{option} has no say beside --plan: {request.plan} decides for every layer",
-                f"Leave {option} out, edit the plan, or leave --plan out to make another.",
-            )
+    # NNCF takes the layers from the plan, and from the kind what becomes of linear ones.
+    usable = ("kind",) if request.backend == OPENVINO else ()
+    for option in given(request, only=_OF_A_PLAN, usable=usable):
+        raise UsageError(
+            f"{option} has no say beside --plan: {request.plan} decides for every layer",
+            f"Leave {option} out, edit the plan, or leave --plan out to make another.",
+        )
 
 
 def _refuse_plots_of_nothing(request: QuantizeRequest) -> None:

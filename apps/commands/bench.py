@@ -18,22 +18,22 @@ class BenchRequest(JsonOptions, ThreadOptions, SizeOptions, PartOptions):
 
     panel = "Measurement"
     bundles: tuple[Path, ...] = argument((), "Bundle folders.")
-    runtime: tuple[str, ...] = option(
-        (), "ort, openvino, trt, torch \\[default: all that can run]."
+    runtimes: tuple[str, ...] = option(
+        (), "ort, openvino, trt, torch \\[default: all that can run].", "--runtime"
     )
-    precision: tuple[str, ...] = option(
-        (), "For openvino: fp32, bf16 \\[default: all this CPU has]."
+    precisions: tuple[str, ...] = option(
+        (), "For openvino: fp32, bf16 \\[default: all this CPU has].", "--precision"
     )
-    contender: tuple[str, ...] = option(
+    contenders: tuple[str, ...] = option(
         (),
         "bundles, official, torch-bf16, torch-compile, one-step, four-step, fifty-step, "
         "rows-8, sd-cpp, METHOD/RUNTIME/PRECISION or all; all but bundles need --ckpt.",
-        "--contenders",
     )
-    ratio_to: tuple[str, ...] = option(
+    ratios_to: tuple[str, ...] = option(
         (),
         "Contender to divide by, or a method: in each one's runtime and precision "
         "\\[default: the first].",
+        "--ratio-to",
     )
     ckpt: str | None = option(None, "The same weights, for contenders in PyTorch.")
     rounds: int = option(5, "Turns of each contender.")
@@ -41,7 +41,9 @@ class BenchRequest(JsonOptions, ThreadOptions, SizeOptions, PartOptions):
     warmup: int = option(1, "Untimed runs before them.")
     unet_only: bool = option(False, "Leave out text encoder and VAE.", "--unet-only/--vae-too")
     reload: bool = option(False, "One process at a time: least memory, slower.")
-    peak: tuple[str, ...] = option((), "bf16=1.1: TFLOP/s of this machine \\[default: measured].")
+    peaks: tuple[str, ...] = option(
+        (), "bf16=1.1: TFLOP/s of this machine \\[default: measured].", "--peak"
+    )
     no_peak: bool = option(False, "Do not measure the peak.")
     work: Path | None = option(None, "Folder that keeps graphs made for measuring.")
     timeout_s: float = option(3600.0, "Seconds for one turn.", "--timeout")
@@ -53,36 +55,6 @@ class BenchRequest(JsonOptions, ThreadOptions, SizeOptions, PartOptions):
     )
     fail_if_slower: str | None = option(None, "5%: exit code 11 if anything got slower by more.")
     device: str = option("cpu", "cpu, cuda, auto.")
-
-    @property
-    def runtimes(self) -> tuple[str, ...]:
-        """Every runtime that was named."""
-        return _listed(self.runtime)
-
-    @property
-    def precisions(self) -> tuple[str, ...]:
-        """Every precision that was named."""
-        return _listed(self.precision)
-
-    @property
-    def contenders(self) -> tuple[str, ...]:
-        """Every contender that was named."""
-        return _listed(self.contender)
-
-    @property
-    def ratios_to(self) -> tuple[str, ...]:
-        """Everything to divide by."""
-        return _listed(self.ratio_to)
-
-    @property
-    def peaks(self) -> tuple[str, ...]:
-        """Every peak that was given."""
-        return _listed(self.peak)
-
-
-def _listed(values: tuple[str, ...]) -> tuple[str, ...]:
-    """Options that may be repeated, or hold several values between commas."""
-    return tuple(part for value in values for part in value.split(",") if part)
 
 
 @command

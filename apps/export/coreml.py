@@ -23,7 +23,7 @@ from ..commands.coreml import CoremlForm
 from ..draw.prompt_file import prompts_in
 from ..options.checkpoint import StudentSourceOptions
 from ..options.graphs import ExportRequest
-from ..options.group import given, refuse
+from ..options.group import given, picked, refuse
 from ..report.stages import stage_bar
 from ..report.tables import console, megabytes
 from .forms import (
@@ -104,21 +104,13 @@ def coreml_options(own: CoremlForm) -> CoremlOptions:
         from tiue_export.export.coreml.recipe import read_recipe
 
         recipe = {graph: dict(bits) for graph, bits in read_recipe(own.recipe).items()}
-    return CoremlOptions(
-        profile=own.profile,
-        target=own.target,
-        attention=own.attention,
-        linear=own.linear,
-        decoder_batch=own.decoder_batch,
-        precision=own.precision,
-        compress=own.compress,
-        compute_unit=own.compute_unit,
+    return picked(
+        CoremlOptions,
+        own,
         sizes=tuple(map(size_named, own.size)),
         target_psnr_db=own.target_psnr,
-        target_mb=own.target_mb,
         recipe=recipe,
         prompts=tuple(prompts_in(own.calibration_prompts, "--calibration-prompts")),
-        swift_bundle=own.swift_bundle,
     )
 
 

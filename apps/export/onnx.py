@@ -24,6 +24,7 @@ from tiue_export.specs import CONTROLNET, GRAPH_NAMES
 
 from ..draw.prompt_file import prompts_in
 from ..options.graphs import ExportRequest
+from ..options.group import picked
 from ..report.next_line import draw_line
 from ..report.stages import stage_bar
 from ..report.tables import (
@@ -148,16 +149,8 @@ def graph_options(export: ExportRequest, precision: str) -> ExportOptions:
     from tiue_export.graphs.options import ExportOptions
 
     batch, dynamic_batch = export.graph_batch()
-    return ExportOptions(
-        precision=precision,
-        height=export.height,
-        width=export.width,
-        batch=batch,
-        dynamic_batch=dynamic_batch,
-        hoist=export.hoist,
-        merge_below=export.merge_below or 0.0,
-        vae_precision=export.vae_precision or "auto",
-        vae_tile=export.vae_tile,
+    return picked(
+        ExportOptions, export, precision=precision, batch=batch, dynamic_batch=dynamic_batch
     )
 
 

@@ -20,6 +20,7 @@ from tiue_export.system.tensorrt_flavor import TITLES
 from ..commands.trt import EngineOptions
 from ..options.checkpoint import SourceOptions
 from ..options.graphs import ExportRequest
+from ..options.group import picked
 from ..report.next_line import draw_line
 from ..report.stages import stage_bar
 from ..report.tables import console, megabytes, print_json
@@ -126,18 +127,12 @@ def print_engines(
 
 def _trt_options(source: SourceOptions, engine: EngineOptions, export: ExportRequest) -> TrtOptions:
     """The options in the words of the build; a plan that is exported now has its own bound."""
-    return TrtOptions(
-        flavor=engine.flavor,
+    return picked(
+        TrtOptions,
+        engine,
         compute_capabilities=_compute_capabilities(engine.sm),
-        precision=engine.precision,
         batch=export.batch_profile(),
         max_decoder_rows=export.max_decoder_rows if source.ckpt is None else None,
-        optimization_level=engine.optimization_level,
-        workspace_mb=engine.workspace_mb,
-        version_compatible=engine.version_compatible,
-        hardware_compatible=engine.hardware_compatible,
-        refit=engine.refit,
-        rebuild=engine.rebuild,
     )
 
 

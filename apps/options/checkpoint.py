@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .group import OptionGroup, option
+from .group import OptionGroup, option, picked
 
 if TYPE_CHECKING:
     from tiue_export.methods.method import MethodOptions as Sampling
@@ -131,8 +130,7 @@ class MethodOptions(LoopOptions, StepOptions, MethodName, ControlNetOptions, Lor
         """What was said of the sampling, in the words of methods."""
         from tiue_export.methods.method import MethodOptions as Sampling
 
-        names = (field.name for field in dataclasses.fields(Sampling))
-        return Sampling(**{name: getattr(self, name) for name in names})
+        return picked(Sampling, self)
 
     def plans_passes(self) -> bool:
         """Whether the method draws in several passes; unknown methods are refused."""

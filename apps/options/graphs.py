@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tiue_export.errors import UsageError
 
 from .checkpoint import FamilyOptions, MethodOptions, PartOptions
-from .group import OptionGroup, option, refuse
+from .group import OptionGroup, option, picked, refuse
 from .output import BundleOutput
 
 if TYPE_CHECKING:
@@ -152,5 +152,4 @@ class ExportRequest(
         """The checkpoint with all that is loaded, replaced or merged."""
         from tiue_export.methods.load import CheckpointRequest
 
-        names = ("base", "vae", "family", "lora", "controlnet")
-        return CheckpointRequest(ckpt, **{name: getattr(self, name) for name in names})
+        return picked(CheckpointRequest, self, ckpt=ckpt)

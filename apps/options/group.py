@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import EllipsisType, GenericAlias
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo, ParameterInfo
@@ -120,6 +120,16 @@ def refuse(
     if flags := given(*groups, usable=usable, only=only):
         verb = "is" if len(flags) == 1 else "are"
         raise UsageError(f"{', '.join(flags)} {verb} {why}", next_step)
+
+
+def picked(kind: type[T], options: object, /, **others: Any) -> T:
+    """A dataclass made of the options that are named like its fields, and of `others`.
+
+    An option that is None was not given: the dataclass has its own default.
+    """
+    names = [each.name for each in fields(cast(Any, kind)) if each.name not in others]
+    given_ones = {name: getattr(options, name, None) for name in names}
+    return kind(**others, **{k: value for k, value in given_ones.items() if value is not None})
 
 
 def flag_of(group: type[OptionGroup], name: str) -> str:

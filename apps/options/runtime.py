@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from tiue_export.registry.backends import BACKENDS
 
 from ..completion import runtime_names
-from .group import OptionGroup, option, refuse
+from .group import OptionGroup, option, picked, refuse
 
 if TYPE_CHECKING:
     from tiue_export.specs import RuntimeOptions
 
 _NAMES = ", ".join(BACKENDS)
+_OF_THE_STUDENT = ("base", "vae", "lora", "controlnet")
 
 
 @dataclass(frozen=True)
@@ -123,21 +124,10 @@ class RuntimeChoice(MemoryOptions, ArithmeticOptions, DeviceOptions, RuntimeName
                 f"for --runtime torch; {self.runtime} draws with the bundle's own graphs",
                 "Leave it out, or add --runtime torch.",
                 torch,
-                only=("ckpt", "base", "vae", "lora", "controlnet"),
+                only=("ckpt", *_OF_THE_STUDENT),
             )
-        return RuntimeOptions(
-            device=self.device,
-            threads=self.threads,
-            low_memory=self.low_memory,
-            precision=self.precision,
-            checkpoint=torch.ckpt,
-            base=torch.base,
-            vae=torch.vae,
-            lora=torch.lora,
-            controlnet=torch.controlnet,
-            provider=self.provider,
-            cuda_graph=self.cuda_graph,
-        )
+        student = {name: getattr(torch, name) for name in _OF_THE_STUDENT}
+        return picked(RuntimeOptions, self, checkpoint=torch.ckpt, **student)
 
 
 @dataclass(frozen=True)

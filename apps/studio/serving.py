@@ -19,6 +19,7 @@ from tiue_export.registry.packages import require
 from tiue_export.specs import RuntimeOptions
 
 from ..commands.studio import StudioOptions
+from ..options.group import picked
 from ..report.tables import console, print_json
 from .choices import Offer, find_choices
 from .drawing import Drawer
@@ -36,10 +37,7 @@ def run(request: StudioOptions) -> None:
             "no bundle was given", "Type its folder: tiue-export studio BUNDLE [BUNDLE ...]"
         )
     bundles = [open_bundle(path) for path in dict.fromkeys(request.bundles)]
-    options = RuntimeOptions(
-        device=request.device, threads=request.threads, low_memory=request.low_memory
-    )
-    offer = find_choices(bundles, request.runtimes, options)
+    offer = find_choices(bundles, request.runtimes, picked(RuntimeOptions, request))
     listener = bound_socket(request.host, request.port)
     with listener, tempfile.TemporaryDirectory(prefix="tiue-studio-") as folder:
         drafts = Path(folder)

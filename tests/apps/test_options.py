@@ -13,7 +13,7 @@ from tiue_export.errors import UsageError
 
 GROUP = importlib.import_module("tiue_export.apps.options.group")
 OptionGroup, option, command = GROUP.OptionGroup, GROUP.option, GROUP.command
-given, refuse = GROUP.given, GROUP.refuse
+given, picked, refuse = GROUP.given, GROUP.picked, GROUP.refuse
 CLI = importlib.import_module("tiue_export.apps.cli")
 COMMANDS = typer.main.get_command(CLI.app).commands  # type: ignore[attr-defined]
 EXPORTS = ("onnx", "openvino", "trt", "coreml", "coreai")
@@ -91,6 +91,29 @@ def test_a_refusal_names_one_option_or_several() -> None:
     with pytest.raises(UsageError, match=r"^--title, --red are for walls\n"):
         refuse("for walls", "Leave it out.", Picture("A", red=1))
     refuse("for walls", "Leave it out.", Picture("A"), usable=("title",))
+
+
+@dataclass(frozen=True)
+class Paint:
+    """What the work takes, with defaults of its own."""
+
+    red: int
+    coats: int = 2
+    name: tuple[str, ...] | None = ("plain",)
+
+
+def test_what_the_work_takes_is_picked_by_name() -> None:
+    assert picked(Paint, Picture("A", ("b",), red=1)) == Paint(1, 2, ("b",))
+    assert picked(Paint, Picture("A"), coats=3, name=None) == Paint(7, 3, None)
+
+
+def test_an_option_that_was_not_given_leaves_the_default() -> None:
+    @dataclass(frozen=True)
+    class Unsure(OptionGroup):
+        red: int = option(1, "Red.")
+        coats: int | None = option(None, "Coats.")
+
+    assert picked(Paint, Unsure()).coats == 2
 
 
 def options_of(name: str) -> dict[str, str]:
