@@ -25,7 +25,7 @@ from .commands.analyze import AnalyzeRequest
 from .draw.prompt_file import prompts_in
 from .options.group import picked, typed
 from .report.stages import stage_bar
-from .report.tables import console, print_json
+from .report.tables import console, fixed, numbers, print_json, titled
 
 
 def run(request: AnalyzeRequest) -> None:
@@ -131,11 +131,8 @@ def _within(show: Callable[[float, str], None], what: str) -> Callable[[int, int
 
 
 def _table(found: Sequence[Candidate]) -> Table:
-    table = Table(title="Key steps", title_justify="left", title_style="bold")
-    table.add_column("list", no_wrap=True)
-    table.add_column("key steps", overflow="fold")
-    for column in ("operations", "predicted", "deviation"):
-        table.add_column(column, justify="right")
+    measured = numbers("operations", "predicted", "deviation")
+    table = titled("Key steps", *fixed("list"), "key steps", *measured)
     for candidate in found:
         mean = sum(candidate.deviation) / len(candidate.deviation)
         table.add_row(

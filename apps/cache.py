@@ -15,7 +15,7 @@ from tiue_export.registry.backends import BACKENDS
 from tiue_export.system.cache_folder import user_cache_folder
 from tiue_export.system.disk_errors import disk_errors
 
-from .report.tables import console, megabytes, print_json
+from .report.tables import console, fixed, megabytes, numbers, print_json, titled
 
 # What lies where below the cache folder; files beside the folders are TensorRT's timings.
 _TIMINGS = "timings"
@@ -95,11 +95,8 @@ def _delete(path: Path) -> None:
 
 
 def _table(chosen: Sequence[Entry], folder: Path) -> Table:
-    table = Table(title=str(folder), title_justify="left", title_style="bold")
-    for column in ("kind", "what"):
-        table.add_column(column, no_wrap=column == "kind")
-    for column in ("entries", "size", "last used, days ago"):
-        table.add_column(column, justify="right", no_wrap=True)
+    counts = numbers("entries", "size", "last used, days ago")
+    table = titled(str(folder), *fixed("kind"), "what", *counts)
     for kind, title in KINDS.items():
         own = [entry for entry in chosen if entry.kind == kind]
         if own:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 
 from rich.markup import escape
-from rich.table import Table
 
 from tiue_export._version import __version__
 from tiue_export.errors import MissingExtraError
@@ -19,7 +18,7 @@ from tiue_export.system.machine import describe_machine, installed_versions, nvi
 from tiue_export.system.tensorrt_flavor import TITLES, install_line, load_flavor, this_device
 
 from .draw.fastest_runtime import choice_rows, choice_table
-from .report.tables import console, megabytes, print_json
+from .report.tables import console, facts_table, megabytes, print_json, titled
 
 # Of no backend in particular.
 _PACKAGES = (
@@ -56,17 +55,10 @@ def run(as_json: bool) -> None:
             }
         )
         return
-    about = Table(title=f"tiue-export {__version__}", title_justify="left", title_style="bold")
-    about.show_header = False
-    about.add_column(style="dim", no_wrap=True)
-    about.add_column(overflow="fold")
-    for name, value in machine.items():
-        about.add_row(name, escape(value))
-    about.add_row("packages", ", ".join(f"{n} {v}" for n, v in packages.items() if v))
-    console.print(about)
-    table = Table(title="What works here", title_justify="left", title_style="bold")
-    for column in ("", "backend", "detail", "to make it work"):
-        table.add_column(column, overflow="fold")
+    installed = ", ".join(f"{n} {v}" for n, v in packages.items() if v)
+    about = {**machine, "packages": installed}
+    console.print(facts_table(f"tiue-export {__version__}", about.items()))
+    table = titled("What works here", "", "backend", "detail", "to make it work")
     for backend in backends:
         mark = "[green]yes[/]" if backend.usable else "[yellow]no[/]"
         table.add_row(mark, *map(escape, (backend.name, backend.detail, backend.remedy)))

@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
+from tiue_export.bundle.manifest import Manifest
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.proof.half_range import load_audit
 from tiue_export.sampling.plan import Plan
 
 from .report.tables import (
     console,
+    facts_table,
+    fixed,
     graph_table,
     megabytes,
+    numbers,
     overflow_table,
     parity_table,
     print_json,
+    titled,
 )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table as data, which the terminal and the studio's page show in their ways."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[tuple[str, ...]]
+    note: str = ""
+
+    def table(self) -> Table:
+        """As the terminal shows it."""
+        table = titled(self.title, *self.columns)
+        for row in self.rows:
+            table.add_row(*map(escape, row))
+        table.caption = self.note or None
+        return table
 
 
 def run(path: Path, as_json: bool) -> None:
@@ -28,27 +53,15 @@ def run(path: Path, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(bundle.manifest))
         return
-    console.print(_facts(bundle))
-    plan = bundle.manifest.plan
-    console.print(_constants(plan) if plan.one_pass else _passes(plan))
+    console.print(facts_table(str(bundle.root), bundle_facts(bundle)))
+    console.print(plan_rows(bundle.manifest.plan).table())
     console.print(graph_table(bundle.manifest))
     audit = load_audit(bundle)
     if audit is not None:
         console.print(overflow_table(audit.graphs, rows=3))
     if bundle.manifest.compiled:
-        console.print(_compiled(bundle))
+        console.print(compiled_rows(bundle.manifest).table())
     console.print(parity_table(bundle.manifest.parity))
-
-
-def _facts(bundle: Bundle) -> Table:
-    table = Table(
-        title=escape(str(bundle.root)), title_justify="left", title_style="bold", show_header=False
-    )
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in bundle_facts(bundle):
-        table.add_row(name, escape(value))
-    return table
 
 
 def bundle_facts(bundle: Bundle) -> list[tuple[str, str]]:
@@ -78,62 +91,41 @@ def bundle_facts(bundle: Bundle) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def _compiled(bundle: Bundle) -> Table:
-    table = Table(title="Compiled forms", title_justify="left", title_style="bold")
-    table.add_column("form", no_wrap=True)
-    table.add_column("built by", no_wrap=True)
-    for column in ("for", "with", "graphs"):
-        table.add_column(column, overflow="fold")
-    table.add_column("size", justify="right", no_wrap=True)
-    for name, compiled in bundle.manifest.compiled.items():
-        files = [file for graph in compiled.graphs.values() for file in graph.files.values()]
-        flags = ", ".join(f"{key} {value}" for key, value in compiled.flags.items() if value)
-        table.add_row(
-            escape(name),
-            escape(f"{compiled.backend} {compiled.version}"),
-            escape(", ".join(f"{key} {value}" for key, value in compiled.target.items())),
-            escape(flags),
-            escape("\n".join(compiled.graphs)),
-            megabytes(sum(file.size_bytes for file in files)),
-        )
-    return table
+def compiled_rows(manifest: Manifest) -> Rows:
+    """Each compiled form: by what it was built, for what and how, and its size."""
+    rows = []
+    for name, form in manifest.compiled.items():
+        target = ", ".join(f"{key} {value}" for key, value in form.target.items())
+        flags = ", ".join(f"{key} {value}" for key, value in form.flags.items() if value)
+        built_by, graphs = f"{form.backend} {form.version}", ", ".join(form.graphs)
+        rows.append((name, built_by, target, flags, graphs, megabytes(form.size_bytes)))
+    folded = [Column(name, overflow="fold") for name in ("for", "with", "graphs")]
+    columns = [*fixed("form", "built by"), *folded, *numbers("size")]
+    return Rows("Compiled forms", columns, rows)
 
 
-def _passes(plan: Plan) -> Table:
-    """One row for each run of the encoder; the coefficients are in tiue.json."""
+def plan_rows(plan: Plan, digits: int = 9) -> Rows:
+    """The terms of Eq. 11, or one row for each run of the encoder, whose terms are in tiue.json."""
+    if plan.one_pass:
+        title = f"Eq. 11, K={plan.steps}, {plan.prediction_type}, {plan.timestep_spacing}"
+        rows = [("noise", "", f"{plan.latents.noise:+.{digits}f}")]
+        for row, timestep in enumerate(plan.timesteps):
+            weight = f"{plan.latents.outputs[row]:+.{digits}f}"
+            rows.append((f"decoder row {row}", str(timestep), weight))
+        rows += [("merged", str(t), "into its neighbour") for t in plan.merged_timesteps]
+        return Rows(title, fixed("term") + numbers("timestep", "coefficient"), rows)
     chosen = f" ({plan.chosen_by})" if plan.chosen_by else ""
     guidance = "" if plan.guidance is None else f", guidance {plan.guidance:g}"
     title = (
         f"{plan.method}: {plan.rows} {plan.scheduler} steps, {len(plan.passes)} encoder runs"
         f"{chosen}{guidance}"
     )
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("key step", "timestep", "decoder steps", "down to t"):
-        table.add_column(column, justify="right")
-    for one in plan.passes:
-        cells = (one.first_row, one.encoder_timestep, one.rows, one.timesteps[-1])
-        table.add_row(*map(str, cells))
-    injection = plan.injection
-    if injection is None:
-        table.caption = "no noise injected"
-    else:
-        table.caption = (
+    cells = [(p.first_row, p.encoder_timestep, p.rows, p.timesteps[-1]) for p in plan.passes]
+    note = "no noise injected"
+    if (injection := plan.injection) is not None:
+        note = (
             f"{injection.strength:g} of the initial noise injected below t = "
             f"{injection.below * 1000:g}, {injection.placement}"
         )
-    return table
-
-
-def _constants(plan: Plan) -> Table:
-    title = f"Eq. 11, K={plan.steps}, {plan.prediction_type}, {plan.timestep_spacing}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("term")
-    table.add_column("timestep", justify="right")
-    table.add_column("coefficient", justify="right")
-    table.add_row("noise", "", f"{plan.latents.noise:+.9f}")
-    rows = zip(plan.timesteps, plan.latents.outputs, strict=True)
-    for row, (timestep, weight) in enumerate(rows):
-        table.add_row(f"decoder row {row}", str(timestep), f"{weight:+.9f}")
-    for timestep in plan.merged_timesteps:
-        table.add_row("merged", str(timestep), "into its neighbour")
-    return table
+    columns = numbers("key step", "timestep", "decoder steps", "down to t")
+    return Rows(title, columns, [tuple(map(str, row)) for row in cells], note)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from rich.markup import escape
-
 from tiue_export.bundle.read import open_bundle
 from tiue_export.proof.parity import (
     load_reference,
@@ -36,7 +34,7 @@ def run(path: Path, runtime_name: str, options: RuntimeOptions, as_json: bool) -
     if as_json:
         print_json([{**dataclasses.asdict(r), "passed": r.passed} for r in records])
     else:
-        console.print(parity_table(records, escape(f"{path} against its fp32 student")))
+        console.print(parity_table(records, f"{path} against its fp32 student"))
         if placement:
             console.print(placement_table(placement))
     require_passed(records, "Its pictures cannot be trusted: try another --device or --runtime.")

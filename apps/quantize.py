@@ -35,7 +35,7 @@ from .commands.quantize import QuantizeRequest
 from .options.group import given, picked
 from .report.next_line import draw_line
 from .report.stages import stage_bar
-from .report.tables import console, megabytes, print_json
+from .report.tables import console, megabytes, numbers, print_json, titled
 
 T = TypeVar("T")
 _KIND = "w8a8"
@@ -186,9 +186,7 @@ def _print(
 
 def _plan_table(plan: QuantizationPlan) -> Table:
     title = f"{plan.int8_share:.0%} of the UNet's operations in int8, ranges by {plan.ranges}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column, justify in (("what", "left"), ("layers", "right"), ("of operations", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table = titled(title, "what", *numbers("layers", "of operations"))
     groups: dict[tuple[str, str], list[int]] = {}
     for layer in plan.layers:
         groups.setdefault((layer.mode, layer.why), []).append(layer.flops)
@@ -200,10 +198,7 @@ def _plan_table(plan: QuantizationPlan) -> Table:
 
 def _verdict_table(verdict: Verdict) -> Table:
     title = f"Side by side on {verdict.runtime}, {verdict.inputs}"
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
-    table.add_column("")
-    for column in ("UNet ms", "size", "PSNR dB", "gate"):
-        table.add_column(column, justify="right")
+    table = titled(title, "", *numbers("UNet ms", "size", "PSNR dB", "gate"))
     for name, times in verdict.latency_ms.items():
         own = name == CONTENDER
         size = verdict.size_bytes[name if own else "float"]

@@ -6,14 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.markup import escape
-from rich.table import Table
 
 from tiue_export.bundle.read import open_bundle
 from tiue_export.registry.packages import require
 
 from .commands.triton import RepositoryOptions
 from .options.output import WriteOptions
-from .report.tables import console, megabytes, print_json
+from .report.tables import console, megabytes, numbers, print_json, titled
 
 
 def run(path: Path, repository: RepositoryOptions, output: WriteOptions) -> None:
@@ -33,10 +32,8 @@ def run(path: Path, repository: RepositoryOptions, output: WriteOptions) -> None
     if output.as_json:
         print_json({"out": str(repository.out), "models": [asdict(model) for model in made.models]})
         return
-    table = Table(title=escape(str(repository.out)), title_justify="left", title_style="bold")
-    for column in ("model", "backend", "inputs", "outputs"):
-        table.add_column(column, overflow="fold")
-    table.add_column("size", justify="right")
+    columns = ("model", "backend", "inputs", "outputs")
+    table = titled(str(repository.out), *columns, *numbers("size"))
     for model in made.models:
         files = [path for path in (made.root / model.name).rglob("*") if path.is_file()]
         table.add_row(

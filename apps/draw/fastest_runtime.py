@@ -12,6 +12,7 @@ from rich.table import Table
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.specs import Array, RuntimeOptions
 
+from ..report.tables import titled
 from .runtime_choice import (
     AUTO,
     Chosen,
@@ -82,11 +83,8 @@ def choice_rows() -> list[dict[str, str]]:
 
 def choice_table(rows: list[dict[str, str]]) -> Table:
     """The remembered choices as people read them."""
-    table = Table(
-        title="Fastest runtime (--runtime auto)", title_justify="left", title_style="bold"
-    )
-    for column in ("bundle", "runtime", "evidence", "still true", "to forget it, delete"):
-        table.add_column(column, overflow="fold")
+    columns = ("bundle", "runtime", "evidence", "still true", "to forget it, delete")
+    table = titled("Fastest runtime (--runtime auto)", *columns)
     for row in rows:
         state = f"[yellow]no: {escape(row['outdated'])}[/]" if row["outdated"] else "[green]yes[/]"
         cells = [escape(row[key]) for key in ("bundle", "runtime", "evidence")]

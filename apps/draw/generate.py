@@ -23,7 +23,7 @@ from tiue_export.system.disk_errors import disk_errors
 
 from ..commands.generate import DrawOptions, PictureOutput, PromptOptions
 from ..report.stages import step_bar
-from ..report.tables import console, print_json
+from ..report.tables import console, numbers, print_json, titled
 from .fastest_runtime import choice_facts, resolved_runtime
 from .picture_parameters import picture_parameters
 from .prompt_file import prompts_in
@@ -217,10 +217,8 @@ def _warn_of_cut_prompts(pipeline: Pipeline, prompts: list[str]) -> None:
 
 
 def _time_table(stages: Mapping[str, list[float]], device: str) -> Table:
-    table = Table(title=f"Time on {device}", title_justify="left", title_style="bold")
-    table.add_column("stage")
-    for column in ("first ms", "median ms", "runs", "total ms"):
-        table.add_column(column, justify="right")
+    times = numbers("first ms", "median ms", "runs", "total ms")
+    table = titled(f"Time on {device}", "stage", *times)
     for stage, latencies in stages.items():
         median = statistics.median(latencies[1:] or latencies)
         total = sum(latencies)

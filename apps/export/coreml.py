@@ -25,7 +25,7 @@ from ..options.checkpoint import StudentSourceOptions
 from ..options.graphs import ExportRequest
 from ..options.group import given, picked, refuse
 from ..report.stages import stage_bar
-from ..report.tables import console, megabytes
+from ..report.tables import console, fixed, megabytes, numbers, titled
 from .forms import (
     Form,
     check_source,
@@ -136,12 +136,8 @@ def package_table(bundle: Bundle) -> Table:
         f"{flags['attention']}, {flags['linear']}, decoder batch {flags['decoder_batch']}, "
         f"{flags['compute_unit']}"
     )
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column("package", no_wrap=True)
-    table.add_column("weights in")
-    for column in ("size", "max |x|", "ops", "convert s", "prove s", "peak memory"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("most frequent", overflow="fold")
+    measured = numbers("size", "max |x|", "ops", "convert s", "prove s", "peak memory")
+    table = titled(title, *fixed("package"), "weights in", *measured, "most frequent")
     for graph, form in compiled.graphs.items():
         report = form.report
         islands = int(report["float32_ops"])

@@ -21,7 +21,7 @@ from ..options.checkpoint import SourceOptions, StudentSourceOptions
 from ..options.graphs import ExportRequest
 from ..options.group import given, refuse
 from ..report.stages import stage_bar
-from ..report.tables import console, megabytes, parity_table, print_json
+from ..report.tables import console, fixed, megabytes, numbers, parity_table, print_json, titled
 from .onnx import Check, export_checkpoint, print_contract, print_exported
 
 if TYPE_CHECKING:
@@ -146,27 +146,22 @@ def print_form_plan(
             console.print(f"then {form.title}: {words}", markup=False)
         return
     exists = form.folder in bundle.manifest.compiled
-    sizes = {
-        name: sum(file.size_bytes for file in record.files.values())
-        for name, record in bundle.manifest.graphs.items()
-    }
+    graphs = bundle.manifest.graphs
     if as_json:
         print_json(
             {
                 "bundle": str(bundle.root),
                 "form": form.folder,
                 "exists": exists,
-                "graphs": list(sizes),
+                "graphs": list(graphs),
                 "settings": settings,
             }
         )
         return
     title = f"Plan for {form.title} (nothing was made)"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("graph", "ONNX", form.title):
-        table.add_column(column)
-    for name, size_bytes in sizes.items():
-        onnx = megabytes(size_bytes) if bundle.manifest.graphs[name].has_onnx else "none"
+    table = titled(title, "graph", "ONNX", form.title)
+    for name, graph in graphs.items():
+        onnx = megabytes(graph.size_bytes) if graph.has_onnx else "none"
         table.add_row(name, onnx, "there; --force anew" if exists else "to make")
     console.print(table)
     console.print(f"with {words}", markup=False)
@@ -187,15 +182,12 @@ def print_form(
 
 def form_table(form: Form, bundle: Bundle) -> Table:
     """Each graph of a compiled form with its size, and what making it took."""
-    table = Table(title=escape(f"{bundle.root}/{form.folder}"), title_justify="left")
-    table.add_column("graph")
-    for column in ("size", "convert s", "peak memory"):
-        table.add_column(column, justify="right")
+    columns = (*fixed("graph"), *numbers("size", "convert s", "peak memory"))
+    table = titled(f"{bundle.root}/{form.folder}", *columns)
     for graph, compiled in bundle.manifest.compiled[form.folder].graphs.items():
-        size_bytes = sum(record.size_bytes for record in compiled.files.values())
         table.add_row(
             graph,
-            megabytes(size_bytes),
+            megabytes(compiled.size_bytes),
             f"{compiled.report['convert_s']:.1f}",
             megabytes(float(compiled.report["peak_memory_bytes"])),
         )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
-from rich.table import Table
 
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.bundle.read import MANIFEST_FILE, Bundle
@@ -29,12 +28,15 @@ from ..report.next_line import draw_line
 from ..report.stages import stage_bar
 from ..report.tables import (
     console,
+    fixed,
     graph_table,
     island_lines,
     megabytes,
+    numbers,
     overflow_table,
     parity_table,
     print_json,
+    titled,
 )
 
 if TYPE_CHECKING:
@@ -244,9 +246,8 @@ def _print_plan(plan: ExportPlan, out: Path, *, as_json: bool, onnx: bool) -> No
     if as_json:
         print_json({"bundle": str(out), **dataclasses.asdict(plan)})
         return
-    table = Table(title="Plan (nothing was written)", title_justify="left", title_style="bold")
-    for column in ("graph", "inputs", "outputs", "weights"):
-        table.add_column(column, justify="left" if column == "graph" else "right")
+    columns = (*fixed("graph"), *numbers("inputs", "outputs", "weights"))
+    table = titled("Plan (nothing was written)", *columns)
     for graph in plan.graphs:
         table.add_row(
             graph.name, str(graph.inputs), str(graph.outputs), megabytes(graph.weight_bytes)

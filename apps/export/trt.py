@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.bundle.engine_identity import PORTABLE
-from tiue_export.bundle.manifest import Compiled, CompiledGraph
+from tiue_export.bundle.manifest import Compiled
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import UsageError
 from tiue_export.export.trt.bundle import compile_trt
@@ -23,7 +23,7 @@ from ..options.graphs import ExportRequest
 from ..options.group import picked
 from ..report.next_line import draw_line
 from ..report.stages import stage_bar
-from ..report.tables import console, megabytes, print_json
+from ..report.tables import console, fixed, megabytes, numbers, print_json, titled
 from .forms import Form, bundle_of, check_source
 
 FORM = Form("trt", "TensorRT", "trt", ("max_decoder_rows", "batch", "dry_run", "as_json"))
@@ -61,19 +61,15 @@ def run(source: SourceOptions, engine: EngineOptions, export: ExportRequest) -> 
 def engine_table(compiled: Compiled) -> Table:
     """Each engine with its size, what it took to build, and the precision of its layers."""
     title = f"{TITLES[compiled.backend]} {compiled.version} engines for {_for_whom(compiled)}"
-    table = Table(title=escape(title), title_justify="left", title_style="bold")
-    table.add_column("graph", no_wrap=True)
     int8 = any("products_int8" in graph.report for graph in compiled.graphs.values())
-    for column in ("plan", "build s", "peak memory", "layers in half", "in float", "casts"):
-        table.add_column(column, justify="right")
-    if int8:
-        table.add_column("products in int8", justify="right")
-    table.add_column("what is in float", overflow="fold")
+    measured = ("plan", "build s", "peak memory", "layers in half", "in float", "casts")
+    counts = numbers(*measured, *(["products in int8"] if int8 else []))
+    table = titled(title, *fixed("graph"), *counts, "what is in float")
     for name, graph in compiled.graphs.items():
         report = graph.report
         table.add_row(
             name,
-            megabytes(_plan_bytes(graph)),
+            megabytes(graph.size_bytes),
             f"{float(report.get('build_seconds', 0)):.1f}",
             megabytes(float(report.get("peak_memory_bytes", 0))),
             str(report.get("layers_half", "?")),
@@ -108,10 +104,9 @@ def print_engines(
         )
         return
     console.print(engine_table(compiled))
-    total = sum(_plan_bytes(graph) for graph in compiled.graphs.values())
     kept = [name for name in compiled.graphs if name not in built]
     console.print(
-        f"[bold green]{escape(str(bundle.root / folder))}[/]: {megabytes(total)}, "
+        f"[bold green]{escape(str(bundle.root / folder))}[/]: {megabytes(compiled.size_bytes)}, "
         f"{len(built)} built in {seconds:.0f} s"
         + (f", {len(kept)} valid already: {', '.join(kept)}" if kept else ""),
         highlight=False,
@@ -155,10 +150,6 @@ def _compute_capabilities(sm: str | None) -> tuple[str, ...]:
 
 
 def _print_plan(bundle: Bundle, plan: TrtPlan, *, as_json: bool) -> None:
-    sizes = {
-        name: sum(record.size_bytes for record in bundle.manifest.graphs[name].files.values())
-        for name in plan.identities
-    }
     if as_json:
         print_json(
             {
@@ -173,12 +164,10 @@ def _print_plan(bundle: Bundle, plan: TrtPlan, *, as_json: bool) -> None:
         )
         return
     title = f"Plan for {plan.flavor.title} (nothing was built)"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("graph", "ONNX", "engine"):
-        table.add_column(column)
-    for name, size_bytes in sizes.items():
+    table = titled(title, "graph", "ONNX", "engine")
+    for name in plan.identities:
         state = "to build" if name in plan.to_build else "valid already"
-        table.add_row(name, megabytes(size_bytes), state)
+        table.add_row(name, megabytes(bundle.manifest.graphs[name].size_bytes), state)
     console.print(table)
     console.print(_settings(plan), markup=False)
 
@@ -222,7 +211,3 @@ def _for_whom(compiled: Compiled) -> str:
         if wanted == PORTABLE
         else f"compute capability {wanted.replace(',', ', ')}"
     )
-
-
-def _plan_bytes(graph: CompiledGraph) -> int:
-    return sum(record.size_bytes for record in graph.files.values())

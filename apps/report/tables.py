@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from tiue_export.bundle.manifest import GraphRecord, Manifest, ParityRecord
 from tiue_export.proof.gates import IDENTICAL_DB
@@ -46,14 +46,34 @@ def megabytes(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
+def titled(title: str, *columns: Column | str) -> Table:
+    """A table under its title; in columns that are given by name, long cells are folded."""
+    made = [Column(each, overflow="fold") if isinstance(each, str) else each for each in columns]
+    return Table(*made, title=escape(title), title_justify="left", title_style="bold")
+
+
+def fixed(*names: str) -> list[Column]:
+    """Columns whose cells are never broken."""
+    return [Column(name, no_wrap=True) for name in names]
+
+
+def numbers(*names: str) -> list[Column]:
+    """Columns of numbers."""
+    return [Column(name, justify="right", no_wrap=True) for name in names]
+
+
+def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:
+    """Pairs of name and value, without a head."""
+    table = titled(title, Column(style="dim", no_wrap=True), "")
+    table.show_header = False
+    for name, value in facts:
+        table.add_row(name, escape(value))
+    return table
+
+
 def parity_table(records: Iterable[ParityRecord], title: str = "Parity") -> Table:
     """Hop, subject, PSNR, gate, verdict."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in ("hop", "what"):
-        table.add_column(column, overflow="fold")
-    for column in ("PSNR dB", "gate", "max error"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table = titled(title, "hop", "what", *numbers("PSNR dB", "gate", "max error"), *fixed(""))
     for record in records:
         if record.gate is None:
             gate, verdict = "-", "[yellow]reported[/]"
@@ -68,10 +88,8 @@ def parity_table(records: Iterable[ParityRecord], title: str = "Parity") -> Tabl
 
 def placement_table(placement: Mapping[str, Mapping[str, int]]) -> Table:
     """By graph, how many operations run on which unit, and the share of the first."""
-    table = Table(title="Where the operations run", title_justify="left", title_style="bold")
-    table.add_column("graph", no_wrap=True)
-    table.add_column("operations", overflow="fold")
-    table.add_column("on the first", justify="right")
+    share = numbers("on the first")
+    table = titled("Where the operations run", *fixed("graph"), "operations", *share)
     for graph, units in placement.items():
         first, total = next(iter(units.values())), sum(units.values())
         counted = ", ".join(f"{unit} {count}" for unit, count in units.items())
@@ -82,13 +100,8 @@ def placement_table(placement: Mapping[str, Mapping[str, int]]) -> Table:
 def overflow_table(graphs: Iterable[GraphAudit], rows: int) -> Table:
     """The largest values of each graph that half precision would hold, and where they stay."""
     title = f"Largest activations (half precision ends at {HALF_MAX:.0f})"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("graph", no_wrap=True)
-    table.add_column("module", overflow="fold")
-    table.add_column("operation", overflow="fold")
-    for column in ("max |x|", "of limit"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("stays in", overflow="fold")
+    largest = numbers("max |x|", "of limit")
+    table = titled(title, *fixed("graph"), "module", "operation", *largest, "stays in")
     for graph in graphs:
         islands = [island.module for island in graph.islands]
         for index, found in enumerate(graph.largest[:rows]):
@@ -123,17 +136,12 @@ def island_lines(graphs: Iterable[GraphAudit]) -> list[str]:
 
 def graph_table(manifest: Manifest) -> Table:
     """Each graph with its size, precision, inputs and outputs."""
-    table = Table(title="Graphs", title_justify="left", title_style="bold")
-    table.add_column("graph", no_wrap=True)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("precision")
-    table.add_column("inputs", overflow="fold")
-    table.add_column("outputs", overflow="fold")
+    columns = (*fixed("graph"), *numbers("size"))
+    table = titled("Graphs", *columns, "precision", "inputs", "outputs")
     for name, graph in manifest.graphs.items():
-        size_bytes = sum(record.size_bytes for record in graph.files.values())
         table.add_row(
             name,
-            megabytes(size_bytes) if graph.has_onnx else "left out",
+            megabytes(graph.size_bytes) if graph.has_onnx else "left out",
             _precision(graph),
             _tensors(graph.inputs),
             _tensors(graph.outputs),

@@ -9,10 +9,9 @@ from tiue_export.bundle.manifest import Manifest, ParityRecord
 from tiue_export.errors import TiueError
 from tiue_export.proof.gates import IDENTICAL_DB
 from tiue_export.proof.half_range import load_audit
-from tiue_export.sampling.plan import Plan
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER, TensorSpec
 
-from ..inspection import bundle_facts
+from ..inspection import Rows, bundle_facts, compiled_rows, plan_rows
 from ..report.tables import island_lines, megabytes
 from .choices import Choice, Offer
 from .comparison import Comparison, medians
@@ -141,13 +140,8 @@ def bundle_page(choice: Choice, offer: Offer) -> str:
         _section("Graphs", _graphs(manifest)),
     ]
     if manifest.compiled:
-        sections.append(_section("Compiled forms", _compiled(manifest)))
-    if manifest.plan.one_pass:
-        sections.append(_section(f"Eq. 11 with K={manifest.plan.steps}", _constants(manifest)))
-    else:
-        plan = manifest.plan
-        guidance = "" if plan.guidance is None else f", guidance {plan.guidance:g}"
-        sections.append(_section(f"{plan.method}: {plan.scheduler}{guidance}", _passes(plan)))
+        sections.append(_rows(compiled_rows(manifest)))
+    sections.append(_rows(plan_rows(manifest.plan, digits=6)))
     records = [*manifest.parity, *(r for c in manifest.compiled.values() for r in c.parity)]
     sections.append(_section("Parity", _parity(records)))
     audit = load_audit(bundle)
@@ -173,15 +167,11 @@ def _runtimes(choice: Choice, offer: Offer) -> str:
 
 
 def _graphs(manifest: Manifest) -> str:
-    sizes = {
-        name: sum(record.size_bytes for record in graph.files.values())
-        for name, graph in manifest.graphs.items()
-    }
-    largest = max(sizes.values(), default=1) or 1
+    largest = max((graph.size_bytes for graph in manifest.graphs.values()), default=1) or 1
     rows = []
     for name, graph in manifest.graphs.items():
-        width = 100 * sizes[name] / largest
-        size = megabytes(sizes[name]) if graph.has_onnx else "left out"
+        width = 100 * graph.size_bytes / largest
+        size = megabytes(graph.size_bytes) if graph.has_onnx else "left out"
         rows.append(
             (
                 f"<code>{escape(name)}</code>",
@@ -206,40 +196,12 @@ def _tensors(specs: Sequence[TensorSpec]) -> str:
     return f"<details><summary>{len(lines)} tensors</summary>{'<br>'.join(lines)}</details>"
 
 
-def _compiled(manifest: Manifest) -> str:
-    rows = []
-    for name, form in manifest.compiled.items():
-        files = [file for graph in form.graphs.values() for file in graph.files.values()]
-        target = ", ".join(f"{key} {value}" for key, value in form.target.items())
-        flags = ", ".join(f"{key} {value}" for key, value in form.flags.items() if value)
-        rows.append(
-            (
-                f"<code>{escape(name)}</code>",
-                escape(f"{form.backend} {form.version}"),
-                escape(target),
-                escape(flags),
-                megabytes(sum(file.size_bytes for file in files)),
-            )
-        )
-    return _table(("form", "built by", "for", "with", "size"), rows)
-
-
-def _constants(manifest: Manifest) -> str:
-    plan = manifest.plan
-    rows = [("noise", "", f"{plan.latents.noise:+.6f}")]
-    pairs = zip(plan.timesteps, plan.latents.outputs, strict=True)
-    rows += [(f"decoder row {i}", str(t), f"{weight:+.6f}") for i, (t, weight) in enumerate(pairs)]
-    rows += [("merged", str(t), "into its neighbour") for t in plan.merged_timesteps]
-    return _table(("term", "timestep", "coefficient"), rows)
-
-
-def _passes(plan: Plan) -> str:
-    """One row for each run of the encoder."""
-    rows = [
-        (str(one.first_row), str(one.encoder_timestep), str(one.rows), str(one.timesteps[-1]))
-        for one in plan.passes
-    ]
-    return _table(("key step", "timestep", "decoder steps", "down to t"), rows)
+def _rows(found: Rows) -> str:
+    """What the terminal shows as a table, under its title."""
+    head = [str(column.header) for column in found.columns]
+    body = _table(head, [tuple(map(escape, row)) for row in found.rows])
+    note = f"<p>{escape(found.note)}</p>" if found.note else ""
+    return _section(found.title, body + note)
 
 
 def _parity(records: Iterable[ParityRecord]) -> str:

@@ -79,6 +79,11 @@ class GraphRecord:
         """Whether the bundle holds its ONNX files."""
         return self.path is not None and not self.omitted
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all its files."""
+        return sum(record.size_bytes for record in self.files.values())
+
 
 @dataclass(frozen=True)
 class ParityRecord:
@@ -110,6 +115,11 @@ class CompiledGraph:
     files: Mapping[str, FileRecord]
     report: Mapping[str, str | int | float] = field(default_factory=dict)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all its files."""
+        return sum(record.size_bytes for record in self.files.values())
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -121,6 +131,11 @@ class Compiled:
     flags: Mapping[str, str | bool | int | float]
     graphs: Mapping[str, CompiledGraph]
     parity: tuple[ParityRecord, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all its graphs."""
+        return sum(graph.size_bytes for graph in self.graphs.values())
 
 
 @dataclass(frozen=True)
