@@ -12,7 +12,6 @@ from rich.table import Table
 from tiue_export.bundle.read import Bundle
 from tiue_export.export.coreml.profiles import (
     CoremlOptions,
-    CoremlPlan,
     check_loop,
     plan_coreml,
     size_named,
@@ -24,20 +23,20 @@ from ..draw.prompt_file import prompts_in
 from ..options.checkpoint import StudentSourceOptions
 from ..options.graphs import ExportRequest
 from ..options.group import given, picked, refuse
-from ..report.stages import stage_bar
-from ..report.tables import console, fixed, megabytes, numbers, titled
-from .forms import (
-    Form,
-    check_source,
-    named_bundle,
-    print_done,
-    print_form,
-    print_form_plan,
-    student_bundle_of,
-)
+from ..report.tables import fixed, megabytes, numbers, titled
+from .forms import OF_A_STUDENT, Form, check_source, make_form, student_bundle_of
 
-_OF_THE_STUDENT = ("base", "vae", "lora")
-FORM = Form("coreml", "Core ML", "coreml", (*Form.usable, *_OF_THE_STUDENT))
+FORM = Form(
+    "coreml",
+    "Core ML",
+    "coreml",
+    OF_A_STUDENT,
+    proof="coremltools",
+    remark="Proven: the packages, executed by tiue-export's own evaluator. Not proven: how a GPU "
+    "or a Neural Engine rounds.",
+    device="On the Mac",
+)
+_PLANNED = ("profile", "target", "attention", "linear", "precision", "compress")
 
 
 def run(source: StudentSourceOptions, own: CoremlForm, export: ExportRequest) -> None:
@@ -59,41 +58,14 @@ def run(source: StudentSourceOptions, own: CoremlForm, export: ExportRequest) ->
     from tiue_export.export.coreml.bundle import check_coreml, compile_coreml
 
     start = time.perf_counter()
-    if export.dry_run and source.bundle is not None:
-        _print_plan(plan, named_bundle(FORM, source), export)
-        return
+    settings = {name: getattr(plan, name) for name in _PLANNED}
     check = functools.partial(check_coreml, options=options)
-    found = student_bundle_of(FORM, source, _of_the_bundle(export, options), check)
-    if found is None:
-        _print_plan(plan, None, export)
-        return
-    bundle, student = found
-    with stage_bar(quiet=export.as_json) as bar:
+    found = student_bundle_of(FORM, source, _of_the_bundle(export, options), settings, check)
+    if found is not None:
         searched = options.target_psnr_db is not None or options.target_mb is not None
-        bar.expect(len(bundle.manifest.graphs) + searched)
-        made = compile_coreml(
-            bundle,
-            student,
-            options,
-            force=export.force,
-            allow_parity_loss=export.allow_parity_loss,
-            observer=bar.observer(),
-        )
-    seconds = time.perf_counter() - start
-    print_form(FORM, made, package_table(made), "coremltools", seconds, as_json=export.as_json)
-    if not export.as_json:
-        console.print(
-            "Proven: the packages, executed by tiue-export's own evaluator. Not proven: how a GPU "
-            "or a Neural Engine rounds.",
-            soft_wrap=True,
-        )
-        print_done(made, seconds, "On the Mac", "coreml")
-
-
-def _print_plan(plan: CoremlPlan, bundle: Bundle | None, export: ExportRequest) -> None:
-    names = ("profile", "target", "attention", "linear", "precision", "compress")
-    settings = {name: getattr(plan, name) for name in names}
-    print_form_plan(FORM, bundle, settings, as_json=export.as_json)
+        stages = len(found[0].manifest.graphs) + searched
+        make = functools.partial(compile_coreml, *found, options)
+        make_form(FORM, export, make, stages, start, table=package_table)
 
 
 def coreml_options(own: CoremlForm) -> CoremlOptions:
@@ -127,19 +99,19 @@ def _of_the_bundle(export: ExportRequest, options: CoremlOptions) -> ExportReque
     return export
 
 
-def package_table(bundle: Bundle) -> Table:
+def package_table(form: Form, bundle: Bundle) -> Table:
     """Each package with its size, operations and largest activation."""
-    compiled = bundle.manifest.compiled[FORM.folder]
+    compiled = bundle.manifest.compiled[form.folder]
     flags = compiled.flags
     title = (
-        f"{bundle.root}/{FORM.folder}: {flags['profile']}, {flags['target']}, "
+        f"{bundle.root}/{form.folder}: {flags['profile']}, {flags['target']}, "
         f"{flags['attention']}, {flags['linear']}, decoder batch {flags['decoder_batch']}, "
         f"{flags['compute_unit']}"
     )
     measured = numbers("size", "max |x|", "ops", "convert s", "prove s", "peak memory")
     table = titled(title, *fixed("package"), "weights in", *measured, "most frequent")
-    for graph, form in compiled.graphs.items():
-        report = form.report
+    for graph, package in compiled.graphs.items():
+        report = package.report
         islands = int(report["float32_ops"])
         table.add_row(
             graph,

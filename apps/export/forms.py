@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from tiue_export.system.progress import stage
 from ..options.checkpoint import SourceOptions, StudentSourceOptions
 from ..options.graphs import ExportRequest
 from ..options.group import given, refuse
+from ..report.next_line import draw_line
 from ..report.stages import stage_bar
 from ..report.tables import console, fixed, megabytes, numbers, parity_table, print_json, titled
 from .onnx import Check, export_checkpoint, print_contract, print_exported
@@ -27,8 +29,9 @@ from .onnx import Check, export_checkpoint, print_contract, print_exported
 if TYPE_CHECKING:
     from tiue_export.student.model import Student
 
-# What a command still means when the bundle is there already.
+# What a command still means when the bundle is there already, and when a student is loaded too.
 _OF_ANY_SOURCE = ("allow_parity_loss", "dry_run", "force", "as_json")
+OF_A_STUDENT = (*_OF_ANY_SOURCE, "base", "vae", "lora")
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,17 @@ class Form:
     """One compiled form: its command, its name for people and its folder in a bundle.
 
     `usable` names the fields of an export's options that it can use beside `--bundle` too.
+    `proof` is what its parity is of, `remark` what is said of it; `device`: where it will run, if
+    not here.
     """
 
     command: str
     title: str
     folder: str
     usable: Collection[str] = _OF_ANY_SOURCE
+    proof: str = ""
+    remark: str = ""
+    device: str = ""
 
 
 def check_source(
@@ -108,11 +116,16 @@ def bundle_of(
 
 
 def student_bundle_of(
-    form: Form, source: StudentSourceOptions, export: ExportRequest, check: Check
+    form: Form,
+    source: StudentSourceOptions,
+    export: ExportRequest,
+    settings: Mapping[str, object],
+    check: Check = lambda bundle, student: None,
 ) -> tuple[Bundle, Student] | None:
-    """For a form that is made of the student: the bundle with it, loaded once; None: a dry run.
+    """For a form that is made of the student: the bundle with it, loaded once.
 
-    A new bundle has no ONNX files, as the form does not read them; `check` may refuse it early.
+    None after a dry run, whose plan is printed. A new bundle has no ONNX files, as the form does
+    not read them; `check` may refuse it early.
     """
     from tiue_export.export.own_student import open_student
     from tiue_export.methods.load import CheckpointRequest
@@ -124,12 +137,16 @@ def student_bundle_of(
             source.ckpt, export, "fp32", instead, verb=form.command, from_student=check
         )
         if exported is None:
+            print_form_plan(form, None, settings, as_json=export.as_json)
             return None
         assert exported.student is not None
         if not export.as_json:
             print_contract(exported)
         return exported.bundle, exported.student
     bundle = named_bundle(form, source)
+    if export.dry_run:
+        print_form_plan(form, bundle, settings, as_json=export.as_json)
+        return None
     request = CheckpointRequest(source.ckpt, export.base, export.vae, lora=export.lora)
     with stage_bar(quiet=export.as_json) as bar, stage(bar.observer(), "load student"):
         student = open_student(request, bundle.manifest, lambda part: bar.begin(f"load {part}"))
@@ -167,19 +184,6 @@ def print_form_plan(
     console.print(f"with {words}", markup=False)
 
 
-def print_form(
-    form: Form, bundle: Bundle, table: Table, proof: str, seconds: float, *, as_json: bool
-) -> None:
-    """The graphs that were made and what they proved, or one JSON object."""
-    compiled = bundle.manifest.compiled[form.folder]
-    if as_json:
-        record = {"bundle": str(bundle.root), **dataclasses.asdict(compiled)}
-        print_json({**record, "seconds": round(seconds, 1)})
-        return
-    console.print(table)
-    console.print(parity_table(compiled.parity, f"{proof} {compiled.version} against the student"))
-
-
 def form_table(form: Form, bundle: Bundle) -> Table:
     """Each graph of a compiled form with its size, and what making it took."""
     columns = (*fixed("graph"), *numbers("size", "convert s", "peak memory"))
@@ -194,12 +198,44 @@ def form_table(form: Form, bundle: Bundle) -> Table:
     return table
 
 
-def print_done(bundle: Bundle, seconds: float, where: str, runtime: str) -> None:
-    """The line to type on the device that the form is for."""
+def make_form(
+    form: Form,
+    export: ExportRequest,
+    make: Callable[..., Bundle],
+    stages: int,
+    start: float,
+    *,
+    table: Callable[[Form, Bundle], Table] = form_table,
+) -> None:
+    """Make the form behind a bar of `stages`, then print it and what it proved, or JSON.
+
+    `start` is when the command began.
+    """
+    with stage_bar(quiet=export.as_json) as bar:
+        bar.expect(stages)
+        bundle = make(
+            force=export.force,
+            allow_parity_loss=export.allow_parity_loss,
+            observer=bar.observer(),
+        )
+    seconds = time.perf_counter() - start
+    compiled = bundle.manifest.compiled[form.folder]
+    if export.as_json:
+        record = {"bundle": str(bundle.root), **dataclasses.asdict(compiled)}
+        print_json({**record, "seconds": round(seconds, 1)})
+        return
+    console.print(table(form, bundle))
+    title = f"{form.proof or form.title} {compiled.version} against the student"
+    console.print(parity_table(compiled.parity, title))
+    if form.remark:
+        console.print(form.remark, soft_wrap=True)
+    if not form.device:
+        console.print(f"next:  {draw_line(bundle, f'--runtime {form.command}')}", markup=False)
+        return
     place = escape(shlex.quote(str(bundle.root)))
     console.print(
-        f"[bold green]Done[/] in {seconds:.0f} s. {where}:  tiue-export parity {place} "
-        f"--runtime {runtime}",
+        f"[bold green]Done[/] in {seconds:.0f} s. {form.device}:  tiue-export parity {place} "
+        f"--runtime {form.command}",
         highlight=False,
         soft_wrap=True,
     )

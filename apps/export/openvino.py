@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 from tiue_export.errors import unknown_name
@@ -11,10 +12,7 @@ from tiue_export.system.openvino_core import arithmetic_of, native_precisions
 from ..commands.openvino import OpenvinoForm
 from ..options.checkpoint import SourceOptions
 from ..options.graphs import ExportRequest
-from ..report.next_line import draw_line
-from ..report.stages import stage_bar
-from ..report.tables import console
-from .forms import Form, bundle_of, check_source, form_table, print_form, print_form_plan
+from .forms import Form, bundle_of, check_source, make_form, print_form_plan
 
 FORM = Form("openvino", "OpenVINO", "openvino")
 
@@ -35,16 +33,5 @@ def run(source: SourceOptions, own: OpenvinoForm, export: ExportRequest) -> None
         settings = {"weights": options.weights, "proven_in": " and ".join(options.precisions)}
         print_form_plan(FORM, bundle, settings, as_json=export.as_json)
         return
-    with stage_bar(quiet=export.as_json) as bar:
-        bar.expect(len(bundle.manifest.graphs) + len(options.precisions))
-        made = compile_openvino(
-            bundle,
-            options,
-            force=export.force,
-            allow_parity_loss=export.allow_parity_loss,
-            observer=bar.observer(),
-        )
-    seconds = time.perf_counter() - start
-    print_form(FORM, made, form_table(FORM, made), FORM.title, seconds, as_json=export.as_json)
-    if not export.as_json:
-        console.print(f"next:  {draw_line(made, '--runtime openvino')}", markup=False)
+    stages = len(bundle.manifest.graphs) + len(options.precisions)
+    make_form(FORM, export, functools.partial(compile_openvino, bundle, options), stages, start)
