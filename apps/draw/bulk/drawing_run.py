@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,9 @@ from .progress import Pace, duration, shown
 from .prompt_table import TABLES, PromptRow, read_rows
 from .tar_shards import TarShards
 from .worker_pool import draw_here, draw_in_processes
-from .writer import PictureWriter
 
-_WRITERS: Mapping[str, Callable[[Path, BulkPlan], PictureWriter]] = {
-    "png": PngFolder,
-    "tar": TarShards,
-}
+# A kill at any moment leaves whole chunks, or what is redrawn.
+_WRITERS: Mapping[str, type[PngFolder | TarShards]] = {"png": PngFolder, "tar": TarShards}
 _RECORD = "bulk.json"
 _LOCK = ".lock"
 _DIFFERENCES = {
