@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from tiue_export.system.progress import Observer, StageReport
 
@@ -19,38 +26,30 @@ _DETAIL_LETTERS = 60
 class StageBar:
     """Tells on standard error which stage runs, what each took and the memory it needed."""
 
-    def __init__(self, progress: Progress | None, stderr: Console | None) -> None:
+    def __init__(self, progress: Progress, stderr: Console) -> None:
         self._progress, self._stderr = progress, stderr
-        self._task = None if progress is None else progress.add_task("starting", total=None)
+        self._task = progress.add_task("starting", total=None)
         self._finished = 0
 
     def expect(self, stages: int) -> None:
         """The number of stages in all, once it is known."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, total=stages)
+        self._progress.update(self._task, total=stages)
 
     def begin(self, stage: str) -> None:
         """A stage starts."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=stage)
+        self._progress.update(self._task, description=stage)
 
     def within(self, fraction: float, detail: str) -> None:
         """How far the running stage is, from 0 to 1, and what it is at."""
-        detail = detail[:_DETAIL_LETTERS]
-        if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task, completed=self._finished + fraction, description=detail
-            )
+        done = self._finished + fraction
+        self._progress.update(self._task, completed=done, description=detail[:_DETAIL_LETTERS])
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        if self._stderr is not None:
-            self._stderr.print(f"  {text}", markup=False, highlight=False)
+        self._stderr.print(f"  {text}", markup=False, highlight=False)
 
     def done(self, report: StageReport) -> None:
         """A stage ended."""
-        if self._stderr is None:
-            return
         size = megabytes(report.size_bytes) if report.size_bytes else ""
         self._stderr.print(
             f"  {report.stage:<24}{report.seconds:7.1f} s   {size:>8}   "
@@ -58,8 +57,7 @@ class StageBar:
             highlight=False,
         )
         self._finished += 1
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=self._finished)
+        self._progress.update(self._task, completed=self._finished)
 
     def observer(self, reports: list[StageReport] | None = None) -> Observer:
         """What long work tells, shown here; its finished stages are added to `reports` too."""
@@ -75,11 +73,8 @@ class StageBar:
 @contextmanager
 def step_bar(*, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar for the steps of a loop: call it with steps done and steps in all."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
     columns = (TextColumn("{task.completed} of {task.total} steps"), BarColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with _progress(Console(stderr=True, quiet=not shown), *columns) as progress:
         task = progress.add_task("steps", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -87,18 +82,13 @@ def step_bar(*, shown: bool) -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def stage_bar(*, quiet: bool) -> Iterator[StageBar]:
     """A bar for the length of a command; `quiet` shows nothing."""
-    if quiet:
-        yield StageBar(None, None)
-        return
-    stderr = Console(stderr=True)
-    if not sys.stderr.isatty():
-        yield StageBar(None, stderr)
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    stderr = Console(stderr=True, quiet=quiet)
+    name = TextColumn("{task.description:<24}")
+    with _progress(stderr, SpinnerColumn(), name, BarColumn(), TimeElapsedColumn()) as progress:
         yield StageBar(progress, stderr)
+
+
+def _progress(stderr: Console, *columns: ProgressColumn) -> Progress:
+    """A bar that moves on a terminal and goes when it is done; elsewhere nothing is shown."""
+    hidden = stderr.quiet or not sys.stderr.isatty()
+    return Progress(*columns, console=stderr, transient=True, disable=hidden)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.gc_collector import GCCollector
@@ -16,51 +18,32 @@ class ServerMetrics:
     """Counters and histograms of one server; several may live in one process."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
-        GCCollector(registry=self._registry)
-        self.model = Info("tiue_model", "The bundle and what runs it", registry=self._registry)
-        self.requests = Counter(
-            "tiue_requests", "Answers", ["path", "status"], registry=self._registry
+        registry = self._registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        GCCollector(registry=registry)
+        counter = partial(Counter, registry=registry)
+        seconds = partial(Histogram, buckets=_SECONDS, registry=registry)
+        self.model = Info("tiue_model", "The bundle and what runs it", registry=registry)
+        self.requests = counter("tiue_requests", "Answers", ["path", "status"])
+        self.request_seconds = seconds(
+            "tiue_request_seconds", "From a request's first byte to its answer's last", ["path"]
         )
-        self.request_seconds = Histogram(
-            "tiue_request_seconds",
-            "From a request's first byte to its answer's last",
-            ["path"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self.pictures = Counter("tiue_pictures", "Pictures drawn", registry=self._registry)
-        self.refused = Counter(
+        self.pictures = counter("tiue_pictures", "Pictures drawn")
+        self.refused = counter(
             "tiue_requests_unserved",
             "Requests that got no picture: queue_full, timeout, client_gone, failed",
             ["reason"],
-            registry=self._registry,
         )
         self.waiting = Gauge(
-            "tiue_waiting_pictures", "Pictures accepted and not yet begun", registry=self._registry
+            "tiue_waiting_pictures", "Pictures accepted and not yet begun", registry=registry
         )
-        self.wait_seconds = Histogram(
-            "tiue_wait_seconds",
-            "From acceptance to the start of a picture's run",
-            buckets=_SECONDS,
-            registry=self._registry,
+        self.wait_seconds = seconds(
+            "tiue_wait_seconds", "From acceptance to the start of a picture's run"
         )
-        self.run_seconds = Histogram(
-            "tiue_run_seconds", "One run of all graphs", buckets=_SECONDS, registry=self._registry
-        )
-        self.stage_seconds = Histogram(
-            "tiue_stage_seconds",
-            "One run of one graph",
-            ["stage"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self.run_pictures = Histogram(
-            "tiue_run_pictures",
-            "Pictures that shared a run",
-            buckets=(1, 2, 3, 4, 6, 8, 16),
-            registry=self._registry,
+        self.run_seconds = seconds("tiue_run_seconds", "One run of all graphs")
+        self.stage_seconds = seconds("tiue_stage_seconds", "One run of one graph", ["stage"])
+        self.run_pictures = seconds(
+            "tiue_run_pictures", "Pictures that shared a run", buckets=(1, 2, 3, 4, 6, 8, 16)
         )
 
     def text(self) -> bytes:
