@@ -53,13 +53,6 @@ def test_the_size_of_a_bundle_is_that_of_its_files(bundle_copy):
     assert open_bundle(bundle_copy).size_bytes == total
 
 
-def test_the_manifest_answers_for_every_file_of_an_export(tiny_bundle):
-    manifest = tiny_bundle.manifest
-    listed = {*manifest.files, *(n for g in manifest.graphs.values() for n in g.files)}
-    paths = (p for p in tiny_bundle.root.rglob("*") if p.is_file())
-    assert {p.relative_to(tiny_bundle.root).as_posix() for p in paths} == {*listed, "tiue.json"}
-
-
 def test_a_graph_the_bundle_lacks_is_explained(tiny_bundle):
     with pytest.raises(BundleError) as caught:
         tiny_bundle.graph_path("vae_encoder")

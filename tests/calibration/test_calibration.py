@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiue_export.bundle.read import open_bundle
 from tiue_export.calibration import capture, histogram, observe
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, ResourceError, RuntimeFailure, UsageError
@@ -356,17 +355,3 @@ def test_memory_of_a_capture_does_not_grow_with_the_number_of_prompts(tiny_bundl
     assert os.path.getsize(tmp_path / "d" / "shard-00003.safetensors") < 2 * dataset.run_bytes(
         tiny_bundle
     )
-
-
-def test_a_bundle_packed_without_its_graphs_is_refused(tiny_bundle, tmp_path):
-    graphs = {
-        name: replace(record, omitted=True) for name, record in tiny_bundle.manifest.graphs.items()
-    }
-    packed = replace(tiny_bundle, manifest=replace(tiny_bundle.manifest, graphs=graphs))
-    with pytest.raises(UsageError, match="has no ONNX files, which capturing"):
-        capture.capture(packed, tmp_path / "d", options())
-
-
-def test_a_file_of_the_folder_is_no_bundle(data):
-    with pytest.raises(BundleError, match="is no bundle"):
-        open_bundle(data.root)

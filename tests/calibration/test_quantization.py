@@ -55,7 +55,6 @@ from tiue_export.proof.quantization_plan import (
     student_identity,
 )
 from tiue_export.registry.backends import open_runtime
-from tiue_export.registry.support import require_support
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER, UNET_GRAPHS, RuntimeOptions
 from tiue_export.system.openvino_core import native_precisions, openvino_core
 from tiue_export.system.tensorrt_flavor import MODULES
@@ -532,15 +531,6 @@ def test_slower_or_larger_is_refused_unless_allowed(made):
     with pytest.raises(RegressionError, match="is not smaller"):
         verdict.require_worth(large, allow_loss=False, allow_slower=False)
     verdict.require_worth(replace(slow, must_be=None), allow_loss=False, allow_slower=False)
-
-
-def test_what_is_quantized_already_or_draws_in_a_loop_is_refused(made, tiny_bundle):
-    with pytest.raises(UsageError, match="is quantized already, which int8 graphs cannot have"):
-        require_support("quantize", made.bundle)
-    plan = replace(tiny_bundle.manifest.plan, guidance=7.5)
-    looping = replace(tiny_bundle.manifest, plan=plan)
-    with pytest.raises(UsageError, match="draws in a loop, which int8 graphs cannot have"):
-        require_support("quantize", replace(tiny_bundle, manifest=looping))
 
 
 @pytest.mark.parametrize(

@@ -297,12 +297,6 @@ def test_a_bundle_of_a_bare_unet_is_refused_before_a_runtime_opens(tiny_bundle, 
         Pipeline.open(bare, "no such runtime")
 
 
-def test_an_unknown_runtime_is_refused_with_a_suggestion(tiny_bundle):
-    with pytest.raises(UsageError) as caught:
-        Pipeline.open(tiny_bundle, "orrt")
-    assert caught.value.next_step == "Did you mean 'ort'?"
-
-
 def test_drawing_with_onnx_runtime_imports_neither_torch_nor_any_exporter(tiny_bundle):
     script = (
         "import sys\n"

@@ -162,11 +162,3 @@ def test_the_command_line_takes_a_tile(run, tiny_pipeline):
     options = ("--ckpt", tiny_pipeline, *size, "--vae-tile", TILE_PX, "--dry-run")
     code, _, err = run("onnx", *options)
     assert code == 0, err
-
-
-def test_a_tiled_bundle_is_refused_where_nobody_would_join_its_tiles(run, tiled_bundle, tmp_path):
-    code, _, err = run("triton", tiled_bundle.root, "--out", tmp_path / "repo")
-    assert code == 2
-    assert "decodes its pictures in tiles, which a Triton ensemble cannot have" in err
-    assert "next: Export again without --vae-tile." in err
-    assert not (tmp_path / "repo").exists()

@@ -13,7 +13,6 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tiue_export import ExportOptions, Pipeline, export_onnx, load_student, open_bundle
 from tiue_export.benchmarks.synthetic import write_ldm_file
@@ -277,20 +276,6 @@ def test_a_failing_gate_leaves_nothing_unless_the_loss_is_allowed(
     assert list(tmp_path.iterdir()) == []
     bundle = export_onnx(student, tmp_path / "bundle", allow_parity_loss=True)
     assert bundle.manifest.parity_loss_allowed
-
-
-def test_weights_that_overflow_half_precision_are_refused_with_the_graphs_name(
-    micro_folder, tmp_path
-):
-    folder = Path(shutil.copytree(micro_folder, tmp_path / "pipeline"))
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    tensors["conv_in.weight"] *= 3e4
-    save_file(tensors, file)
-    options = ExportOptions(precision="fp16")
-    with pytest.raises(ParityError, match="unet_encoder overflows half precision"):
-        export_onnx(load_student(folder), tmp_path / "bundle", options, audit=False)
-    assert not (tmp_path / "bundle").exists()
 
 
 def test_stages_report_time_size_and_memory(micro_folder, tmp_path):

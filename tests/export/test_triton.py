@@ -194,17 +194,6 @@ def test_engines_that_take_no_single_picture_are_refused(dynamic_bundle, tmp_pat
 
 
 def test_what_no_ensemble_could_draw_is_refused(tiny_bundle) -> None:
-    graphs = dict(tiny_bundle.manifest.graphs)
-
-    def changed(**change) -> Bundle:
-        decoder = replace(graphs["vae_decoder"], **change)
-        manifest = replace(tiny_bundle.manifest, graphs={**graphs, "vae_decoder": decoder})
-        return replace(tiny_bundle, manifest=manifest)
-
-    with pytest.raises(UsageError, match="has a graph in bf16, which a Triton ensemble cannot"):
-        plan_models(changed(precision="bf16"), TritonOptions())
-    with pytest.raises(UsageError, match="has no ONNX files"):
-        plan_models(changed(omitted=True), TritonOptions())
     with pytest.raises(UsageError, match="holds no TensorRT engines"):
         plan_models(tiny_bundle, TritonOptions("tensorrt"))
     with pytest.raises(UsageError, match="unknown backend 'onnx'"):

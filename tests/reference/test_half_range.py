@@ -605,11 +605,6 @@ def test_audit_prints_the_largest_activations_and_what_stays_in_float32(
     assert "vae_decoder: half precision holds all" in out
 
 
-def test_audit_has_help_with_an_example(run):
-    code, out, _ = run("audit", "--help")
-    assert (code, "Example:" in out) == (0, True)
-
-
 def test_audit_reads_prompts_and_prints_json(run, tiny_pipeline, tmp_path):
     (tmp_path / "prompts.txt").write_text("a fox\n\na boat\na house\n", "utf-8")
     code, out, _ = run(

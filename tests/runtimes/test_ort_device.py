@@ -161,12 +161,6 @@ def test_an_option_of_another_runtime_is_refused(tiny_bundle, name, options, mes
     assert caught.value.message == message
 
 
-@pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has CUDA")
-def test_the_cuda_provider_of_a_cpu_build_says_what_to_install(tiny_bundle):
-    with pytest.raises(RuntimeFailure, match="has no CUDAExecutionProvider"):
-        open_runtime("ort", tiny_bundle, RuntimeOptions(provider="cuda"))
-
-
 @pytest.fixture
 def dropped_cuda(monkeypatch):
     """An onnxruntime whose CUDA provider is listed and dropped when a session asks for it."""

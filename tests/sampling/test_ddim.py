@@ -226,8 +226,3 @@ def test_merging_below_a_huge_weight_keeps_the_first_row():
     merged = one_pass_plan(SD, 4).merged(1e9)
     assert merged.timesteps == (751,)
     assert merged.merged_timesteps == (501, 251, 1)
-
-
-def test_a_negative_merge_threshold_is_refused():
-    with pytest.raises(UsageError, match="--merge-below is -1"):
-        one_pass_plan(SD, 4).merged(-1)
