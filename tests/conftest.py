@@ -10,6 +10,8 @@ import importlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -125,14 +127,27 @@ def compiled_bundle(tiny_bundle, made_once, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(made_once):
+def demo_run(made_once) -> Path:
+    """Where `tiue-export demo --json` was typed; its output is in `stdout` and `stderr`. Shared."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        command = [sys.executable, "-m", "tiue_export", "demo", "--json"]
+        with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
+            subprocess.run(command, cwd=folder, stdout=out, stderr=err, check=True)
+
+    return made_once("demo", make)
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_run, made_once):
     """The student that ships, as a verified fp32 bundle with OpenVINO graphs. Shared."""
-    from tiue_export import export_onnx, load_student, open_bundle
+    from tiue_export import open_bundle
     from tiue_export.export.openvino import compile_openvino
     from tiue_export.registry.packages import missing_modules
 
     def make(folder: Path) -> None:
-        bundle = export_onnx(load_student("demo"), folder)
+        bundle = open_bundle(shutil.copytree(demo_run / "demo" / "bundle", folder))
         if not missing_modules(("openvino",)):
             compile_openvino(bundle)
 
@@ -202,6 +217,17 @@ def micro_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def bare_teacher(micro_folder, tmp_path_factory) -> Path:
+    """The same UNet as an ordinary model: it records no K."""
+    from tiue_export.checkpoint.family import load_family
+    from tiue_export.student.pipeline_folder import write_scheduler
+
+    folder = Path(shutil.copytree(micro_folder, tmp_path_factory.mktemp("bare") / "teacher"))
+    write_scheduler(folder, load_family("tiny").scheduler, None)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def micro_pipeline(micro_folder, tiny_pipeline, tmp_path_factory):
     """The same UNet with K=4 and all other parts, as small: for what needs a whole student once."""
     import torch
@@ -234,11 +260,12 @@ def micro_pipeline(micro_folder, tiny_pipeline, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def micro_bundle(micro_folder, tmp_path_factory):
+def micro_bundle(micro_folder, made_once):
     """Its ONNX bundle: both UNet graphs. Shared."""
-    from tiue_export import export_onnx, load_student
+    from tiue_export import export_onnx, load_student, open_bundle
 
-    return export_onnx(load_student(micro_folder), tmp_path_factory.mktemp("micro") / "bundle")
+    student = load_student(micro_folder)
+    return open_bundle(made_once("micro-unet", lambda folder: export_onnx(student, folder)))
 
 
 @pytest.fixture(scope="session")

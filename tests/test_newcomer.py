@@ -204,17 +204,18 @@ def test_a_shell_gets_bundles_and_runtimes(tmp_path):
         assert set(done.stdout.split()) == offered, done.stderr
 
 
-def test_the_demo_as_json_is_one_object_its_files_exist_and_are_not_overwritten(run, tmp_path):
-    code, out, err = run("demo", "--json")
-    assert code == 0
-    data = json.loads(out)
-    assert (tmp_path / data["sheet"]).is_file()
+def test_the_demo_as_json_is_one_object_its_files_exist_and_are_not_overwritten(
+    run, demo_run, monkeypatch
+):
+    data = json.loads((demo_run / "stdout").read_text())
+    assert (demo_run / data["sheet"]).is_file()
     assert len(data["pictures"]) == 16
-    assert all((tmp_path / picture["path"]).is_file() for picture in data["pictures"])
+    assert all((demo_run / picture["path"]).is_file() for picture in data["pictures"])
     assert all(record["value"] >= record["gate"] for record in data["parity"] if record["gate"])
     assert set(data["stage_latency_ms"]) >= {"unet_encoder", "unet_decoder", "vae_decoder"}
-    assert open_bundle(data["bundle"]).manifest.source.family == "demo"
-    assert "tiue-export inspect" in err
+    assert open_bundle(demo_run / data["bundle"]).manifest.source.family == "demo"
+    assert "tiue-export inspect" in (demo_run / "stderr").read_text()
+    monkeypatch.chdir(demo_run)
     code, _, err = run("demo")
     assert (code, "holds an earlier demo" in err) == (6, True)
 

@@ -120,10 +120,9 @@ def test_exporting_again_and_from_an_ldm_file_gives_identical_graphs(
     [
         ExportOptions(hoist="none"),
         pytest.param(ExportOptions(hoist="encoder"), marks=pytest.mark.slow),
-        pytest.param(ExportOptions(height=96, width=32, batch=2), marks=pytest.mark.slow),
-        ExportOptions(merge_below=0.02),
+        ExportOptions(height=96, width=32, batch=2, merge_below=0.02),
     ],
-    ids=["naive", "encoder", "96x32-batch2", "merged"],
+    ids=["naive", "encoder", "96x32-batch2-merged"],
 )
 def test_every_variant_passes_its_gates_and_draws(options, micro_pipeline, tmp_path):
     bundle = export_onnx(load_student(micro_pipeline), tmp_path / "bundle", options)
@@ -200,10 +199,15 @@ def test_softmax_is_in_float32_where_the_model_asks_for_upcast(tiny_pipeline, tm
     assert {kinds[n.output[0]] for n in softmaxes} == {onnx.TensorProto.FLOAT}
 
 
-@pytest.mark.slow
-def test_a_dynamic_batch_bundle_runs_any_batch(micro_pipeline, tmp_path):
+@pytest.fixture(scope="module")
+def any_batch(micro_pipeline, tmp_path_factory):
+    """A bundle with an open batch and a tiny autoencoder. Shared."""
     options = ExportOptions(dynamic_batch=True, batch=2)
-    bundle = export_onnx(load_student(micro_pipeline), tmp_path / "any", options)
+    return export_onnx(load_student(micro_pipeline), tmp_path_factory.mktemp("any") / "b", options)
+
+
+def test_a_dynamic_batch_bundle_runs_any_batch(any_batch):
+    bundle = any_batch
     assert bundle.manifest.batch is None
     assert bundle.spec("unet_decoder").inputs[0].shape == ("batch", 4, 8, 8)
     with Pipeline.open(bundle) as pipeline:
@@ -213,43 +217,42 @@ def test_a_dynamic_batch_bundle_runs_any_batch(micro_pipeline, tmp_path):
         assert psnr_db(one.latents, row.latents) > 100
 
 
-@pytest.mark.slow
-def test_a_scheduler_that_leaves_out_its_classes_defaults_exports(micro_folder, tmp_path):
-    """The loop that proves the closed form must fill gaps as the class that wrote the file does."""
-    folder = Path(shutil.copytree(micro_folder, tmp_path / "pipeline"))
+@pytest.fixture(scope="module")
+def unusual(micro_folder, tmp_path_factory):
+    """A folder with another epsilon and without its scheduler class's defaults; its bundle."""
+    place = tmp_path_factory.mktemp("unusual")
+    folder = Path(shutil.copytree(micro_folder, place / "student"))
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "norm_eps": 1e-2}))
     config = folder / "scheduler" / "scheduler_config.json"
     kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "set_alpha_to_one"}
     config.write_text(json.dumps({k: v for k, v in kept.items() if k != "timestep_spacing"}))
-    bundle = export_onnx(load_student(folder), tmp_path / "bundle")
-    closed = next(r for r in bundle.manifest.parity if r.hop == "closed form")
+    return folder, export_onnx(load_student(folder), place / "bundle")
+
+
+def test_a_scheduler_that_leaves_out_its_classes_defaults_exports(unusual):
+    """The loop that proves the closed form must fill gaps as the class that wrote the file does."""
+    closed = next(r for r in unusual[1].manifest.parity if r.hop == "closed form")
     assert closed.value > 120
 
 
-def test_the_torch_runtime_follows_the_checkpoints_own_configuration(micro_folder, tmp_path):
-    folder = Path(shutil.copytree(micro_folder, tmp_path / "pipeline"))
-    config = folder / "unet" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "norm_eps": 1e-2}))
-    bundle = export_onnx(load_student(folder), tmp_path / "bundle")
+def test_the_torch_runtime_follows_the_checkpoints_own_configuration(unusual):
+    folder, bundle = unusual
     runtime = open_runtime("torch", bundle, RuntimeOptions(checkpoint=str(folder)))
     records = measure_runtime(bundle, runtime, load_reference(bundle))
     assert all(record.value > 100 for record in records)
 
 
-def test_a_bare_unet_exports_its_two_graphs_and_says_so(micro_folder, tmp_path):
-    student = load_student(micro_folder)
-    bundle = export_onnx(student, tmp_path / "bare")
-    assert list(bundle.manifest.graphs) == ["unet_encoder", "unet_decoder"]
-    assert "no text encoder" in bundle.manifest.parity[0].inputs
+def test_a_bare_unet_exports_its_two_graphs_and_says_so(micro_bundle):
+    assert list(micro_bundle.manifest.graphs) == ["unet_encoder", "unet_decoder"]
+    assert "no text encoder" in micro_bundle.manifest.parity[0].inputs
     with pytest.raises(BundleError, match="has no text_encoder: it was exported from"):
-        Pipeline.open(bundle)
+        Pipeline.open(micro_bundle)
 
 
-def test_a_tiny_autoencoder_gets_its_own_scaling_factor(micro_pipeline, tmp_path):
-    student = load_student(micro_pipeline)
-    student.text_encoder = None
-    bundle = export_onnx(student, tmp_path / "bundle")
-    assert bundle.manifest.vae_scaling_factor == 1.0
-    config = json.loads((bundle.root / "vae_decoder" / "config.json").read_text())
+def test_a_tiny_autoencoder_gets_its_own_scaling_factor(any_batch):
+    assert any_batch.manifest.vae_scaling_factor == 1.0
+    config = json.loads((any_batch.root / "vae_decoder" / "config.json").read_text())
     assert (config["_class_name"], config["scaling_factor"]) == ("AutoencoderTiny", 1.0)
 
 

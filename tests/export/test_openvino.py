@@ -178,28 +178,17 @@ def test_replacing_a_compiled_form_that_breaks_half_way_leaves_a_bundle_that_ope
     assert [p.name for p in Path(own.root).iterdir() if p.name.startswith(".")] == []
 
 
-def test_the_command_converts_a_checkpoint_in_one_go_and_prints_json(
-    micro_pipeline, tmp_path, monkeypatch, capsys
-):
-    from tiue_export.apps.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        main(["openvino", "--ckpt", str(micro_pipeline), "--out", "fox", "--json"])
-    assert caught.value.code == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["backend"] == "openvino"
+def test_the_command_converts_a_checkpoint_in_one_go_and_prints_json(run, micro_folder, tmp_path):
+    code, out, _ = run("openvino", "--ckpt", micro_folder, "--out", "fox", "--json")
+    assert (code, json.loads(out)["backend"]) == (0, "openvino")
     assert set(open_bundle(tmp_path / "fox").manifest.compiled) == {FOLDER}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--ckpt", "a", "--bundle", "b"]])
-def test_a_checkpoint_or_a_bundle_is_asked_for_and_only_one(arguments, capsys):
-    from tiue_export.apps.cli import main
-
-    with pytest.raises(SystemExit) as caught:
-        main(["openvino", *arguments])
-    assert caught.value.code == UsageError.exit_code
-    assert "give a checkpoint or a bundle, one of them" in capsys.readouterr().err
+def test_a_checkpoint_or_a_bundle_is_asked_for_and_only_one(arguments, run):
+    code, _, err = run("openvino", *arguments)
+    assert code == UsageError.exit_code
+    assert "give a checkpoint or a bundle, one of them" in err
 
 
 def test_the_runtime_refuses_to_run_when_closed(compiled_bundle):

@@ -71,10 +71,10 @@ def test_every_hop_is_measured_under_its_gate(faster_bundle):
     assert gates["ONNX fp32 loop", "latents"] == GATES_PSNR_DB["fp32-loop"]
 
 
-def test_the_export_tells_how_far_its_long_loops_are(teacher_folder, tmp_path):
+def test_the_export_tells_how_far_its_long_loops_are(bare_teacher, tmp_path):
     heard: list[tuple[float, str]] = []
     observer = Observer(on_progress=lambda fraction, detail: heard.append((fraction, detail)))
-    teacher = load_teacher(teacher_folder, options=FasterOptions(steps=3, key_steps=(0, 1)))
+    teacher = load_teacher(bare_teacher, options=FasterOptions(steps=3, key_steps=(0, 1)))
     export_onnx(teacher, tmp_path / "b", observer=observer)
     assert heard == [
         (step / 3, f"{stage}: {step} of 3")
@@ -313,14 +313,6 @@ def test_generate_refuses_a_plan_that_cannot_be(run, faster_bundle, arguments, m
     assert code == 2
     assert message in err
     assert hint in err
-
-
-def test_generate_in_bulk_takes_no_other_plan(run, faster_bundle, tmp_path):
-    prompts = tmp_path / "prompts.tsv"
-    prompts.write_text("prompt\nfox\n")
-    code, _, err = run("generate", faster_bundle.root, "--prompts", prompts, "--steps", 4)
-    assert code == 2
-    assert "in bulk takes no --steps" in err
 
 
 def test_inspect_shows_the_groups(run, faster_bundle):

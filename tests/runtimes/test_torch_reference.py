@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,21 +118,9 @@ def test_another_runtime_takes_neither(run, styled, option):
 
 
 @pytest.fixture(scope="module")
-def teacher(micro_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same UNet as an ordinary model."""
-    folder = tmp_path_factory.mktemp("loop") / "teacher"
-    shutil.copytree(micro_folder, folder)
-    file = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(file.read_text("utf-8"))
-    del config["tiue_steps"]
-    file.write_text(json.dumps(config), "utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def edges(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def edges(bare_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ControlNet for it."""
-    unet = load_student(teacher).unet
+    unet = load_student(bare_teacher).unet
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 8, 8))
     fill(net, torch.Generator().manual_seed(5))
     folder = tmp_path_factory.mktemp("control") / "edges"
@@ -142,12 +129,12 @@ def edges(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_loop_with_adapter_and_controlnet_opens_with_both_and_names_both(
-    teacher, edges, lora, tmp_path
+    bare_teacher, edges, lora, tmp_path
 ):
-    request = CheckpointRequest(str(teacher), lora=(str(lora),), controlnet=str(edges))
+    request = CheckpointRequest(str(bare_teacher), lora=(str(lora),), controlnet=str(edges))
     options = MethodOptions(steps=3, key_steps=(0, 1))
     bundle = export_onnx(load_for_method(request, "faster", options), tmp_path / "bundle")
-    both = RuntimeOptions(checkpoint=str(teacher), lora=(str(lora),), controlnet=str(edges))
+    both = RuntimeOptions(checkpoint=str(bare_teacher), lora=(str(lora),), controlnet=str(edges))
     assert worst_db(bundle, both) >= 110
 
     with pytest.raises(CheckpointError) as caught:
@@ -155,5 +142,5 @@ def test_a_loop_with_adapter_and_controlnet_opens_with_both_and_names_both(
     assert "with --lora style.safetensors:1 --controlnet edges as" in str(caught.value.next_step)
     with pytest.raises(CheckpointError) as caught:
         open_runtime("torch", bundle, replace(both, controlnet=None))
-    assert caught.value.message == f"{teacher} comes without the ControlNet of this bundle"
+    assert caught.value.message == f"{bare_teacher} comes without the ControlNet of this bundle"
     assert caught.value.next_step == "Add the one of the export: --controlnet edges"
