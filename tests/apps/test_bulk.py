@@ -443,6 +443,7 @@ def test_a_second_run_into_the_same_folder_waits_its_turn(run, tiny_bundle, tmp_
         (["--force"], "in bulk takes no --force"),
         (["--sheet", "s.png", "--time"], "in bulk takes no --sheet and no --time"),
         (["a fox"], "in bulk takes no PROMPTS"),
+        (["--steps", "4"], "in bulk takes no --steps"),
         (["--out", "x.png"], "--out x.png is one file"),
         (["--out", "used"], "used holds notes.txt and is no bulk run's folder"),
         (["--out", "prompts.tsv"], "--out prompts.tsv is a file"),

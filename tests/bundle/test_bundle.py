@@ -401,35 +401,6 @@ def test_other_operating_system_errors_pass_unchanged(folder):
     assert names(folder) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 KB."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("a small disk needs root and mount")
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tiue-test", str(place)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"mount: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def test_a_disk_that_really_fills_up_keeps_the_old_bundle_and_nothing_else(small_disk):
-    old = write_old(small_disk / "out")
-
-    def overfill(partial: Path) -> None:
-        for number in range(10):
-            (partial / f"{number}.data").write_bytes(bytes(16_384))
-
-    with pytest.raises(ResourceError) as caught:
-        export(old, force=True, work=overfill)
-    assert f"the disk of {small_disk} is full" in caught.value.message
-    assert names(small_disk) == ["out"]
-    assert (old / "tiue.json").read_text() == "old"
-
-
 def test_records_hold_size_and_hash_of_every_file_below_a_folder(tmp_path):
     (tmp_path / "part" / "deep").mkdir(parents=True)
     (tmp_path / "part" / "empty").write_bytes(b"")

@@ -712,7 +712,6 @@ def test_a_plan_can_be_made_without_a_bundle(run, tiny_bundle, data, tmp_path):
         (["--smooth", 0.5, "--no-smooth"], "--smooth and --no-smooth contradict each other"),
         (["--smooth", 1.5], "--smooth is 1.5; expected a number between 0 and 1"),
         (["--sensitivity", "row"], "unknown sensitivity 'row'; there are: block, layer, none"),
-        (["--kind", "int2"], "unknown kind 'int2'"),
         (
             ["--held-out", 1, "--plots", "p", "--plan-only", "--sensitivity", "none"],
             "--plots needs",

@@ -60,13 +60,6 @@ def test_another_prompt_draws_another_picture_from_the_same_noise(pipeline):
     assert not np.array_equal(fox.latents, horse.latents)
 
 
-def test_picture_i_of_a_prompt_uses_seed_plus_i(pipeline):
-    pictures = pipeline(FOX, seed=5, count=3).pictures
-    assert [picture.seed for picture in pictures] == [5, 6, 7]
-    for picture in pictures:
-        assert_same(picture, pipeline(FOX, seed=picture.seed).pictures[0])
-
-
 def test_several_prompts_come_in_order_each_with_its_own_run_of_seeds(pipeline):
     result = pipeline([FOX, HORSE, FOX], seed=4, count=2)
     drawn = [(picture.prompt, picture.seed) for picture in result.pictures]
