@@ -21,8 +21,8 @@ from tiue_export.registry.packages import EXPORT_NEEDS, require
 from tiue_export.registry.spokes import save_key_step_plots
 from tiue_export.sampling.plan import DEFAULT_GUIDANCE
 
-from .commands.analyze import AnalyzeRequest
 from .draw.prompt_file import prompts_in
+from .options.analyze import AnalyzeRequest
 from .options.group import picked, typed
 from .report.stages import stage_bar
 from .report.tables import console, fixed, numbers, print_json, titled

@@ -22,7 +22,7 @@ from tiue_export.registry.spokes import (
     measure_latency,
 )
 
-from .commands.bench import BenchRequest
+from .options.bench import BenchRequest
 from .options.group import picked
 from .report.tables import console, print_json
 

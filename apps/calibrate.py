@@ -15,7 +15,7 @@ from tiue_export.registry.support import require_support
 from tiue_export.specs import RuntimeOptions
 from tiue_export.train.prompts import read_prompts
 
-from .commands.calibrate import CalibrateRequest
+from .options.calibrate import CalibrateRequest
 from .options.group import picked
 from .report.stages import stage_bar
 from .report.tables import console, megabytes, print_json

@@ -13,9 +13,9 @@ from tiue_export.checkpoint.demo_student import NAME, demo_student
 from tiue_export.errors import BundleError
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 
-from .commands.generate import DrawOptions
 from .draw.generate import run as generate
 from .export.onnx import export_checkpoint, print_exported
+from .options.generate import DrawOptions
 from .options.graphs import ExportRequest
 from .report.tables import console, print_json
 

@@ -10,8 +10,8 @@ from tiue_export.errors import UsageError
 from tiue_export.proof.half_range import GraphAudit, OverflowAudit
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 
-from .commands.audit import AuditRequest
 from .draw.prompt_file import prompts_in
+from .options.audit import AuditRequest
 from .report.tables import console, island_lines, overflow_table, print_json
 
 

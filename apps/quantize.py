@@ -31,8 +31,8 @@ from tiue_export.registry.support import require_support
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.progress import StageReport
 
-from .commands.quantize import QuantizeRequest
 from .options.group import given, picked
+from .options.quantize import QuantizeRequest
 from .report.next_line import draw_line
 from .report.stages import stage_bar
 from .report.tables import console, megabytes, numbers, print_json, titled

@@ -10,8 +10,8 @@ from rich.markup import escape
 from tiue_export.bundle.read import open_bundle
 from tiue_export.registry.packages import require
 
-from .commands.triton import RepositoryOptions
 from .options.output import WriteOptions
+from .options.triton import RepositoryOptions
 from .report.tables import console, megabytes, numbers, print_json, titled
 
 

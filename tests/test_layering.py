@@ -172,16 +172,37 @@ def _hub_imports(name: str, source: str) -> Iterator[tuple[int, str]]:
 
 
 def circles(modules: dict[str, str]) -> list[str]:
-    """Modules of one folder that import each other, straight or around corners."""
-    arrows = {
-        name: {
-            known
-            for _, target in _hub_imports(name, source)
-            for known in (target, target.rpartition(".")[0])
-            if known in modules and known != name and room_of(known) == room_of(name)
+    """Modules of one folder of the hub that import each other, straight or around corners."""
+    return _circle(
+        {
+            name: {
+                known
+                for _, target in _hub_imports(name, source)
+                for known in (target, target.rpartition(".")[0])
+                if known in modules and known != name and room_of(known) == room_of(name)
+            }
+            for name, source in modules.items()
         }
-        for name, source in modules.items()
-    }
+    )
+
+
+def spoke_circles(files: dict[str, str]) -> list[str]:
+    """Files of the spokes that import each other, inside functions and for types too."""
+    modules = {path.removesuffix(".py").replace("/", "."): text for path, text in files.items()}
+    return _circle(
+        {
+            name: {
+                known
+                for item in imports_in(source, name.rpartition(".")[0])
+                for known in (item.target, item.target.rpartition(".")[0])
+                if known in modules and known != name
+            }
+            for name, source in modules.items()
+        }
+    )
+
+
+def _circle(arrows: dict[str, set[str]]) -> list[str]:
     try:
         graphlib.TopologicalSorter(arrows).prepare()
     except graphlib.CycleError as error:
@@ -384,6 +405,20 @@ def test_a_planted_torch_in_a_device_runtime_is_caught() -> None:
 )
 def test_a_planted_import_from_the_right_is_caught(name: str, source: str) -> None:
     assert order_breaches(name, source)
+
+
+def test_no_spoke_imports_itself_in_a_circle() -> None:
+    spokes = {path: text for path, text in FILES.items() if path.partition("/")[0] in SPOKES}
+    assert len(spokes) > 100
+    assert spoke_circles(spokes) == []
+
+
+def test_a_planted_circle_of_a_spoke_is_caught() -> None:
+    command = "def call() -> None:\n    from ..work import run\n"
+    work = "from .commands.draw import DrawRequest\n"
+    planted = {"apps/commands/draw.py": command, "apps/work.py": work}
+    assert spoke_circles(planted)
+    assert not spoke_circles({**planted, "apps/work.py": ""})
 
 
 def test_a_planted_circle_is_caught() -> None:

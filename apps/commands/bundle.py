@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import typer
 
+from ..options.archive import PackOptions, UnpackOptions
 from ..options.bundle import BundleOptions
-from ..options.group import OptionGroup, argument, command, option
+from ..options.group import command
 from ..options.output import JsonOptions, WriteOptions
 
 app = typer.Typer(
@@ -18,26 +16,6 @@ app = typer.Typer(
     ),
     no_args_is_help=True,
 )
-
-
-@dataclass(frozen=True)
-class PackOptions(OptionGroup):
-    """The archive to write, and for whom."""
-
-    panel = "Output"
-    out: Path | None = option(None, "Archive to write \\[default: NAME.tar].")
-    runtime: str | None = option(
-        None, "Only what it needs: ort, trt, rtx, openvino \\[default: all]."
-    )
-
-
-@dataclass(frozen=True)
-class UnpackOptions(OptionGroup):
-    """The archive to read, and where it goes."""
-
-    panel = "Output"
-    archive: Path = argument(..., "Archive of bundle pack.")
-    out: Path | None = option(None, "Folder to write \\[default: the archive's name].")
 
 
 @app.command()

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from ..options.group import OptionGroup, command, option
+from ..options.cache import CacheOptions
+from ..options.group import command
 from ..options.output import JsonOptions
-
-
-@dataclass(frozen=True)
-class CacheOptions(OptionGroup):
-    """What is listed or deleted."""
-
-    clear: bool = option(False, "Delete instead of listing.")
-    kind: str | None = option(None, "Only this kind, as the list names it.")
-    unused_days: float | None = option(None, "Only what was not used for so long.")
 
 
 @command

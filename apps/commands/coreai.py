@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..options.checkpoint import StudentSourceOptions
+from ..options.coreai import CoreaiForm
 from ..options.graphs import ExportRequest
-from ..options.group import OptionGroup, command, option
-
-
-@dataclass(frozen=True)
-class CoreaiForm(OptionGroup):
-    """What assets compute in."""
-
-    panel = "Core AI"
-    precision: str = option("fp16", "fp16 or fp32.")
+from ..options.group import command
 
 
 @command

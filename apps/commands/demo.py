@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
-from ..options.group import OptionGroup, command, option
+from ..options.demo import DemoOptions
+from ..options.group import command
 from ..options.output import WriteOptions
-
-
-@dataclass(frozen=True)
-class DemoOptions(OptionGroup):
-    """Where the demo goes."""
-
-    panel = "Output"
-    out: Path = option(Path("demo"), "Folder for everything it makes.")
 
 
 @command

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import typer
 
-from ..options.group import OptionGroup, command, option
+from ..options.group import command
+from ..options.init import RouteOptions
 from ..options.output import JsonOptions
-
-
-@dataclass(frozen=True)
-class RouteOptions(OptionGroup):
-    """From where to where; what is not given is asked."""
-
-    device: str | None = option(None, "cpu, arm, rtx, nvidia, jetson, mac \\[default: asked].")
-    ckpt: str | None = option(None, "Student or model \\[default: asked].")
-    base: str | None = option(None, "Pipeline folder or hub id for what the checkpoint lacks.")
 
 
 @command

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..options.checkpoint import CheckpointOptions
 from ..options.graphs import ExportRequest
-from ..options.group import OptionGroup, command, option
-
-
-@dataclass(frozen=True)
-class OnnxForm(OptionGroup):
-    """What graphs compute in."""
-
-    panel = "Graphs"
-    precision: str = option("fp32", "fp32 (exact, fastest on CPUs) or fp16 (for GPUs).")
+from ..options.group import command
+from ..options.onnx import OnnxForm
 
 
 @command

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ..options.checkpoint import SourceOptions
 from ..options.graphs import ExportRequest
-from ..options.group import OptionGroup, command, option
-
-
-@dataclass(frozen=True)
-class OpenvinoForm(OptionGroup):
-    """How OpenVINO stores the graphs, and the arithmetic they are proven in."""
-
-    panel = "OpenVINO"
-    weights: str = option("fp32", "fp32, or fp16 for files half the size.")
-    precision: tuple[str, ...] = option((), "Arithmetic to prove \\[default: all this CPU has].")
+from ..options.group import command
+from ..options.openvino import OpenvinoForm
 
 
 @command

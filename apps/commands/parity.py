@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from ..options.bundle import BundleOptions
 from ..options.group import command
-from ..options.output import JsonOptions
-from ..options.runtime import ReferenceOptions, RuntimeChoice
-
-
-@dataclass(frozen=True)
-class ParityCheck(JsonOptions, ReferenceOptions, RuntimeChoice, BundleOptions):
-    """A runtime, and the bundle that it is held against."""
+from ..options.parity import ParityCheck
 
 
 @command

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 from ..options.bundle import BundleOptions
-from ..options.group import OptionGroup, command, option
+from ..options.group import command
 from ..options.output import WriteOptions
-
-
-@dataclass(frozen=True)
-class RepositoryOptions(OptionGroup):
-    """The model repository to write."""
-
-    panel = "Repository"
-    out: Path = option(..., "Folder for the repository.")
-    backend: str = option("onnxruntime", "onnxruntime, or tensorrt for a bundle with engines.")
-    name: str | None = option(None, "Name of the ensemble \\[default: the bundle's folder].")
-    max_batch: int = option(4, "Largest batch, if the bundle's is dynamic.")
+from ..options.triton import RepositoryOptions
 
 
 @command

@@ -21,7 +21,7 @@ from tiue_export.sampling.noise import check_seeds, noise_from_file
 from tiue_export.specs import Array
 from tiue_export.system.disk_errors import disk_errors
 
-from ..commands.generate import DrawOptions, PictureOutput, PromptOptions
+from ..options.generate import DrawOptions, PictureOutput, PromptOptions
 from ..report.stages import step_bar
 from ..report.tables import console, numbers, print_json, titled
 from .fastest_runtime import choice_facts, resolved_runtime

@@ -7,8 +7,8 @@ import time
 
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 
-from ..commands.coreai import CoreaiForm
 from ..options.checkpoint import StudentSourceOptions
+from ..options.coreai import CoreaiForm
 from ..options.graphs import ExportRequest
 from .forms import OF_A_STUDENT, Form, check_source, make_form, student_bundle_of
 

@@ -18,9 +18,9 @@ from tiue_export.export.coreml.profiles import (
 )
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 
-from ..commands.coreml import CoremlForm
 from ..draw.prompt_file import prompts_in
 from ..options.checkpoint import StudentSourceOptions
+from ..options.coreml import CoremlForm
 from ..options.graphs import ExportRequest
 from ..options.group import given, picked, refuse
 from ..report.tables import fixed, megabytes, numbers, titled

@@ -9,9 +9,9 @@ from tiue_export.errors import unknown_name
 from tiue_export.registry.packages import require
 from tiue_export.system.openvino_core import arithmetic_of, native_precisions
 
-from ..commands.openvino import OpenvinoForm
 from ..options.checkpoint import SourceOptions
 from ..options.graphs import ExportRequest
+from ..options.openvino import OpenvinoForm
 from .forms import Form, bundle_of, check_source, make_form, print_form_plan
 
 FORM = Form("openvino", "OpenVINO", "openvino")

@@ -14,10 +14,10 @@ from tiue_export.export.trt.bundle import check_refittable, refit_from
 from tiue_export.specs import VAE_DECODER
 from tiue_export.system.tensorrt_flavor import FOLDERS
 
-from ..commands.trt import EngineOptions
 from ..options.checkpoint import SourceOptions
 from ..options.graphs import ExportRequest
 from ..options.group import refuse
+from ..options.trt import EngineOptions
 from ..report.stages import stage_bar
 from ..report.tables import console, print_json
 from .onnx import export_checkpoint, print_exported

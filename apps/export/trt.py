@@ -17,10 +17,10 @@ from tiue_export.export.trt.bundle import compile_trt
 from tiue_export.export.trt.plan import TrtOptions, TrtPlan, plan_trt, resolve_target
 from tiue_export.system.tensorrt_flavor import TITLES
 
-from ..commands.trt import EngineOptions
 from ..options.checkpoint import SourceOptions
 from ..options.graphs import ExportRequest
 from ..options.group import picked
+from ..options.trt import EngineOptions
 from ..report.next_line import draw_line
 from ..report.stages import stage_bar
 from ..report.tables import console, fixed, megabytes, numbers, print_json, titled

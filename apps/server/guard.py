@@ -7,7 +7,7 @@ import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..commands.serve import ServerLimits
+from ..options.serve import ServerLimits
 from .answers import ApiError
 
 _OPEN_PATHS = ("/healthz", "/docs", "/openapi.json", "/static-offline-docs")

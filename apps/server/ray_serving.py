@@ -17,7 +17,7 @@ from ..ray_cluster import connected
 from .settings import ServerSettings
 
 if TYPE_CHECKING:
-    from ..commands.serve import ServeOptions
+    from ..options.serve import ServeOptions
 
 _NAME = "tiue-export"
 # Ray holds requests back beyond this; refusing with 429 is the application's part.
@@ -50,8 +50,7 @@ def serve_on_ray(
 def build_app(bundle: Path, runtime: str, options: RuntimeOptions, settings: ServerSettings) -> Any:
     """A replica's application over a worker of its own, opened where the replica runs."""
     from .images_api import create_app
-    from .serving import pipeline_opener
-    from .worker import DrawingWorker
+    from .worker import DrawingWorker, pipeline_opener
 
     worker = DrawingWorker(pipeline_opener(bundle, runtime, options), settings.limits)
     worker.start()

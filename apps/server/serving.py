@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,13 +15,10 @@ from typing import Any
 
 from rich.console import Console
 
-from tiue_export.bundle.read import open_bundle
-from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import ResourceError, UsageError
 from tiue_export.registry.packages import SERVER_NEEDS, require
-from tiue_export.specs import RuntimeOptions
 
-from ..commands.serve import ServeOptions, ServerLimits
+from ..options.serve import ServeOptions, ServerLimits
 from ..report.tables import print_json
 from .settings import ServerSettings
 
@@ -47,17 +44,11 @@ def run(request: ServeOptions, limits: ServerLimits) -> None:
         _serve(request, settings, listener)
 
 
-def pipeline_opener(bundle: Path, runtime: str, options: RuntimeOptions) -> Callable[[], Pipeline]:
-    """What the drawing thread opens; a missing or damaged bundle is an error at once."""
-    opened = open_bundle(bundle)
-    return lambda: Pipeline.open(opened, runtime, options)
-
-
 def _serve(request: ServeOptions, settings: ServerSettings, listener: socket.socket) -> None:
     import uvicorn
 
     from .images_api import create_app
-    from .worker import DrawingWorker
+    from .worker import DrawingWorker, pipeline_opener
 
     opener = pipeline_opener(request.bundle, request.runtime, request.runtime_options())
     worker = DrawingWorker(opener, settings.limits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..commands.serve import ServerLimits
+from ..options.serve import ServerLimits
 
 
 @dataclass(frozen=True)

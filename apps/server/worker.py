@@ -14,11 +14,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from tiue_export.bundle.read import open_bundle
 from tiue_export.drawing.pipeline import Job, Picture, Pipeline, Result
 from tiue_export.errors import RuntimeFailure
+from tiue_export.specs import RuntimeOptions
 
-from ..commands.serve import ServerLimits
+from ..options.serve import ServerLimits
 from .metrics import ServerMetrics
 
 _log = logging.getLogger(__name__)
@@ -60,6 +63,12 @@ class _Item:
     @property
     def job(self) -> Job:
         return self.order.jobs[self.index]
+
+
+def pipeline_opener(bundle: Path, runtime: str, options: RuntimeOptions) -> Callable[[], Pipeline]:
+    """What the drawing thread opens; a missing or damaged bundle is an error at once."""
+    opened = open_bundle(bundle)
+    return lambda: Pipeline.open(opened, runtime, options)
 
 
 class DrawingWorker:

@@ -18,8 +18,8 @@ from tiue_export.errors import UsageError
 from tiue_export.registry.packages import require
 from tiue_export.specs import RuntimeOptions
 
-from ..commands.studio import StudioOptions
 from ..options.group import picked
+from ..options.studio import StudioOptions
 from ..report.tables import console, print_json
 from .choices import Offer, find_choices
 from .drawing import Drawer

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiue_export.apps.commands.generate import DrawOptions
 from tiue_export.apps.draw.generate import run
+from tiue_export.apps.options.generate import DrawOptions
 from tiue_export.drawing.contact_sheet import contact_sheet
 from tiue_export.errors import UsageError
 

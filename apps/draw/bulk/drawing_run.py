@@ -18,7 +18,7 @@ from tiue_export.errors import UsageError, unknown_name
 from tiue_export.sampling.plan import check_guidance
 from tiue_export.system.disk_errors import disk_errors
 
-from ...commands.generate import BulkOptions, DrawOptions
+from ...options.generate import BulkOptions, DrawOptions
 from ...options.group import given
 from ...report.tables import console, print_json
 from ..fastest_runtime import resolved_runtime
