@@ -1,1 +1,1 @@
-"""The commands, one file for each group; each imports its code when it runs: help stays fast."""
+"""The commands, one file a verb; each imports its code when it runs: help stays fast."""

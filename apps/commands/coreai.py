@@ -14,7 +14,7 @@ def coreai(source: StudentSourceOptions, own: CoreaiForm, export: ExportRequest)
 
     Example:  tiue-export coreai --ckpt student.safetensors --base sd21-base/ --out fox
 
-    Example:  tiue-export coreai --ckpt student.safetensors --bundle fox --precision fp32
+    Example:  tiue-export coreai --ckpt student.safetensors --base sd21-base/ --precision fp32
     """
     from ..export.coreai import run
 

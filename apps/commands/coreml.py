@@ -16,7 +16,7 @@ def coreml(source: StudentSourceOptions, own: CoremlForm, export: ExportRequest)
 
     Example:  tiue-export coreml --ckpt student.safetensors --base sd21-base/ --profile iphone
 
-    Example:  tiue-export coreml --ckpt student.safetensors --bundle fox --target-mb 450
+    Example:  tiue-export coreml --ckpt student.safetensors --base sd21-base/ --target-mb 450
 
     Example:  tiue-export coreml --ckpt sd21-base/ --method faster --steps 50 --out fox
     """

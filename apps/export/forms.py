@@ -14,8 +14,8 @@ from rich.table import Table
 
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.checkpoint.container import check_checkpoint_path
-from tiue_export.errors import UsageError
-from tiue_export.registry.support import check_options, require_support
+from tiue_export.errors import BundleError, UsageError
+from tiue_export.registry.support import VERBS, check_options, require_support
 from tiue_export.system.progress import stage
 
 from ..options.checkpoint import SourceOptions, StudentSourceOptions
@@ -147,6 +147,10 @@ def student_bundle_of(
     if export.dry_run:
         print_form_plan(form, bundle, settings, as_json=export.as_json)
         return None
+    if form.folder in bundle.manifest.compiled and not export.force:
+        raise BundleError(
+            f"{bundle.root} has {VERBS[form.command]} already", "Pass --force to make them again."
+        )
     request = CheckpointRequest(source.ckpt, export.base, export.vae, lora=export.lora)
     with stage_bar(quiet=export.as_json) as bar, stage(bar.observer(), "load student"):
         student = open_student(request, bundle.manifest, lambda part: bar.begin(f"load {part}"))

@@ -15,7 +15,7 @@ class PackOptions(OptionGroup):
     panel = "Output"
     out: Path | None = option(None, "Archive to write \\[default: NAME.tar].")
     runtime: str | None = option(
-        None, "Only what it needs: ort, trt, rtx, openvino \\[default: all]."
+        None, "Only what it needs: ort, trt, rtx, openvino, coreml, coreai \\[default: all]."
     )
 
 

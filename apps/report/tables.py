@@ -141,7 +141,7 @@ def graph_table(manifest: Manifest) -> Table:
     for name, graph in manifest.graphs.items():
         table.add_row(
             name,
-            megabytes(graph.size_bytes) if graph.has_onnx else "left out",
+            megabytes(graph.size_bytes) if graph.has_onnx else "no ONNX",
             _precision(graph),
             _tensors(graph.inputs),
             _tensors(graph.outputs),

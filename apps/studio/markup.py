@@ -171,7 +171,7 @@ def _graphs(manifest: Manifest) -> str:
     rows = []
     for name, graph in manifest.graphs.items():
         width = 100 * graph.size_bytes / largest
-        size = megabytes(graph.size_bytes) if graph.has_onnx else "left out"
+        size = megabytes(graph.size_bytes) if graph.has_onnx else "no ONNX"
         rows.append(
             (
                 f"<code>{escape(name)}</code>",

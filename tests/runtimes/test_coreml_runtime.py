@@ -131,7 +131,8 @@ def test_a_bundle_without_packages_says_how_to_make_them(tiny_bundle):
     with pytest.raises(BundleError) as caught:
         open_runtime("coreml", tiny_bundle, RuntimeOptions())
     assert caught.value.message == f"{tiny_bundle.root} has no Core ML packages"
-    assert caught.value.next_step == f"Make them: tiue-export coreml --bundle {tiny_bundle.root}"
+    line = f"tiue-export coreml --ckpt STUDENT --bundle {tiny_bundle.root}"
+    assert caught.value.next_step == f"Make them: {line}"
 
 
 @elsewhere

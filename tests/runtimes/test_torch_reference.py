@@ -142,6 +142,5 @@ def test_a_loop_with_adapter_and_controlnet_opens_with_both_and_names_both(
     assert "with --lora style.safetensors:1 --controlnet edges as" in str(caught.value.next_step)
     with pytest.raises(CheckpointError) as caught:
         open_runtime("torch", bundle, replace(both, controlnet=None))
-    name = bare_teacher.name
-    assert caught.value.message == f"{name} comes without the ControlNet of this bundle"
+    assert caught.value.message == f"{bare_teacher} comes without the ControlNet of this bundle"
     assert caught.value.next_step == "Add the one of the export: --controlnet edges"

@@ -34,23 +34,24 @@ def open_student(
         vae=request.vae,
         on_stage=on_stage,
     )
-    return as_exported(completed(student, request, on_stage), manifest)
+    return as_exported(completed(student, request, on_stage), manifest, request.ckpt)
 
 
-def as_exported(student: Student, manifest: Manifest) -> Student:
-    """The model with the plan that the bundle's graphs have.
+def as_exported(student: Student, manifest: Manifest, place: str | None = None) -> Student:
+    """The model, loaded from `place`, with the plan that the bundle's graphs have.
 
     Raises `CheckpointError` when its weights are not those that the bundle was made from, and when
     it lacks the part of a graph.
     """
-    _check_same(student, manifest)
+    place = place or student.source.name
+    _check_same(student, manifest, place)
     for name, part, model in (
         (TEXT_ENCODER, "text encoder", student.text_encoder),
         (VAE_DECODER, "VAE", student.vae),
     ):
         if model is None and name in manifest.graphs:
             raise CheckpointError(
-                f"{student.source.name} has no {part}; the bundle's {name} came from elsewhere",
+                f"{place} has no {part}; the bundle's {name} came from elsewhere",
                 "Give --base (or --vae) as when the bundle was exported.",
             )
     return Student(
@@ -65,21 +66,20 @@ def as_exported(student: Student, manifest: Manifest) -> Student:
     )
 
 
-def _check_same(student: Student, manifest: Manifest) -> None:
+def _check_same(student: Student, manifest: Manifest, place: str) -> None:
     """Refuse other weights than the bundle's, with what the export merged or added."""
-    name = student.source.name
     given = {"unet": student.source.sha256, **student.source.part_sha256}
     own = {"unet": manifest.source.sha256, **manifest.source.part_sha256}
     for part, digest in given.items():
         if digest != own.get(part):
             raise CheckpointError(
-                f"{name} is not the student of this bundle: the SHA-256 of its {part} is "
+                f"{place} is not the student of this bundle: the SHA-256 of its {part} is "
                 f"{digest[:12]}..., the bundle's {str(own.get(part))[:12]}...",
                 _as_exported(manifest),
             )
     if CONTROLNET in manifest.graphs and student.controlnet is None:
         raise CheckpointError(
-            f"{name} comes without the ControlNet of this bundle",
+            f"{place} comes without the ControlNet of this bundle",
             f"Add the one of the export: {manifest.source.parts.get('controlnet', '--controlnet')}",
         )
 

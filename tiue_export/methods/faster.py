@@ -79,16 +79,21 @@ def with_plan(teacher: Student, options: FasterOptions) -> Student:
     return teacher
 
 
-def with_controlnet(teacher: Student, folder: Path) -> Student:
-    """Add a ControlNet from a diffusers folder; returns the same model.
-
-    Raises `CheckpointError` for no such folder, `UnsupportedModelError` for another family.
-    """
+def check_controlnet(folder: Path) -> None:
+    """Raise `CheckpointError` for a folder that holds no ControlNet."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"--controlnet {folder}: no ControlNet folder, it has no config.json",
             "Give a folder with config.json and diffusion_pytorch_model.safetensors.",
         )
+
+
+def with_controlnet(teacher: Student, folder: Path) -> Student:
+    """Add a ControlNet from a diffusers folder; returns the same model.
+
+    Raises `CheckpointError` for no such folder, `UnsupportedModelError` for another family.
+    """
+    check_controlnet(folder)
     teacher.controlnet = load_controlnet(folder, dict(teacher.unet.config))
     digest = sha256_of_folder(folder, WEIGHTS_STEM)
     source = teacher.source

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from tiue_export.checkpoint.container import check_container
 from tiue_export.checkpoint.lora_file import lora_from
 from tiue_export.errors import UsageError
-from tiue_export.methods.faster import FasterDiffusion, with_controlnet
+from tiue_export.methods.faster import FasterDiffusion, check_controlnet, with_controlnet
 from tiue_export.methods.method import (
     Method,
     MethodOptions,
@@ -60,6 +61,7 @@ def load_for_method(
 ) -> Student:
     """The checkpoint as a method wants it, adapters merged, a ControlNet added."""
     chosen = check_method(method, options, request.controlnet)
+    check_additions(request)
     student = load_model(
         request.ckpt,
         request.base,
@@ -69,6 +71,14 @@ def load_for_method(
         on_stage=on_stage,
     )
     return completed(student, request, on_stage)
+
+
+def check_additions(request: CheckpointRequest) -> None:
+    """Refuse adapters and a ControlNet that are not there, before the model is loaded."""
+    for text in request.lora:
+        check_container(lora_from(text)[0])
+    if request.controlnet is not None:
+        check_controlnet(Path(request.controlnet))
 
 
 def completed(

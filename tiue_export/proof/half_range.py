@@ -1,7 +1,7 @@
 """How near a network's values come to the limit of half precision, and what stays in float32.
 
-The torch half measures (`overflow_audit.py`); here are the findings, the rule, and the file that a
-bundle keeps of them.
+The torch half measures (`reference/half_audit.py`); here are the findings, the rule, and the file
+that a bundle keeps of them.
 """
 
 from __future__ import annotations

@@ -125,6 +125,11 @@ def load_model(
         on_stage("VAE")
         decoder = load_vae(folders["vae"])
         part_sha256["vae"] = sha256_of_folder(folders["vae"], WEIGHTS_STEM)
+    if plan.one_pass and recorded is None:
+        notes += (
+            f"the checkpoint records no K and is taken for a student of K={plan.steps}; a model "
+            "that is not distilled draws with --method faster",
+        )
 
     source = Source(
         name=checkpoint.root.name,

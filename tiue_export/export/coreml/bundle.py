@@ -47,6 +47,7 @@ from tiue_export.export.coreml.recipe import MixedRecipe, RecipeSearch, find_rec
 from tiue_export.export.coreml.swift import check_swift, write_swift_resources
 from tiue_export.export.own_student import Size, as_exported, fp32_options
 from tiue_export.graphs.build import build_graphs
+from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.gates import weakest
 from tiue_export.proof.parity import load_reference
 from tiue_export.registry.packages import require
@@ -105,8 +106,8 @@ class CoremlBackend(Backend):
     runtime: ClassVar[str] = "coreml"
     title: ClassVar[str] = "Core ML packages"
     if_lost: ClassVar[str] = (
-        "Choose a gentler --compress (or --target-psnr), --precision fp32, or accept the loss "
-        "with --allow-parity-loss (the manifest then says so)."
+        "Pass --compress palettize-8 or none; without compression --precision fp32; or accept the "
+        "loss with --allow-parity-loss (the manifest then says so)."
     )
     reads_onnx: ClassVar[bool] = False
     folder: ClassVar[str] = FOLDER
@@ -115,6 +116,8 @@ class CoremlBackend(Backend):
         """Refuse options that this bundle's packages cannot have."""
         require("Core ML export", ("coremltools", "sklearn"), "coreml")
         _check_bundle(bundle, self.plan, self.options)
+        for size in _sizes(bundle, self.options):
+            _check_size(self.student, bundle.manifest, size)
         if self.plan.limit_bytes is not None:
             size = bundle.manifest.height_px, bundle.manifest.width_px
             for group in GRAPH_GROUPS:
@@ -252,6 +255,14 @@ def plan_for(manifest: Manifest, options: CoremlOptions) -> CoremlPlan:
     if manifest.plan.one_pass or options.decoder_batch is not None:
         return plan
     return replace(plan, decoder_batch=1)
+
+
+def _check_size(student: Student, manifest: Manifest, size: Size) -> None:
+    """Refuse a size that the student cannot have, by the option that gave it."""
+    try:
+        shapes_of(student, fp32_options(manifest, size))
+    except UsageError as error:
+        raise UsageError(f"--size {size[0]}x{size[1]}: {error.message}", error.next_step) from None
 
 
 def _check_bundle(bundle: Bundle, plan: CoremlPlan, options: CoremlOptions) -> None:

@@ -161,7 +161,7 @@ def _ops_of_outputs(model: Any) -> list[str]:
 def _quantized_activations(ct: Any, model: Any, ranges: dict[str, Range]) -> Any:
     """The three passes behind coremltools' `linear_quantize_activations`, given our ranges.
 
-    They and `_apply_graph_pass` are private; `tests/test_coreml_compress.py` holds them to 9.0.
+    They and `_apply_graph_pass` are private; tests/export/test_coreml_export.py holds them to 9.0.
     """
     from coremltools.converters.mil.frontend.milproto.load import load as load_program
     from coremltools.converters.mil.mil.passes.graph_pass import PassOption

@@ -29,7 +29,7 @@ NEURAL_ENGINE_LIMIT_BYTES = 1_000_000_000
 
 @dataclass(frozen=True)
 class Compression:
-    """One way of storing weights. `gate` is a key of `compare.GATES_PSNR_DB`.
+    """One way of storing weights. `gate` is a key of `GATES_PSNR_DB` (proof/gates.py).
 
     `group` is the number of output channels that share a palette, or of input weights that share a
     scale; 0 for a palette per tensor or a scale per channel.
@@ -212,7 +212,7 @@ class CoremlPlan:
         return whole
 
     def gate_of(self, graph: str) -> str:
-        """The parity gate (a key of `compare.GATES_PSNR_DB`) of one graph."""
+        """The parity gate (a key of `GATES_PSNR_DB` (proof/gates.py)) of one graph."""
         compression = self.compression_of(graph)
         return self.precision if compression.kind == "none" else compression.gate
 
