@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from tiue_export.bundle.manifest import Manifest
-from tiue_export.bundle.read import MANIFEST_FILE, Bundle
+from tiue_export.bundle.read import MANIFEST_FILE, Bundle, read_manifest
 from tiue_export.bundle.write import check_target
 from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import BundleError
 from tiue_export.proof.half_range import load_audit
 from tiue_export.registry.packages import EXPORT_NEEDS, require
+from tiue_export.registry.support import features_of, refusal_of
 from tiue_export.specs import CONTROLNET, GRAPH_NAMES
 
 from ..draw.prompt_file import prompts_in
@@ -90,9 +91,9 @@ def export_checkpoint(
     check_request(verb, export.checkpoint(ckpt), method, sampling, options)
     prompts = prompts_in(export.audit_prompts, "--audit-prompts")
     check_checkpoint_path(ckpt)
-    out = output_path(ckpt, export, precision)
+    out = output_path(ckpt, export, precision if from_student is None else verb)
     if not export.dry_run:
-        _check_output(out, instead, force=export.force)
+        _check_output(out, verb, instead, force=export.force)
     from tiue_export.export.contract import export_contract
     from tiue_export.export.dry_run import plan_export
     from tiue_export.export.onnx.bundle import export_onnx
@@ -156,22 +157,31 @@ def graph_options(export: ExportRequest, precision: str) -> ExportOptions:
     )
 
 
-def output_path(ckpt: str, export: ExportRequest, precision: str) -> Path:
-    """`--out`, or NAME-PRECISION in the current folder."""
+def output_path(ckpt: str, export: ExportRequest, kind: str) -> Path:
+    """`--out`, or NAME-KIND in the current folder: by its precision, or by its only form."""
     place = Path(ckpt).resolve()
     name = place.stem if place.suffix == ".safetensors" else place.name
     method = f"-{export.method}" if export.plans_passes() else ""
-    return export.out or Path(f"{name}{method}-{precision}")
+    return export.out or Path(f"{name}{method}-{kind}")
 
 
-def _check_output(out: Path, instead: str, *, force: bool) -> None:
-    if instead and (out / MANIFEST_FILE).is_file() and not force:
+def _check_output(out: Path, verb: str, instead: str, *, force: bool) -> None:
+    if instead and (out / MANIFEST_FILE).is_file() and not force and _takes(verb, out):
         raise BundleError(
             f"{out} already holds a bundle",
             f"Use it: tiue-export {instead} {shlex.quote(str(out))}; or choose another --out, or "
             "pass --force to export again.",
         )
     check_target(out, force=force)
+
+
+def _takes(verb: str, bundle: Path) -> bool:
+    """Whether a verb can go on with the bundle that lies there."""
+    try:
+        manifest = read_manifest(bundle)
+    except BundleError:
+        return False
+    return refusal_of(verb, features_of(manifest)) is None
 
 
 def print_exported(exported: Exported, *, as_json: bool) -> None:

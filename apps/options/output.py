@@ -30,7 +30,9 @@ class BundleOutput(OptionGroup):
     """A bundle to write."""
 
     panel = "Output"
-    out: Path | None = option(None, "Bundle to write \\[default: NAME-PRECISION].")
+    out: Path | None = option(
+        None, "Bundle to write \\[default: NAME-PRECISION, or NAME-FORM where it is all there is]."
+    )
     dry_run: bool = option(False, "Print the plan, write nothing.")
     force: bool = option(False, "Replace existing output.")
     as_json: bool = option(False, "Print one JSON object instead of tables.", "--json")

@@ -173,12 +173,12 @@ def test_other_steps_are_planned_by_every_command_that_tells_of_the_option(
 @pytest.mark.parametrize("told", [(), ("--json",)])
 @pytest.mark.parametrize("command", ["openvino", "trt", "coreml"])
 def test_a_dry_run_beside_an_earlier_export_prints_the_plan(
-    run, tiny_pipeline, tmp_path, command, told
+    run, tiny_bundle, tiny_pipeline, tmp_path, command, told
 ):
-    precision = "fp16" if command == "trt" else "fp32"
-    earlier = tmp_path / f"{tiny_pipeline.name}-{precision}"
+    kind = {"openvino": "fp32", "trt": "fp16", "coreml": "coreml"}[command]
+    earlier = tmp_path / f"{tiny_pipeline.name}-{kind}"
     earlier.mkdir()
-    (earlier / "tiue.json").write_text("{}")
+    (earlier / "tiue.json").write_text(tiny_bundle.manifest.to_json())
     arguments = [command, "--ckpt", tiny_pipeline, *_on_rtx(command)]
     code, out, err = run(*arguments, "--dry-run", *told)
     assert code == 0, err

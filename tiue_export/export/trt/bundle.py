@@ -56,17 +56,30 @@ _LEAST_WORKSPACE_MB = 64
 
 
 def compile_trt(
-    bundle: Bundle, options: TrtOptions | None = None, observer: Observer | None = None
+    bundle: Bundle,
+    options: TrtOptions | None = None,
+    observer: Observer | None = None,
+    *,
+    force: bool = False,
+    allow_parity_loss: bool = False,
 ) -> Bundle:
-    """Build the engines that the bundle lacks for this request; returns the bundle with all.
+    """Build the engines that the bundle lacks for this request, with `force` all; returns it so.
 
+    Nothing of an engine is lost by measure, so there is no loss to allow: its layers are in the
+    precision that was asked for, or it is refused.
     Raises what `plan_trt` raises, `ParityError` when a graph of an fp16 bundle would run in float,
     `ResourceError` when memory runs out at the easiest settings too, `RuntimeFailure` when TensorRT
     fails. A failure leaves the bundle openable, with the engines that were finished.
     """
     options = options or TrtOptions()
     plan = plan_trt(bundle, options)
-    return compile_form(bundle, TrtBackend(plan), force=options.rebuild, observer=observer)
+    return compile_form(
+        bundle,
+        TrtBackend(plan),
+        force=force or options.rebuild,
+        allow_parity_loss=allow_parity_loss,
+        observer=observer,
+    )
 
 
 def refit_from(bundle: Bundle, new: Bundle, observer: Observer | None = None) -> Bundle:
