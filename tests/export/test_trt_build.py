@@ -189,7 +189,8 @@ def test_half_asked_and_float_got_fails_before_anything_is_built(tiny_bundle, tm
         "text_encoder: 16 of 16 convolutions and matrix products came out in float, but the bundle "
         "says fp16: no engine was made"
     )
-    assert error.next_step == "Export again: tiue-export onnx --precision fp16."
+    line = "tiue-export onnx --ckpt STUDENT --precision fp16 --out BUNDLE"
+    assert error.next_step == f"Export again: {line}"
     assert open_bundle(bundle.root).manifest.compiled == {}
     assert not [path for path in bundle.root.iterdir() if "partial" in path.name]
 
