@@ -188,7 +188,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         ("openvino", "trt", "triton", "calibrate", "quantize"),
         ("without-onnx",),
-        "they are what this starts from",
+        "ONNX files are what it starts from",
         "Take the bundle it was packed from, or make one: tiue-export onnx --ckpt STUDENT --out "
         "BUNDLE",
     ),
@@ -245,7 +245,7 @@ def check_support(verb: str, features: Iterable[str], name: str) -> None:
     if refusal is not None:
         phrase = " and ".join(FEATURES[feature].phrase for feature in refusal.features)
         raise UsageError(
-            f"{name} {phrase}, which {VERBS[verb]} cannot have: {refusal.reason}",
+            f"{name} {phrase}, which does not go with {VERBS[verb]}: {refusal.reason}",
             refusal.next_step,
         )
 
