@@ -15,8 +15,8 @@ def support_page() -> str:
     lines = [
         "# What works with what",
         "",
-        "Generated from `tiue_export/registry/support.py`, where every refusal comes from, before "
-        "any work starts. A number is a reason below the table; what two features together rule "
+        "Generated from `tiue_export/registry/support.py`, which is asked before any work "
+        "starts. A number is a reason below the table; what two features together rule "
         "out stands there too.",
         "",
         "| a bundle that has | " + " | ".join(f"`{verb}`" for verb in VERBS) + " |",
