@@ -177,7 +177,7 @@ def _graphs(manifest: Manifest) -> str:
                 f"<code>{escape(name)}</code>",
                 f'<div class="tiue-bar"><i class="tiue-left" style="width:{width:.0f}%"></i>'
                 f"<b>{size}</b></div>",
-                escape(f"{graph.precision}, opset {graph.opset}"),
+                escape(graph.precision + (f", opset {graph.opset}" if graph.has_onnx else "")),
                 _tensors(graph.inputs),
                 _tensors(graph.outputs),
             )

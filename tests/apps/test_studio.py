@@ -295,6 +295,19 @@ def test_nothing_from_a_bundle_or_a_picture_becomes_markup(offer, drawer, tmp_pa
     assert "&lt;img src=x" in line
 
 
+def test_the_bundle_page_of_graphs_without_onnx_names_no_opset(offer):
+    choice = offer.choices[0]
+    manifest = choice.bundle.manifest
+    graphs = {
+        name: replace(record, path=None, opset=None, files={})
+        for name, record in manifest.graphs.items()
+    }
+    bare = replace(choice.bundle, manifest=replace(manifest, graphs=graphs))
+    page = part("markup").bundle_page(replace(choice, bundle=bare), offer)
+    assert "no ONNX" in page
+    assert "opset" not in page
+
+
 def test_the_bundle_page_tells_graphs_constants_parity_and_runtimes(offer):
     page = part("markup").bundle_page(offer.choices[0], offer)
     for text in ("unet_decoder", "+4.234612", "passed", "Compiled forms", "openvino fp32"):
