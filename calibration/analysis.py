@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from tiue_export.proof.quantization_plan import (
 )
 from tiue_export.specs import UNET_GRAPHS, Array
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.owned_path import temporary_folder
 from tiue_export.system.progress import Observer
 
 from .capture import choose_runs
@@ -226,7 +226,7 @@ class Analyser:
     @contextmanager
     def _written(self, names: set[tuple[str, str]]) -> Iterator[dict[str, Path]]:
         """The real Q/DQ graphs of a set of layers, for as long as they are measured."""
-        with tempfile.TemporaryDirectory(dir=self.data.root, prefix=".trial-") as folder:
+        with temporary_folder(self.data.root) as folder:
             keys = [layer.key for layer in self._all()]
             plan = self._plan({key: (W8A8 if key in names else FLOAT, "") for key in keys}, {})
             paths = {}
@@ -234,7 +234,7 @@ class Analyser:
                 if plan.of(graph):
                     paths[graph] = write_qdq(
                         self.bundle.graph_path(graph),
-                        Path(folder) / graph,
+                        folder / graph,
                         self.layers[graph],
                         plan.of(graph),
                         matched_folds(plan, graph, self.folds[graph]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -36,6 +35,7 @@ from tiue_export.specs import (
     UNET_GRAPHS,
     VAE_DECODER,
 )
+from tiue_export.system.owned_path import temporary_folder
 
 from ..figure import check_file, check_plot
 from ..studies.ceiling import ceilings_in_child, parse_ceilings
@@ -151,10 +151,10 @@ def ready(contender: Contender, work: Path, tell: Tell) -> Contender:
     return replace(contender, settings=settings)
 
 
-def work_folder(work: Path | None) -> AbstractContextManager[str | Path]:
+def work_folder(work: Path | None) -> AbstractContextManager[Path]:
     if work is not None:
         return nullcontext(work)
-    return tempfile.TemporaryDirectory(prefix="tiue-export-bench-")
+    return temporary_folder()
 
 
 def _ceilings(plan: LatencyPlan, tell: Tell) -> Mapping[str, Ceiling]:

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,8 +23,11 @@ from tiue_export.bundle.read import MANIFEST_FILE
 from tiue_export.errors import RuntimeFailure
 from tiue_export.registry.backends import open_exporter
 from tiue_export.registry.spokes import run_explained
+from tiue_export.system.child_process import child_command
 
 from .settings import TorchSettings
+
+_MODULE = "tiue_export.benchmarks.latency.made_bundle"
 
 if TYPE_CHECKING:
     from tiue_export.student.model import Student
@@ -62,10 +64,8 @@ def made(asked: MadeBundle, work: Path) -> Path:
     if is_made(asked, work):
         return folder
     work.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tiue_export.benchmarks.latency.made_bundle", str(folder)]
-    done = subprocess.run(
-        [*command, "--json", json.dumps(asdict(asked))], capture_output=True, text=True, check=False
-    )
+    command = child_command(_MODULE, str(folder), "--json", json.dumps(asdict(asked)))
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         explained = [line for line in lines if line.startswith("error: ")]

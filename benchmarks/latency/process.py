@@ -7,13 +7,13 @@ import json
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Mapping
 from typing import IO, Any
 
 from tiue_export.errors import RuntimeFailure
+from tiue_export.system.child_process import child_command
 
 _WORKER = "tiue_export.benchmarks.latency.worker"
 _GOODBYE_S = 20.0
@@ -34,7 +34,7 @@ class WorkerProcess:
         # Libraries talk much on standard error; its end is the reason if the process dies.
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `close`
         self._process = subprocess.Popen(
-            [sys.executable, "-m", _WORKER],
+            child_command(_WORKER),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from tiue_export.proof.parity import PROMPTS
 from tiue_export.specs import TEXT_ENCODER, VAE_DECODER
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.machine import usable_cores
+from tiue_export.system.owned_path import temporary_folder
 
 from .settings import SdCppSettings
 
@@ -163,16 +163,16 @@ def readable_checkpoint(path: str) -> Iterator[Path]:
         return
     from safetensors.torch import load_file, save_file
 
-    with tempfile.TemporaryDirectory(prefix="tiue-export-bench-") as lent:
+    with temporary_folder() as lent:
         for part in place.iterdir():
             if part.name != "text_encoder":
-                (Path(lent) / part.name).symlink_to(part.resolve())
-        renamed = Path(lent) / "text_encoder" / "model.safetensors"
+                (lent / part.name).symlink_to(part.resolve())
+        renamed = lent / "text_encoder" / "model.safetensors"
         with disk_errors(renamed):
             renamed.parent.mkdir()
             tensors = load_file(encoder)
             save_file({_OLD_PREFIX + name: tensors[name] for name in tensors}, renamed)
-        yield Path(lent)
+        yield lent
 
 
 def _has_old_names(encoder: Path) -> bool:

@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import numpy as np
 from tiue_export.errors import RuntimeFailure, UsageError, first_line
 from tiue_export.proof.latency_record import Ceiling
 from tiue_export.registry.spokes import run_explained
+from tiue_export.system.child_process import child_command
 from tiue_export.system.openvino_core import import_openvino, openvino_core
 
 _ROWS, _CHANNELS, _SIDE = 4, 640, 32  # a 3x3 convolution of the middle resolution, K = 4 rows
@@ -56,7 +56,7 @@ def measure_ceilings(threads: int | None, seconds: float = _SECONDS) -> dict[str
 
 def ceilings_in_child(threads: int | None) -> dict[str, Ceiling]:
     """`measure_ceilings` in a process of its own, so that nothing of it stays behind."""
-    command = [sys.executable, "-m", "tiue_export.benchmarks.studies.ceiling", "--json"]
+    command = child_command("tiue_export.benchmarks.studies.ceiling", "--json")
     if threads is not None:
         command += ["--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -300,17 +300,16 @@ def test_a_parser_error_names_the_node(tmp_path):
     )
     onnx.save(model, tmp_path / "model.onnx")
     request = EngineRequest(str(tmp_path / "model.onnx"), str(tmp_path / "x.plan"), "rtx")
-    (tmp_path / "request.json").write_text(request.to_json())
-    done = run_child(tmp_path / "request.json")
+    done = run_child(request)
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == NOT_PARSED
     assert 'node "down_blocks.0/Det" (Det)' in events[-1]["text"]
     assert not (tmp_path / "x.plan").exists()
 
 
-def run_child(request: Path) -> subprocess.CompletedProcess[str]:
+def run_child(request: EngineRequest) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tiue_export.export.trt.build_process", str(request)],
+        [sys.executable, "-m", "tiue_export.export.trt.build_process", request.to_json()],
         capture_output=True,
         text=True,
         check=False,
@@ -453,8 +452,7 @@ def test_text_attention_of_one_head_and_several_rows_is_built(tmp_path):
     path = tmp_path / "attention.onnx"
     torch.onnx.export(OneHead().half().eval(), example, path, dynamo=True, verbose=False)
     request = EngineRequest(str(path), str(tmp_path / "plan"), "rtx", compute_capabilities=("8.6",))
-    (tmp_path / "request.json").write_text(request.to_json())
-    done = run_child(tmp_path / "request.json")
+    done = run_child(request)
     assert done.returncode == 0, done.stdout[-500:]
 
 

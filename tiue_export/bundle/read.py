@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from pathlib import Path, PurePosixPath
 from tiue_export.bundle.manifest import CompiledGraph, FileRecord, GraphRecord, Manifest
 from tiue_export.errors import BundleError
 from tiue_export.specs import VAE_DECODER, GraphSpec
+from tiue_export.system.owned_path import is_owned
 
 MANIFEST_FILE = "tiue.json"
 REFERENCE_FILE = "parity/reference.safetensors"
-# A folder that is being written: .NAME.partial-HOST-PROCESS-RANDOM, beside its target.
-PARTIAL = re.compile(r"\.(?P<name>.+)\.partial-(?P<host>[^-]+)-(?P<pid>\d{1,9})-[0-9a-f]{8}")
+# The state in its name (`owned_path`) of a bundle that is being written.
+PARTIAL = "partial"
 _COPY_AGAIN = "Copy the bundle again, or export it again."
 
 
@@ -77,7 +77,7 @@ def open_bundle(path: str | Path, *, sealed: bool = True) -> Bundle:
     truncated or altered file.
     """
     root = Path(path)
-    if PARTIAL.fullmatch(root.name):
+    if is_owned(root.name, PARTIAL):
         raise BundleError(f"{root} is an unfinished export", "Export again; it can be deleted.")
     if not (root / MANIFEST_FILE).is_file():
         raise BundleError(

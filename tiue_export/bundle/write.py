@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import secrets
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +14,9 @@ from tiue_export.bundle.manifest import Compiled, Manifest
 from tiue_export.bundle.read import MANIFEST_FILE, PARTIAL, Bundle, open_bundle, read_manifest
 from tiue_export.errors import BundleError
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.owned_path import abandoned_paths, owned_path, remove
 
-_REPLACED = re.compile(r"\.(?P<name>.+)\.replaced-(?P<host>[^-]+)-(?P<pid>\d{1,9})-[0-9a-f]{8}")
+_REPLACED = "replaced"
 
 
 @contextlib.contextmanager
@@ -32,7 +30,7 @@ def new_bundle(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     target = Path(path).resolve()
     _remove_leftovers(target)
     check_target(target, force=force)
-    partial = _beside(target, "partial")
+    partial = owned_path(target, PARTIAL)
     with disk_errors(target):
         try:  # before mkdir: a SIGTERM that arrives while it runs raises as it returns
             partial.mkdir(parents=True)
@@ -54,7 +52,7 @@ def compiled_folder(bundle: Bundle, name: str) -> Iterator[Path]:
     bundle as it was.
     """
     _remove_leftovers(bundle.root / name)
-    partial = _beside(bundle.root / name, "partial")
+    partial = owned_path(bundle.root / name, PARTIAL)
     with disk_errors(bundle.root / name):
         try:
             partial.mkdir()
@@ -135,7 +133,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write tiue.json so that a reader sees the old one or the new one."""
     target = root / MANIFEST_FILE
     _remove_leftovers(target)
-    partial = _beside(target, "partial")  # without file locks another process may write one too
+    partial = owned_path(target, PARTIAL)  # without file locks another process may write one too
     with partial.open("w", encoding="utf-8") as file:
         file.write(manifest.to_json())
         file.flush()
@@ -179,7 +177,7 @@ def _replace(partial: Path, target: Path) -> None:
         return
     # A kill between the two renames leaves the old bundle under this name; the next export to
     # the same place puts it back (`_remove_leftovers`).
-    old = _beside(target, "replaced")
+    old = owned_path(target, _REPLACED)
     with locked(target):  # nobody is adding a form to the old one
         target.rename(old)
         try:
@@ -199,37 +197,8 @@ def _sync(folder: Path) -> None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    if not target.parent.is_dir():
-        return
-    for path in list(target.parent.iterdir()):
-        found = PARTIAL.fullmatch(path.name) or _REPLACED.fullmatch(path.name)
-        if not found or found["name"] != target.name or found["host"] != _host():
-            continue
-        if _alive(int(found["pid"])):
-            continue
-        if _REPLACED.fullmatch(path.name) and not target.exists():
+    for path, state in abandoned_paths(target):
+        if state == _REPLACED and not target.exists():
             path.rename(target)
-        elif path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
-
-
-def _beside(target: Path, state: str) -> Path:
-    """A hidden sibling of `target` that names the process it belongs to."""
-    owner = f"{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
-    return target.with_name(f".{target.name}.{state}-{owner}")
-
-
-def _host() -> str:
-    return re.sub(r"\W", "_", socket.gethostname()) or "host"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+            remove(path)

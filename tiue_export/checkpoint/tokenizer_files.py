@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import CLIPTokenizer
 
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.errors import CheckpointError
+from tiue_export.system.owned_path import temporary_folder
 
 
 def write_tokenizer(source: Path, folder: Path, length: int) -> None:
@@ -61,6 +61,6 @@ def tokenizer_of(source: Path, length: int) -> Tokenizer:
 
     `source` is the tokenizer's folder, `length` the text encoder's number of positions.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(source, Path(folder), length)
-        return open_tokenizer(Path(folder) / "tokenizer.json", length)
+    with temporary_folder() as folder:
+        write_tokenizer(source, folder, length)
+        return open_tokenizer(folder / "tokenizer.json", length)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing.connection import Connection
 
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import ResourceError, RuntimeFailure
+from tiue_export.system.child_process import end_with_parent
 
 from .drawing import PipelineSource, Sample, draw_jobs
 from .plan import Chunk, TableJob
@@ -43,10 +42,8 @@ def draw_in_processes(
     if source.options.threads is None:
         threads = max(1, (os.cpu_count() or 1) // workers)
         source = replace(source, options=replace(source.options, threads=threads))
-    # The writer end stays here: when it closes, by us or by our death, the children read its end.
-    alive, ours = multiprocessing.Pipe(duplex=False)
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _end_with_parent, (alive,)
+        workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(),)
     )
     waiting: deque[tuple[Chunk, Future[list[Sample]]]] = deque()
     try:
@@ -58,9 +55,7 @@ def draw_in_processes(
             yield _next(waiting)
         pool.shutdown()
     finally:
-        ours.close()
         pool.shutdown(cancel_futures=True)
-        alive.close()
 
 
 def _next(
@@ -91,13 +86,6 @@ def _draw(source: PipelineSource, jobs: tuple[TableJob, ...]) -> list[Sample]:
         ) from failure
 
 
-def _end_with_parent(alive: Connection) -> None:
+def _start_worker(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, who ends us
-    threading.Thread(target=_wait_for_the_end, args=(alive,), daemon=True).start()
-
-
-def _wait_for_the_end(alive: Connection) -> None:
-    try:
-        alive.recv_bytes()
-    except (EOFError, OSError):
-        os._exit(1)
+    end_with_parent(parent)

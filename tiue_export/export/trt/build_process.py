@@ -1,9 +1,9 @@
 """The child process that makes ONE TensorRT engine: `python -m` this module.
 
-It takes a request (a JSON file), tells of its progress in JSON lines on standard output and ends
-with one of the exit codes below. A process of its own, because a build needs all the memory there
-is: torch costs gigabytes that a Jetson does not have, and an out-of-memory that kills the process
-must not kill the export.
+It takes a request (JSON, its argument), tells of its progress in JSON lines on standard output and
+ends with one of the exit codes below. A process of its own, because a build needs all the memory
+there is: torch costs gigabytes that a Jetson does not have, and an out-of-memory that kills the
+process must not kill the export.
 
 Polygraphy (NVIDIA's, >= 0.53.6) makes the builder configuration, the profiles and the build, keeps
 the timing cache under a lock, and knows what each TensorRT version takes; CreateConfigRTX does the
@@ -17,7 +17,6 @@ clears TF32.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import mmap
@@ -50,7 +49,6 @@ _MEMORY_ERROR = re.compile(
     re.IGNORECASE,
 )
 _INTERVAL_S = 0.1
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MEGABYTE = 1 << 20
 # Kept free of the builder's tactics: what a desktop, a display and the runtime itself take.
 _SHARE_OF_GPU_MEMORY = 0.8
@@ -167,8 +165,7 @@ def main(arguments: list[str]) -> int:
     """Read the request, make the engine, tell the parent; the exit code says how it ended."""
     # Ctrl-C reaches the whole process group; in here the builder would sit it out.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _die_with_parent()
-    request = EngineRequest.from_json(Path(arguments[0]).read_text("utf-8"))
+    request = EngineRequest.from_json(arguments[0])
     channel = Channel(_own_stdout())
     try:
         result = make_engine(request, channel)
@@ -188,12 +185,6 @@ def main(arguments: list[str]) -> int:
         return OUT_OF_MEMORY if is_memory_error(text) else FAILED
     channel.send("result", **result)
     return OK
-
-
-def _die_with_parent() -> None:
-    # A builder whose parent was killed would hold the memory of a small board for minutes more.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _own_stdout() -> IO[str]:

@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -44,6 +43,7 @@ from tiue_export.export.trt.build_process import (
     is_memory_error,
 )
 from tiue_export.export.trt.plan import TrtOptions, TrtPlan, plan_trt
+from tiue_export.system.child_process import child_command
 from tiue_export.system.progress import Observer
 from tiue_export.system.tensorrt_flavor import FOLDERS, Flavor, load_flavor, this_device
 
@@ -283,24 +283,21 @@ def _child(request: EngineRequest, log: IO[str]) -> Iterator[subprocess.Popen[st
     # Lazy loading keeps kernels that are never run out of GPU memory.
     environment = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
     environment.pop(POLYGRAPHY_RTX, None)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "request.json"
-        path.write_text(request.to_json(), "utf-8")
-        process = subprocess.Popen(
-            [sys.executable, "-m", CHILD, str(path)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
-        with process:
-            try:
-                yield process
-            except BaseException:
-                process.kill()  # leaving the block waits for it
-                raise
+    process = subprocess.Popen(
+        child_command(CHILD, request.to_json()),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+    )
+    with process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()  # leaving the block waits for it
+            raise
 
 
 def _failure(name: str, code: int, text: str, next_step: str | None) -> TiueError:
