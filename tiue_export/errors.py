@@ -76,6 +76,10 @@ class RegressionError(TiueError):
     exit_code = 11
 
 
+class TiueWarning(UserWarning):
+    """What a user should know of work that goes on all the same."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, or its class where it says nothing."""
     lines = str(error).strip().splitlines()

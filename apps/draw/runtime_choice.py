@@ -12,6 +12,7 @@ import hashlib
 import json
 import platform
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -21,13 +22,19 @@ from tiue_export._version import __version__
 from tiue_export.bundle.manifest import structured
 from tiue_export.bundle.read import MANIFEST_FILE, Bundle
 from tiue_export.drawing.pipeline import Pipeline
-from tiue_export.errors import BundleError, RuntimeFailure, TiueError, UsageError, first_line
+from tiue_export.errors import (
+    BundleError,
+    RuntimeFailure,
+    TiueError,
+    TiueWarning,
+    UsageError,
+    first_line,
+)
 from tiue_export.proof.parity import PROMPTS
 from tiue_export.registry.backends import BACKENDS
 from tiue_export.specs import CONTROLNET, Array, RuntimeOptions
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.cache_folder import user_cache_folder
-from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.machine import cpu_name, installed_versions, usable_cores
 from tiue_export.system.tensorrt_flavor import this_device
 
@@ -152,9 +159,15 @@ def choose_runtime(
         circumstances={**_circumstances(), **_asked(options)},
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
-    with disk_errors(file):
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, choice.to_json().encode())
+    except OSError as error:
+        warnings.warn(
+            f"{file} cannot be written ({error.strerror}): the next start measures again",
+            TiueWarning,
+            stacklevel=2,
+        )
     return Chosen(choice, file, why)
 
 

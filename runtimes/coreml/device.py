@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import secrets
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -26,7 +23,7 @@ from tiue_export.bundle.manifest import FileRecord
 from tiue_export.errors import RuntimeFailure, first_line
 from tiue_export.export.coreml.mil.package import TensorType, has_native_library
 from tiue_export.specs import Array, Feeds
-from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.kept_folder import KeptFolder
 from tiue_export.system.quiet import errors_only
 
 # coremltools: models/compute_plan.py, models/model.py (_verify_optimization_hint_input).
@@ -37,6 +34,8 @@ _UNIT_OF_DEVICE = {
     "MLGPUComputeDevice": "GPU",
     "MLNeuralEngineComputeDevice": "Neural Engine",
 }
+FOLDER = "coreml"
+_MODEL = "model.mlmodelc"
 _LIBRARY = "libcoremlpython"
 
 
@@ -92,10 +91,10 @@ class NativeModel:
 
 
 class CoremlDevice:
-    """Core ML by way of `library`, the module coremltools; compiled models lie in `cache`."""
+    """Core ML by way of `library`, the module coremltools."""
 
-    def __init__(self, library: Any, system: MacSystem, cache: Path) -> None:
-        self._library, self._system, self._cache = library, system, cache
+    def __init__(self, library: Any, system: MacSystem) -> None:
+        self._library, self._system = library, system
 
     def load(self, package: PackageFile, unit: str) -> NativeModel:
         """Compile where that was not done yet, load for `unit`, and run once on zeros."""
@@ -148,30 +147,26 @@ class CoremlDevice:
         return {"specializationStrategy": self._library.SpecializationStrategy.FastPrediction}
 
     def _compiled(self, package: PackageFile) -> Path:
-        name = f"{package.graph}-{package.identity[:16]}-macos{self._system.build}.mlmodelc"
-        target = self._cache / name
-        if target.is_dir():
-            return target
-        partial = self._cache / f".partial-{secrets.token_hex(4)}.mlmodelc"
-        with disk_errors(target):
-            self._cache.mkdir(parents=True, exist_ok=True)
-        try:
-            self._library.models.utils.compile_model(str(package.path), str(partial))
-        except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise RuntimeFailure(
-                f"Core ML cannot compile {package.graph}: {first_line(error)}",
-                f"Its package needs a newer system than macOS {_dotted(self._system.version)}, or "
-                "disk space ran out.",
-            ) from error
-        try:
-            os.replace(partial, target)
-        except OSError:
-            # Another process was first; what it made is the same.
-            shutil.rmtree(partial, ignore_errors=True)
-            if not target.is_dir():
-                raise
-        return target
+        """The compiled model: an earlier start's where it is whole, else made now."""
+        build = self._system.build
+        kept = KeptFolder(FOLDER, f"{package.graph}-{package.identity[:16]}-macos{build}")
+        if not kept.is_whole:
+            # Without a place coremltools takes a temporary one, gone with the process.
+            place = [] if kept.place is None else [str(kept.place / _MODEL)]
+            try:
+                compiled = self._library.models.utils.compile_model(str(package.path), *place)
+            except Exception as error:
+                kept.drop()
+                raise RuntimeFailure(
+                    f"Core ML cannot compile {package.graph}: {first_line(error)}",
+                    f"Its package needs a newer system than macOS {_dotted(self._system.version)}, "
+                    "or disk space ran out.",
+                ) from error
+            kept.save()
+            if kept.place is None:
+                return Path(compiled)
+        assert kept.place is not None
+        return kept.place / _MODEL
 
 
 def missing_core_ml() -> str | None:
@@ -183,7 +178,7 @@ def missing_core_ml() -> str | None:
     return None
 
 
-def open_device(cache: Path) -> CoremlDevice:
+def open_device() -> CoremlDevice:
     """This Mac's Core ML."""
     reason = missing_core_ml()
     if reason is not None:
@@ -196,7 +191,7 @@ def open_device(cache: Path) -> CoremlDevice:
         import coremltools
         import coremltools.models.compute_plan
         import coremltools.models.utils
-    return CoremlDevice(coremltools, this_mac(), cache)
+    return CoremlDevice(coremltools, this_mac())
 
 
 def this_mac() -> MacSystem:

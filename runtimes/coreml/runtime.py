@@ -30,7 +30,6 @@ from tiue_export.specs import (
     axis_size,
     check_finite,
 )
-from tiue_export.system.cache_folder import user_cache_folder
 
 from .device import CoremlDevice, PackageFile, missing_core_ml, open_device
 
@@ -230,7 +229,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> CoremlRuntime:
                 f"Core ML takes no --{option}: the package and the device decide it",
                 "Leave it out, or use --device evaluator.",
             )
-    device = open_device(user_cache_folder() / _FOLDER)
+    device = open_device()
     engine = NativeEngine(device, _UNITS.get(asked), recommended_units(bundle))
     return CoremlRuntime(bundle, engine, _precisions(bundle)[1], options.low_memory)
 

@@ -6,9 +6,7 @@ for first; tests/export/test_trt_contract.py holds this file against the real bi
 
 from __future__ import annotations
 
-import contextlib
 import mmap
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tiue_export.errors import ResourceError, RuntimeFailure, TiueError, first_line
-from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.kept_folder import KeptFolder
 from tiue_export.system.tensorrt_flavor import Flavor
 
 from ..buffers import EngineDescription, EngineTensor
@@ -24,6 +22,8 @@ from ..cuda_device import FREE_MEMORY
 
 _CHECK_GPU = "Check the GPU and its driver with nvidia-smi and `tiue-export doctor`."
 _OF_CUDA = re.compile(r"cuda runtime|cuda driver|cudaerror", re.IGNORECASE)
+# The one file of an entry of the cache.
+_KERNELS = "kernels.bin"
 _OUT_OF_MEMORY = re.compile(r"out of memory|outofmemory|memoryallocation|not be allocated", re.I)
 
 
@@ -223,8 +223,8 @@ class RuntimeCache:
     Not beside the plan: a bundle holds what its manifest answers for, and may be read-only.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, kept: KeptFolder) -> None:
+        self._kept = kept
         self._cache: Any = None  # TensorRT's own object
         self._stored = b""
 
@@ -234,8 +234,8 @@ class RuntimeCache:
         if not flavor.has("IRuntimeConfig.create_runtime_cache"):
             return None
         gpu = re.sub(r"\W+", "-", gpu_name).strip("-").lower()
-        name = f"{plan.graph}-{plan.sha256[:16]}-{flavor.version}-{gpu}.bin"
-        return RuntimeCache(user_cache_folder() / "tensorrt-rtx" / name)
+        name = f"{plan.graph}-{plan.sha256[:16]}-{flavor.version}-{gpu}"
+        return RuntimeCache(KeptFolder("tensorrt-rtx", name))
 
     def attach(self, config: Any) -> None:
         """Give the stored kernels to a context's configuration; RTX ignores what does not fit."""
@@ -257,19 +257,14 @@ class RuntimeCache:
             self._stored = content
 
     def read(self) -> bytes:
-        """What is stored; nothing where there is no file or it cannot be read."""
-        try:
-            return self._path.read_bytes()
-        except OSError:
+        """What is stored; nothing where there is none, or it was damaged."""
+        if self._kept.place is None or not self._kept.is_whole:
             return b""
+        return (self._kept.place / _KERNELS).read_bytes()
 
     def write(self, content: bytes) -> None:
-        """Store at once or not at all; a folder that cannot be written costs only time later."""
-        partial = self._path.with_suffix(f".{os.getpid()}.partial")
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            partial.replace(self._path)
+        """Store for the next start; a folder that cannot be written costs only time then."""
+        self._kept.save({_KERNELS: content})
 
 
 def _quiet_logger(trt: Any, errors: list[str]) -> Any:

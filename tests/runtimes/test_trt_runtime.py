@@ -68,6 +68,7 @@ from tiue_export.specs import (
     RuntimeOptions,
 )
 from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.kept_folder import KeptFolder
 from tiue_export.system.tensorrt_flavor import (
     FOLDERS,
     Device,
@@ -672,19 +673,16 @@ def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
     assert user_cache_folder() == tmp_path / "tiue-export"
 
 
-def test_compiled_kernels_are_kept_whole_and_read_back(tmp_path):
-    cache = RuntimeCache(tmp_path / "deep" / "kernels.bin")
-    assert cache.read() == b""
-    cache.write(b"kernels")
-    assert RuntimeCache(tmp_path / "deep" / "kernels.bin").read() == b"kernels"
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["kernels.bin"]
+def test_compiled_kernels_are_kept_and_read_back_and_written_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
+    def kernels() -> RuntimeCache:
+        return RuntimeCache(KeptFolder("tensorrt-rtx", "unet_encoder-1"))
 
-def test_a_cache_folder_that_cannot_be_written_stops_nothing(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    cache = RuntimeCache(tmp_path / "file" / "kernels.bin")
-    cache.write(b"kernels")
-    assert cache.read() == b""
+    assert kernels().read() == b""
+    for content in (b"kernels", b"more kernels"):
+        kernels().write(content)
+        assert kernels().read() == content
 
 
 # --- what a device must have ----------------------------------------------------------------------

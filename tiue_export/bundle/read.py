@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from tiue_export.bundle.manifest import CompiledGraph, FileRecord, GraphRecord, Manifest
 from tiue_export.errors import BundleError
 from tiue_export.specs import VAE_DECODER, GraphSpec
+from tiue_export.system.file_hash import size_and_sha256
 from tiue_export.system.owned_path import is_owned
 
 MANIFEST_FILE = "tiue.json"
@@ -166,13 +166,8 @@ def files_below(root: Path, folder: str = "") -> tuple[str, ...]:
 
 
 def file_record(path: Path) -> FileRecord:
-    """Size and SHA-256 of one file, read in 1 MiB pieces."""
-    digest, size_bytes = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            size_bytes += len(piece)
-    return FileRecord(size_bytes, digest.hexdigest())
+    """Size and SHA-256 of one file."""
+    return FileRecord(*size_and_sha256(path))
 
 
 def check_listed(root: Path, manifest: Manifest) -> None:
