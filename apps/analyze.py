@@ -20,6 +20,8 @@ from tiue_export.proof.key_step_results import (
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 from tiue_export.registry.spokes import save_key_step_plots
 from tiue_export.sampling.plan import DEFAULT_GUIDANCE
+from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.lock import sole_process
 
 from .draw.prompt_file import prompts_in
 from .options.analyze import AnalyzeRequest
@@ -39,7 +41,10 @@ def run(request: AnalyzeRequest) -> None:
     from tiue_export.reference.key_step_analysis import candidates, measure_prompt
     from tiue_export.reference.sharing_cost import torch_model
 
-    with stage_bar(quiet=request.as_json) as bar:
+    with disk_errors(request.out):
+        request.out.mkdir(parents=True, exist_ok=True)
+    alone = sole_process(request.out / ".lock", f"analysing into {request.out}")
+    with alone, stage_bar(quiet=request.as_json) as bar:
         bar.begin("load model")
         teacher = load_for_method(
             picked(CheckpointRequest, request),

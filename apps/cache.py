@@ -14,6 +14,7 @@ from tiue_export.errors import UsageError, unknown_name
 from tiue_export.registry.backends import BACKENDS
 from tiue_export.system.cache_folder import user_cache_folder
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.kept_folder import LIMIT_VARIABLE, limit_bytes
 
 from .report.tables import console, fixed, megabytes, numbers, print_json, titled
 
@@ -74,7 +75,13 @@ def run(clear: bool, kind: str | None, unused_days: float | None, as_json: bool)
     if as_json:
         listed = [{**asdict(entry), "unused_days": round(entry.unused_days, 2)} for entry in chosen]
         print_json(
-            {"folder": folder, "size_bytes": size_bytes, "deleted": clear, "entries": listed}
+            {
+                "folder": folder,
+                "size_bytes": size_bytes,
+                "limit_bytes": limit_bytes(),
+                "deleted": clear,
+                "entries": listed,
+            }
         )
     elif not chosen:
         console.print(f"nothing of the kind is kept in {folder}", highlight=False)
@@ -83,6 +90,12 @@ def run(clear: bool, kind: str | None, unused_days: float | None, as_json: bool)
         console.print(told, highlight=False, markup=False)
     else:
         console.print(_table(chosen, folder))
+        console.print(
+            f"{megabytes(size_bytes)} of at most {megabytes(limit_bytes())}; what was used longest "
+            f"ago goes first. Another limit: export {LIMIT_VARIABLE}=20",
+            highlight=False,
+            soft_wrap=True,
+        )
         console.print("next:  tiue-export cache --clear   (all of it can be made again)")
 
 

@@ -14,7 +14,9 @@ from tiue_export.export.coreml.mil.package import has_native_library
 from tiue_export.registry.backends import BACKENDS, BackendEntry, doctor_checks
 from tiue_export.registry.packages import EXPORT_NEEDS, SERVER_NEEDS, TRAIN_NEEDS, missing_modules
 from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.kept_folder import limit_bytes
 from tiue_export.system.machine import describe_machine, installed_versions, nvidia_gpus
+from tiue_export.system.onnx_runtime import import_onnx_runtime
 from tiue_export.system.tensorrt_flavor import TITLES, install_line, load_flavor, this_device
 
 from .draw.fastest_runtime import choice_rows, choice_table
@@ -70,10 +72,13 @@ def run(as_json: bool) -> None:
 
 
 def _cache() -> str:
-    """Compiled models and what was measured here: as large as the weights, for each precision."""
+    """Compiled models and what was measured here, and how large it may grow."""
     folder = user_cache_folder()
     size_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return f"{folder}, {megabytes(size_bytes)}; can be deleted at any time (tiue-export cache)"
+    return (
+        f"{folder}, {megabytes(size_bytes)} of at most {megabytes(limit_bytes())}; "
+        "can be deleted at any time (tiue-export cache)"
+    )
 
 
 def check_backends() -> list[Check]:
@@ -196,7 +201,7 @@ def _ort(provider: str, name: str, extra: str) -> Check:
     if missing_modules(("onnxruntime",)):
         return Check(name, False, "onnxruntime is not installed", remedy)
     try:
-        import onnxruntime
+        onnxruntime = import_onnx_runtime()
     except Exception as error:  # a broken install is what this command is for
         return Check(name, False, f"onnxruntime does not import: {error}", remedy)
     if provider not in onnxruntime.get_available_providers():

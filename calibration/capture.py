@@ -44,6 +44,8 @@ from tiue_export.specs import (
     Runtime,
     check_finite,
 )
+from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.lock import lock_beside, sole_process
 
 # NVIDIA's own recipes calibrate image models on 32 or 64 prompts.
 _USUAL_COUNT = 64
@@ -70,6 +72,20 @@ def capture(
     there, `BundleError` for a folder in the way, `ResourceError` when the disk is full.
     """
     plan = plan_capture(bundle, options)
+    with disk_errors(root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+    with sole_process(lock_beside(root), f"capturing into {root}"):
+        return _capture(bundle, root, options, plan, force, on_run)
+
+
+def _capture(
+    bundle: Bundle,
+    root: Path,
+    options: CaptureOptions,
+    plan: CapturePlan,
+    force: bool,
+    on_run: Callable[[int, int], None],
+) -> CalibrationData:
     index = _begin(root, new_index(bundle, plan.prompts, options.seed, options.runtime), force)
     wanted, size_bytes = index.wanted_runs, run_bytes(bundle)
     _check_space(root, (wanted - index.captured_runs) * size_bytes)

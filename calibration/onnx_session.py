@@ -7,6 +7,7 @@ from typing import Any
 
 from tiue_export.errors import RuntimeFailure, first_line
 from tiue_export.specs import Array, Feeds
+from tiue_export.system.onnx_runtime import import_onnx_runtime
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _ERRORS_ONLY = 3
@@ -16,8 +17,7 @@ class OnnxSession:
     """A changed graph of a bundle, on the CPU; `folder` holds its external data."""
 
     def __init__(self, model: Any, folder: Path, threads: int | None = None) -> None:
-        import onnxruntime
-
+        onnxruntime = import_onnx_runtime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         # What is measured once does not repay memory that is kept for the next run.

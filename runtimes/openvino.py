@@ -81,7 +81,7 @@ class OpenvinoRuntime:
         kept = KeptFolder(_FOLDER, self._key(graph, path))
         if kept.place is None:
             return self._core.compile_model(path, self._target, self._config)
-        # The weights stay in the bundle, whose hashes are checked: 5.6 MB are kept instead of 4.6 GB
+        # The weights stay in the bundle, whose hashes are checked: 5.6 MB are kept and not 4.6 GB
         # (SD 2.1 shape, two precisions, OpenVINO 2026.4 on the CPU), and the start is as fast.
         caching = {"CACHE_DIR": str(kept.place), "CACHE_MODE": "OPTIMIZE_SIZE"}
         try:

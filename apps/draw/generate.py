@@ -17,7 +17,7 @@ from tiue_export.drawing.picture import picture_from_file, save_png
 from tiue_export.drawing.pipeline import Picture, Pipeline, Result, replanned
 from tiue_export.errors import UsageError
 from tiue_export.sampling.key_step_options import PlanChange
-from tiue_export.sampling.noise import check_seeds, noise_from_file
+from tiue_export.sampling.noise import check_picture_count, check_seeds, noise_from_file
 from tiue_export.specs import Array
 from tiue_export.system.disk_errors import disk_errors
 
@@ -145,6 +145,7 @@ def _paths(draw: DrawOptions, prompts: list[str]) -> list[Path]:
     """One path per picture, in drawing order; none may exist without --force."""
     out = draw.out
     total = len(prompts) * draw.count
+    check_picture_count(total)
     blocked = next((p for p in (out, *out.parents) if p.is_file()), None)
     if blocked is not None and out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: {blocked} is a file", "Give --out a folder.")

@@ -13,14 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from tiue_export.bundle.chain import LATENTS, NOISE, PICTURE, SCALED_LATENTS, TOKENS
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import RuntimeFailure, first_line
 from tiue_export.specs import GRAPH_NAMES, VAE_DECODER, Array, ChainResult, Feeds, check_finite
+from tiue_export.system.onnx_runtime import import_onnx_runtime
 
 from ..buffers import checked_feeds, plan_memory
+
+ort = import_onnx_runtime()
 
 
 class OrtChain:

@@ -10,9 +10,10 @@ import importlib
 from functools import cache
 from typing import Any
 
-import onnxruntime as ort
-
 from tiue_export.errors import MissingExtraError, RuntimeFailure, first_line
+from tiue_export.system.onnx_runtime import import_onnx_runtime
+
+ort = import_onnx_runtime()
 
 PROVIDER = "NvTensorRTRTXExecutionProvider"
 _PACKAGE = "onnxruntime-ep-nv-tensorrt-rtx"

@@ -12,17 +12,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from tiue_export.bundle.chain import NOISE, TOKENS
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.specs import GRAPH_NAMES, Array, ChainResult, Feeds, RuntimeOptions
 from tiue_export.system.kept_folder import KeptFolder
+from tiue_export.system.onnx_runtime import import_onnx_runtime
 
 from ..buffers import checked_chain_feeds, checked_feeds
 from .chain import OrtChain
 from .rtx import PROVIDER, rtx_devices
+
+ort = import_onnx_runtime()
 
 _DEVICES = ("cpu", "cuda")
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "rtx": PROVIDER}

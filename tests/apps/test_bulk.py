@@ -24,6 +24,7 @@ from tiue_export import Pipeline, RuntimeOptions
 from tiue_export.drawing.picture import METADATA_KEY, parameters_from_png
 from tiue_export.drawing.pipeline import Job
 from tiue_export.errors import RuntimeFailure, UsageError
+from tiue_export.system.lock import sole_process
 
 BULK = "tiue_export.apps.draw.bulk"
 plan_module = importlib.import_module(f"{BULK}.plan")
@@ -426,15 +427,16 @@ def test_guidance_and_a_negative_prompt_hold_for_the_whole_table(
         assert (code, f"it takes no {named}, its guidance is part of" in error) == (2, True)
 
 
-def test_a_second_run_into_the_same_folder_waits_its_turn(run, tiny_bundle, tmp_path) -> None:
-    import fcntl
-
+def test_a_second_run_into_the_same_folder_hears_at_once_whose_it_is(
+    run, tiny_bundle, tmp_path
+) -> None:
     (tmp_path / "pictures").mkdir()
-    with (tmp_path / "pictures" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with sole_process(tmp_path / "pictures" / ".lock", "drawing"):
         code, _, error = run("generate", tiny_bundle.root, "--prompts", table(tmp_path, 2))
     assert code == 2
-    assert "another run is drawing into pictures" in error
+    assert f", process {os.getpid()} on " in error
+    assert " is drawing into pictures at this moment" in error
+    assert "next: Wait until it has ended, or choose another output." in error
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tiue_export.bundle.lock import LOCK_FILE, locked
 from tiue_export.bundle.manifest import Compiled, CompiledGraph
 from tiue_export.bundle.read import Bundle, file_records, open_bundle
 from tiue_export.bundle.write import add_compiled, compiled_folder, new_bundle, write_manifest
-from tiue_export.errors import BundleError
+from tiue_export.errors import BundleError, UsageError
 
 # A second process that opens the bundle, waits for a line, and adds the form it is told to.
 WRITER = f"""
@@ -182,3 +182,60 @@ def test_a_system_without_file_locks_is_told_of_and_still_adds(own, monkeypatch)
     add(own, "openvino", notes.append)
     assert notes == [f"no file locks here: let no other tiue-export add to {own.root} meanwhile"]
     assert forms(own) == {"openvino"}
+
+
+# A second process that begins a bundle, says so, and waits for a line.
+EXPORTER = """
+import sys; from pathlib import Path
+from tiue_export.bundle.write import new_bundle
+with new_bundle(sys.argv[1]) as folder:
+    print("begun", flush=True); sys.stdin.readline()
+    (folder / "tiue.json").write_text("{}")
+"""
+
+
+@pytest.fixture
+def exporter(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", EXPORTER, str(tmp_path / "fox")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_of_two_exports_to_one_new_place_the_second_hears_before_its_work(exporter, tmp_path):
+    def second() -> None:
+        with new_bundle(tmp_path / "fox"):
+            raise AssertionError("two processes write one bundle")
+
+    with pytest.raises(UsageError) as caught:
+        second()
+    assert f", process {exporter.pid} on " in caught.value.message
+    assert caught.value.message.endswith(f" is writing {tmp_path / 'fox'} at this moment")
+    assert caught.value.next_step == "Wait until it has ended, or choose another output."
+    exporter.communicate("\n", timeout=20)
+    assert exporter.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["fox"]
+
+
+def test_a_killed_export_keeps_nobody_from_the_place(exporter, tmp_path):
+    exporter.kill()
+    exporter.communicate()
+    with new_bundle(tmp_path / "fox") as folder:
+        (folder / "tiue.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["fox"]
+
+
+def test_of_two_that_make_one_form_the_second_hears_before_its_work(own):
+    with compiled_folder(own, "openvino"):
+        with pytest.raises(UsageError, match=" is making the openvino form of .* at this moment"):
+            compiled_folder(own, "openvino").__enter__()
+        with compiled_folder(own, "coreml"):
+            pass
+    assert hidden(own) == []

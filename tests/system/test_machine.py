@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
+from test_layering import ROOT
 
 from tiue_export.system import machine
+from tiue_export.system.onnx_runtime import import_onnx_runtime
 
 X86 = "processor\t: 0\nmodel name\t: Fast CPU\nflags\t\t: fpu avx2 avx512_bf16\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd i8mm\n"
@@ -73,3 +76,15 @@ def test_gpus_are_the_lines_of_nvidia_smi(tmp_path, monkeypatch, script, gpus):
 def test_without_nvidia_smi_there_is_no_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert machine.nvidia_gpus() is None
+
+
+def test_onnx_runtime_is_imported_by_one_door_which_switches_its_telemetry_off(monkeypatch):
+    module = import_onnx_runtime()
+    calls: list[bool] = []
+    monkeypatch.setattr(module, "disable_telemetry_events", lambda: calls.append(True))
+    assert import_onnx_runtime() is module
+    assert calls == [True]
+    imports = re.compile(r"^\s*(import|from) onnxruntime\b", re.MULTILINE)
+    folders = ("tiue_export", "apps", "runtimes", "calibration", "benchmarks")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert [path.name for path in sources if imports.search(path.read_text("utf-8"))] == []

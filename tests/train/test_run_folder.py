@@ -254,7 +254,8 @@ def test_a_kill_amid_saving_leaves_a_whole_state_and_no_lock(tmp_path):
     run = RunFolder(path, {"seed": 0})
     with pytest.raises(UsageError) as caught, run.lock():
         raise AssertionError("two processes trained in one folder")
-    assert caught.value.message == f"another process is training in {path}"
+    assert f", process {process.pid} on " in caught.value.message
+    assert caught.value.message.endswith(f" is training in {path} at this moment")
     assert caught.value.next_step.startswith("Wait until it has ended")
     time.sleep(0.05)
     process.kill()

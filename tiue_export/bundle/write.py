@@ -14,6 +14,7 @@ from tiue_export.bundle.manifest import Compiled, Manifest
 from tiue_export.bundle.read import MANIFEST_FILE, PARTIAL, Bundle, open_bundle, read_manifest
 from tiue_export.errors import BundleError
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.lock import lock_beside, sole_process
 from tiue_export.system.owned_path import abandoned_paths, owned_path, remove
 
 _REPLACED = "replaced"
@@ -32,6 +33,8 @@ def new_bundle(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     check_target(target, force=force)
     partial = owned_path(target, PARTIAL)
     with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(target), sole_process(lock_beside(target), f"writing {target}"):
         try:  # before mkdir: a SIGTERM that arrives while it runs raises as it returns
             partial.mkdir(parents=True)
             yield partial
@@ -52,8 +55,10 @@ def compiled_folder(bundle: Bundle, name: str) -> Iterator[Path]:
     bundle as it was.
     """
     _remove_leftovers(bundle.root / name)
-    partial = owned_path(bundle.root / name, PARTIAL)
-    with disk_errors(bundle.root / name):
+    target = bundle.root / name
+    partial = owned_path(target, PARTIAL)
+    doing = f"making the {name} form of {bundle.root}"
+    with disk_errors(target), sole_process(lock_beside(target), doing):
         try:
             partial.mkdir()
             yield partial

@@ -25,7 +25,7 @@ from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import UsageError
 from tiue_export.registry.backends import open_runtime
 from tiue_export.sampling.key_step_options import PlanChange, changed_plan
-from tiue_export.sampling.noise import check_seeds, noises_from_seed
+from tiue_export.sampling.noise import check_picture_count, check_seeds, noises_from_seed
 from tiue_export.sampling.plan import check_guidance
 from tiue_export.sampling.sampler import OnStep, sample
 from tiue_export.specs import (
@@ -165,6 +165,7 @@ class Pipeline:
         if latents is not None and latents.shape not in _noise_shapes(noises, shape):
             raise UsageError(f"latents have shape {latents.shape}; expected {(noises, *shape)}")
         check_seeds(seed, count)
+        check_picture_count(len(prompts) * count)
         scales, negatives = self._steering(guidance, negative_prompt, len(prompts))
         jobs = [
             Job(text, seed + i, negatives[number], scales[number])

@@ -10,6 +10,8 @@ from tiue_export.errors import UsageError
 from tiue_export.specs import Array
 
 MAX_SEED = 2**32 - 1
+# A plan of so many takes seconds and half a gigabyte; ten times as many look like a hang.
+MAX_PICTURES = 1_000_000
 
 
 def noise_from_seed(seed: int, shape: tuple[int, ...]) -> Array:
@@ -38,6 +40,15 @@ def check_seeds(seed: int, count: int) -> None:
     """Refuse seeds seed .. seed + count - 1 unless all are 32-bit."""
     if not 0 <= seed <= MAX_SEED - (count - 1):
         raise UsageError(f"seed {seed} is out of range; expected 0 to {MAX_SEED - count + 1}")
+
+
+def check_picture_count(count: int) -> None:
+    """Refuse a request for more pictures than one run plans."""
+    if count > MAX_PICTURES:
+        raise UsageError(
+            f"{count:,} pictures in one run; expected at most {MAX_PICTURES:,}",
+            "Draw them in several runs, each with its own --seed and --out.",
+        )
 
 
 def noise_from_file(path: Path, shape: tuple[int, ...]) -> Array:

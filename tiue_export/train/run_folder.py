@@ -7,7 +7,6 @@ with the same files.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pickle
@@ -21,6 +20,7 @@ import torch
 from tiue_export.errors import CheckpointError, UsageError, first_line
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.lock import sole_process
 
 CONFIG_FILE = "run.json"
 STATE_FILE = "state.pt"
@@ -63,18 +63,8 @@ class RunFolder:
 
         Two trainings in one folder would replace each other's state: `UsageError` for the second.
         """
-        with disk_errors(self.path / LOCK_FILE):
-            file = (self.path / LOCK_FILE).open("a")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UsageError(
-                    f"another process is training in {self.path}",
-                    "Wait until it has ended, or choose another output folder.",
-                ) from error
-            except OSError:
-                pass  # some network file systems have no locks
+        file = self.path / LOCK_FILE
+        with disk_errors(file), sole_process(file, f"training in {self.path}"):
             yield
 
     def load(self, *, truncate: bool = True) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from tiue_export.drawing.pipeline import check_steering
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.sampling.plan import check_guidance
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.lock import sole_process
 
 from ...options.generate import BulkOptions, DrawOptions
 from ...options.group import given
@@ -159,13 +159,7 @@ def _owned(out: Path, identity: Mapping[str, Any]) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file", "Give --out a folder.")
     out.mkdir(parents=True, exist_ok=True)
-    with (out / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"another run is drawing into {out}", "Wait for it, or choose another --out."
-            ) from error
+    with sole_process(out / _LOCK, f"drawing into {out}"):
         _agree(out, identity)
         yield
 

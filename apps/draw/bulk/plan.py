@@ -18,7 +18,7 @@ from tiue_export.bundle.read import Bundle
 from tiue_export.drawing.pipeline import DYNAMIC_BATCH, Job
 from tiue_export.errors import UsageError
 from tiue_export.registry.backends import BACKENDS
-from tiue_export.sampling.noise import MAX_SEED
+from tiue_export.sampling.noise import MAX_SEED, check_picture_count
 
 from .prompt_table import PromptRow
 
@@ -87,6 +87,7 @@ def plan_jobs(
     """
     if count < 1:
         raise UsageError(f"--count is {count}; expected 1 or more")
+    check_picture_count(len(rows) * count)
     jobs = []
     for number, row in enumerate(rows):
         first = seed + number * count if row.seed is None else row.seed
