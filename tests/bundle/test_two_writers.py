@@ -234,7 +234,7 @@ def test_a_killed_export_keeps_nobody_from_the_place(exporter, tmp_path):
 
 def test_of_two_that_make_one_form_the_second_hears_before_its_work(own):
     with compiled_folder(own, "openvino"):
-        with pytest.raises(UsageError, match=" is making the openvino form of .* at this moment"):
+        with pytest.raises(UsageError, match=r" is making the openvino form of .* at this moment"):
             compiled_folder(own, "openvino").__enter__()
         with compiled_folder(own, "coreml"):
             pass

@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from tiue_export.errors import CheckpointError, ResourceError, RuntimeFailure, UsageError
+from tiue_export.system import atomic_file
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.train.loop import train
 from tiue_export.train.run_folder import RunFolder
@@ -206,9 +207,10 @@ def test_a_journal_line_on_a_full_disk_is_an_error(run):
         run.log(1, loss=0.5)
 
 
-def test_a_run_cannot_be_made_on_a_full_disk(tmp_path):
+def test_a_run_cannot_be_made_on_a_full_disk(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
-    full_disk(tmp_path / "run" / ".run.json.partial")
+    partial = full_disk(tmp_path / "run" / ".run.json.partial")
+    monkeypatch.setattr(atomic_file, "owned_path", lambda file, state: partial)
     with pytest.raises(ResourceError, match="is full"):
         RunFolder(tmp_path / "run", CONFIG)
     assert list((tmp_path / "run").iterdir()) == []

@@ -74,6 +74,7 @@ def _acquire(path: Path, on_busy: Callable[[str], None]) -> IO[str] | None:
             continue
         except OSError:  # some network file systems
             file.close()
+            path.unlink(missing_ok=True)
             return None
         if _is_at(file, path):
             file.truncate(0)
