@@ -24,6 +24,7 @@ from tiue_export.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from tiue_export.graphs.shapes import shapes_of
 from tiue_export.train.clip_term import load_clip_term
 from tiue_export.train.config import DistillConfig
 from tiue_export.train.distill import distill
@@ -401,3 +402,22 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
         accelerator.state._reset_state(reset_partial_state=True)
     assert caught.value.message == "batch is 4, which 3 processes cannot share evenly"
     assert caught.value.next_step == "Set batch to a multiple of 3."
+
+
+# The size
+
+
+def test_without_a_size_a_run_trains_at_the_teachers_own(tiny_distillation):
+    networks = load_networks(replace(tiny_distillation, height=None, width=None), CPU)
+    own = networks.scores.config.sample_size
+    assert networks.latent_shape == (4, own, own)
+    scale = 2 ** (len(networks.vae.config.block_out_channels) - 1)
+    assert networks.size_px == (scale * own, scale * own)
+    assert networks.student.unet.config.sample_size == own
+
+
+def test_a_student_trained_at_another_size_records_it_and_is_exported_at_it(tiny_distillation):
+    networks = load_networks(replace(tiny_distillation, height=64, width=96), CPU)
+    assert networks.size_px == (64, 96)
+    assert networks.student.unet.config.sample_size == [8, 12]
+    assert shapes_of(networks.student).latents == (1, 4, 8, 12)

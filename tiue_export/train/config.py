@@ -42,8 +42,9 @@ class DistillConfig:
     iterations: int = 66_500
     batch: int = 64
     micro_batch: int = 8
-    height: int = 512
-    width: int = 512
+    # None: the teacher's own. Another size is recorded in the student, which then draws at it.
+    height: int | None = None
+    width: int | None = None
     precision: str = "fp16"
     student_learning_rate: float = 1e-6
     lora_learning_rate: float = 1e-3
@@ -100,8 +101,9 @@ class DistillConfig:
             )
 
     def _check_numbers(self) -> None:
+        sides = [name for name in ("height", "width") if getattr(self, name) is not None]
         for name, legal, expected in (
-            *((name, getattr(self, name) > 0, "more than 0") for name in _POSITIVE),
+            *((name, getattr(self, name) > 0, "more than 0") for name in (*_POSITIVE, *sides)),
             *((name, getattr(self, name) >= 0, "0 or more") for name in _NOT_NEGATIVE),
             *((name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in _SHARES),
             *((name, 0 <= getattr(self, name) < 1, "0 or more, below 1") for name in _BELOW_ONE),
@@ -140,8 +142,6 @@ _POSITIVE = (
     "iterations",
     "batch",
     "micro_batch",
-    "height",
-    "width",
     "student_learning_rate",
     "lora_learning_rate",
     "lora_rank",
@@ -226,7 +226,7 @@ def _typed(file: Path, key: str, value: Any, wanted: Any) -> Any:
         raise UsageError(f"{file} has {key} = {value!r}; expected a list of strings")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    kinds = {bool: bool, int: int, float: float}
+    kinds = {bool: bool, int: int, int | None: int, float: float}
     kind = kinds.get(wanted, str)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise UsageError(f"{file} has {key} = {value!r}; expected {_KIND_NAMES[kind]}")

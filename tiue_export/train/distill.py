@@ -54,6 +54,9 @@ def distill(config: DistillConfig, on_stage: Callable[[str], None] = lambda stag
         if writes:
             on_stage("loading the teacher")
         networks = load_networks(config, accelerator.device)
+        if writes:
+            height, width = networks.size_px
+            on_stage(f"training at {width}x{height} px")
         distillation = Distillation(config, networks, prompts, accelerator)
         run = _open_run(config, prompts, networks, accelerator)
         shown = _SampleWriter(config, networks, prompts, distillation, out)
@@ -100,8 +103,11 @@ def _open_run(
 ) -> RunFolder:
     """The main process makes or checks the folder first; the others then find it there."""
     out = Path(config.out)
+    height, width = networks.size_px
     settings = {
         **config.outcome,
+        "height": height,
+        "width": width,
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "scheduler": networks.student.scheduler_config,
     }

@@ -16,7 +16,7 @@ from tiue_export.checkpoint.tokenizer_files import tokenizer_of
 from tiue_export.drawing.tokenizer import Tokenizer
 from tiue_export.errors import UnsupportedModelError, UsageError
 from tiue_export.graphs.options import ExportOptions
-from tiue_export.graphs.shapes import shapes_of
+from tiue_export.graphs.shapes import Shapes, shapes_of
 from tiue_export.methods.load import load_student
 from tiue_export.sampling.ddim import DEFAULT_STEPS, alphas_cumprod, ddim_settings, one_pass_plan
 from tiue_export.student.model import Student
@@ -35,7 +35,7 @@ class Networks:
     """`student` is trained; `scores` is the frozen teacher with the fake score's adapters.
 
     `text_encoder`, `vae` are frozen. `alphas` (1000,) float32 are cumulative products of 1 - beta.
-    `latent_shape` is (4, h, w). `sha256` names the weights that decide a run's outcome.
+    `latent_shape` is (4, h, w), `size_px` the pictures' height and width. `sha256` names the weights that decide a run's outcome.
     """
 
     student: Student
@@ -46,6 +46,7 @@ class Networks:
     tokenizer_folder: Path
     alphas: Tensor
     latent_shape: tuple[int, int, int]
+    size_px: tuple[int, int]
     sha256: dict[str, str]
 
     @torch.no_grad()
@@ -71,8 +72,11 @@ def load_networks(config: DistillConfig, device: torch.device) -> Networks:
         )
     settings = ddim_settings(teacher.scheduler_config)
     _check_epsilon(config.teacher, teacher)
-    shape = _latent_shape(config, teacher)
+    shapes = _shapes(config, teacher)
     student, started_from = _new_student(config, teacher)
+    _, _, rows, columns = shapes.latents
+    # What it was trained at is what it is exported at.
+    student.unet.register_to_config(sample_size=rows if rows == columns else [rows, columns])
     # Half a text encoder or VAE is for GPUs: on a CPU it is slow, and some of its operations fail.
     frozen: dict[str, Any] = {"dtype": torch.float32} if device.type == "cpu" else {}
     with quiet_libraries():
@@ -98,7 +102,8 @@ def load_networks(config: DistillConfig, device: torch.device) -> Networks:
         ),
         tokenizer_folder=teacher.tokenizer_folder,
         alphas=torch.from_numpy(alphas_cumprod(settings)).float().to(device),
-        latent_shape=shape,
+        latent_shape=shapes.latents[1:],
+        size_px=(rows * shapes.vae_scale, columns * shapes.vae_scale),
         sha256={
             "teacher": teacher.source.sha256,
             "text_encoder": teacher.source.part_sha256["text_encoder"],
@@ -115,10 +120,10 @@ def _check_epsilon(name: str, model: Student) -> None:
         )
 
 
-def _latent_shape(config: DistillConfig, teacher: Student) -> tuple[int, int, int]:
+def _shapes(config: DistillConfig, teacher: Student) -> Shapes:
     options = ExportOptions(precision="fp32", height=config.height, width=config.width)
     try:
-        return shapes_of(teacher, options).latents[1:]
+        return shapes_of(teacher, options)
     except UsageError as error:
         # The same rule as for exporting, whose options carry dashes.
         hint = None if error.next_step is None else error.next_step.replace("--", "")
