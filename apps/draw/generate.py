@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from tiue_export.bundle.read import Bundle, open_bundle
+from tiue_export.bundle.read import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.drawing.contact_sheet import contact_sheet
 from tiue_export.drawing.picture import picture_from_file, save_png
 from tiue_export.drawing.pipeline import Picture, Pipeline, Result, replanned
@@ -25,7 +26,6 @@ from ..options.generate import DrawOptions, PictureOutput, PromptOptions
 from ..report.stages import step_bar
 from ..report.tables import console, numbers, print_json, titled
 from .fastest_runtime import choice_facts, resolved_runtime
-from .picture_parameters import picture_parameters
 from .prompt_file import prompts_in
 
 _SLUG_LENGTH = 40
@@ -36,6 +36,7 @@ def run(draw: DrawOptions) -> dict[str, object]:
 
     Returns what `--json` prints: files, prompts, seeds and latencies.
     """
+    _refuse_swapped(draw)
     prompts = _prompts(draw)
     paths = _paths(draw, prompts)
     _check_sheet(draw)
@@ -44,7 +45,6 @@ def run(draw: DrawOptions) -> dict[str, object]:
     bundle = replanned(open_bundle(draw.bundle), change)
     noise, control = _noise(draw, bundle), _control(draw, bundle)
     options, quiet = draw.runtime_options(draw), draw.as_json
-    noise_name = None if draw.latents is None else draw.latents.name
     written: list[Path] = []
     name, chosen = resolved_runtime(bundle, draw.runtime, options, quiet=quiet, control=control)
     with Pipeline.open(bundle, name, options) as pipeline:
@@ -55,7 +55,7 @@ def run(draw: DrawOptions) -> dict[str, object]:
             path = paths[len(written)]
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_png(picture.image, path, picture_parameters(picture, pipeline, noise_name))
+                save_png(picture.image, path, _parameters(picture, draw.latents))
             written.append(path)
             if not quiet:
                 console.print(str(path), markup=False, highlight=False)
@@ -95,12 +95,30 @@ def run(draw: DrawOptions) -> dict[str, object]:
     return facts
 
 
+def _refuse_swapped(what: PromptOptions) -> None:
+    """A bundle after its prompt is a slip, not a picture to draw."""
+    if what.bundle.exists():
+        return
+    for number, prompt in enumerate(what.prompts):
+        if (Path(prompt) / MANIFEST_FILE).is_file():
+            prompts = [str(what.bundle), *what.prompts[:number], *what.prompts[number + 1 :]]
+            raise UsageError(
+                f"{prompt} is a bundle and stands where a prompt is expected",
+                "The bundle comes first: tiue-export generate "
+                + " ".join(shlex.quote(word) for word in (prompt, *prompts)),
+            )
+
+
 def _prompts(what: PromptOptions) -> list[str]:
     """Every prompt; a request without one, or with two kinds of noise, is refused."""
     prompts = [*what.prompts, *prompts_in(what.prompts_file)]
     if not prompts:
         raise UsageError(
             "no prompt was given", 'Type one in quotes: tiue-export generate BUNDLE "a red fox"'
+        )
+    if not all(prompt.strip() for prompt in prompts):
+        raise UsageError(
+            "a prompt is empty", 'Type one in quotes: tiue-export generate BUNDLE "a red fox"'
         )
     if what.latents is not None and what.seed is not None:
         raise UsageError("--latents and --seed both say what the noise is", "Give one of them.")
@@ -115,6 +133,13 @@ def _noise(what: PromptOptions, bundle: Bundle) -> Array | None:
     manifest = bundle.manifest
     shape = (manifest.plan.noises, *(int(side) for side in manifest.latent_shape[1:]))
     return noise_from_file(what.latents, shape)
+
+
+def _parameters(picture: Picture, latents: Path | None) -> Mapping[str, object]:
+    """With the name of the file that the noise came from, in place of a seed."""
+    if latents is None:
+        return picture.parameters
+    return {"prompt": picture.prompt, "latents": latents.name, **picture.parameters}
 
 
 def _control(what: PromptOptions, bundle: Bundle) -> Array | None:

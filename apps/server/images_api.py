@@ -23,7 +23,6 @@ from tiue_export.drawing.picture import png_bytes
 from tiue_export.drawing.pipeline import Job, Picture
 from tiue_export.errors import TiueError
 
-from ..draw.picture_parameters import picture_parameters
 from .answers import (
     ApiError,
     ErrorAnswer,
@@ -198,8 +197,7 @@ class ImagesApi:
             drawn.cancel()
 
     def _files(self, pictures: list[Picture]) -> list[bytes]:
-        pipeline = self.worker.pipeline
-        return [png_bytes(p.image, picture_parameters(p, pipeline)) for p in pictures]
+        return [png_bytes(picture.image, picture.parameters) for picture in pictures]
 
     def _warnings(self, prompt: str) -> list[str] | None:
         tokenizer = self.worker.pipeline.tokenizer

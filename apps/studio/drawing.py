@@ -20,7 +20,6 @@ from tiue_export.specs import Array
 from tiue_export.system.disk_errors import disk_errors
 
 from ..draw.generate import slug
-from ..draw.picture_parameters import picture_parameters
 from .choices import Choice
 from .stoppable import Stale, stoppable
 
@@ -179,7 +178,7 @@ class Drawer:
         drawn = []
         for job, picture in zip(jobs, result.pictures, strict=True):
             self._made += 1
-            parameters = picture_parameters(picture, pipeline)
+            parameters = picture.parameters
             path = self._drafts_folder / f"{self._made:05d}-{_name(parameters)}"
             with disk_errors(path):
                 save_png(picture.image, path, parameters)

@@ -88,6 +88,14 @@ def test_generate_writes_pngs_with_their_parameters(run, tiny_bundle, tmp_path):
     assert "median ms" in out
 
 
+def test_a_bundle_after_its_prompt_is_noticed(run, tiny_bundle):
+    code, _, err = run("generate", "a red fox", tiny_bundle.root, "an owl")
+    assert code == 2
+    assert f"{tiny_bundle.root} is a bundle and stands where a prompt is expected" in err
+    line = f"tiue-export generate {tiny_bundle.root} 'a red fox' 'an owl'"
+    assert f"next: The bundle comes first: {line}" in " ".join(err.split())
+
+
 def test_generate_json_lists_pictures_and_latencies(run, tiny_bundle):
     code, out, _ = run("generate", tiny_bundle.root, "an owl", "--out", "owl.png", "--json")
     assert code == 0
@@ -218,6 +226,8 @@ def test_generate_refuses_bad_requests(run, tiny_bundle, tmp_path):
     Path("pictures/0000-an-owl-seed0.png").touch()
     for extra, code, part in (
         ([], 2, "no prompt was given"),
+        (["a red fox", " "], 2, "a prompt is empty"),
+        (["a red fox", "--count", "10000000"], 2, "10,000,000 pictures in one run; expected at"),
         (["an owl"], 2, "exists already"),
         (["a", "b", "--out", "x.png"], 2, "names one picture, the request makes 2"),
         (["a", "--seed", "-1"], 2, "seed -1 is out of range"),

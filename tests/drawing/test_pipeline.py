@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from tiue_export import Pipeline
+from tiue_export._version import __version__
 from tiue_export.bundle.read import Bundle
-from tiue_export.drawing.picture import pixels_from_sample
+from tiue_export.drawing.picture import parameters_from_png, pixels_from_sample
 from tiue_export.errors import BundleError, RuntimeFailure, TiueError, UsageError
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import PROMPTS, load_reference
@@ -272,6 +273,43 @@ def test_the_context_manager_closes_the_runtime_even_after_an_error(tiny_bundle)
     with pytest.raises(UsageError), Pipeline.open(tiny_bundle, runtime) as pipeline:
         pipeline([])
     assert closed == [runtime, runtime]
+
+
+def test_a_picture_saves_itself_with_what_made_it(tiny_bundle, tmp_path):
+    with Pipeline.open(tiny_bundle, "ort") as pipeline:
+        (picture,) = pipeline(FOX, seed=3).pictures
+        picture.save(tmp_path / "fox.png")
+    assert parameters_from_png(tmp_path / "fox.png") == picture.parameters
+    manifest = tiny_bundle.manifest
+    assert picture.parameters == {
+        "prompt": FOX,
+        "seed": 3,
+        "steps": manifest.plan.steps,
+        "size": "64x64",
+        "model": manifest.source.name,
+        "model_hash": manifest.source.sha256[:10],
+        "precision": "fp32",
+        "runtime": "ort cpu",
+        "version": f"tiue-export {__version__}",
+    }
+    with pytest.raises(UsageError) as caught:
+        picture.save(tmp_path / "fox.jpg")
+    assert caught.value.message.endswith(
+        "fox.jpg is no .png file, which carries how a picture was made"
+    )
+    assert "picture.image.save(PATH)" in caught.value.next_step
+
+
+def test_more_pictures_than_one_run_plans_are_refused_at_once(tiny_bundle):
+    with (
+        Pipeline.open(tiny_bundle, FakeRuntime(tiny_bundle)) as pipeline,
+        pytest.raises(UsageError) as caught,
+    ):
+        pipeline(FOX, count=10_000_000)
+    assert caught.value.message == "10,000,000 pictures in one run; expected at most 1,000,000"
+    assert caught.value.next_step == (
+        "Draw them in several runs, each with its own --seed and --out."
+    )
 
 
 def test_a_path_is_opened_with_every_hash_checked(bundle_copy):

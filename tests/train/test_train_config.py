@@ -285,3 +285,9 @@ def test_a_run_may_be_made_longer_unless_its_learning_rate_looks_ahead():
 def test_the_clip_term_depends_on_the_micro_batch():
     clip = {"clip_model": "c", "clip_decoder": "d"}
     assert config(micro_batch=2, **clip).outcome != config(**clip).outcome
+
+
+def test_every_setting_has_its_line_in_the_manual():
+    manual = (PRESETS.parents[2] / "docs" / "training.md").read_text("utf-8")
+    for field in dataclasses.fields(DistillConfig):
+        assert f"`{field.name}`" in manual, field.name

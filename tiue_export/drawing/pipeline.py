@@ -19,7 +19,8 @@ import numpy as np
 
 from tiue_export.bundle.chain import SCALED_LATENTS, TOKENS, scaled_latents
 from tiue_export.bundle.read import Bundle, open_bundle
-from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample
+from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample, save_png
+from tiue_export.drawing.picture_parameters import picture_parameters
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import UsageError
@@ -50,6 +51,7 @@ class Picture:
     """One generated image with what made it; `seed` None when the noise was given.
 
     `latents` (4, H, W) float32, before the VAE. `guidance` None: the bundle has none to choose.
+    `parameters` are all of that, the model and the runtime, as a PNG carries them.
     """
 
     image: Image
@@ -58,6 +60,19 @@ class Picture:
     latents: Array
     negative_prompt: str = ""
     guidance: float | None = None
+    parameters: Mapping[str, object] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write a PNG that carries `parameters`, as `tiue-export generate` does.
+
+        Raises `UsageError` for another kind of file.
+        """
+        if Path(path).suffix.lower() != ".png":
+            raise UsageError(
+                f"{path} is no .png file, which carries how a picture was made",
+                "Name a .png file, or take the picture alone: picture.image.save(PATH).",
+            )
+        save_png(self.image, Path(path), self.parameters)
 
 
 class Job(NamedTuple):
@@ -97,7 +112,7 @@ class Pipeline:
     """An opened bundle on an opened runtime. Use it as a context manager, or close it.
 
     >>> with Pipeline.open("bundle") as pipeline:          # doctest: +SKIP
-    ...     pipeline("a red fox", seed=0).images[0].save("fox.png")
+    ...     pipeline("a red fox", seed=0).pictures[0].save("fox.png")
     """
 
     bundle: Bundle
@@ -292,17 +307,16 @@ class Pipeline:
         noises = np.concatenate(rows, axis=1)  # (N, B, 4, H, W)
         result, picture = self._run_all(filled, noises, stages, loop)
         pixels = pixels_from_sample(picture)
-        return [
-            Picture(
-                image_from_pixels(pixels[row]),
-                job.prompt,
-                job.seed if latents is None else None,
-                result[row],
-                job.negative,
-                self._guidance(job),
+        pictures = []
+        for row, job in enumerate(jobs):
+            seed = job.seed if latents is None else None
+            steering = job.negative, self._guidance(job)
+            parameters = picture_parameters(
+                job.prompt, seed, *steering, self.bundle.manifest, self.runtime
             )
-            for row, job in enumerate(jobs)
-        ]
+            image = image_from_pixels(pixels[row])
+            pictures.append(Picture(image, job.prompt, seed, result[row], *steering, parameters))
+        return pictures
 
     def _guidance(self, job: Job) -> float | None:
         """The scale a picture is drawn with, None where it is distilled in."""

@@ -35,7 +35,8 @@ class Networks:
     """`student` is trained; `scores` is the frozen teacher with the fake score's adapters.
 
     `text_encoder`, `vae` are frozen. `alphas` (1000,) float32 are cumulative products of 1 - beta.
-    `latent_shape` is (4, h, w), `size_px` the pictures' height and width. `sha256` names the weights that decide a run's outcome.
+    `latent_shape` is (4, h, w), `size_px` the height and width of pictures. `sha256` names the
+    weights that decide a run's outcome.
     """
 
     student: Student

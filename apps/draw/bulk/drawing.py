@@ -11,7 +11,6 @@ from tiue_export.drawing.picture import png_bytes
 from tiue_export.drawing.pipeline import Picture, Pipeline
 from tiue_export.specs import RuntimeOptions
 
-from ..picture_parameters import picture_parameters
 from .plan import TableJob
 
 
@@ -41,16 +40,14 @@ class Sample:
 def draw_jobs(pipeline: Pipeline, jobs: Sequence[TableJob]) -> list[Sample]:
     """Draw and encode; equal jobs give equal bytes."""
     result = pipeline.draw([each.job for each in jobs])
-    return [
-        _sample(job, picture, pipeline) for job, picture in zip(jobs, result.pictures, strict=True)
-    ]
+    return [_sample(job, picture) for job, picture in zip(jobs, result.pictures, strict=True)]
 
 
-def _sample(job: TableJob, picture: Picture, pipeline: Pipeline) -> Sample:
-    parameters = picture_parameters(picture, pipeline)
+def _sample(job: TableJob, picture: Picture) -> Sample:
+    parameters = dict(picture.parameters)
     if job.columns:
         # Parquet holds dates and bytes, which JSON does not.
         plain = json.loads(json.dumps(dict(job.columns), default=str))
-        parameters = {**parameters, "columns": plain}
+        parameters["columns"] = plain
     record = json.dumps({"key": job.key, **parameters}, ensure_ascii=False)
     return Sample(job.key, png_bytes(picture.image, parameters), job.job.prompt, record)

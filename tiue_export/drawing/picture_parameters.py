@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from tiue_export._version import __version__
-from tiue_export.drawing.pipeline import Picture, Pipeline
+from tiue_export.bundle.manifest import Manifest
 from tiue_export.sampling.plan import Plan
+from tiue_export.specs import Runtime
 
 
 def picture_parameters(
-    picture: Picture, pipeline: Pipeline, latents: str | None = None
+    prompt: str,
+    seed: int | None,
+    negative: str,
+    guidance: float | None,
+    manifest: Manifest,
+    runtime: Runtime,
 ) -> dict[str, object]:
-    """Prompt, seed or the name of the file with the noise (`latents`), model and runtime."""
-    manifest = pipeline.bundle.manifest
+    """Prompt, seed (None: the noise was given), steering, model and runtime."""
     plan = manifest.plan
     return {
-        "prompt": picture.prompt,
-        **({} if latents is None else {"latents": latents}),
-        **({} if picture.seed is None else {"seed": picture.seed}),
-        **({} if not picture.negative_prompt else {"negative_prompt": picture.negative_prompt}),
-        **({} if picture.guidance is None else {"guidance": picture.guidance}),
+        "prompt": prompt,
+        **({} if seed is None else {"seed": seed}),
+        **({} if not negative else {"negative_prompt": negative}),
+        **({} if guidance is None else {"guidance": guidance}),
         "steps": plan.steps,
         **({} if plan.one_pass else _plan_parameters(plan)),
         "size": f"{manifest.width_px}x{manifest.height_px}",
         "model": manifest.source.name,
         "model_hash": manifest.source.sha256[:10],
-        "precision": pipeline.runtime.precision,
-        "runtime": f"{pipeline.runtime.name} {pipeline.runtime.device}",
+        "precision": runtime.precision,
+        "runtime": f"{runtime.name} {runtime.device}",
         "version": f"tiue-export {__version__}",
     }
 
