@@ -14,10 +14,16 @@ from tiue_export.export.coreml.mil.package import has_native_library
 from tiue_export.registry.backends import BACKENDS, BackendEntry, doctor_checks
 from tiue_export.registry.packages import EXPORT_NEEDS, SERVER_NEEDS, TRAIN_NEEDS, missing_modules
 from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.install import install_line
 from tiue_export.system.kept_folder import limit_bytes
 from tiue_export.system.machine import describe_machine, installed_versions, nvidia_gpus
 from tiue_export.system.onnx_runtime import import_onnx_runtime
-from tiue_export.system.tensorrt_flavor import TITLES, install_line, load_flavor, this_device
+from tiue_export.system.tensorrt_flavor import (
+    TITLES,
+    flavor_install_line,
+    load_flavor,
+    this_device,
+)
 
 from .draw.fastest_runtime import choice_rows, choice_table
 from .report.tables import console, facts_table, megabytes, print_json, titled
@@ -123,9 +129,7 @@ def conflicts(packages: dict[str, str | None]) -> list[str]:
 def _by_modules(name: str, modules: tuple[str, ...], extra: str) -> Check:
     missing = missing_modules(modules)
     if missing:
-        return Check(
-            name, False, f"missing: {', '.join(missing)}", f"pip install 'tiue-export[{extra}]'"
-        )
+        return Check(name, False, f"missing: {', '.join(missing)}", install_line(extra))
     return Check(name, True, "installed")
 
 
@@ -137,7 +141,7 @@ def check_core_ml() -> list[Check]:
     names = ("convert to Core ML", "run: coreml")
     missing = missing_modules(("coremltools", "sklearn"))
     if missing:
-        install = "pip install 'tiue-export[coreml]'"
+        install = install_line("coreml")
         return [Check(n, False, f"missing: {', '.join(missing)}", install) for n in names]
     title = f"coremltools {metadata.version('coremltools')}"
     runs = _run_core_ml(names[1], title)
@@ -170,14 +174,14 @@ def _tensorrt(flavor: str) -> Check:
         title = load_flavor(flavor).title
         device = this_device()
     except MissingExtraError as error:
-        return Check(name, False, error.message, error.next_step or install_line(flavor))
+        return Check(name, False, error.message, error.next_step or flavor_install_line(flavor))
     if missing_modules(("polygraphy",)):
         extra = "trt-rtx" if flavor == "rtx" else "trt"
         return Check(
             name,
             False,
             f"{title}, but no polygraphy to build",
-            f"pip install 'tiue-export[{extra}]'",
+            install_line(extra),
         )
     if device is not None:
         where = f"{device.name}, compute capability {device.compute_capability}"
@@ -197,7 +201,7 @@ def check_onnx_runtime() -> list[Check]:
 
 
 def _ort(provider: str, name: str, extra: str) -> Check:
-    remedy = f"pip install 'tiue-export[{extra}]'"
+    remedy = install_line(extra)
     if missing_modules(("onnxruntime",)):
         return Check(name, False, "onnxruntime is not installed", remedy)
     try:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from tiue_export.errors import MissingExtraError, RuntimeFailure, first_line
 from tiue_export.registry.packages import require
+from tiue_export.system.install import install_line
 
 _LOGGERS = ("ray", "ray.serve", "ray.data")
 
@@ -26,7 +27,7 @@ def connected(part: str) -> Iterator[None]:
     except ImportError as error:
         raise MissingExtraError(
             f"--ray needs {part}, which cannot be imported: {first_line(error)}",
-            "pip install 'tiue-export[ray]'",
+            install_line("ray"),
         ) from error
     import ray
 

@@ -17,6 +17,7 @@ from tiue_export.bundle.chain import NOISE, TOKENS
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.specs import GRAPH_NAMES, Array, ChainResult, Feeds, RuntimeOptions
+from tiue_export.system.install import install_line
 from tiue_export.system.kept_folder import KeptFolder
 from tiue_export.system.onnx_runtime import import_onnx_runtime
 
@@ -188,7 +189,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> OrtRuntime:
         raise RuntimeFailure(
             f"this onnxruntime ({ort.__version__}) has no {_PROVIDERS[provider]}; it has "
             f"{', '.join(available)}",
-            "pip uninstall onnxruntime && pip install 'tiue-export[gpu]'",
+            f"pip uninstall onnxruntime && {install_line('gpu')}",
         )
     return OrtRuntime(bundle, provider, options)
 

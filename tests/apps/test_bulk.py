@@ -24,6 +24,7 @@ from tiue_export import Pipeline, RuntimeOptions
 from tiue_export.drawing.picture import METADATA_KEY, parameters_from_png
 from tiue_export.drawing.pipeline import Job
 from tiue_export.errors import RuntimeFailure, UsageError
+from tiue_export.system.install import install_line
 from tiue_export.system.lock import sole_process
 
 BULK = "tiue_export.apps.draw.bulk"
@@ -478,4 +479,4 @@ def test_without_ray_its_extra_is_named(run, tiny_bundle, tmp_path, monkeypatch)
     code, _, error = run("generate", tiny_bundle.root, "--prompts", table(tmp_path, 2), "--ray")
     assert code == 8
     assert "--ray needs ray, which is not installed" in error
-    assert "pip install 'tiue-export[ray]'" in error
+    assert install_line("ray") in error

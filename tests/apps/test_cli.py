@@ -23,6 +23,7 @@ from sealed_manifest import sealed_text
 from tiue_export import open_bundle
 from tiue_export.drawing.picture import parameters_from_png
 from tiue_export.errors import BundleError
+from tiue_export.system.install import install_line
 
 draw_line = importlib.import_module("tiue_export.apps.report.next_line").draw_line
 
@@ -168,9 +169,9 @@ def test_doctor_tells_how_much_the_cache_holds(run, monkeypatch, tmp_path):
     kept.write_bytes(bytes(3_000_000))
     _, out, _ = run("doctor", "--json")
     told = json.loads(out)["machine"]["cache"]
-    assert (
-        told
-        == f"{tmp_path / 'tiue-export'}, 3.00 MB; can be deleted at any time (tiue-export cache)"
+    assert told == (
+        f"{tmp_path / 'tiue-export'}, 3.00 MB of at most 8.00 GB; can be deleted at any time "
+        "(tiue-export cache)"
     )
 
 
@@ -296,7 +297,7 @@ def test_a_missing_extra_names_the_pip_line(run, tiny_pipeline, monkeypatch):
         lambda n, *a: None if n == "onnxscript" else found(n, *a),
     )
     arguments = ["onnx", "--ckpt", tiny_pipeline]
-    failing(run, 8, "needs onnxscript", "pip install 'tiue-export[export]'", arguments=arguments)
+    failing(run, 8, "needs onnxscript", install_line("export"), arguments=arguments)
 
 
 def test_an_internal_error_is_reported_without_a_traceback(run, monkeypatch, tiny_bundle):

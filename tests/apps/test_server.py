@@ -31,6 +31,7 @@ from tiue_export import Pipeline, RuntimeOptions
 from tiue_export.drawing.picture import METADATA_KEY
 from tiue_export.errors import RuntimeFailure, UsageError
 from tiue_export.registry.backends import open_runtime
+from tiue_export.system.install import install_line
 
 SERVER = "tiue_export.apps.server"
 images_api = importlib.import_module(f"{SERVER}.images_api")
@@ -582,7 +583,7 @@ def test_without_its_packages_the_server_says_what_to_install(run, monkeypatch) 
     code, _, error = run("serve", "no-bundle")
     assert code == 8
     assert "the server needs uvicorn, which is not installed" in error
-    assert "pip install 'tiue-export[app]'" in error
+    assert install_line("app") in error
 
 
 def test_a_limit_that_nothing_could_keep_is_refused() -> None:

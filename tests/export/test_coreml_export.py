@@ -35,6 +35,7 @@ from tiue_export.specs import (
     RuntimeOptions,
     TensorSpec,
 )
+from tiue_export.system.install import install_line
 
 ct = pytest.importorskip("coremltools", reason="coremltools is not installed")
 
@@ -654,7 +655,7 @@ def test_without_coremltools_the_extra_is_named(run, micro_folder, monkeypatch):
     monkeypatch.setattr(registry, "_found", lambda name: name != "coremltools" and real(name))
     code, _, err = run("coreml", "--ckpt", micro_folder)
     assert code == 8
-    assert "pip install 'tiue-export[coreml]'" in err
+    assert install_line("coreml") in err
 
 
 @pytest.mark.usefixtures("remade")

@@ -56,7 +56,7 @@ from tiue_export.system.tensorrt_flavor import (
     FOLDERS,
     Device,
     Flavor,
-    install_line,
+    flavor_install_line,
     installed_flavors,
     load_flavor,
     this_device,
@@ -665,7 +665,7 @@ def test_a_flavour_that_is_not_installed_names_the_line_to_type():
     error = refusal(lambda: load_flavor("tensorrt"), MissingExtraError)
     assert (error.message, error.next_step) == (
         "TensorRT is not installed",
-        install_line("tensorrt"),
+        flavor_install_line("tensorrt"),
     )
 
 
@@ -858,7 +858,7 @@ def test_the_command_explains_what_it_cannot_do(run, small, tiny_pipeline):
     if "tensorrt" not in installed_flavors():
         code, _, err = run("trt", "--bundle", small.root, "--flavor", "tensorrt")
         assert (code, "TensorRT is not installed" in err) == (8, True)
-        assert f"next: {install_line('tensorrt')}" in err
+        assert f"next: {flavor_install_line('tensorrt')}" in err
 
 
 @pytest.mark.slow
@@ -885,7 +885,7 @@ def test_doctor_says_which_tensorrt_is_here_and_what_to_type(run):
     for flavor, name in (("tensorrt", "TensorRT"), ("rtx", "TensorRT-RTX")):
         row = rows[f"build and run: {name}"]
         if flavor not in installed_flavors():
-            assert (row["usable"], row["remedy"]) == (False, install_line(flavor))
+            assert (row["usable"], row["remedy"]) == (False, flavor_install_line(flavor))
         assert row["detail"].startswith(name)
 
 

@@ -34,6 +34,7 @@ from tiue_export.runtimes.coreml.runtime import (
     package_of,
 )
 from tiue_export.specs import GRAPH_NAMES, TEXT_ENCODER, UNET_ENCODER, VAE_DECODER, RuntimeOptions
+from tiue_export.system.install import install_line
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)
 ct = pytest.importorskip("coremltools", reason="coremltools is not installed")
@@ -528,9 +529,7 @@ def test_doctor_tells_what_core_ml_can_do_here(monkeypatch):
     assert (converts.usable, runs.usable) == (False, True)
     assert "without libmilstoragepython" in converts.detail
     monkeypatch.setattr(doctor, "missing_modules", lambda names: ["coremltools"])
-    assert {backend.remedy for backend in doctor.check_core_ml()} == {
-        "pip install 'tiue-export[coreml]'"
-    }
+    assert {backend.remedy for backend in doctor.check_core_ml()} == {install_line("coreml")}
 
 
 # ---- for real

@@ -22,6 +22,7 @@ from tiue_export.specs import (
     RuntimeOptions,
     check_finite,
 )
+from tiue_export.system.install import install_line
 
 # Those that need other hardware are held to the same in tests of their own, marked gpu or mac.
 ELSEWHERE = ("trt",)
@@ -303,7 +304,7 @@ def test_cuda_on_a_cpu_build_of_onnx_runtime_is_refused_with_the_line_that_helps
         f"this onnxruntime ({onnxruntime.__version__}) has no CUDAExecutionProvider; it has "
         f"{', '.join(onnxruntime.get_available_providers())}"
     )
-    assert caught.value.next_step == ("pip uninstall onnxruntime && pip install 'tiue-export[gpu]'")
+    assert caught.value.next_step == f"pip uninstall onnxruntime && {install_line('gpu')}"
 
 
 def test_cuda_without_a_gpu_is_refused_by_the_torch_runtime_too(compiled_bundle, options):

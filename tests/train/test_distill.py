@@ -28,6 +28,7 @@ from tiue_export.errors import (
     ScheduleError,
     UsageError,
 )
+from tiue_export.system.install import install_line
 from tiue_export.train.config import DistillConfig
 from tiue_export.train.distill import distill
 from tiue_export.train.networks import load_networks
@@ -463,4 +464,4 @@ def test_without_the_extra_the_command_names_the_pip_line(run, monkeypatch):
     code, _, err = run("distill", "c.toml")
     assert code == 8
     assert "distillation needs peft, which is not installed" in err
-    assert "pip install 'tiue-export[train]'" in err
+    assert install_line("train") in err

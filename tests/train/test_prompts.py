@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from tiue_export.errors import MissingExtraError, UsageError
+from tiue_export.system.install import install_line
 from tiue_export.train.prompts import read_prompts
 
 PROMPTS = ["a red fox", "an owl", 'a sign that says "no, thanks"', "ein Käuzchen"]
@@ -245,4 +246,4 @@ def test_without_pyarrow_reading_parquet_says_what_to_install(tmp_path, monkeypa
     with pytest.raises(MissingExtraError) as caught:
         read_prompts(file)
     assert caught.value.message == "reading parquet needs pyarrow"
-    assert caught.value.next_step == "Run: pip install 'tiue-export[train]'"
+    assert caught.value.next_step == install_line("train")

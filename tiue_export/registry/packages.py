@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from tiue_export.errors import MissingExtraError
+from tiue_export.system.install import install_line
 
 EXPORT_NEEDS = (
     "torch",
@@ -41,5 +42,5 @@ def require(what: str, modules: tuple[str, ...], extra: str) -> None:
         raise MissingExtraError(
             f"{what} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
             "installed",
-            f"pip install 'tiue-export[{extra}]'",
+            install_line(extra),
         )

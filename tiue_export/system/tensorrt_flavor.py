@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tiue_export.errors import MissingExtraError, unknown_name
+from tiue_export.system.install import install_line
 
 # Flavour to the folder of its plans in a bundle.
 FOLDERS: Mapping[str, str] = {"tensorrt": "trt", "rtx": "trt-rtx"}
@@ -113,8 +114,8 @@ def load_flavor(name: str = "auto") -> Flavor:
         if not installed:
             raise MissingExtraError(
                 "neither TensorRT nor TensorRT-RTX is installed",
-                f"{install_line('tensorrt')} (on the GPU's machine); for RTX cards, with or "
-                f"without a GPU here: {install_line('rtx')}",
+                f"{flavor_install_line('tensorrt')} (on the GPU's machine); for RTX cards, with or "
+                f"without a GPU here: {flavor_install_line('rtx')}",
             )
         # Without a GPU only RTX can build anything.
         name = "rtx" if "rtx" in installed and not _gpu_signs() else installed[0]
@@ -129,33 +130,33 @@ def installed_flavors() -> list[str]:
 @cache
 def _import_flavor(name: str) -> Flavor:
     if not importlib.util.find_spec(MODULES[name]):
-        raise MissingExtraError(f"{TITLES[name]} is not installed", install_line(name))
+        raise MissingExtraError(f"{TITLES[name]} is not installed", flavor_install_line(name))
     try:
         module = importlib.import_module(MODULES[name])
         return Flavor(name, module, str(module.__version__))
     except Exception as error:  # the bindings raise whatever their loader of libraries raises
         raise MissingExtraError(
-            f"{TITLES[name]} is installed but does not import: {error}", install_line(name)
+            f"{TITLES[name]} is installed but does not import: {error}", flavor_install_line(name)
         ) from error
 
 
-def install_line(flavor: str) -> str:
+def flavor_install_line(flavor: str) -> str:
     """What to type on this machine to get a flavour."""
     system, machine = platform.system(), platform.machine()
     if flavor == "rtx":
         if machine.lower() in ("x86_64", "amd64") and system != "Darwin":
-            return "pip install 'tiue-export[trt-rtx]'"
+            return install_line("trt-rtx")
         return "TensorRT-RTX exists for x86-64 Linux and Windows only: build there."
     if _TEGRA.is_file():
         return (
             "TensorRT comes with JetPack: sudo apt install python3-libnvinfer python3-venv && "
-            "python3 -m venv --system-site-packages venv && venv/bin/pip install 'tiue-export[trt]'"
+            f"python3 -m venv --system-site-packages venv && venv/bin/{install_line('trt')}"
         )
     if system == "Darwin":
         return "TensorRT does not exist for macOS: build on the NVIDIA machine, with --bundle."
     if machine == "aarch64":
-        return "pip install tensorrt-cu13 'tiue-export[trt]'"
-    return "pip install 'tiue-export[trt]'"
+        return f"{install_line('trt')} tensorrt-cu13"
+    return install_line("trt")
 
 
 def this_device() -> Device | None:

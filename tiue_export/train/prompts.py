@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tiue_export.errors import MissingExtraError, UsageError, first_line
+from tiue_export.system.install import install_line
 
 # The paper's own preparation: drop empty ones and duplicates, sort, shuffle with this seed.
 _SHUFFLE_SEED = 2023
@@ -90,9 +91,7 @@ def _parquet(file: Path, column: str | None) -> Iterator[str]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise MissingExtraError(
-            "reading parquet needs pyarrow", "Run: pip install 'tiue-export[train]'"
-        ) from error
+        raise MissingExtraError("reading parquet needs pyarrow", install_line("train")) from error
     try:
         table = parquet.ParquetFile(file)
         name = _choose(file, table.schema_arrow.names, column)
