@@ -1,15 +1,13 @@
-"""What goes over the wire: requests and answers of the OpenAI images API, and its errors.
+"""What goes over the wire: requests and answers of the OpenAI images API.
 
-Field names and the form of errors follow https://platform.openai.com/docs/api-reference/images.
+Field names follow https://platform.openai.com/docs/api-reference/images.
 Seeds, warnings and the model's name are additions; clients ignore what they do not know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from tiue_export.sampling.plan import GUIDANCE_RANGE
@@ -59,52 +57,6 @@ class HealthAnswer(BaseModel):
     model: str
     runtime: str
     waiting_pictures: int
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorAnswer(BaseModel):
-    """Every error's form."""
-
-    error: ErrorDetail
-
-
-class ApiError(Exception):
-    """A request that gets no picture, and why; `param` names the field at fault."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-        self.headers = dict(headers or {})
-
-    def response(self) -> JSONResponse:
-        """The answer as clients of the API expect it."""
-        detail = ErrorDetail(
-            message=self.message, type=_kind(self.status), param=self.param, code=self.code
-        )
-        body = ErrorAnswer(error=detail).model_dump()
-        return JSONResponse(body, status_code=self.status, headers=self.headers)
-
-
-def _kind(status: int) -> str:
-    if status == 401:
-        return "authentication_error"
-    if status == 429:
-        return "rate_limit_error"
-    return "invalid_request_error" if status < 500 else "server_error"
 
 
 def _whole(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a request must pass before the application sees it: its token, its size, its pace."""
+"""What a request must pass before the application sees it: its token, its place, size and pace."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import hmac
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..options.serve import ServerLimits
-from .answers import ApiError
+from ..web.api_error import ApiError
 
-_OPEN_PATHS = ("/healthz", "/docs", "/openapi.json", "/static-offline-docs")
+_HEALTH = "/healthz"
+_OPEN_PATHS = (_HEALTH, "/docs", "/openapi.json", "/static-offline-docs")
+# What the queue refuses itself, with 429, and all that draws nothing.
+_BESIDE_THE_QUEUE = 256
 
 
 class RequestGuard:
@@ -20,13 +23,22 @@ class RequestGuard:
         self._app = app
         self._limits = limits
         self._expected = None if token is None else f"Bearer {token}".encode()
+        self._most, self._in_flight = most_in_flight(limits), 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self._in_flight += 1
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._check_token(scope)
+            self._check_place(scope)
             body = await self._body(scope, receive)
         except ApiError as error:
             # The rest of the body was not read: this connection is of no further use.
@@ -49,6 +61,15 @@ class RequestGuard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
+    def _check_place(self, scope: Scope) -> None:
+        if self._in_flight > self._most and scope["path"] != _HEALTH:
+            raise ApiError(
+                503,
+                f"{self._most} requests are being answered already; expected to have room soon",
+                code="overloaded",
+                headers={"Retry-After": "1"},
+            )
+
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         limit = self._limits.request_bytes
         declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
@@ -60,6 +81,11 @@ class RequestGuard:
             raise ApiError(
                 408, f"the body did not arrive within {self._limits.body_timeout_s:g} s"
             ) from None
+
+
+def most_in_flight(limits: ServerLimits) -> int:
+    """Requests that are answered at once; health checks come on top."""
+    return limits.queue_pictures + _BESIDE_THE_QUEUE
 
 
 def is_open(path: str) -> bool:

@@ -16,16 +16,15 @@ from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from tiue_export._version import __version__
 from tiue_export.drawing.picture import png_bytes
 from tiue_export.drawing.pipeline import Job, Picture
 from tiue_export.errors import TiueError
 
+from ..web.api_error import ApiError, ErrorAnswer
+from ..web.hosts import TrustedHosts
 from .answers import (
-    ApiError,
-    ErrorAnswer,
     HealthAnswer,
     ImageAnswer,
     ImagesAnswer,
@@ -52,7 +51,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         "headers": {"Retry-After": {"schema": {"type": "integer", "minimum": 1}}},
     },
     500: {"model": ErrorAnswer, "description": "The runtime failed."},
-    503: {"model": ErrorAnswer, "description": "The server is closing."},
+    503: {"model": ErrorAnswer, "description": "The server is closing, or has no room."},
     504: {"model": ErrorAnswer, "description": "The picture was not ready in time."},
 }
 
@@ -229,9 +228,7 @@ def create_app(worker: DrawingWorker, settings: ServerSettings) -> FastAPI:
     _add_routes(app, api)
     _add_error_forms(app, api)
     app.add_middleware(RequestGuard, limits=settings.limits, token=settings.token)
-    if settings.allowed_hosts != ("*",):
-        hosts = list(settings.allowed_hosts)
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+    app.add_middleware(TrustedHosts, hosts=settings.allowed_hosts)
     app.add_middleware(RequestCount, metrics=worker.metrics)
     if settings.token is not None:
         app.openapi = _with_token(app.openapi)  # type: ignore[method-assign]

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from ipaddress import ip_address
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tiue_export.errors import ResourceError, UsageError
+from tiue_export.errors import UsageError
 from tiue_export.registry.packages import SERVER_NEEDS, require
 
 from ..options.serve import ServeOptions, ServerLimits
 from ..report.tables import print_json
+from ..web.addresses import ANY, is_loopback
+from ..web.listening import BACKLOG, bound, check_port, stopped_quietly
 from .settings import ServerSettings
 
 TOKEN_VARIABLE = "TIUE_EXPORT_TOKEN"
 _LEAST_TOKEN = 8
-_CONNECTIONS = 512
-_BACKLOG = 2048
-_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+# Clients that keep a connection between their requests.
+_IDLE_CONNECTIONS = 256
 
 
 def run(request: ServeOptions, limits: ServerLimits) -> None:
@@ -40,7 +37,7 @@ def run(request: ServeOptions, limits: ServerLimits) -> None:
 
         serve_on_ray(request, settings, lambda: _announce(request, settings, request.port))
         return
-    with _bound(request.host, request.port) as listener:
+    with bound(request.host, request.port) as listener:
         _serve(request, settings, listener)
 
 
@@ -54,17 +51,9 @@ def _serve(request: ServeOptions, settings: ServerSettings, listener: socket.soc
     worker = DrawingWorker(opener, settings.limits)
     worker.start()
     try:
-        config = uvicorn.Config(
-            create_app(worker, settings),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            limit_concurrency=_CONNECTIONS,
-            timeout_keep_alive=30,
-        )
-        server = uvicorn.Server(config)
-        with _stopped_quietly(server):
-            listener.listen(_BACKLOG)  # who reads the announcement may connect at once
+        server = uvicorn.Server(server_config(create_app(worker, settings), settings.limits))
+        with stopped_quietly(server):
+            listener.listen(BACKLOG)  # who reads the announcement may connect at once
             _announce(request, settings, listener.getsockname()[1])
             server.run(sockets=[listener])
     finally:
@@ -73,16 +62,33 @@ def _serve(request: ServeOptions, settings: ServerSettings, listener: socket.soc
         Console(stderr=True).print("stopped; every accepted request was answered")
 
 
+def server_config(app: Any, limits: ServerLimits) -> Any:
+    """How uvicorn serves the application: over connections that never crowd out requests."""
+    import uvicorn
+
+    from ..web.connections import KEEP_ALIVE_S, BoundedConnection, allow_open_files
+    from .guard import most_in_flight
+
+    most = most_in_flight(limits) + _IDLE_CONNECTIONS
+    allow_open_files(most, f"--queue {limits.queue_pictures}")
+    return uvicorn.Config(
+        app,
+        http=partial(BoundedConnection, most=most),  # type: ignore[arg-type]
+        ws="none",  # an upgrade is answered as the request that it is
+        log_level="error",  # what clients do wrong is answered, not logged
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
+
+
 def _settings(request: ServeOptions, limits: ServerLimits) -> ServerSettings:
     """Everything that can be wrong with the options, said before the bundle is opened."""
     limits.check()
-    if not 0 <= request.port <= 65535:
-        raise UsageError(f"--port is {request.port}; expected 0 to 65535 (0: any free one)")
+    check_port(request.port)
     hosts = request.allowed_host
     if not hosts:
-        # A page in a browser could reach a loopback server through a name of its own that
-        # resolves to 127.0.0.1 (DNS rebinding); the Host header gives it away.
-        hosts = (*_LOOPBACK_HOSTS, request.host) if is_loopback(request.host) else ("*",)
+        hosts = ("localhost",) if is_loopback(request.host) else (ANY,)
     return ServerSettings(
         limits=limits,
         model_names=request.model_name,
@@ -110,57 +116,6 @@ def _token(file: Path | None) -> str | None:
             "Make one: openssl rand -hex 32",
         )
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server bound to `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-@contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket bound before the bundle is read: a port that is taken is told at once."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise UsageError(f"--host {host} is no address of this machine: {error}") from error
-    with socket.socket(family, kind, protocol) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-        except OSError as error:
-            next_step = None
-            if error.errno == errno.EADDRINUSE:
-                next_step = "Pass another --port; 0 takes any free one."
-            raise ResourceError(
-                f"cannot listen on {host}:{port}: {error.strerror}", next_step
-            ) from error
-        yield listener
-
-
-@contextmanager
-def _stopped_quietly(server: Any) -> Iterator[None]:
-    """Signals stop the uvicorn server, also before it has handlers of its own.
-
-    It raises the signals that stopped it again; a server that was told to stop is done.
-    """
-
-    def stop(*_: object) -> None:
-        server.should_exit = True
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _announce(request: ServeOptions, settings: ServerSettings, port: int) -> None:

@@ -5,6 +5,8 @@
 Starts a server of its own on a free port of loopback, sends every request with a seed of its own,
 decodes every picture, and asks for some again: equal seeds must give equal pictures. A request that
 is refused with 429 is sent again after Retry-After, as the openai client does; time waited counts.
+With --idle N so many connections are open meanwhile that never send anything, and are opened again
+when the server closes them; /healthz is asked on a connection of its own every 0.1 s all the while.
 """
 
 from __future__ import annotations
@@ -15,11 +17,14 @@ import contextlib
 import http.client
 import io
 import json
+import select
+import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,11 +53,15 @@ class Load:
     threads: int | None = None
     queue: int = 64
     again: int = 8
+    idle: int = 0
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What came back. `lost` were answered with something other than their picture."""
+    """What came back. `lost` were answered with something other than their picture.
+
+    `healthy` of `health_checks` were answered with 200.
+    """
 
     sent: int
     drawn: int
@@ -62,6 +71,8 @@ class LoadResult:
     wall_s: float
     pictures_per_s: float
     latency_ms: dict[str, float]
+    health_checks: int
+    healthy: int
 
 
 @dataclass
@@ -80,9 +91,10 @@ def run_load(load: Load) -> LoadResult:
         )
     with _server(load) as address:
         start = time.perf_counter()
-        with ThreadPoolExecutor(load.clients) as pool:
-            parts = list(pool.map(lambda c: _client(address, load, c), range(load.clients)))
-        wall_s = time.perf_counter() - start
+        with _idle(address, load.idle), _health(address) as health:
+            with ThreadPoolExecutor(load.clients) as pool:
+                parts = list(pool.map(lambda c: _client(address, load, c), range(load.clients)))
+            wall_s = time.perf_counter() - start
         answers = [answer for part in parts for answer in part]
         differing = _differing(address, answers[: load.again])
     drawn = [answer for answer in answers if answer.picture]
@@ -96,6 +108,8 @@ def run_load(load: Load) -> LoadResult:
         wall_s=wall_s,
         pictures_per_s=len(drawn) / wall_s,
         latency_ms=percentiles(latencies),
+        health_checks=len(health),
+        healthy=health.count(200),
     )
 
 
@@ -134,6 +148,60 @@ def _server(load: Load) -> Iterator[tuple[str, int]]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise RuntimeFailure(f"the server did not stop within {_STOP_S} s") from None
+
+
+@contextlib.contextmanager
+def _meanwhile(step: Callable[[], None], pause_s: float) -> Iterator[None]:
+    """Something done again and again, in a thread, until the block ends."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.is_set():
+            step()
+            done.wait(pause_s)
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _idle(address: tuple[str, int], count: int) -> Iterator[None]:
+    """So many connections that say nothing; each that the server closes is opened anew."""
+    held = [socket.create_connection(address) for _ in range(count)]
+
+    def open_again() -> None:
+        polled = select.poll()
+        numbers = {one.fileno(): place for place, one in enumerate(held)}
+        for number in numbers:
+            polled.register(number, select.POLLIN)
+        for number, _ in polled.poll(0):
+            held[numbers[number]].close()
+            held[numbers[number]] = socket.create_connection(address)
+
+    with _meanwhile(open_again, 1.0):
+        yield
+    for one in held:
+        one.close()
+
+
+@contextlib.contextmanager
+def _health(address: tuple[str, int]) -> Iterator[list[int]]:
+    """The status of each health check that was made until the block ends."""
+    seen: list[int] = []
+
+    def check() -> None:
+        connection = http.client.HTTPConnection(*address, timeout=60)
+        connection.request("GET", "/healthz")
+        seen.append(connection.getresponse().status)
+        connection.close()
+
+    with _meanwhile(check, 0.1):
+        yield seen
 
 
 def _client(address: tuple[str, int], load: Load, number: int) -> list[_Answer]:
@@ -183,11 +251,15 @@ def _differing(address: tuple[str, int], answers: Sequence[_Answer]) -> int:
 
 def result_table(load: Load, result: LoadResult) -> Table:
     """One row."""
-    table = Table(title=f"{load.clients} clients x {load.requests} requests", title_justify="left")
+    title = f"{load.clients} clients x {load.requests} requests"
+    if load.idle:
+        title += f", {load.idle} idle connections"
+    table = Table(title=title, title_justify="left")
     cells: dict[str, Any] = {
         "drawn": result.drawn,
         "lost": result.lost,
         "429": result.refused_429,
+        "healthy": f"{result.healthy}/{result.health_checks}",
         "wall s": f"{result.wall_s:.1f}",
         "images/s": f"{result.pictures_per_s:.1f}",
         **{f"{name} ms": f"{value:.0f}" for name, value in result.latency_ms.items()},
@@ -207,10 +279,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runtime", default="ort")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--queue", type=int, default=64, help="small: shows 429 and coming back")
+    parser.add_argument("--idle", type=int, default=0, help="connections that say nothing")
     parser.add_argument("--out", type=Path, help="record to write (.json)")
     given = parser.parse_args(arguments)
     load = Load(
-        given.bundle, given.clients, given.requests, given.runtime, given.threads, given.queue
+        given.bundle,
+        given.clients,
+        given.requests,
+        given.runtime,
+        given.threads,
+        given.queue,
+        idle=given.idle,
     )
     result = run_load(load)
     Console(width=None if sys.stdout.isatty() else 120).print(result_table(load, result))
@@ -218,10 +297,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with disk_errors(given.out):
             record = {**asdict(load), **asdict(result)}
             given.out.write_text(json.dumps(record, indent=1, default=str) + "\n", "utf-8")
-    if result.lost or result.differing_again:
+    unhealthy = result.health_checks - result.healthy
+    if result.lost or result.differing_again or unhealthy:
         raise RuntimeFailure(
             f"{result.lost} requests were lost, {result.differing_again} pictures came out "
-            "differently when asked for again"
+            f"differently when asked for again, {unhealthy} health checks failed"
         )
 
 

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -39,6 +40,9 @@ serving = importlib.import_module(f"{SERVER}.serving")
 settings_module = importlib.import_module(f"{SERVER}.settings")
 picture_store = importlib.import_module(f"{SERVER}.picture_store")
 worker_module = importlib.import_module(f"{SERVER}.worker")
+guard = importlib.import_module(f"{SERVER}.guard")
+connections = importlib.import_module("tiue_export.apps.web.connections")
+addresses = importlib.import_module("tiue_export.apps.web.addresses")
 Limits = importlib.import_module("tiue_export.apps.commands.serve").ServerLimits
 Settings = settings_module.ServerSettings
 GENERATIONS = "/v1/images/generations"
@@ -76,8 +80,8 @@ def served(opener, settings=None) -> Iterator[httpx.Client]:
     settings = settings or Settings()
     worker = worker_module.DrawingWorker(opener, settings.limits)
     worker.start()
-    config = uvicorn.Config(images_api.create_app(worker, settings), log_level="error")
-    server = uvicorn.Server(config)
+    app = images_api.create_app(worker, settings)
+    server = uvicorn.Server(serving.server_config(app, settings.limits))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -334,10 +338,153 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(gated) -> None:
         slow.close()
 
 
-def test_another_host_name_is_refused_where_only_loopback_is_served(gated) -> None:
-    with served(gated[1], Settings(allowed_hosts=("127.0.0.1",))) as client:
-        assert client.get("/healthz", headers={"Host": "rebound.example"}).status_code == 400
-        assert client.get("/healthz").status_code == 200
+def test_another_host_name_is_refused_and_addresses_and_trusted_names_are_not(gated) -> None:
+    with served(gated[1], Settings(allowed_hosts=("localhost", "*.here.example"))) as client:
+
+        def asked_as(host: str) -> httpx.Response:
+            return client.get("/healthz", headers={"Host": host})
+
+        for host in ("rebound.example", "here.example.evil", "localhost.evil", "[", ""):
+            assert (asked_as(host).status_code, host) == (400, host)
+        for host in ("localhost:80", "a.here.example", "127.0.0.1", "[::1]:8000", "LOCALHOST"):
+            assert (asked_as(host).status_code, host) == (200, host)
+        error = asked_as("rebound.example").json()["error"]
+    assert error["code"] == "unknown_host"
+    assert "Host is 'rebound.example'; expected an address or localhost" in error["message"]
+    assert "--allowed-host NAME" in error["message"]
+
+
+@contextlib.contextmanager
+def connected(client: httpx.Client, sent: bytes = b"") -> Iterator[socket.socket]:
+    """A connection of its own, and what is sent on it at once."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), 10) as raw:
+        raw.sendall(sent)
+        yield raw
+
+
+def all_of(raw: socket.socket) -> bytes:
+    """What arrives until the server closes."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := raw.recv(65536):
+            received += piece
+    return received
+
+
+def test_idle_connections_keep_no_request_and_no_health_check_out(gated, monkeypatch) -> None:
+    """The load of benchmarks/studies/server_load.py --idle, small: 12 connections are the most."""
+    monkeypatch.setattr(serving, "_IDLE_CONNECTIONS", 4)
+    monkeypatch.setattr(guard, "_BESIDE_THE_QUEUE", 4)
+    limits = Limits(queue_pictures=4, pictures_per_request=4, batch_wait_ms=0)
+    with (
+        served(gated[1], Settings(limits)) as client,
+        contextlib.ExitStack() as idle,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        held: list[socket.socket] = []
+        unfinished = b"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        for number in range(30):
+            sent = (b"", unfinished, unfinished + b"Content-Length: 9\r\n\r\n{")[number % 3]
+            held.append(idle.enter_context(connected(client, sent)))
+
+        def ask(seed: int) -> list[int]:
+            body = {"prompt": "a fox", "seed": seed}
+            with httpx.Client(base_url=client.base_url, timeout=30) as own:
+                drawn = own.post(GENERATIONS, json=body).status_code
+            return [drawn, httpx.get(f"{client.base_url}/healthz").status_code]
+
+        assert list(pool.map(ask, range(24))) == [[200, 200]] * 24
+        closed, _, _ = select.select(held, [], [], 0)
+        assert len(held) - len(closed) <= 12
+
+
+def test_a_client_that_does_not_do_its_part_is_not_waited_for(live, monkeypatch) -> None:
+    for turn in connections.TURN_S:
+        monkeypatch.setitem(connections.TURN_S, turn, 0.2)
+    with connected(live) as silent:
+        assert all_of(silent) == b""
+    with connected(live, b"GET /healthz HTTP/1.1\r\n") as slow:
+        answer = all_of(slow)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"no whole header arrived within 0.2 s" in answer
+    whole = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    with connected(live, whole + b"GET /") as second:
+        answer = all_of(second)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"HTTP/1.1 408" in answer
+
+
+def test_a_client_that_does_not_read_its_answer_is_not_waited_for(live, monkeypatch) -> None:
+    page = live.get("/docs").text
+    script = next(s for s in re.findall(r'src="([^"]+)"', page) if "bundle" in s)
+    size_bytes = len(live.get(script).content)
+    monkeypatch.setitem(connections.TURN_S, "read", 0.2)
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect((live.base_url.host, live.base_url.port))
+        for _ in range(8):  # more than all buffers on the way hold
+            raw.sendall(f"GET {script} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        time.sleep(0.6)
+        assert 0 < len(all_of(raw)) < 8 * size_bytes
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "says"),
+    [
+        (b"\x16\x03\x01 no HTTP\r\n\r\n", 400, "illegal request line"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nbroken\r\n\r\n", 400, "illegal header line"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 70_000, 431, "Receive buffer too long"),
+        (b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n", 400, "Content-Length"),
+        (
+            b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+            400,
+            "illegal chunk header",
+        ),
+    ],
+)
+def test_what_is_no_http_is_told_in_the_same_form(live, sent, status, says) -> None:
+    with connected(live, sent) as raw:
+        head, _, body = all_of(raw).partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode())
+    error = json.loads(body)["error"]
+    assert says in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_an_upgrade_is_answered_as_the_request_that_it_is(live) -> None:
+    upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+    assert live.get("/healthz", headers=upgrade).json()["status"] == "ok"
+    assert live.get("/ws", headers=upgrade).json()["error"]["message"] == "Not Found"
+
+
+def test_beyond_its_room_the_server_says_503_and_is_healthy(gated, monkeypatch) -> None:
+    monkeypatch.setattr(guard, "_BESIDE_THE_QUEUE", 0)
+    limits = Limits(queue_pictures=1, pictures_per_request=1, batch_wait_ms=0)
+    runtime, opener = gated
+    with served(opener, Settings(limits)) as client, ThreadPoolExecutor(1) as pool:
+        runtime.gate.clear()
+        runtime.entered.clear()
+        first = pool.submit(client.post, GENERATIONS, json={"prompt": "being drawn"})
+        assert runtime.entered.wait(10)
+        refused = client.get("/v1/models")
+        health = client.get("/healthz")
+        runtime.gate.set()
+        assert first.result().status_code == 200
+        assert client.get("/v1/models").status_code == 200
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+    assert refused.headers["retry-after"] == "1"
+    assert health.status_code == 200
+
+
+def test_more_connections_than_the_system_opens_files_are_refused_by_name(monkeypatch) -> None:
+    monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (1000, 2000))
+    set_to = []
+    monkeypatch.setattr(connections.resource, "setrlimit", lambda _, both: set_to.append(both))
+    connections.allow_open_files(700, "--queue 64")
+    connections.allow_open_files(1700, "--queue 1188")
+    assert set_to == [(1956, 2000)]
+    with pytest.raises(UsageError, match="--queue 1500 needs 2268 open files; this system allows"):
+        serving.server_config(None, Limits(queue_pictures=1500))
 
 
 def test_a_full_queue_is_told_with_429_and_when_to_come_back(gated) -> None:
@@ -573,7 +720,7 @@ def test_an_option_that_cannot_be_honoured_is_told(run, tmp_path, arguments, cod
     [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("a.b", False)],
 )
 def test_only_loopback_addresses_count_as_this_machine(host, loopback) -> None:
-    assert serving.is_loopback(host) is loopback
+    assert addresses.is_loopback(host) is loopback
 
 
 def test_without_its_packages_the_server_says_what_to_install(run, monkeypatch) -> None:
@@ -644,12 +791,24 @@ def test_the_same_application_answers_on_ray_serve(tiny_bundle, tmp_path: Path) 
 def test_the_load_test_loses_nothing_and_prints_its_table(tiny_bundle, tmp_path, capfd) -> None:
     load = importlib.import_module("tiue_export.benchmarks.studies.server_load")
     record = tmp_path / "load.json"
-    arguments = ["--clients", "3", "--requests", "4", "--threads", "1", "--queue", "1"]
+    arguments = [
+        "--clients",
+        "3",
+        "--requests",
+        "4",
+        "--threads",
+        "1",
+        "--queue",
+        "1",
+        "--idle",
+        "5",
+    ]
     load.main([str(tiny_bundle.root), *arguments, "--out", str(record)])
     result = json.loads(record.read_text())
     assert (result["sent"], result["drawn"], result["lost"]) == (12, 12, 0)
     assert result["differing_again"] == 0
-    assert "3 clients x 4 requests" in capfd.readouterr().out
+    assert result["healthy"] == result["health_checks"] > 0
+    assert "3 clients x 4 requests, 5 idle connections" in capfd.readouterr().out
 
 
 def test_percentiles_are_values_that_so_many_do_not_exceed() -> None:
