@@ -24,6 +24,7 @@ from .report.tables import console, megabytes, print_json
 def run(request: CalibrateRequest) -> None:
     """Capture, or go on with a capture that was stopped, and say what there is."""
     require("calibration", ("psutil",), "export")
+    request.check_runtime()
     bundle, prompts = open_bundle(request.bundle), _prompts(request)
     require_support("calibrate", bundle)
     out = request.out or Path(f"{request.bundle.resolve().name}-calibration")

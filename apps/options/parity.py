@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from .bundle import BundleOptions
 from .output import JsonOptions
-from .runtime import ReferenceOptions, RuntimeChoice
+from .runtime import ReferenceOptions, RuntimeChoice, RuntimeOrTorch
 
 
 @dataclass(frozen=True)
-class ParityCheck(JsonOptions, ReferenceOptions, RuntimeChoice, BundleOptions):
+class ParityCheck(JsonOptions, ReferenceOptions, RuntimeOrTorch, RuntimeChoice, BundleOptions):
     """A runtime, and the bundle that it is held against."""

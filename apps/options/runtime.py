@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tiue_export.errors import UsageError
 from tiue_export.registry.backends import BACKENDS
 
 from ..completion import runtime_names
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tiue_export.specs import RuntimeOptions
 
 _NAMES = ", ".join(BACKENDS)
+_OF_BUNDLES = ", ".join(name for name in BACKENDS if name != "torch")
 _OF_THE_STUDENT = ("base", "vae", "lora", "controlnet")
 
 
@@ -57,6 +59,21 @@ class RuntimeName(OptionGroup):
     """Which runtime draws."""
 
     panel = "Runtime"
+    runtime: str = option("ort", f"{_OF_BUNDLES}.", completion=runtime_names)
+
+    def check_runtime(self) -> None:
+        """Raise `UsageError` for the runtime that needs a student: only some commands take one."""
+        if self.runtime == "torch":
+            raise UsageError(
+                "the torch runtime draws with the student itself, which this command does not take",
+                f"Pass --runtime with one that draws with the bundle: {_OF_BUNDLES}.",
+            )
+
+
+@dataclass(frozen=True)
+class RuntimeOrTorch(RuntimeName):
+    """The same, for a command that takes the student too."""
+
     runtime: str = option("ort", f"{_NAMES}; torch needs --ckpt.", completion=runtime_names)
 
 
@@ -118,6 +135,8 @@ class RuntimeChoice(MemoryOptions, ArithmeticOptions, DeviceOptions, RuntimeName
         """What the registry opens the runtime with."""
         from tiue_export.specs import RuntimeOptions
 
+        if reference is None:
+            self.check_runtime()
         torch = reference or ReferenceOptions()
         if self.runtime not in ("torch", "auto"):
             refuse(
