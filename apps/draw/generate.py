@@ -15,11 +15,11 @@ from rich.table import Table
 from tiue_export.bundle.read import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.drawing.contact_sheet import contact_sheet
 from tiue_export.drawing.picture import picture_from_file, save_png
-from tiue_export.drawing.pipeline import Picture, Pipeline, Result, replanned
+from tiue_export.drawing.pipeline import Picture, Pipeline, Result, picture_to_follow, replanned
 from tiue_export.errors import UsageError
 from tiue_export.sampling.key_step_options import PlanChange
 from tiue_export.sampling.noise import check_picture_count, check_seeds, noise_from_file
-from tiue_export.specs import Array
+from tiue_export.specs import CONTROLNET, Array
 from tiue_export.system.disk_errors import disk_errors
 
 from ..options.generate import DrawOptions, PictureOutput, PromptOptions
@@ -149,6 +149,8 @@ def _control(what: PromptOptions, bundle: Bundle) -> Array | None:
             raise UsageError(
                 "--control-scale is how strongly a picture is followed; none was given"
             )
+        if CONTROLNET in bundle.manifest.graphs:
+            raise picture_to_follow(bundle)
         return None
     return picture_from_file(what.control, (bundle.manifest.width_px, bundle.manifest.height_px))
 

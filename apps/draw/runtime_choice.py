@@ -21,15 +21,8 @@ from pathlib import Path
 from tiue_export._version import __version__
 from tiue_export.bundle.manifest import structured
 from tiue_export.bundle.read import MANIFEST_FILE, Bundle
-from tiue_export.drawing.pipeline import Pipeline
-from tiue_export.errors import (
-    BundleError,
-    RuntimeFailure,
-    TiueError,
-    TiueWarning,
-    UsageError,
-    first_line,
-)
+from tiue_export.drawing.pipeline import Pipeline, picture_to_follow
+from tiue_export.errors import BundleError, RuntimeFailure, TiueError, TiueWarning, first_line
 from tiue_export.proof.parity import PROMPTS
 from tiue_export.registry.backends import BACKENDS
 from tiue_export.specs import CONTROLNET, Array, RuntimeOptions
@@ -130,10 +123,7 @@ def choose_runtime(
     bundle with a ControlNet and no picture.
     """
     if control is None and CONTROLNET in bundle.manifest.graphs:
-        raise UsageError(
-            f"{bundle.root} draws by a ControlNet and needs a picture to follow",
-            "Pass --control PICTURE; without one no runtime can be tried.",
-        )
+        raise picture_to_follow(bundle)
     options = options or RuntimeOptions()
     file = _file(bundle.root, options)
     known, why = _remembered(file, options)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiue_export.bundle.read import open_bundle
 from tiue_export.errors import UsageError
+from tiue_export.registry.support import require_support
 from tiue_export.specs import RuntimeOptions
 
 from ..ray_cluster import connected
@@ -33,7 +34,8 @@ def serve_on_ray(
         raise UsageError(f"--replicas is {replicas}; expected 1 or more")
     if request.port == 0:
         raise UsageError("--ray needs a port of its own", "Pass --port 8000.")
-    open_bundle(request.bundle)  # a damaged bundle is told here, not in a replica's log
+    # What is damaged or cannot be served is told here, not in a replica's log.
+    require_support("serve", open_bundle(request.bundle))
     with connected("ray.serve"):
         from ray import serve
 

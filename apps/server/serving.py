@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ def run(request: ServeOptions, limits: ServerLimits) -> None:
     settings = _settings(request, limits)
     if request.replicas is not None and not request.ray:
         raise UsageError("--replicas is for --ray", "Add --ray, or leave it out.")
+    request.runtime_options()  # what they refuse is said before anything is started
     if request.ray:
         from .ray_serving import serve_on_ray
 
@@ -64,22 +64,12 @@ def _serve(request: ServeOptions, settings: ServerSettings, listener: socket.soc
 
 def server_config(app: Any, limits: ServerLimits) -> Any:
     """How uvicorn serves the application: over connections that never crowd out requests."""
-    import uvicorn
-
-    from ..web.connections import KEEP_ALIVE_S, BoundedConnection, allow_open_files
+    from ..web.connections import allow_open_files, uvicorn_config
     from .guard import most_in_flight
 
     most = most_in_flight(limits) + _IDLE_CONNECTIONS
     allow_open_files(most, f"--queue {limits.queue_pictures}")
-    return uvicorn.Config(
-        app,
-        http=partial(BoundedConnection, most=most),  # type: ignore[arg-type]
-        ws="none",  # an upgrade is answered as the request that it is
-        log_level="error",  # what clients do wrong is answered, not logged
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-    )
+    return uvicorn_config(app, most)
 
 
 def _settings(request: ServeOptions, limits: ServerLimits) -> ServerSettings:

@@ -19,6 +19,7 @@ from pathlib import Path
 from tiue_export.bundle.read import open_bundle
 from tiue_export.drawing.pipeline import Job, Picture, Pipeline, Result
 from tiue_export.errors import RuntimeFailure
+from tiue_export.registry.support import require_support
 from tiue_export.specs import RuntimeOptions
 
 from ..options.serve import ServerLimits
@@ -68,6 +69,7 @@ class _Item:
 def pipeline_opener(bundle: Path, runtime: str, options: RuntimeOptions) -> Callable[[], Pipeline]:
     """What the drawing thread opens; a missing or damaged bundle is an error at once."""
     opened = open_bundle(bundle)
+    require_support("serve", opened)
     return lambda: Pipeline.open(opened, runtime, options)
 
 

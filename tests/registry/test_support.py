@@ -112,6 +112,9 @@ COMMANDS = {
     "coreai": ("coreai", "--ckpt", "{ckpt}", "--bundle", "{bundle}"),
     "triton": ("triton", "{bundle}", "--out", "{out}"),
     "calibrate": ("calibrate", "{bundle}", "--out", "{out}", "--count", "1"),
+    "serve": ("serve", "{bundle}", "--port", "0"),
+    "studio": ("studio", "{bundle}", "--port", "0"),
+    "bulk": ("generate", "{bundle}", "--prompts", "{table}", "--out", "{out}"),
     "quantize": ("quantize", "{bundle}", "--calibration", "{out}", "--out", "{out}"),
 }
 
@@ -131,7 +134,9 @@ def test_a_command_refuses_before_any_work_and_leaves_all_as_it_was(
         "ckpt": tiny_pipeline,
         "out": tmp_path / "out",
         "plan": tmp_path / "plan.json",
+        "table": tmp_path / "prompts.tsv",
     }
+    places["table"].write_text("prompt\na red fox\n")
     code, out, error = run(*(part.format(**places) for part in COMMANDS[verb]))
     said = " ".join(error.split())
     assert code == 2, error

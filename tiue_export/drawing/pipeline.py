@@ -201,10 +201,7 @@ class Pipeline:
                 "Export it with --method faster --controlnet FOLDER.",
             )
         if picture is None:
-            raise UsageError(
-                f"{self.bundle.root} draws by a ControlNet and needs a picture to follow",
-                "Pass --control PICTURE, or control=array in Python.",
-            )
+            raise picture_to_follow(self.bundle)
         spec = next(tensor for tensor in record.inputs if tensor.name == "controlnet_cond")
         shape = tuple(int(side) for side in spec.shape[1:])
         if picture.shape != shape:
@@ -428,6 +425,14 @@ def replanned(bundle: Bundle, change: PlanChange) -> Bundle:
     config = json.loads(bundle.file("scheduler/scheduler_config.json").read_text("utf-8"))
     plan = changed_plan(config, manifest.plan, change)
     return replace(bundle, manifest=replace(manifest, plan=plan))
+
+
+def picture_to_follow(bundle: Bundle) -> UsageError:
+    """The error where a bundle with a ControlNet is to draw and no picture was given."""
+    return UsageError(
+        f"{bundle.root} draws by a ControlNet and needs a picture to follow",
+        "Pass --control PICTURE, or control=array in Python.",
+    )
 
 
 def check_steering(bundle: Bundle, guided: bool) -> None:

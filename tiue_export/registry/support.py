@@ -26,6 +26,9 @@ VERBS: Mapping[str, str] = {
     "calibrate": "capturing for int8",
     "quantize": "int8 graphs",
     "cuda-graph": "recording a CUDA graph",
+    "serve": "the server",
+    "studio": "the studio",
+    "bulk": "drawing a table of prompts",
 }
 
 
@@ -166,6 +169,12 @@ REFUSALS: tuple[Refusal, ...] = (
         ("controlnet",),
         "packages of a loop come without one",
         "ONNX Runtime, OpenVINO and TensorRT run it.",
+    ),
+    Refusal(
+        ("serve", "studio", "bulk"),
+        ("controlnet",),
+        "each picture follows another, and there is no way to hand that over",
+        'Draw one by one: tiue-export generate BUNDLE "a red fox" --control PICTURE',
     ),
     Refusal(
         ("triton",),

@@ -14,6 +14,7 @@ from rich.console import Console
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.pipeline import check_steering
 from tiue_export.errors import UsageError, unknown_name
+from tiue_export.registry.support import require_support
 from tiue_export.sampling.plan import check_guidance
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.lock import sole_process
@@ -62,6 +63,7 @@ def run(draw: DrawOptions, bulk: BulkOptions) -> None:
     table, out, quiet = _check(draw, bulk), draw.out, draw.as_json
     rows = read_rows(table, bulk.prompt_column or _PROMPT_COLUMN)
     bundle = open_bundle(draw.bundle)
+    require_support("bulk", bundle)
     plan = BulkPlan(
         _jobs(draw, bundle, rows), chunk_pictures(bundle), bulk.shard_size or _SHARD_PICTURES
     )
