@@ -20,6 +20,9 @@ class PageOptions(OptionGroup):
     out: Path | None = option(None, "Folder of the history \\[default: gone when it ends].")
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 lets a phone in.")
     port: int = option(7860, "Port; 0 takes a free one.")
+    allowed_host: tuple[str, ...] = option(
+        (), "Host header to answer beside addresses \\[default: this machine's names]."
+    )
     open_browser: bool = option(False, "Open the browser too.", "--open")
 
 

@@ -91,10 +91,10 @@ class CompareTab:
             event(self._compare, form, shown, show_progress="hidden")
 
     def _compare(
-        self, prompt: str, seed: float | None, left: str, right: str, runs: float
+        self, prompt: str | None, seed: float | None, left: str, right: str, runs: float
     ) -> Iterator[tuple[Any, ...]]:
         """Pictures first, then the report again after each pair of timed runs."""
-        if not prompt.strip():
+        if not prompt or not prompt.strip():
             yield gr.skip(), gr.skip(), markup.message("Type a prompt first.", "error")
             return
         yield gr.skip(), gr.skip(), markup.message("Drawing both ...", "busy")

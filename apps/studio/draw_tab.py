@@ -216,7 +216,7 @@ class DrawTab:
         """`answer` as Gradio calls it, with the form's fields; emptied ones hold None."""
 
         def event(
-            prompt: str,
+            prompt: str | None,
             seed: float | None,
             count: float,
             label: str,
@@ -226,7 +226,7 @@ class DrawTab:
             request: gr.Request,
         ) -> _Outputs:
             steering = Steering(negative or "", guidance)
-            asked = _Asked(prompt, int(seed or 0), int(count), label, steering)
+            asked = _Asked(prompt or "", int(seed or 0), int(count), label, steering)
             yield from answer(asked, self._studio.turns.take(str(request.session_hash), sent or 0))
 
         return event

@@ -69,7 +69,7 @@ class Drawer:
 
     def __init__(self, drafts: Path, kept: Path) -> None:
         self.kept = kept
-        self._drafts_folder = drafts
+        self.drafts = drafts.resolve()
         self._device = threading.Lock()
         self._pipelines: OrderedDict[str, Pipeline] = OrderedDict()
         self._drafts: OrderedDict[_Key, Drawn] = OrderedDict()
@@ -179,7 +179,7 @@ class Drawer:
         for job, picture in zip(jobs, result.pictures, strict=True):
             self._made += 1
             parameters = picture.parameters
-            path = self._drafts_folder / f"{self._made:05d}-{_name(parameters)}"
+            path = self.drafts / f"{self._made:05d}-{_name(parameters)}"
             with disk_errors(path):
                 save_png(picture.image, path, parameters)
             made = Drawn(path, parameters, latency_ms, len(jobs), picture.latents)

@@ -9,19 +9,21 @@ from __future__ import annotations
 import asyncio
 import resource
 import sys
+from functools import partial
 from typing import Any
 
 import h11
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tiue_export.errors import UsageError, first_line
 
 from .api_error import ApiError
 
-KEEP_ALIVE_S = 30
 # What a client may have to do, and how long it has for that.
 _ASK, _ASK_AGAIN, _READ = "ask", "ask again", "read"
-TURN_S = {_ASK: 10.0, _ASK_AGAIN: float(KEEP_ALIVE_S), _READ: 30.0}
+TURN_S = {_ASK: 10.0, _ASK_AGAIN: 30.0, _READ: 30.0}
 # Files beside connections: libraries, graphs, the bundle, pipes.
 _OTHER_FILES = 256
 
@@ -123,6 +125,19 @@ class BoundedConnection(H11Protocol):
     def _waits(self) -> bool:
         """Whether it is the client's turn: to ask, to send the rest of its body, or to read."""
         return self._turn is not None or self.cycle.more_body
+
+
+def uvicorn_config(app: ASGIApp, most: int) -> uvicorn.Config:
+    """How uvicorn serves `app` over at most so many connections."""
+    return uvicorn.Config(
+        app,
+        http=partial(BoundedConnection, most=most),  # type: ignore[arg-type]
+        ws="none",  # an upgrade is answered as the request that it is
+        log_level="error",  # what clients do wrong is answered, not logged
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=int(TURN_S[_ASK_AGAIN]),
+    )
 
 
 def allow_open_files(connections: int, reason: str) -> None:

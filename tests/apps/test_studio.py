@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
+import os
+import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -314,21 +323,241 @@ def test_the_bundle_page_tells_graphs_constants_parity_and_runtimes(offer):
         assert text in page
 
 
-def test_a_port_in_use_is_explained():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=f"port {port} is in use") as caught:
-            serving.bound_socket("127.0.0.1", port)
-    assert "--port 0" in caught.value.next_step
+@dataclass(frozen=True)
+class Page:
+    """A studio in a process of its own: a client of it, its folders, and what it prints."""
+
+    client: httpx.Client
+    temporary: Path
+    kept: Path
+    printed: Path
+    process: subprocess.Popen[bytes]
+
+
+@contextlib.contextmanager
+def studio_of(bundle, folder: Path) -> Iterator[Page]:
+    """A studio as a user starts it, stopped at the end."""
+    temporary, kept, printed = (folder / name for name in ("tmp", "kept", "printed"))
+    temporary.mkdir()
+    command = [sys.executable, "-m", "tiue_export", "studio", str(bundle.root), "--port", "0"]
+    with (
+        printed.open("wb") as out,
+        subprocess.Popen(
+            [*command, "--runtime", "ort", "--threads", "1", "--out", str(kept)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(temporary)},
+        ) as process,
+    ):
+        try:
+            while not (line := re.search(r"http://\S+", printed.read_text())):
+                assert process.poll() is None, printed.read_text()
+                time.sleep(0.05)
+            with httpx.Client(base_url=line[0], timeout=30) as client:
+                yield Page(client, temporary, kept, printed, process)
+        finally:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """The studio of the tiny bundle. Shared."""
+    with studio_of(tiny_bundle, tmp_path_factory.mktemp("studio")) as started:
+        yield started
+
+
+@pytest.fixture
+def page(studio: Page) -> httpx.Client:
+    """A client of the shared studio."""
+    return studio.client
+
+
+def event_of(page: httpx.Client, target: str, name: str) -> dict:
+    """How the page asks for an event of the component with that id, with its values as they are."""
+    config = page.get("/config").json()
+    ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
+    values = {part["id"]: part["props"].get("value") for part in config["components"]}
+    found = next(d for d in config["dependencies"] if [ids[target], name] in d["targets"])
+    return {
+        "fn_index": found["id"],
+        "data": [values[each] for each in found["inputs"]],
+        "session_hash": f"{target}-{name}",
+        "trigger_id": ids[target],
+        "event_data": None,
+    }
+
+
+def outcome(page: httpx.Client, event: dict) -> list[dict]:
+    """Every message of an event, to its end."""
+    joined = page.post("/gradio_api/queue/join", json=event)
+    assert joined.status_code == 200, joined.text
+    asked = {"session_hash": event["session_hash"]}
+    with page.stream("GET", "/gradio_api/queue/data", params=asked) as stream:
+        lines = [line[6:] for line in stream.iter_lines() if line.startswith("data: ")]
+    return [json.loads(line) for line in lines]
+
+
+def test_the_page_draws_keeps_and_shows_its_pictures(page, studio) -> None:
+    event = event_of(page, "tiue-prompt", "submit")
+    event["data"][0] = "a red fox"
+    done = [m for m in outcome(page, event) if m["msg"] == "process_completed"]
+    assert [m["success"] for m in done] == [True]
+    (kept,) = studio.kept.glob("*-a-red-fox-*.png")
+    shown = page.get(f"/gradio_api/file={kept}")
+    assert (shown.status_code, shown.headers["content-type"]) == (200, "image/png")
+    assert shown.headers["x-content-type-options"] == "nosniff"
+    assert shown.content == kept.read_bytes()
+
+
+def test_the_page_loads_what_it_names(page) -> None:
+    html = page.get("/").text
+    named = set(re.findall(r'(?:src|href)="(\./[^"]+|/[^"]+)"', html)) - {"./"}
+    assert named
+    for each in named:
+        assert (page.get(each.removeprefix(".")).status_code, each) == (200, each)
+
+
+def test_a_picture_that_is_brought_back_fills_the_form(page, studio, tmp_path) -> None:
+    draft = tmp_path / "own.png"
+    parameters = {"prompt": "a brought fox", "seed": 3}
+    save_png(Image.new("RGB", (8, 8)), draft, parameters)
+    files = {"files": ("own.png", draft.read_bytes())}
+    (uploaded,) = page.post("/gradio_api/upload", files=files).json()
+    (drafts,) = studio.temporary.glob("tiue-studio-*/drafts")
+    assert Path(uploaded).is_relative_to(drafts.with_name("uploads"))
+    event = event_of(page, "tiue-drop", "upload")
+    event["data"] = [{"path": uploaded, "meta": {"_type": "gradio.FileData"}}]
+    done = outcome(page, event)[-2:]
+    assert "a brought fox" in json.dumps(done)
 
 
 @pytest.mark.parametrize(
-    ("host", "port", "message"),
-    [("127.0.0.1", 70000, "expected 0 to 65535"), ("no such host", 0, "cannot listen on")],
+    ("headers", "status", "says"),
+    [
+        ({"Host": "evil.example"}, 400, "Host is 'evil.example'; expected an address or localhost"),
+        ({"Origin": "http://evil.example"}, 403, "the page that asks is of 'http://evil.example'"),
+        ({"Origin": "null"}, 403, "the page that asks is of 'null'"),
+        ({"Origin": "http://127.0.0.1:1"}, 403, "the page that asks is of 'http://127.0.0.1:1'"),
+    ],
 )
-def test_addresses_that_cannot_be_listened_on_are_explained(host, port, message):
-    with pytest.raises(UsageError, match=message):
-        serving.bound_socket(host, port)
+def test_other_names_and_pages_of_other_origins_are_refused(page, headers, status, says) -> None:
+    answer = page.get("/config", headers=headers)
+    assert answer.status_code == status
+    assert says in answer.json()["error"]["message"]
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_own_pages_are_answered_by_address_and_by_name(page) -> None:
+    port = page.base_url.port
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "192.168.0.7:7860"):
+        headers = {"Host": host, "Origin": f"http://{host}"}
+        assert page.get("/config", headers=headers).status_code == 200
+
+
+def test_nothing_is_served_but_pictures_of_the_studio(page, studio, tmp_path) -> None:
+    html = ("x.html", "<script>alert(document.domain)</script>")
+    (uploaded,) = page.post("/gradio_api/upload", files={"files": html}).json()
+    studio.kept.mkdir(exist_ok=True)
+    secret = studio.kept / "notes.html"
+    secret.write_text("of the user")
+    (studio.kept / "link.png").symlink_to(secret)
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "elsewhere.png", {})
+    paths = [uploaded, secret, secret.with_name("link.png"), tmp_path / "elsewhere.png"]
+    paths += ["/etc/passwd", "http://127.0.0.1/a.png", "a.png", f"/{'a' * 5000}.png", "/%00.png"]
+    for path in paths:
+        answer = page.get(f"/gradio_api/file={path}")
+        assert (answer.status_code, str(path)) == (403, str(path))
+        assert "expected one of its PNG files" in answer.json()["error"]["message"]
+    (disguised,) = page.post("/gradio_api/upload", files={"files": ("x.png", html[1])}).json()
+    answer = page.get(f"/gradio_api/file={disguised}")
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_junk_is_refused_by_4xx_and_prints_nothing(page, studio) -> None:
+    before = studio.printed.read_text()
+    good = event_of(page, "tiue-prompt", "submit")
+    chosen = event_of(page, "tiue-bundle", "input")
+    picked = event_of(page, "tiue-history", "select")
+    dropped = event_of(page, "tiue-drop", "upload")
+    file = {"meta": {"_type": "gradio.FileData"}, "path": "/etc/passwd"}
+    events = [
+        *("", "x", "[1]", "{}", "[" * 100_000, '{"data": NaN}', "x" * (1 << 21)),
+        {**good, "session_hash": None},
+        {**good, "session_hash": "x" * 100},
+        {**good, "fn_index": 999},
+        {**good, "fn_index": [1]},
+        {**good, "trigger_id": 999},
+        {**good, "trigger_id": {}},
+        {**good, "data": None},
+        {**good, "data": []},
+        {**good, "data": [{}, {}, {}, {}, {}, {}, {}]},
+        {**good, "data": ["a", 0, 99, *good["data"][3:]]},
+        {**good, "data": ["a", 0, 1, None, *good["data"][4:]]},
+        {**chosen, "data": ["p"]},
+        {**chosen, "data": [[]]},
+        {**picked, "event_data": {}},
+        {**picked, "event_data": {"index": "a", "value": 0}},
+        {**dropped, "data": [file]},
+        {**dropped, "data": [{**file, "path": 7}]},
+    ]
+    told = []
+    for event in events:
+        content = event if isinstance(event, str) else json.dumps(event)
+        told.append(page.post("/gradio_api/queue/join", content=content))
+    for asked in ("call/event", "run/predict", "api/predict", "component_server", "stream/x"):
+        told.append(page.post(f"/gradio_api/{asked}", json=good))
+    told.append(page.post("/gradio_api/cancel", content='{"fn_index": 1e999}'))
+    told.append(page.post("/gradio_api/upload", files={"files": (None, "no file")}))
+    for kind in ("a/b", "multipart/form-data; boundary=xx"):
+        told.append(page.post("/gradio_api/upload", content=b"x", headers={"Content-Type": kind}))
+    told.append(page.get("/gradio_api/queue/data", params={"session_hash": "nobody"}))
+    assert [answer.status_code for answer in told if not 400 <= answer.status_code < 500] == []
+    # In order: what was asked after the junk is answered as before it.
+    assert outcome(page, {**good, "data": ["", *good["data"][1:]]})[-1]
+    assert studio.printed.read_text() == before
+
+
+def test_a_studio_that_is_stopped_with_a_page_open_ends_in_one_line(tiny_bundle, tmp_path) -> None:
+    with studio_of(tiny_bundle, tmp_path) as studio:
+        before = studio.printed.read_text()
+        with studio.client.stream("GET", "/gradio_api/heartbeat/a") as heartbeat:
+            assert next(heartbeat.iter_text())
+            studio.process.send_signal(signal.SIGINT)
+            assert studio.process.wait(20) == 0
+    assert studio.printed.read_text().removeprefix(before) == "stopped\n"
+    assert list(studio.temporary.glob("tiue-studio-*")) == []
+
+
+def test_a_reason_that_holds_for_every_bundle_is_said_once(tiny_bundle, bundle_copy, capfd) -> None:
+    options = importlib.import_module("tiue_export.apps.options.studio").StudioOptions
+    bundles = [tiny_bundle, open_bundle(bundle_copy)]
+    found = choices.find_choices(bundles, ("ort", "openvino", "trt"), RuntimeOptions())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving._announce(options(), found, listener)
+    printed = capfd.readouterr().out
+    for reason in {f"not {refusal.runtime}: {refusal.reason}" for refusal in found.refusals}:
+        assert printed.replace("\n", " ").count(reason) == 1
+
+
+def test_a_port_in_use_is_told_before_the_page_is_built(run, tiny_bundle):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, error = run("studio", tiny_bundle.root, "--runtime", "ort", "--port", port)
+    assert code == 10
+    assert "Pass another --port; 0 takes any free one." in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "expected 0 to 65535"),
+        (["--host", "no.such.host.invalid"], "is no address of this machine"),
+    ],
+)
+def test_addresses_that_cannot_be_listened_on_are_explained(run, tiny_bundle, arguments, message):
+    code, _, error = run("studio", tiny_bundle.root, "--runtime", "ort", *arguments)
+    assert (code, message in error) == (2, True)
 
 
 def test_without_a_bundle_the_studio_says_what_to_type(run):
