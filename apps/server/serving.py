@@ -64,12 +64,11 @@ def _serve(request: ServeOptions, settings: ServerSettings, listener: socket.soc
 
 def server_config(app: Any, limits: ServerLimits) -> Any:
     """How uvicorn serves the application: over connections that never crowd out requests."""
-    from ..web.connections import allow_open_files, uvicorn_config
+    from ..web.connections import uvicorn_config
     from .guard import most_in_flight
 
     most = most_in_flight(limits) + _IDLE_CONNECTIONS
-    allow_open_files(most, f"--queue {limits.queue_pictures}")
-    return uvicorn_config(app, most)
+    return uvicorn_config(app, most, f"--queue {limits.queue_pictures}")
 
 
 def _settings(request: ServeOptions, limits: ServerLimits) -> ServerSettings:

@@ -154,4 +154,4 @@ def build_server(application: ASGIApp) -> Any:
                 connection.transport.abort()
             await super().shutdown(sockets)
 
-    return Server(uvicorn_config(application, _CONNECTIONS))
+    return Server(uvicorn_config(application, _CONNECTIONS, "the studio"))

@@ -127,8 +127,9 @@ class BoundedConnection(H11Protocol):
         return self._turn is not None or self.cycle.more_body
 
 
-def uvicorn_config(app: ASGIApp, most: int) -> uvicorn.Config:
-    """How uvicorn serves `app` over at most so many connections."""
+def uvicorn_config(app: ASGIApp, most: int, reason: str) -> uvicorn.Config:
+    """How uvicorn serves `app` over at most so many connections, which `reason` asks for."""
+    allow_open_files(most, reason)
     return uvicorn.Config(
         app,
         http=partial(BoundedConnection, most=most),  # type: ignore[arg-type]
@@ -143,7 +144,7 @@ def uvicorn_config(app: ASGIApp, most: int) -> uvicorn.Config:
 def allow_open_files(connections: int, reason: str) -> None:
     """Raise this process's limit of open files to what so many connections need.
 
-    Raises `UsageError` naming `reason`, an option as typed, where the system does not allow it.
+    Raises `UsageError` naming `reason` where the system does not allow it.
     """
     needed = connections + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -152,6 +153,6 @@ def allow_open_files(connections: int, reason: str) -> None:
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UsageError(
             f"{reason} needs {needed} open files; this system allows {hard}",
-            "Raise the limit (ulimit -Hn), or lower the option.",
+            f"Raise the limit, as root: ulimit -n {needed}; or ask for less.",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -323,6 +323,9 @@ def test_the_bundle_page_tells_graphs_constants_parity_and_runtimes(offer):
         assert text in page
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 @dataclass(frozen=True)
 class Page:
     """A studio in a process of its own: a client of it, its folders, and what it prints."""
@@ -504,10 +507,10 @@ def test_junk_is_refused_by_4xx_and_prints_nothing(page, studio) -> None:
     told = []
     for event in events:
         content = event if isinstance(event, str) else json.dumps(event)
-        told.append(page.post("/gradio_api/queue/join", content=content))
+        told.append(page.post("/gradio_api/queue/join", content=content, headers=JSON))
     for asked in ("call/event", "run/predict", "api/predict", "component_server", "stream/x"):
         told.append(page.post(f"/gradio_api/{asked}", json=good))
-    told.append(page.post("/gradio_api/cancel", content='{"fn_index": 1e999}'))
+    told.append(page.post("/gradio_api/cancel", content='{"fn_index": 1e999}', headers=JSON))
     told.append(page.post("/gradio_api/upload", files={"files": (None, "no file")}))
     for kind in ("a/b", "multipart/form-data; boundary=xx"):
         told.append(page.post("/gradio_api/upload", content=b"x", headers={"Content-Type": kind}))
@@ -522,7 +525,8 @@ def test_a_studio_that_is_stopped_with_a_page_open_ends_in_one_line(tiny_bundle,
     with studio_of(tiny_bundle, tmp_path) as studio:
         before = studio.printed.read_text()
         with studio.client.stream("GET", "/gradio_api/heartbeat/a") as heartbeat:
-            assert next(heartbeat.iter_text())
+            beats = heartbeat.iter_text()  # held: the connection closes with it
+            assert next(beats)
             studio.process.send_signal(signal.SIGINT)
             assert studio.process.wait(20) == 0
     assert studio.printed.read_text().removeprefix(before) == "stopped\n"
