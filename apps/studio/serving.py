@@ -6,7 +6,6 @@ import importlib
 import logging
 import os
 import socket
-import tempfile
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from tiue_export.errors import UsageError
 from tiue_export.registry.packages import require
 from tiue_export.registry.support import require_support
 from tiue_export.specs import RuntimeOptions
+from tiue_export.system.owned_path import temporary_folder
 
 from ..options.group import picked
 from ..options.studio import StudioOptions
@@ -49,12 +49,12 @@ def run(request: StudioOptions) -> None:
     offer = find_choices(bundles, request.runtimes, picked(RuntimeOptions, request))
     with (
         bound(request.host, request.port) as listener,
-        tempfile.TemporaryDirectory(prefix="tiue-studio-") as folder,
+        temporary_folder() as folder,
     ):
         # Apart from each other: what visitors upload never lies where our pictures do.
-        drafts, uploads = Path(folder, "drafts"), Path(folder, "uploads")
+        drafts, uploads = folder / "drafts", folder / "uploads"
         drafts.mkdir()
-        drawer = Drawer(drafts, (request.out or Path(folder, "kept")).resolve())
+        drawer = Drawer(drafts, (request.out or folder / "kept").resolve())
         hosts = request.allowed_host or _own_names(request.host)
         server = build_server(build_application(offer, drawer, uploads, hosts))
         try:

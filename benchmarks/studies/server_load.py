@@ -36,6 +36,7 @@ from rich.table import Table
 
 from tiue_export.errors import RuntimeFailure, UsageError
 from tiue_export.registry.spokes import run_explained
+from tiue_export.system.child_process import child_command
 from tiue_export.system.disk_errors import disk_errors
 
 _PATH = "/v1/images/generations"
@@ -124,7 +125,7 @@ def percentiles(latencies_ms: Sequence[float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _server(load: Load) -> Iterator[tuple[str, int]]:
-    command = [sys.executable, "-m", "tiue_export", "serve", str(load.bundle), "--port", "0"]
+    command = child_command("tiue_export", "serve", str(load.bundle), "--port", "0")
     command += ["--json", "--runtime", load.runtime, "--queue", str(load.queue)]
     command += ["--max-pictures", str(min(10, load.queue))]
     if load.threads is not None:

@@ -426,7 +426,7 @@ def test_a_picture_that_is_brought_back_fills_the_form(page, studio, tmp_path) -
     save_png(Image.new("RGB", (8, 8)), draft, parameters)
     files = {"files": ("own.png", draft.read_bytes())}
     (uploaded,) = page.post("/gradio_api/upload", files=files).json()
-    (drafts,) = studio.temporary.glob("tiue-studio-*/drafts")
+    (drafts,) = studio.temporary.glob(".tiue-export.work-*/drafts")
     assert Path(uploaded).is_relative_to(drafts.with_name("uploads"))
     event = event_of(page, "tiue-drop", "upload")
     event["data"] = [{"path": uploaded, "meta": {"_type": "gradio.FileData"}}]
@@ -530,7 +530,7 @@ def test_a_studio_that_is_stopped_with_a_page_open_ends_in_one_line(tiny_bundle,
             studio.process.send_signal(signal.SIGINT)
             assert studio.process.wait(20) == 0
     assert studio.printed.read_text().removeprefix(before) == "stopped\n"
-    assert list(studio.temporary.glob("tiue-studio-*")) == []
+    assert list(studio.temporary.iterdir()) == []
 
 
 def test_a_reason_that_holds_for_every_bundle_is_said_once(tiny_bundle, bundle_copy, capfd) -> None:
