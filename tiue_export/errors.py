@@ -21,6 +21,22 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
+_LONGEST = 4_000
+
+
+def printable(text: str, length: int | None = None) -> str:
+    """Text that any terminal shows and any file holds: control characters and half ones escaped.
+
+    What a message tells of a file may be anything. `length` cuts what is longer.
+    """
+    if length is not None and len(text) > length:
+        text = f"{text[:length]}..."
+    if text.isascii() and text.replace("\n", "").isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in text
+    )
+
 
 class TiueError(Exception):
     """Root of the tree; catching it catches every failure that this package explains."""
@@ -28,9 +44,9 @@ class TiueError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, next_step: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.next_step = next_step
+        self.message = printable(message, _LONGEST)
+        self.next_step = None if next_step is None else printable(next_step, _LONGEST)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message if self.next_step is None else f"{self.message}\n{self.next_step}"
