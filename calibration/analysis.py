@@ -36,6 +36,7 @@ from tiue_export.proof.quantization_plan import (
 )
 from tiue_export.specs import UNET_GRAPHS, Array
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.json_file import parse_json
 from tiue_export.system.owned_path import temporary_folder
 from tiue_export.system.progress import Observer
 
@@ -337,7 +338,7 @@ def _read_journal(path: Path) -> dict[str, float]:
     if path.is_file():
         for line in path.read_text("utf-8").splitlines():
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 known[entry["unit"]] = float(entry["psnr_db"])
             except (ValueError, KeyError, TypeError):
                 continue

@@ -28,6 +28,7 @@ from tiue_export.registry.backends import BACKENDS
 from tiue_export.specs import CONTROLNET, Array, RuntimeOptions
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.json_file import parse_json
 from tiue_export.system.machine import cpu_name, installed_versions, usable_cores
 from tiue_export.system.tensorrt_flavor import this_device
 
@@ -75,8 +76,8 @@ class RuntimeChoice:
     def from_json(text: str, where: str) -> RuntimeChoice:
         """Parse and check every field; `where` names the file in errors."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise BundleError(f"{where} is not JSON: {error}", "Delete it.") from None
         choice: RuntimeChoice = structured(RuntimeChoice, data, where)
         return choice

@@ -170,6 +170,13 @@ def test_an_index_of_another_version_or_with_a_wrong_field_is_refused(own):
     (own / "calibration.json").write_text(json.dumps({**index, "seed": "one"}))
     with pytest.raises(BundleError, match="seed is 'one'; expected int"):
         dataset.open_calibration(own)
+    (own / "calibration.json").write_text(json.dumps({**index, "batch": 0}))
+    with pytest.raises(BundleError, match="batch is 0; expected 1 or more"):
+        dataset.open_calibration(own)
+    shards = [{**index["shards"][0], "file": "/etc/passwd"}]
+    (own / "calibration.json").write_text(json.dumps({**index, "shards": shards}))
+    with pytest.raises(BundleError, match="names '/etc/passwd' as a shard; expected a file beside"):
+        dataset.open_calibration(own)
 
 
 def test_a_full_disk_keeps_what_was_captured_and_says_how_to_go_on(

@@ -135,6 +135,14 @@ def test_a_file_that_is_not_there_or_not_toml_is_named(tmp_path):
     )
     (tmp_path / "c.toml").write_bytes(b"\xff\xfe")
     assert f"{tmp_path}/c.toml is not TOML: 'utf-8' codec" in file_refusal(tmp_path / "c.toml")
+    for text, reason in (("9" * 5_000, "Exceeds the limit"), ("[" * 100_000, "recursion")):
+        assert reason in file_refusal(toml(tmp_path, steps=text))
+
+
+@pytest.mark.parametrize("key", ["steps", "guidance"])
+def test_a_number_of_a_thousand_digits_is_refused(key, tmp_path):
+    message = f"{tmp_path}/c.toml has {key} = {'9' * 40}...; expected a number of 64 bits"
+    assert file_refusal(toml(tmp_path, **{key: "9" * 1_000})) == message
     assert "Is a directory" in file_refusal(tmp_path)
 
 

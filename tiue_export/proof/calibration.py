@@ -25,6 +25,8 @@ from tiue_export.errors import BundleError, UsageError
 from tiue_export.proof.quantization_plan import student_identity
 from tiue_export.specs import BATCH, UNET_ENCODER, UNET_GRAPHS, Array, RuntimeOptions, axis_size
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.file_name import is_file_name
+from tiue_export.system.json_file import read_json
 
 FORMAT_VERSION = 1
 INDEX_FILE = "calibration.json"
@@ -211,7 +213,7 @@ def read_index(root: Path) -> CalibrationIndex:
             "Capture some: tiue-export calibrate BUNDLE --out FOLDER",
         )
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = read_json(path)
         version = data.get("format_version") if isinstance(data, dict) else None
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} cannot be read: {error}", _AGAIN) from error
@@ -220,6 +222,13 @@ def read_index(root: Path) -> CalibrationIndex:
             f"{path} has format version {version!r}; this program reads {FORMAT_VERSION}", _AGAIN
         )
     index: CalibrationIndex = structured(CalibrationIndex, data, str(path))
+    if index.batch < 1:
+        raise BundleError(f"{path}: batch is {index.batch}; expected 1 or more", _AGAIN)
+    for shard in index.shards:
+        if not is_file_name(shard.file):
+            raise BundleError(
+                f"{path} names {shard.file!r} as a shard; expected a file beside it", _AGAIN
+            )
     return index
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from tiue_export.bundle.manifest import structured
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError
+from tiue_export.system.json_file import parse_json
 
 HALF_MAX = 65504.0
 # Real prompts are few; others reach somewhat further, and a backend may hold an intermediate twice
@@ -147,8 +148,8 @@ class OverflowAudit:
     def from_json(text: str, where: str) -> OverflowAudit:
         """Parse and check every field; `where` names the file in errors."""
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise BundleError(f"{where} is not JSON: {error}", "Export the bundle again.") from None
         audit: OverflowAudit = structured(OverflowAudit, data, where)
         return audit

@@ -18,6 +18,7 @@ from tiue_export.errors import BundleError, UsageError
 from tiue_export.specs import Array
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.json_file import read_json
 
 RESULT_FILE = "analysis.json"
 
@@ -82,7 +83,7 @@ def read_results(path: Path, request: AnalysisRequest) -> list[PromptResult]:
     if not path.exists():
         return []
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = read_json(path)
         found = dict(data["request"])
         listed: tuple[PromptResult, ...] = structured(
             tuple[PromptResult, ...], data["prompts"], str(path)

@@ -15,6 +15,7 @@ from typing import Any
 from tiue_export.bundle.manifest import structured
 from tiue_export.errors import BundleError, UsageError
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.json_file import read_json
 
 FORMAT_VERSION = 1
 # A load average above this share of the cores before anything started disturbs what follows.
@@ -175,7 +176,7 @@ def write_text(path: Path, text: str) -> None:
 def read_record(path: Path) -> Record:
     """Read a record back; anything else is refused with `UsageError`."""
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = read_json(path)
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
             raise UsageError(

@@ -18,6 +18,7 @@ from typing import Any
 from tiue_export.bundle.manifest import Manifest, structured
 from tiue_export.errors import BundleError, UsageError, unknown_name
 from tiue_export.proof.gates import GATES_PSNR_DB, weakest
+from tiue_export.system.json_file import read_json
 
 PLAN_VERSION = 1
 _LISTED = 5
@@ -110,8 +111,8 @@ class QuantizationPlan:
 def read_plan(path: Path) -> QuantizationPlan:
     """A plan from a file, checked field by field; raises `UsageError`."""
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = read_json(path)
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be read as a plan: {error}", "Plans are written by `quantize`."
         ) from error

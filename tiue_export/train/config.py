@@ -183,7 +183,7 @@ def read_config(file: Path, overrides: Mapping[str, object] | None = None) -> Di
         given = tomllib.loads(file.read_text("utf-8"))
     except FileNotFoundError as error:
         raise UsageError(f"{file} is not there") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} is not TOML: {first_line(error)}") from error
     for key in _PLACES:
         if isinstance(given.get(key), str):
@@ -224,6 +224,8 @@ def _typed(file: Path, key: str, value: Any, wanted: Any) -> Any:
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise UsageError(f"{file} has {key} = {value!r}; expected a list of strings")
+    if isinstance(value, int) and abs(value) > _LARGEST_NUMBER:
+        raise UsageError(f"{file} has {key} = {str(value)[:40]}...; expected a number of 64 bits")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     kinds = {bool: bool, int: int, int | None: int, float: float}
@@ -233,4 +235,5 @@ def _typed(file: Path, key: str, value: Any, wanted: Any) -> Any:
     return value
 
 
+_LARGEST_NUMBER = 2**63
 _KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

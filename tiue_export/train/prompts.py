@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tiue_export.errors import MissingExtraError, UsageError, first_line
 from tiue_export.system.install import install_line
+from tiue_export.system.json_file import parse_json
 
 # The paper's own preparation: drop empty ones and duplicates, sort, shuffle with this seed.
 _SHUFFLE_SEED = 2023
@@ -73,7 +73,7 @@ def _objects(file: Path, column: str | None) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
             except ValueError as error:
                 raise UsageError(f"{file}:{number} is not JSON: {first_line(error)}") from error
             if not isinstance(entry, dict):

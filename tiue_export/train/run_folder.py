@@ -20,6 +20,7 @@ import torch
 from tiue_export.errors import CheckpointError, UsageError, first_line
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.json_file import parse_json, read_object
 from tiue_export.system.lock import sole_process
 
 CONFIG_FILE = "run.json"
@@ -116,7 +117,7 @@ class RunFolder:
             return
         for line in file.read_text("utf-8").splitlines():
             try:
-                yield json.loads(line)
+                yield parse_json(line)
             except ValueError:
                 return
 
@@ -151,9 +152,8 @@ def _refuse_other(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        return read_object(file)
     except ValueError as error:
         raise CheckpointError(
             f"{file} is not JSON: {first_line(error)}", f"Remove {file.parent} to start anew."
         ) from error
-    return content

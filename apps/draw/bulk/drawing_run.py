@@ -17,6 +17,7 @@ from tiue_export.errors import UsageError, unknown_name
 from tiue_export.registry.support import require_support
 from tiue_export.sampling.plan import check_guidance
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.json_file import read_object
 from tiue_export.system.lock import sole_process
 
 from ...options.generate import BulkOptions, DrawOptions
@@ -179,7 +180,7 @@ def _agree(out: Path, identity: Mapping[str, Any]) -> None:
         partial.replace(path)
         return
     try:
-        before = json.loads(path.read_text("utf-8"))
+        before = read_object(path)
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}", "Choose another --out.") from error
     different = [name for name, value in identity.items() if before.get(name) != value]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from tiue_export.errors import UsageError, first_line
 from tiue_export.registry.packages import require
+from tiue_export.system.json_file import parse_json
 
 from ..prompt_file import prompts_in
 
@@ -124,8 +124,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 continue
             where = f"{path}, line {number}"
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                record = parse_json(line)
+            except ValueError as error:
                 raise UsageError(f"{where} is not JSON: {first_line(error)}") from error
             if not isinstance(record, dict):
                 raise UsageError(

@@ -33,6 +33,7 @@ from tiue_export.proof.gates import psnr_db
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER, UNET_GRAPHS, Array
 from tiue_export.student.model import Student
+from tiue_export.system.json_file import read_json
 
 FORMAT = 1
 BITS = (4, 6, 8, 16)
@@ -70,7 +71,7 @@ class MixedRecipe:
 def read_recipe(path: Path) -> Mapping[str, Mapping[str, int]]:
     """The bits of a recipe file. Raises `UsageError` naming what is wrong with it."""
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"--recipe {path} cannot be read: {error}") from error
     bits = data.get("bits") if isinstance(data, dict) else None
@@ -80,6 +81,8 @@ def read_recipe(path: Path) -> Mapping[str, Mapping[str, int]]:
             f"An export with --target-psnr or --target-mb writes one, as coreml/{path.name}.",
         )
     for graph, weights in bits.items():
+        if not isinstance(weights, dict):
+            raise UsageError(f"--recipe {path}: {graph} is no object of weights and their bits")
         wrong = {name: n for name, n in weights.items() if n not in BITS}
         if graph not in UNET_GRAPHS or wrong:
             raise UsageError(

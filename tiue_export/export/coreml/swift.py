@@ -55,7 +55,7 @@ def _constants(bundle: Bundle, plan: CoremlPlan) -> dict[str, object]:
     """All that is not in the models. Eq. 11 is applied inside the decoder; its coefficients are
     given for readers."""
     manifest, schedule = bundle.manifest, bundle.manifest.plan
-    tokenizer = json.loads((bundle.root / "tokenizer" / "tokenizer.json").read_text("utf-8"))
+    tokenizer = bundle.json_object("tokenizer/tokenizer.json")
     padding = tokenizer.get("padding") or {}
     return {
         "height": manifest.height_px,

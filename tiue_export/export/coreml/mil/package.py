@@ -10,7 +10,6 @@ StorageFormat.hpp). Files are mapped, not read: a weight takes memory while it i
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import struct
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ import numpy as np
 from tiue_export.errors import BundleError, first_line, unknown_name
 from tiue_export.registry.packages import require
 from tiue_export.specs import Array
+from tiue_export.system.json_file import read_json
 from tiue_export.system.quiet import errors_only
 
 _RECORD = struct.Struct("<IIQQQ")  # sentinel, type, size in bytes, offset, bits of padding
@@ -215,7 +215,7 @@ def has_native_library(name: str) -> bool:
 
 def _model_file(path: Path) -> Path:
     try:
-        manifest = json.loads((path / "Manifest.json").read_text("utf-8"))
+        manifest = read_json(path / "Manifest.json")
         root = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(
