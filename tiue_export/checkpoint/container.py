@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
 
 from tiue_export.checkpoint.demo_student import checkpoint_place
 from tiue_export.errors import CheckpointError, UsageError
+from tiue_export.system.json_file import parse_json
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
@@ -66,19 +66,12 @@ def check_container(path: Path) -> None:
             )
         raw = file.read(header_bytes)
     try:
-        header = json.loads(raw)
+        header = parse_json(raw.decode("utf-8"))
         ends = [
             entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
         ]
         promised = 8 + header_bytes + max((int(end) for end in ends), default=0)
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,  # an infinite offset
-        RecursionError,
-    ) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         if len(raw) < header_bytes:
             raise _truncated(path, size_bytes, 8 + header_bytes) from error
         raise CheckpointError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from tiue_export.errors import UnsupportedModelError, unknown_name
+from tiue_export.errors import CheckpointError, UnsupportedModelError, unknown_name
 
 Config = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -95,17 +95,40 @@ _PLAIN_UNET: tuple[tuple[str, Any, str], ...] = (
 )
 
 
+# Vocabularies, widths and pixels are far below; libraries make lists as long as a number says.
+_LARGEST_SIZE = 1_000_000
+
+
+def check_sizes(config: Config, what: str) -> None:
+    """Raise `CheckpointError` for a number that is no size of any network."""
+    for key, value in config.items():
+        for size in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(size, (int, float)) and not abs(size) <= _LARGEST_SIZE:
+                raise CheckpointError(
+                    f"{what} has {key} {str(size)[:40]}; expected at most {_LARGEST_SIZE:,}",
+                    "Restore the config.json that belongs to these weights.",
+                )
+
+
 def check_unet_config(config: Config) -> None:
-    """Raise `UnsupportedModelError`, naming the feature, unless this is an SD 1.x/2.x UNet."""
+    """Raise `UnsupportedModelError`, naming the feature, unless this is an SD 1.x/2.x UNet.
+
+    Raises `CheckpointError` for numbers that no UNet has.
+    """
+    check_sizes(config, "the UNet configuration")
     channels = config.get("in_channels", 4)
     if channels != 4:
-        raise _not_plain(_INPUT_CHANNELS.get(channels, f"{channels} input channels"))
+        known = _INPUT_CHANNELS.get(channels) if isinstance(channels, int) else None
+        raise _not_plain(known or f"{channels} input channels")
     for key in ("block_out_channels", "down_block_types", "up_block_types"):
         if not isinstance(config.get(key), (list, tuple)) or not config[key]:
             raise UnsupportedModelError(
                 f"the UNet configuration has {key} {config.get(key)!r}; expected a list",
                 "Restore the config.json that belongs to these weights.",
             )
+    layers = config.get("layers_per_block", 2)
+    if type(layers) is not int:
+        raise _not_plain(f"layers_per_block {layers!r}")
     for key, plain, meaning in _PLAIN_UNET:
         value = config.get(key, plain)
         if value != plain and not (plain in (None, False) and value in (None, False)):

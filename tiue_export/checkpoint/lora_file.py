@@ -10,7 +10,6 @@ peft's own files as they are, and stops at a resnet layer in the names of origin
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiue_export.checkpoint.config_file import config_from, read_config
 from tiue_export.checkpoint.tensors import read_weights
 from tiue_export.errors import CheckpointError, UnsupportedModelError, UsageError
 
@@ -97,6 +97,7 @@ def lora_from(text: str) -> tuple[Path, float]:
 
 
 _LARGEST_SCALE = 100
+_LARGEST_ALPHA = 1_000_000
 
 
 def read_adapters(path: Path) -> list[Adapter]:
@@ -114,7 +115,8 @@ def read_adapters(path: Path) -> list[Adapter]:
     unknown = []
     for name, tensor in file.tensors.items():
         if name.endswith(".alpha"):
-            alphas[_place(name.removesuffix(".alpha"))] = float(tensor)
+            value = tensor.item() if tensor.numel() == 1 else tuple(tensor.shape)
+            alphas[_place(name.removesuffix(".alpha"))] = _alpha(f"{path}: {name}", value)
         elif (found := _side_of(name)) is not None:
             module, side = found
             sides.setdefault(_place(module), {})[side] = tensor
@@ -146,7 +148,8 @@ def _adapter(
         )
     down, up = pair["down"], pair["up"]
     rank = len(down)
-    if down.ndim < 2 or up.ndim < 2 or up.shape[1] != rank or up[0, 0].numel() != 1:
+    fit = down.ndim >= 2 and up.ndim >= 2 and up.shape[1] == rank
+    if not fit or 0 in (*down.shape, *up.shape) or up[0, 0].numel() != 1:
         raise CheckpointError(
             f"{path}: {layer} has down {tuple(down.shape)} and up {tuple(up.shape)}, whose ranks "
             "do not fit"
@@ -192,26 +195,28 @@ def _layer(part: str, module: str) -> str:
 def _recorded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
     """Alpha by part or layer: diffusers writes it as metadata, peft into adapter_config.json."""
     found: dict[str, float] = {}
-    peft = path.with_name("adapter_config.json")
-    beside = peft.read_text("utf-8") if peft.is_file() else None
-    for text in (metadata.get("lora_adapter_metadata"), beside):
-        config = _parsed(text)
+    peft, inside = path.with_name("adapter_config.json"), f"{path}: lora_adapter_metadata"
+    for where, config in (
+        (inside, config_from(metadata.get("lora_adapter_metadata", "{}"), inside)),
+        (str(peft), read_config(peft) if peft.is_file() else {}),
+    ):
         for part, prefix in ((UNET, "unet."), (TEXT, "text_encoder."), (UNET, ""), (TEXT, "")):
-            if isinstance(alpha := config.get(f"{prefix}lora_alpha"), (int, float)):
+            if (alpha := config.get(f"{prefix}lora_alpha")) is not None:
                 if config.get(f"{prefix}use_rslora"):
                     raise UnsupportedModelError(
                         f"{path} is a rank-stabilised LoRA (use_rslora)",
                         "Fuse it into the model with peft first.",
                     )
-                found.setdefault(part, float(alpha))
+                found.setdefault(part, _alpha(f"{where}: {prefix}lora_alpha", alpha))
                 pattern = config.get(f"{prefix}alpha_pattern") or {}
-                found |= {_layer(part, str(name)): float(a) for name, a in pattern.items()}
+                if not isinstance(pattern, dict):
+                    raise CheckpointError(f"{where}: {prefix}alpha_pattern is no JSON object")
+                found |= {_layer(part, name): _alpha(name, a) for name, a in pattern.items()}
     return found
 
 
-def _parsed(text: str | None) -> dict[str, Any]:
-    try:
-        data = json.loads(text or "{}")
-    except ValueError:
-        return {}
-    return data if isinstance(data, dict) else {}
+def _alpha(where: str, value: Any) -> float:
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known or not abs(value) <= _LARGEST_ALPHA:  # NaN is not
+        raise CheckpointError(f"{where} is {str(value)[:40]!r}; expected a number such as 8")
+    return float(value)

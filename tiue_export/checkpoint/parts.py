@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any
 
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel
 from diffusers.utils import logging as diffusers_logging
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
-from tiue_export.checkpoint.family import Config
+from tiue_export.checkpoint.config_file import read_config
+from tiue_export.checkpoint.family import Config, check_sizes
 from tiue_export.checkpoint.tensors import check_state, common_dtype, read_weights, weight_files
 from tiue_export.errors import CheckpointError, UnsupportedModelError, first_line
 
@@ -24,7 +25,7 @@ VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 def load_text_encoder(folder: Path) -> Any:
     """A CLIPTextModel in its own dtype; missing or non-finite weights are errors."""
-    config = read_json(folder / "config.json")
+    config = _config_of(folder)
     kind = config.get("model_type", "clip_text_model")
     if kind != "clip_text_model":
         raise UnsupportedModelError(
@@ -35,9 +36,9 @@ def load_text_encoder(folder: Path) -> Any:
 
 def load_vae(folder: Path) -> Any:
     """An AutoencoderKL or AutoencoderTiny with four latent channels, in its own dtype."""
-    config = read_json(folder / "config.json")
+    config = _config_of(folder)
     name = config.get("_class_name")
-    if name not in VAES:
+    if not isinstance(name, str) or name not in VAES:
         raise UnsupportedModelError(f"{folder} holds a {name}; expected {' or '.join(VAES)}")
     if config.get("latent_channels", 4) != 4 or config.get("shift_factor"):
         raise UnsupportedModelError(
@@ -58,7 +59,7 @@ def load_controlnet(folder: Path, unet_config: Mapping[str, Any]) -> Any:
 
     Raises `UnsupportedModelError` for one of another family or kind.
     """
-    config = read_json(folder / "config.json")
+    config = _config_of(folder)
     if config.get("_class_name") != "ControlNetModel":
         raise UnsupportedModelError(
             f"{folder} holds a {config.get('_class_name')}; expected a ControlNetModel"
@@ -83,6 +84,12 @@ def load_controlnet(folder: Path, unet_config: Mapping[str, Any]) -> Any:
     return _from_pretrained(ControlNetModel, folder, WEIGHTS_STEM)
 
 
+def _config_of(folder: Path) -> Config:
+    config = read_config(folder / "config.json")
+    check_sizes(config, str(folder / "config.json"))
+    return config
+
+
 def _from_pretrained(kind: Any, folder: Path, stem: str) -> Any:
     """`from_pretrained` made strict: missing, unexpected or non-finite weights are errors."""
     files = weight_files(folder, stem)
@@ -91,7 +98,7 @@ def _from_pretrained(kind: Any, folder: Path, stem: str) -> Any:
     options: dict[str, Any] = {"dtype": dtype} if kind is CLIPTextModel else {"torch_dtype": dtype}
     if files[0].name.endswith(".fp16.safetensors"):
         options["variant"] = "fp16"
-    with quiet_libraries():
+    with quiet_libraries(), at_most(len(tensors)):
         try:
             model, report = kind.from_pretrained(
                 folder,
@@ -125,6 +132,28 @@ def _from_pretrained(kind: Any, folder: Path, stem: str) -> Any:
 
 
 @contextmanager
+def at_most(weights: int) -> Iterator[None]:
+    """Stop building a network once it has far more parameters than there are weights for it.
+
+    A configuration may ask for a billion layers, each built before the first is missed. Raises
+    `ValueError` where the network is built.
+    """
+    most, made = 4 * weights + 1_000, 0
+
+    def count(module: Any, name: str, parameter: Any) -> None:
+        nonlocal made
+        made += parameter is not None
+        if made > most:
+            raise ValueError(f"it has more than {most:,} parameters for {weights:,} weights")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep diffusers' and transformers' own loading and saving chatter off the terminal."""
     levels = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
@@ -139,29 +168,3 @@ def quiet_libraries() -> Iterator[None]:
         transformers_logging.set_verbosity(levels[1])
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def read_json(path: Path) -> Config:
-    """A JSON object from a file of the checkpoint."""
-    if path.exists() and not path.is_file():  # a named pipe would be waited for without end
-        raise CheckpointError(f"{path} is no file")
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
-    return parse_json(text, str(path))
-
-
-def parse_json(text: str, where: str) -> Config:
-    """A JSON object from text; `where` names it in errors."""
-    try:
-        data = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {first_line(error)}") from error
-    if not isinstance(data, Mapping):
-        raise CheckpointError(f"{where} is not a JSON object")
-    return dict(data)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number that JSON knows")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,9 @@ from tiue_export.bundle.read import file_record
 from tiue_export.checkpoint.container import check_container, refuse_pickle
 from tiue_export.checkpoint.family import Config, Shapes, check_tensor_names
 from tiue_export.checkpoint.ldm_names import LDM_PREFIX, ldm_names
-from tiue_export.errors import CheckpointError
+from tiue_export.errors import CheckpointError, first_line
+from tiue_export.system.file_name import is_file_name
+from tiue_export.system.json_file import read_json
 
 _WRAPPERS = ("_orig_mod.", "module.", "student.", "unet.", "diffusion_model.")
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
@@ -61,11 +62,10 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         try:
-            listed = json.loads(index.read_text("utf-8"))["weight_map"].values()
-            shards = sorted({str(shard) for shard in listed})
-        except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{index} is not a shard index: {error}") from error
-        foreign = [shard for shard in shards if Path(shard).name != shard]
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} is not a shard index: {first_line(error)}") from error
+        foreign = [shard for shard in shards if not is_file_name(shard)]
         if foreign:
             raise CheckpointError(
                 f"{index} names {foreign[0]!r} as a shard; expected a file beside it"

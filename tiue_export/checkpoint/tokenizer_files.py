@@ -9,8 +9,12 @@ from typing import Any
 from transformers import CLIPTokenizer
 
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
-from tiue_export.errors import CheckpointError
+from tiue_export.errors import CheckpointError, first_line
+from tiue_export.system.json_file import read_object
 from tiue_export.system.owned_path import temporary_folder
+
+# CLIP has 49,408.
+_LARGEST_VOCABULARY = 1_000_000
 
 
 def write_tokenizer(source: Path, folder: Path, length: int) -> None:
@@ -26,19 +30,20 @@ def write_tokenizer(source: Path, folder: Path, length: int) -> None:
             f"{source} cannot be read as a CLIP tokenizer: it holds no vocabulary",
             "It needs tokenizer.json, or vocab.json and merges.txt.",
         )
+    _check_ids(source)
     try:
         tokenizer: Any = CLIPTokenizer.from_pretrained(source, local_files_only=True)
         backend = tokenizer.backend_tokenizer
+        backend.enable_truncation(max_length=length)
+        backend.enable_padding(
+            length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token
+        )
     except Exception as error:
         raise CheckpointError(
             f"{source} cannot be read as a CLIP tokenizer: {str(error) or type(error).__name__}",
             "It needs tokenizer.json, or vocab.json and merges.txt.",
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
-    backend.enable_truncation(max_length=length)
-    backend.enable_padding(
-        length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token
-    )
     backend.save(str(folder / "tokenizer.json"), pretty=False)
     model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
     vocab = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
@@ -54,6 +59,37 @@ def write_tokenizer(source: Path, folder: Path, length: int) -> None:
         "pad_token": tokenizer.pad_token,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def _check_ids(source: Path) -> None:
+    """Refuse token ids that the library would make a table for, up to 17 GB, and die of."""
+    tables: list[tuple[Path, Any]] = []
+    if (path := source / "vocab.json").is_file():
+        tables.append((path, _object_in(path)))
+    if (path := source / "tokenizer.json").is_file():
+        whole = _object_in(path)
+        model, added = whole.get("model"), whole.get("added_tokens")
+        tables.append((path, model.get("vocab") if isinstance(model, dict) else None))
+        ids = [each.get("id") for each in added or () if isinstance(each, dict)]
+        tables.append((path, dict(enumerate(ids))))
+    for path, table in tables:
+        for token, number in (table if isinstance(table, dict) else {}).items():
+            if type(number) is not int or not 0 <= number < _LARGEST_VOCABULARY:
+                raise CheckpointError(
+                    f"{path}: token {token!r} has the id {str(number)[:40]!r}; expected a whole "
+                    f"number below {_LARGEST_VOCABULARY:,}",
+                    "Restore the tokenizer that belongs to this text encoder.",
+                )
+
+
+def _object_in(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.parent} cannot be read as a CLIP tokenizer: {path.name}: {first_line(error)}",
+            "It needs tokenizer.json, or vocab.json and merges.txt.",
+        ) from error
 
 
 def tokenizer_of(source: Path, length: int) -> Tokenizer:

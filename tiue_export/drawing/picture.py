@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiue_export.errors import UsageError
+from tiue_export.errors import UsageError, first_line
 from tiue_export.specs import Array
 
 if TYPE_CHECKING:
@@ -42,11 +42,13 @@ def picture_from_file(path: Path, size: tuple[int, int]) -> Array:
     """
     from PIL import Image
 
+    if path.exists() and not path.is_file():  # a named pipe would be waited for without end
+        raise UsageError(f"{path} cannot be read as a picture: it is no file")
     try:
         with Image.open(path) as image:
             rgb = np.asarray(image.convert("RGB"), np.float32)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read as a picture: {error}") from error
+    except Exception as error:  # Pillow raises SyntaxError, struct.error and more on damage
+        raise UsageError(f"{path} cannot be read as a picture: {first_line(error)}") from error
     height, width = rgb.shape[:2]
     if (width, height) != size:
         raise UsageError(

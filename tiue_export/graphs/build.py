@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tiue_export.errors import UsageError
+from tiue_export.errors import UnsupportedModelError, UsageError, first_line
 from tiue_export.graphs.folded import NaiveDecoder, TextEncoder, UNetEncoder, VaeDecoder
 from tiue_export.graphs.hoisting import RowDecoder, SharedDecoder, hoist, hoist_any_time
 from tiue_export.graphs.lowering import NO_PATHS, InFloat32, ModulePaths, below, compute_in_float32
@@ -336,8 +336,14 @@ def _graph(
     if options.precision == "fp16" and options.precision_of(name) == "fp32":
         compute_in_float32(module, [_carried(key, name, options) for key in output_names])
     _check_islands(name, module, islands)
-    with torch.no_grad():
-        outputs = meta_twin(module)(*(tensor.to("meta") for tensor in inputs.values()))
+    try:
+        with torch.no_grad():
+            outputs = meta_twin(module)(*(tensor.to("meta") for tensor in inputs.values()))
+    except Exception as error:  # a configuration that weights fit may still compute nothing
+        raise UnsupportedModelError(
+            f"{name} cannot be computed: {first_line(error)}",
+            "Restore the config.json that belongs to its weights.",
+        ) from error
     spec = GraphSpec(
         name,
         tuple(_spec(key, tensor, name, options, open_axes) for key, tensor in inputs.items()),

@@ -7,7 +7,8 @@ scheduler of diffusers is run once on unit vectors at export, and on random numb
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
 from tiue_export.checkpoint.parts import quiet_libraries
-from tiue_export.errors import ScheduleError, UsageError
+from tiue_export.errors import ScheduleError, TiueError, UsageError, first_line
 from tiue_export.sampling.ddim import ddim_settings
 from tiue_export.sampling.key_step_options import FasterOptions, ddim_plan, planned
 from tiue_export.sampling.key_step_plan import (
@@ -64,8 +65,9 @@ def trajectory_of(
         return ddim_trajectory(config, steps, injection)
     if not 2 <= steps <= int(ddim_settings(config)["num_train_timesteps"]):
         raise UsageError(f"--steps is {steps}; expected 2 or more for {scheduler}")
-    trajectory = _probe(config, scheduler, steps, injection)
-    _check_linear(config, scheduler, steps, trajectory, injection)
+    with _understood(scheduler):
+        trajectory = _probe(config, scheduler, steps, injection)
+        _check_linear(config, scheduler, steps, trajectory, injection)
     return trajectory
 
 
@@ -99,8 +101,23 @@ def ddim_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spacing(config: Mapping[str, Any], scheduler: str) -> str:
-    with quiet_libraries():
+    with quiet_libraries(), _understood(scheduler):
         return str(_CLASSES[scheduler].from_config(dict(config)).config.timestep_spacing)
+
+
+@contextmanager
+def _understood(scheduler: str) -> Iterator[None]:
+    """diffusers takes a configuration unchecked and fails where a value is used."""
+    try:
+        yield
+    except TiueError:
+        raise
+    except Exception as error:
+        raise ScheduleError(
+            f"the scheduler configuration makes no {_CLASSES[scheduler].__name__}: "
+            f"{first_line(error)}",
+            "Restore the model's scheduler_config.json, or use --scheduler ddim.",
+        ) from error
 
 
 def _probe(

@@ -113,7 +113,14 @@ def ddim_steps(config: Mapping[str, Any], steps: int) -> list[DdimStep]:
         # scheduling_ddim.py, `step`): for linspace the two differ.
         previous = timestep - train_steps // steps
         target = float(alphas[previous]) if previous >= 0 else final_alpha
-        kept, added = _linear_step(float(alphas[timestep]), target, settings["prediction_type"])
+        alpha = float(alphas[timestep])
+        try:
+            kept, added = _linear_step(alpha, target, settings["prediction_type"])
+        except ZeroDivisionError as error:
+            raise ScheduleError(
+                f"the scheduler's betas give alpha {alpha:g} at timestep {timestep}, where a "
+                f"{settings['prediction_type']} prediction would be divided by zero"
+            ) from error
         listed.append(DdimStep(timestep, kept, added))
     return listed
 
@@ -127,10 +134,12 @@ def alphas_cumprod(config: Mapping[str, Any]) -> npt.NDArray[np.float64]:
     if settings["trained_betas"] is not None:
         try:
             betas = np.asarray(settings["trained_betas"], dtype=np.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ScheduleError(f"trained_betas are no list of numbers: {error}") from None
         if betas.shape != (count,):
             raise ScheduleError(f"trained_betas has shape {betas.shape}; expected ({count},)")
+        if not ((betas >= 0) & (betas <= 1)).all():
+            raise ScheduleError("trained_betas holds a number that is not from 0 to 1")
     elif kind == "linear":
         betas = np.linspace(start, end, count)
     elif kind == "scaled_linear":

@@ -7,7 +7,8 @@ pipeline folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tiue_export.bundle.manifest import Source
+from tiue_export.checkpoint.config_file import config_from, read_config
 from tiue_export.checkpoint.container import check_checkpoint_path, is_hub_id
 from tiue_export.checkpoint.demo_student import checkpoint_place
 from tiue_export.checkpoint.family import (
@@ -28,10 +30,9 @@ from tiue_export.checkpoint.family import (
 )
 from tiue_export.checkpoint.parts import (
     WEIGHTS_STEM,
+    at_most,
     load_text_encoder,
     load_vae,
-    parse_json,
-    read_json,
 )
 from tiue_export.checkpoint.tensors import (
     UnetWeights,
@@ -51,9 +52,10 @@ from tiue_export.errors import (
     UnsupportedModelError,
     UsageError,
     first_line,
+    printable,
 )
 from tiue_export.sampling.plan import Plan
-from tiue_export.student.model import Student
+from tiue_export.student.model import Student, time_embedding
 
 _PARTS = ("text_encoder", "vae", "tokenizer", "scheduler")
 STEPS_KEY = "tiue_steps"
@@ -132,7 +134,7 @@ def load_model(
         )
 
     source = Source(
-        name=checkpoint.root.name,
+        name=printable(checkpoint.root.name),
         sha256=sha256_of_files(checkpoint.unet_files, checkpoint.root_folder),
         family=family_name,
         layout=weights.layout,
@@ -181,10 +183,10 @@ def _locate(path: str | Path) -> _Checkpoint:
     if root.is_file():
         return _Checkpoint(root, [root], None, None)
     if (root / "unet").is_dir():
-        config = read_json(root / "unet" / "config.json")
+        config = read_config(root / "unet" / "config.json")
         return _Checkpoint(root, weight_files(root / "unet", WEIGHTS_STEM), config, root)
     if (root / "config.json").is_file():
-        config = read_json(root / "config.json")
+        config = read_config(root / "config.json")
         return _Checkpoint(root, weight_files(root, WEIGHTS_STEM), config, None)
     raise CheckpointError(
         f"{root} is neither a diffusers pipeline (no unet/) nor a UNet folder (no config.json)",
@@ -244,9 +246,9 @@ def _unet_config(
     families = families_of(shapes) if family is None else (load_family(family).name,)
     config = checkpoint.unet_config
     if config is None and "unet_config" in weights.metadata:
-        config = parse_json(weights.metadata["unet_config"], f"{weights.path} (metadata)")
+        config = config_from(weights.metadata["unet_config"], f"{weights.path} (metadata)")
     if config is None and base is not None and (base / "unet" / "config.json").is_file():
-        candidate = read_json(base / "unet" / "config.json")
+        candidate = read_config(base / "unet" / "config.json")
         check_unet_config(candidate)
         config = candidate if config_fits(candidate, shapes) else None
     if config is not None:
@@ -283,7 +285,7 @@ def _by_prediction(families: tuple[str, ...], base: Path | None) -> str:
     if len(families) == 1:
         return families[0]
     if base is not None and (base / "scheduler" / "scheduler_config.json").is_file():
-        wanted = read_json(base / "scheduler" / "scheduler_config.json").get(
+        wanted = read_config(base / "scheduler" / "scheduler_config.json").get(
             "prediction_type", "epsilon"
         )
         for name in families:
@@ -297,20 +299,28 @@ def _by_prediction(families: tuple[str, ...], base: Path | None) -> str:
 
 def _build_unet(config: Config, weights: UnetWeights) -> tuple[Any, torch.dtype]:
     check_unet_config(config)
-    try:
-        with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(config)
-    except (TypeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
-        raise CheckpointError(
-            f"the UNet configuration for {weights.path} describes no network: {first_line(error)}",
-            "Restore the config.json that belongs to these weights.",
-        ) from error
+    with _understood(weights.path), torch.device("meta"), at_most(len(weights.tensors)):
+        unet = UNet2DConditionModel.from_config(config)
     expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     tensors = named_for_diffusers(weights, list(expected), config)
     check_state(expected, tensors, f"the UNet in {weights.path}")
     dtype = common_dtype(tensors.values())
     unet.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, strict=True, assign=True)
+    with _understood(weights.path):
+        time_embedding(unet, (1,))  # has settings of its own, which no weight's shape shows
     return unet, dtype
+
+
+@contextmanager
+def _understood(path: Path) -> Iterator[None]:
+    """diffusers takes a configuration unchecked and fails where a value is used."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"the UNet configuration for {path} describes no network: {first_line(error)}",
+            "Restore the config.json that belongs to these weights.",
+        ) from error
 
 
 _TINY = "tiny:"
@@ -327,7 +337,7 @@ def _vae_folder(given: str) -> Path:
             "Give a folder with config.json and diffusion_pytorch_model.safetensors, such as a "
             "download of madebyollin/taesd.",
         )
-    kind = read_json(folder / "config.json").get("_class_name")
+    kind = read_config(folder / "config.json").get("_class_name")
     if given.startswith(_TINY) and kind != "AutoencoderTiny":
         raise UnsupportedModelError(
             f"--vae {given}: {folder} holds a {kind}; tiny: expects an AutoencoderTiny",
@@ -351,7 +361,7 @@ def _origin(folder: Path | None, checkpoint: _Checkpoint) -> str:
 
 def _scheduler_config(folder: Path | None, family: str) -> Config:
     if folder is not None:
-        return read_json(folder / "scheduler_config.json")
+        return read_config(folder / "scheduler_config.json")
     if family == "custom":
         raise ScheduleError(
             "the checkpoint has no scheduler and is of no known family",
