@@ -95,7 +95,7 @@ def plans(guidance: float, further: Sequence[tuple[str, tuple[int, ...]]]) -> li
 def planned_contender(planned: Planned, pipeline: Pipeline) -> Contender:
     """The pipeline's own graphs and runtime under another plan."""
     bundle = pipeline.bundle
-    config = json.loads(bundle.file("scheduler/scheduler_config.json").read_text("utf-8"))
+    config = bundle.json_object("scheduler/scheduler_config.json")
     manifest = replace(bundle.manifest, plan=plan_from_config(config, planned.options))
     changed = replace(pipeline, bundle=Bundle(bundle.root, manifest))
     contender = pipeline_contender(planned.name, changed)

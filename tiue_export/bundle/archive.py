@@ -15,14 +15,15 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO
 
 from tiue_export.bundle.manifest import FileRecord, Manifest
 from tiue_export.bundle.read import MANIFEST_FILE, Bundle, all_files, check_listed, open_bundle
 from tiue_export.bundle.write import new_bundle
-from tiue_export.errors import BundleError, UsageError, unknown_name
+from tiue_export.errors import BundleError, UsageError, first_line, unknown_name
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.file_name import is_path_below
 
 # Runtimes that start from the ONNX graphs: TensorRT plans fit one GPU only and are built on it.
 FROM_ONNX = ("ort", "trt")
@@ -85,8 +86,11 @@ def unpack_bundle(archive: str | Path, out: str | Path, *, force: bool = False) 
         try:
             with tarfile.open(path, mode="r:") as tar:
                 _extract(tar, path, folder)
-        except tarfile.TarError as error:
-            raise BundleError(f"{path} is no packed bundle: {error}", _DAMAGED) from error
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+            # tarfile reads numbers and sparse maps out of headers, whatever stands there.
+            raise BundleError(
+                f"{path} is no packed bundle: {first_line(error)}", _DAMAGED
+            ) from error
         except EOFError as error:
             raise BundleError(f"{path} ends too early", _DAMAGED) from error
     return open_bundle(out)
@@ -182,12 +186,10 @@ def _read_manifest(tar: tarfile.TarFile, member: tarfile.TarInfo | None, path: P
 
 
 def _safe_name(member: tarfile.TarInfo, path: Path) -> str:
-    pure = PurePosixPath(member.name)
     # A sparse file may unpack to more than the disk holds, from a few bytes.
     if not member.isreg() or member.issparse():
         raise BundleError(f"{path} holds {member.name!r}, which is no regular file")
-    # A backslash or a colon means another folder on Windows.
-    if pure.is_absolute() or ".." in pure.parts or any(c in member.name for c in "\\:\0"):
+    if not is_path_below(member.name):
         raise BundleError(f"{path} holds a path that leads out of the bundle: {member.name!r}")
     return member.name
 

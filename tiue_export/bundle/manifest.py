@@ -15,9 +15,11 @@ from typing import Any
 from tiue_export.errors import BundleError
 from tiue_export.sampling.plan import Plan
 from tiue_export.specs import TEXT_ENCODER, UNET_ENCODER, VAE_DECODER, GraphSpec, TensorSpec
+from tiue_export.system.json_file import parse_json
 
 FORMAT_VERSION = 2
 _DIGEST = "sha256"
+_LARGEST_NUMBER = 2**64
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,8 @@ class Manifest:
         `sealed`: its digest must be that of its content, as nothing else protects its constants.
         """
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise BundleError(f"{where} is not JSON: {error}", _REEXPORT) from error
         version = data.get("format_version") if isinstance(data, dict) else None
         digest = data.pop(_DIGEST, None) if isinstance(data, dict) else None
@@ -332,6 +334,8 @@ def structured(kind: Any, data: Any, where: str) -> Any:
         return {key: structured(args[1], item, f"{where}.{key}") for key, item in data.items()}
     if not _matches(kind, data):
         raise _wrong(where, data, kind.__name__)
+    if kind is int and not abs(data) <= _LARGEST_NUMBER:
+        raise _wrong(where, data, "a number of 64 bits")
     if kind is not float:
         return data
     if not abs(data) <= sys.float_info.max:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
+from tiue_export.bundle.contract import contract_problem
 from tiue_export.bundle.manifest import CompiledGraph, FileRecord, GraphRecord, Manifest
 from tiue_export.errors import BundleError
 from tiue_export.specs import VAE_DECODER, GraphSpec
 from tiue_export.system.file_hash import size_and_sha256
+from tiue_export.system.file_name import is_path_below
+from tiue_export.system.json_file import read_object
 from tiue_export.system.owned_path import is_owned
 
 MANIFEST_FILE = "tiue.json"
@@ -63,6 +67,14 @@ class Bundle:
             )
         return self.root / name
 
+    def json_object(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file that the manifest answers for."""
+        path = self.file(name)
+        try:
+            return read_object(path)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} cannot be read: {error}", _COPY_AGAIN) from error
+
     @property
     def size_bytes(self) -> int:
         return sum(record.size_bytes for _, record in all_files(self.manifest))
@@ -89,6 +101,9 @@ def open_bundle(path: str | Path, *, sealed: bool = True) -> Bundle:
             _bundle_meant(root),
         )
     manifest = read_manifest(root, sealed=sealed)
+    problem = contract_problem(manifest)
+    if problem is not None:
+        raise BundleError(f"{root}: {MANIFEST_FILE} cannot be drawn from: {problem}", _COPY_AGAIN)
     _verify(root, manifest)
     return Bundle(root, manifest)
 
@@ -188,10 +203,9 @@ def check_listed(root: Path, manifest: Manifest) -> None:
                 _COPY_AGAIN,
             )
     for name, _ in all_files(manifest):
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts:
+        if not is_path_below(name):
             raise BundleError(f"{root}: the manifest points outside the bundle: {name!r}")
-        if pure == PurePosixPath(MANIFEST_FILE):
+        if name == MANIFEST_FILE:
             raise BundleError(f"{root}: the manifest lists itself", _COPY_AGAIN)
 
 

@@ -8,7 +8,6 @@ never a backend; tensors travel between graphs by name.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -422,7 +421,7 @@ def replanned(bundle: Bundle, change: PlanChange) -> Bundle:
             f"{bundle.root} is a distilled student: its steps are part of its weights and graphs",
             "Leave --steps, --key-steps, --inject and --max-decoder-rows out.",
         )
-    config = json.loads(bundle.file("scheduler/scheduler_config.json").read_text("utf-8"))
+    config = bundle.json_object("scheduler/scheduler_config.json")
     plan = changed_plan(config, manifest.plan, change)
     return replace(bundle, manifest=replace(manifest, plan=plan))
 
