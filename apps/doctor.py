@@ -6,7 +6,7 @@ import platform
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 
-from rich.markup import escape
+from rich.text import Text
 
 from tiue_export._version import __version__
 from tiue_export.errors import MissingExtraError
@@ -68,8 +68,8 @@ def run(as_json: bool) -> None:
     console.print(facts_table(f"tiue-export {__version__}", about.items()))
     table = titled("What works here", "", "backend", "detail", "to make it work")
     for backend in backends:
-        mark = "[green]yes[/]" if backend.usable else "[yellow]no[/]"
-        table.add_row(mark, *map(escape, (backend.name, backend.detail, backend.remedy)))
+        mark = Text("yes", "green") if backend.usable else Text("no", "yellow")
+        table.add_row(mark, backend.name, backend.detail, backend.remedy)
     console.print(table)
     if choices:
         console.print(choice_table(choices))

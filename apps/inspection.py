@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Column, Table
 
 from tiue_export.bundle.manifest import Manifest
@@ -40,10 +39,9 @@ class Rows:
 
     def table(self) -> Table:
         """As the terminal shows it."""
-        table = titled(self.title, *self.columns)
+        table = titled(self.title, *self.columns, note=self.note)
         for row in self.rows:
-            table.add_row(*map(escape, row))
-        table.caption = self.note or None
+            table.add_row(*row)
         return table
 
 

@@ -192,7 +192,7 @@ def _plan_table(plan: QuantizationPlan) -> Table:
         groups.setdefault((layer.mode, layer.why), []).append(layer.flops)
     for (mode, why), flops in groups.items():
         share = f"{sum(flops) / plan.total_flops:.1%}"
-        table.add_row(escape(f"{mode}: {why}"), str(len(flops)), share)
+        table.add_row(f"{mode}: {why}", str(len(flops)), share)
     return table
 
 
@@ -204,5 +204,5 @@ def _verdict_table(verdict: Verdict) -> Table:
         size = verdict.size_bytes[name if own else "float"]
         psnr = f"{verdict.latents_psnr_db:.1f}" if own else "-"
         gate = f"{verdict.gate_psnr_db:.0f}" if own else "-"
-        table.add_row(escape(name), f"{times['unet']:.1f}", megabytes(size), psnr, gate)
+        table.add_row(name, f"{times['unet']:.1f}", megabytes(size), psnr, gate)
     return table

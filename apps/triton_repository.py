@@ -37,7 +37,7 @@ def run(path: Path, repository: RepositoryOptions, output: WriteOptions) -> None
     for model in made.models:
         files = [path for path in (made.root / model.name).rglob("*") if path.is_file()]
         table.add_row(
-            escape(model.name),
+            model.name,
             model.backend or "ensemble",
             ", ".join(tensor.name for tensor in model.inputs),
             ", ".join(tensor.name for tensor in model.outputs),

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.specs import Array, RuntimeOptions
@@ -86,9 +86,9 @@ def choice_table(rows: list[dict[str, str]]) -> Table:
     columns = ("bundle", "runtime", "evidence", "still true", "to forget it, delete")
     table = titled("Fastest runtime (--runtime auto)", *columns)
     for row in rows:
-        state = f"[yellow]no: {escape(row['outdated'])}[/]" if row["outdated"] else "[green]yes[/]"
-        cells = [escape(row[key]) for key in ("bundle", "runtime", "evidence")]
-        table.add_row(*cells, state, escape(row["file"]))
+        outdated = row["outdated"]
+        state = Text(f"no: {outdated}", "yellow") if outdated else Text("yes", "green")
+        table.add_row(*(row[key] for key in ("bundle", "runtime", "evidence")), state, row["file"])
     return table
 
 

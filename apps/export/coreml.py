@@ -6,7 +6,6 @@ import functools
 import time
 from dataclasses import replace
 
-from rich.markup import escape
 from rich.table import Table
 
 from tiue_export.bundle.read import Bundle
@@ -123,6 +122,6 @@ def package_table(form: Form, bundle: Bundle) -> Table:
             f"{float(report['convert_s']):.1f}",
             f"{float(report['verify_s']):.1f}",
             megabytes(float(report["peak_memory_bytes"])),
-            escape(str(report["most_frequent_ops"])),
+            str(report["most_frequent_ops"]),
         )
     return table

@@ -76,7 +76,7 @@ def engine_table(compiled: Compiled) -> Table:
             str(report.get("layers_float", "?")),
             str(report.get("layers_cast", "?")),
             *([str(report.get("products_int8", 0))] if int8 else []),
-            escape(str(report.get("float_because", "")) or "-"),
+            str(report.get("float_because", "")) or "-",
         )
     return table
 

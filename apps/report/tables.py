@@ -7,12 +7,14 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
+from rich.console import Console, RenderableType
 from rich.table import Column, Table
+from rich.text import Text
 
 from tiue_export.bundle.manifest import GraphRecord, Manifest, ParityRecord
+from tiue_export.errors import printable
 from tiue_export.proof.gates import IDENTICAL_DB
 from tiue_export.proof.half_range import HALF_MAX, GraphAudit, lies_in
 from tiue_export.specs import TensorSpec
@@ -46,10 +48,24 @@ def megabytes(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
-def titled(title: str, *columns: Column | str) -> Table:
+class PlainTable(Table):
+    """Cells that are a `str` are shown as they are: what a file says is neither markup nor control.
+
+    What is coloured is a `Text`.
+    """
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """One row."""
+        shown = (Text(printable(each)) if isinstance(each, str) else each for each in cells)
+        super().add_row(*shown, **options)
+
+
+def titled(title: str, *columns: Column | str, note: str = "") -> Table:
     """A table under its title; in columns that are given by name, long cells are folded."""
     made = [Column(each, overflow="fold") if isinstance(each, str) else each for each in columns]
-    return Table(*made, title=escape(title), title_justify="left", title_style="bold")
+    caption = Text(printable(note)) if note else None
+    name = Text(printable(title))
+    return PlainTable(*made, title=name, title_justify="left", title_style="bold", caption=caption)
 
 
 def fixed(*names: str) -> list[Column]:
@@ -67,7 +83,7 @@ def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:
     table = titled(title, Column(style="dim", no_wrap=True), "")
     table.show_header = False
     for name, value in facts:
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     return table
 
 
@@ -76,13 +92,13 @@ def parity_table(records: Iterable[ParityRecord], title: str = "Parity") -> Tabl
     table = titled(title, "hop", "what", *numbers("PSNR dB", "gate", "max error"), *fixed(""))
     for record in records:
         if record.gate is None:
-            gate, verdict = "-", "[yellow]reported[/]"
+            gate, verdict = "-", Text("reported", "yellow")
         else:
             gate = f"{record.gate:.0f}"
-            verdict = "[green]passed[/]" if record.passed else "[bold red]FAILED[/]"
+            verdict = Text("passed", "green") if record.passed else Text("FAILED", "bold red")
         value = "identical" if record.value >= IDENTICAL_DB else f"{record.value:.1f}"
         error = f"{record.max_abs_error:.1e}"
-        table.add_row(escape(record.hop), escape(record.subject), value, gate, error, verdict)
+        table.add_row(record.hop, record.subject, value, gate, error, verdict)
     return table
 
 
@@ -93,7 +109,7 @@ def placement_table(placement: Mapping[str, Mapping[str, int]]) -> Table:
     for graph, units in placement.items():
         first, total = next(iter(units.values())), sum(units.values())
         counted = ", ".join(f"{unit} {count}" for unit, count in units.items())
-        table.add_row(graph, escape(counted), f"{first / total:.0%}")
+        table.add_row(graph, counted, f"{first / total:.0%}")
     return table
 
 
@@ -106,11 +122,13 @@ def overflow_table(graphs: Iterable[GraphAudit], rows: int) -> Table:
         islands = [island.module for island in graph.islands]
         for index, found in enumerate(graph.largest[:rows]):
             home = next((root for root in islands if lies_in(found.module, [root])), None)
-            stays = "half" if home is None else f"[yellow]float32[/]: {escape(home) or 'all of it'}"
+            stays = Text("half" if home is None else "float32", "" if home is None else "yellow")
+            if home is not None:
+                stays.append(f": {printable(home) or 'all of it'}", "default")
             table.add_row(
                 graph.graph if index == 0 else "",
-                escape(found.module),
-                escape(found.op),
+                found.module,
+                found.op,
                 f"{found.max_abs:.4g}",
                 f"{found.share:.2%}",
                 stays,
