@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from pathlib import Path
@@ -91,6 +92,10 @@ app.add_typer(bundle_app, name="bundle", rich_help_panel=panel_of("bundle"))
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script; `arguments` default to the process's own."""
+    for stream in (sys.stdout, sys.stderr):
+        # A path may hold bytes that are no text, a terminal may know few letters: shown escaped.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # A plain SIGTERM would skip the clean-up of an unfinished export.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app(args=sys.argv[1:] if arguments is None else arguments)

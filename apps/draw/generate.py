@@ -16,7 +16,7 @@ from tiue_export.bundle.read import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.drawing.contact_sheet import contact_sheet
 from tiue_export.drawing.picture import picture_from_file, save_png
 from tiue_export.drawing.pipeline import Picture, Pipeline, Result, picture_to_follow, replanned
-from tiue_export.errors import UsageError
+from tiue_export.errors import UsageError, printable
 from tiue_export.sampling.key_step_options import PlanChange
 from tiue_export.sampling.noise import check_picture_count, check_seeds, noise_from_file
 from tiue_export.specs import CONTROLNET, Array
@@ -139,7 +139,7 @@ def _parameters(picture: Picture, latents: Path | None) -> Mapping[str, object]:
     """With the name of the file that the noise came from, in place of a seed."""
     if latents is None:
         return picture.parameters
-    return {"prompt": picture.prompt, "latents": latents.name, **picture.parameters}
+    return {"prompt": picture.prompt, "latents": printable(latents.name), **picture.parameters}
 
 
 def _control(what: PromptOptions, bundle: Bundle) -> Array | None:

@@ -211,12 +211,28 @@ def _value(name: str, hint: Any, values: Mapping[str, Any]) -> Any:
     """A group made of what typer read, or the value of a parameter that is none."""
     if not _is_group(hint):
         return values[name]
-    return hint(
-        **{
-            field: tuple(values[field] or ()) if option.many else values[field]
-            for field, option in _options(hint).items()
-        }
-    )
+    options = _options(hint)
+    made = {
+        name: tuple(values[name] or ()) if option.many else values[name]
+        for name, option in options.items()
+    }
+    for name, option in options.items():
+        for each in made[name] if option.many else (made[name],):
+            _check_text(option.flag(each), each)
+    return hint(**made)
+
+
+def _check_text(flag: str, value: object) -> None:
+    """Refuse words that are no text; a path may be any bytes."""
+    if not isinstance(value, str):
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{flag} is {value[:50]!r}, which is no UTF-8 text",
+            "Type it in UTF-8 (LC_ALL=C.UTF-8); prompts may also come from a file: --prompts FILE",
+        ) from error
 
 
 def _is_group(hint: Any) -> bool:

@@ -23,22 +23,28 @@ class Tokenizer:
     def __call__(self, prompts: Sequence[str]) -> Array:
         """Token ids (B, L) int64: start, the words, end, padding; what is too long is cut."""
         for prompt in prompts:
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise UsageError(
-                    f"the prompt {prompt[:50]!r} is no valid text: {error.reason}",
-                    "Set the terminal's locale to UTF-8, or put the prompt in a UTF-8 file.",
-                ) from error
+            check_prompt(prompt)
         rows = [encoding.ids for encoding in self.backend.encode_batch(list(prompts))]
         return np.asarray(rows, dtype=np.int64).reshape(len(rows), self.length)
 
     def token_count(self, prompt: str) -> int:
         """Tokens of the whole prompt with start and end, before any cut or padding."""
+        check_prompt(prompt)
         encoding = self.backend.encode(prompt)
         overflow = sum(sum(part.attention_mask) - 2 for part in encoding.overflowing)
         count: int = sum(encoding.attention_mask) + overflow
         return count
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse bytes of a terminal that are no UTF-8, and half characters, which no file holds."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the prompt {prompt[:50]!r} is no valid text: {error.reason}",
+            "Set the terminal's locale to UTF-8, or put the prompt in a UTF-8 file.",
+        ) from error
 
 
 def open_tokenizer(path: Path, length: int) -> Tokenizer:
