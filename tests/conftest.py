@@ -190,30 +190,9 @@ def coreai_bundle(coreml_bundle, tiny_student, made_once):
 @pytest.fixture(scope="session")
 def micro_folder(tmp_path_factory):
     """A UNet of one level with K=2: what converts quickly in every form."""
-    import torch
-    from diffusers import UNet2DConditionModel
+    from micro_models import write_micro_unet
 
-    from tiue_export.benchmarks.synthetic import fill
-    from tiue_export.checkpoint.family import load_family
-    from tiue_export.student.pipeline_folder import write_scheduler
-
-    folder = tmp_path_factory.mktemp("micro") / "student"
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(32,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        mid_block_type="UNetMidBlock2DCrossAttn",
-        norm_num_groups=8,
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        use_linear_projection=True,
-    )
-    fill(unet, torch.Generator().manual_seed(0))
-    unet.save_pretrained(folder / "unet")
-    write_scheduler(folder, load_family("tiny").scheduler, 2)
-    return folder
+    return write_micro_unet(tmp_path_factory.mktemp("micro") / "student")
 
 
 @pytest.fixture(scope="session")
@@ -230,33 +209,10 @@ def bare_teacher(micro_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def micro_pipeline(micro_folder, tiny_pipeline, tmp_path_factory):
     """The same UNet with K=4 and all other parts, as small: for what needs a whole student once."""
-    import torch
-    from diffusers import AutoencoderTiny
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from tiue_export.benchmarks.synthetic import fill
-    from tiue_export.checkpoint.family import load_family
-    from tiue_export.sampling.ddim import DEFAULT_STEPS
-    from tiue_export.student.pipeline_folder import write_model_index, write_scheduler
+    from micro_models import write_micro_pipeline
 
     folder = tmp_path_factory.mktemp("micro") / "pipeline"
-    shutil.copytree(micro_folder, folder)
-    shutil.copytree(tiny_pipeline / "tokenizer", folder / "tokenizer")
-    tiny = load_family("tiny")
-    text = CLIPTextModel(CLIPTextConfig(**{**tiny.text_encoder, "num_hidden_layers": 1}))
-    # Three halvings, as every Stable Diffusion VAE has.
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        num_encoder_blocks=(1, 1, 1, 1),
-        num_decoder_blocks=(1, 1, 1, 1),
-    )
-    for number, (part, model) in enumerate((("text_encoder", text), ("vae", vae))):
-        fill(model, torch.Generator().manual_seed(number))
-        model.save_pretrained(folder / part)
-    write_scheduler(folder, tiny.scheduler, DEFAULT_STEPS)
-    write_model_index(folder, tiny.scheduler, "AutoencoderTiny")
-    return folder
+    return write_micro_pipeline(folder, micro_folder, tiny_pipeline / "tokenizer")
 
 
 @pytest.fixture(scope="session")
