@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Callable, Sequence
 
 from rich.table import Table
@@ -20,12 +19,14 @@ from tiue_export.proof.key_step_results import (
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 from tiue_export.registry.spokes import save_key_step_plots
 from tiue_export.sampling.plan import DEFAULT_GUIDANCE
+from tiue_export.system.command_line import command_line
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.lock import sole_process
 
 from .draw.prompt_file import prompts_in
 from .options.analyze import AnalyzeRequest
 from .options.group import picked, typed
+from .report.next_line import print_next
 from .report.stages import stage_bar
 from .report.tables import console, fixed, numbers, print_json, titled
 
@@ -99,14 +100,14 @@ def run(request: AnalyzeRequest) -> None:
     console.print(_verdict(found), highlight=False)
     for path in (file, *plots):
         console.print(str(path), markup=False, highlight=False)
-    console.print(f"next:  {_export_line(request, line)}", markup=False, soft_wrap=True)
+    print_next(_export_line(request, line))
 
 
 def _export_line(request: AnalyzeRequest, key_steps: str) -> str:
     """The export of what was analyzed: the same model, sampled the same way."""
     names = ("base", "vae", "family", "lora", "steps", "scheduler", "guidance", "height", "width")
     words = ["--ckpt", request.ckpt, *typed(request, names), "--key-steps", key_steps]
-    return f"tiue-export onnx --method faster {shlex.join(words)}"
+    return command_line("onnx", "--method", "faster", *words)
 
 
 def _prompts(request: AnalyzeRequest) -> Sequence[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from tiue_export.bundle.read import MANIFEST_FILE
 from tiue_export.bundle.write import seal
+from tiue_export.system.command_line import command_line
 
+from .report.next_line import print_next
 from .report.tables import console, print_json
 
 
@@ -18,4 +19,4 @@ def run(path: Path, *, as_json: bool) -> None:
         print_json({"bundle": str(bundle.root)})
         return
     console.print(f"{bundle.root / MANIFEST_FILE} is sealed as it now is.", markup=False)
-    console.print(f"next:  tiue-export parity {shlex.quote(str(bundle.root))}", markup=False)
+    print_next(command_line("parity", bundle.root))

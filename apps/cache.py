@@ -16,6 +16,7 @@ from tiue_export.system.cache_folder import user_cache_folder
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.kept_folder import LIMIT_VARIABLE, limit_bytes
 
+from .report.next_line import print_next
 from .report.tables import console, fixed, megabytes, numbers, print_json, titled
 
 # What lies where below the cache folder; files beside the folders are TensorRT's timings.
@@ -96,7 +97,7 @@ def run(clear: bool, kind: str | None, unused_days: float | None, as_json: bool)
             highlight=False,
             soft_wrap=True,
         )
-        console.print("next:  tiue-export cache --clear   (all of it can be made again)")
+        print_next("tiue-export cache --clear   (all of it can be made again)")
 
 
 def _delete(path: Path) -> None:

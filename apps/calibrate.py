@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
 
@@ -13,10 +12,12 @@ from tiue_export.registry.packages import require
 from tiue_export.registry.spokes import capture, plan_capture
 from tiue_export.registry.support import require_support
 from tiue_export.specs import RuntimeOptions
+from tiue_export.system.command_line import command_line
 from tiue_export.train.prompts import read_prompts
 
 from .options.calibrate import CalibrateRequest
 from .options.group import picked
+from .report.next_line import print_next
 from .report.stages import stage_bar
 from .report.tables import console, megabytes, print_json
 
@@ -69,8 +70,7 @@ def run(request: CalibrateRequest) -> None:
         f"{seconds:.0f} s, peak memory {megabytes(memory.peak_bytes)}",
         markup=False,
     )
-    quoted = f"{shlex.quote(str(request.bundle))} --calibration {shlex.quote(str(out))}"
-    console.print(f"next:  tiue-export quantize {quoted}", markup=False)
+    print_next(command_line("quantize", request.bundle, "--calibration", out))
 
 
 def _prompts(request: CalibrateRequest) -> tuple[str, ...] | None:

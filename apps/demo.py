@@ -59,7 +59,7 @@ def _tell(out: Path, force: bool) -> dict[str, object]:
     console.print(f"   a trained student of 128 px: {student}\n", markup=False)
     exported = export_checkpoint(NAME, ExportRequest(out=bundle, force=True), "fp32")
     assert exported is not None  # it was no dry run
-    print_exported(exported, as_json=False)
+    print_exported(exported, as_json=False, is_last=False)
     console.print(f"\n[bold]2. {len(PROMPTS) * SEEDS} pictures, without torch[/]")
     drawn = generate(
         DrawOptions(

@@ -33,7 +33,7 @@ from tiue_export.system.progress import StageReport
 
 from .options.group import given, picked
 from .options.quantize import QuantizeRequest
-from .report.next_line import draw_line
+from .report.next_line import draw_line, print_next
 from .report.stages import stage_bar
 from .report.tables import console, megabytes, numbers, print_json, titled
 
@@ -181,7 +181,7 @@ def _print(
         highlight=False,
     )
     runtime = verdict.runtime.partition(" ")[0]
-    console.print(f"next:  {draw_line(made.bundle, f'--runtime {runtime}')}", markup=False)
+    print_next(draw_line(made.bundle, f"--runtime {runtime}"))
 
 
 def _plan_table(plan: QuantizationPlan) -> Table:

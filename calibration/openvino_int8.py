@@ -26,6 +26,7 @@ from tiue_export.proof.quantization_plan import (
 )
 from tiue_export.registry.packages import require
 from tiue_export.specs import UNET_GRAPHS, Feeds
+from tiue_export.system.command_line import command_line
 from tiue_export.system.openvino_core import import_openvino, openvino_core
 from tiue_export.system.progress import Observer, stage
 from tiue_export.system.quiet import errors_only
@@ -55,7 +56,7 @@ def require_nncf(bundle: Bundle) -> Compiled:
     if compiled is None:
         raise BundleError(
             f"{bundle.root} has no OpenVINO graphs to quantize and to compare with",
-            f"Make them first: tiue-export openvino --bundle {bundle.root}",
+            "Make them first: " + command_line("openvino", "--bundle", bundle.root),
         )
     return compiled
 

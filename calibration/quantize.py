@@ -34,6 +34,7 @@ from tiue_export.proof.quantization_plan import (
 from tiue_export.registry.packages import require
 from tiue_export.registry.support import require_support
 from tiue_export.specs import Feeds
+from tiue_export.system.command_line import command_line
 from tiue_export.system.progress import Observer, stage
 
 from .analysis import Analyser
@@ -110,7 +111,7 @@ def _check(bundle: Bundle, options: QuantizeOptions) -> None:
     elif options.judged.runtime == OPENVINO and OPENVINO not in bundle.manifest.compiled:
         raise UsageError(
             f"{bundle.root} has no OpenVINO graphs to compare with",
-            f"Make them first: tiue-export openvino --bundle {bundle.root}",
+            "Make them first: " + command_line("openvino", "--bundle", bundle.root),
         )
     if options.backend == OPENVINO and options.judged.runtime != OPENVINO:
         raise UsageError(

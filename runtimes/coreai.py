@@ -21,6 +21,7 @@ from coreai.runtime import NDArray
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.specs import Array, Feeds, RuntimeOptions, check_finite
+from tiue_export.system.command_line import command_line
 
 _FOLDER = "coreai"
 _MAIN = "main"
@@ -111,7 +112,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> CoreaiRuntime:
     if _FOLDER not in bundle.manifest.compiled:
         raise BundleError(
             f"{bundle.root} has no Core AI assets",
-            f"Make them: tiue-export coreai --ckpt CHECKPOINT --bundle {bundle.root}",
+            "Make them: " + command_line("coreai", "--ckpt", "CHECKPOINT", "--bundle", bundle.root),
         )
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"--threads is {options.threads}; expected 1 or more")
@@ -123,8 +124,11 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> CoreaiRuntime:
     if options.precision not in ("auto", made):
         raise UsageError(
             f"the Core AI assets of {bundle.root} compute in {made}; got {options.precision}",
-            f"Leave --precision out, or make them in {options.precision}: tiue-export coreai "
-            f"--precision {options.precision} --force.",
+            f"Leave --precision out, or make them in {options.precision}: "
+            + command_line(
+                *("coreai", "--ckpt", "CHECKPOINT", "--bundle", bundle.root),
+                *("--precision", options.precision, "--force"),
+            ),
         )
     return CoreaiRuntime(bundle, options)
 

@@ -28,9 +28,9 @@ _NO_GPU = {
 }
 _CHECK_DRIVER = "Check nvidia-smi and `tiue-export doctor`, or run with --runtime ort."
 FREE_MEMORY = (
-    "Add --low-memory (one graph in memory at a time), close other programs on this GPU, or export "
-    "with a smaller --batch, --height or --width. On a Jetson, close the desktop or restart: its "
-    "memory can be too fragmented."
+    "Close other programs on this GPU, or export with a smaller --batch, --height or --width; "
+    "generate, parity, serve and studio also take --low-memory (one graph in memory at a time). On "
+    "a Jetson, close the desktop or restart: its memory can be too fragmented."
 )
 
 

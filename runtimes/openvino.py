@@ -12,6 +12,7 @@ import numpy as np
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError, RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.specs import Array, Feeds, RuntimeOptions
+from tiue_export.system.command_line import command_line
 from tiue_export.system.kept_folder import KeptFolder
 from tiue_export.system.openvino_core import arithmetic_of, import_openvino, openvino_core
 
@@ -110,7 +111,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> OpenvinoRuntime:
     if _FOLDER not in bundle.manifest.compiled:
         raise BundleError(
             f"{bundle.root} has no OpenVINO graphs",
-            f"Make them: tiue-export openvino --bundle {bundle.root}",
+            "Make them: " + command_line("openvino", "--bundle", bundle.root),
         )
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"--threads is {options.threads}; expected 1 or more")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.checkpoint.container import check_checkpoint_path
 from tiue_export.errors import BundleError, UsageError
 from tiue_export.registry.support import VERBS, check_options, require_support
+from tiue_export.system.command_line import command_line
 from tiue_export.system.progress import stage
 
 from ..options.checkpoint import SourceOptions, StudentSourceOptions
 from ..options.graphs import ExportRequest
 from ..options.group import given, refuse
-from ..report.next_line import draw_line
+from ..report.next_line import draw_line, print_next
 from ..report.stages import stage_bar
 from ..report.tables import console, fixed, megabytes, numbers, parity_table, print_json, titled
 from .onnx import Check, export_checkpoint, print_contract, print_exported
@@ -61,12 +61,12 @@ def check_source(
     """
     needs_student = isinstance(source, StudentSourceOptions)
     if needs_student and source.ckpt is None:
-        place = f" --bundle {shlex.quote(str(source.bundle))}" if source.bundle else ""
+        place = ("--bundle", source.bundle) if source.bundle else ()
         raise UsageError(
             f"--ckpt is missing: {form.title} reads no ONNX, so its graphs are made from the "
             "student itself, also for a bundle that is there",
-            f"tiue-export {form.command} --ckpt student.safetensors{place} (with --base as at the "
-            "export).",
+            command_line(form.command, "--ckpt", "student.safetensors", *place)
+            + " (with --base as at the export)",
         )
     if not needs_student and (source.ckpt is None) == (source.bundle is None):
         raise UsageError(
@@ -106,12 +106,12 @@ def bundle_of(
         return named_bundle(form, source)
     assert source.ckpt is not None
     exported = export_checkpoint(
-        source.ckpt, export, precision, f"{form.command} --bundle", verb=form.command
+        source.ckpt, export, precision, (form.command, "--bundle"), verb=form.command
     )
     if exported is None:
         return None
     if not export.as_json:
-        print_exported(exported, as_json=False)
+        print_exported(exported, as_json=False, is_last=False)
     return exported.bundle
 
 
@@ -132,7 +132,7 @@ def student_bundle_of(
 
     assert source.ckpt is not None
     if source.bundle is None:
-        instead = f"{form.command} --ckpt {shlex.quote(source.ckpt)} --bundle"
+        instead = (form.command, "--ckpt", source.ckpt, "--bundle")
         exported = export_checkpoint(
             source.ckpt, export, "fp32", instead, verb=form.command, from_student=check
         )
@@ -234,12 +234,11 @@ def make_form(
     if form.remark:
         console.print(form.remark, soft_wrap=True)
     if not form.device:
-        console.print(f"next:  {draw_line(bundle, f'--runtime {form.command}')}", markup=False)
+        print_next(draw_line(bundle, f"--runtime {form.command}"))
         return
-    place = escape(shlex.quote(str(bundle.root)))
+    there = command_line("parity", bundle.root, "--runtime", form.command)
     console.print(
-        f"[bold green]Done[/] in {seconds:.0f} s. {form.device}:  tiue-export parity {place} "
-        f"--runtime {form.command}",
+        f"[bold green]Done[/] in {seconds:.0f} s. {form.device}:  {escape(there)}",
         highlight=False,
         soft_wrap=True,
     )

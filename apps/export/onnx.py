@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +20,12 @@ from tiue_export.proof.half_range import load_audit
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 from tiue_export.registry.support import features_of, refusal_of
 from tiue_export.specs import CONTROLNET, GRAPH_NAMES
+from tiue_export.system.command_line import command_line
 
 from ..draw.prompt_file import prompts_in
 from ..options.graphs import ExportRequest
 from ..options.group import picked
-from ..report.next_line import draw_line
+from ..report.next_line import draw_line, print_next
 from ..report.stages import stage_bar
 from ..report.tables import (
     console,
@@ -69,7 +69,7 @@ def export_checkpoint(
     ckpt: str,
     export: ExportRequest,
     precision: str,
-    instead: str = "",
+    instead: Sequence[str] = (),
     *,
     verb: str = "onnx",
     from_student: Check | None = None,
@@ -165,12 +165,12 @@ def output_path(ckpt: str, export: ExportRequest, kind: str) -> Path:
     return export.out or Path(f"{name}{method}-{kind}")
 
 
-def _check_output(out: Path, verb: str, instead: str, *, force: bool) -> None:
+def _check_output(out: Path, verb: str, instead: Sequence[str], *, force: bool) -> None:
     if instead and (out / MANIFEST_FILE).is_file() and not force and _takes(verb, out):
         raise BundleError(
             f"{out} already holds a bundle",
-            f"Use it: tiue-export {instead} {shlex.quote(str(out))}; or choose another --out, or "
-            "pass --force to export again.",
+            f"Use it: {command_line(*instead, out)}; or choose another --out, or pass --force to "
+            "export again.",
         )
     check_target(out, force=force)
 
@@ -184,8 +184,11 @@ def _takes(verb: str, bundle: Path) -> bool:
     return refusal_of(verb, features_of(manifest)) is None
 
 
-def print_exported(exported: Exported, *, as_json: bool) -> None:
-    """Graphs, audit and parity, and the line to type next; or one JSON object."""
+def print_exported(exported: Exported, *, as_json: bool, is_last: bool = True) -> None:
+    """Graphs, audit and parity, and the line to type next; or one JSON object.
+
+    `is_last`: nothing more is made, that may fail.
+    """
     bundle, manifest = exported.bundle, exported.bundle.manifest
     if as_json:
         print_json(
@@ -205,9 +208,9 @@ def print_exported(exported: Exported, *, as_json: bool) -> None:
         f"[bold green]{escape(str(bundle.root))}[/]: {megabytes(bundle.size_bytes)} in "
         f"{exported.seconds:.0f} s, {manifest.width_px}x{manifest.height_px} px, {_steps(bundle)}"
     )
-    if not _print_missing(manifest):
+    if not _print_missing(manifest) and is_last:
         more = ["--control edges.png"] if CONTROLNET in manifest.graphs else []
-        console.print(f"next:  {draw_line(bundle, *more, '--time')}", markup=False)
+        print_next(draw_line(bundle, *more, "--time"))
 
 
 def print_contract(exported: Exported) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -41,14 +40,14 @@ def run(source: SourceOptions, engine: EngineOptions, weights: str, export: Expo
     if is_bundle:
         new = open_bundle(weights)
     else:
-        instead = f"trt --bundle {shlex.quote(str(old.root))} --refit-from"
+        instead = ("trt", "--bundle", str(old.root), "--refit-from")
         like, precision = options_of(old.manifest, export), old.manifest.precision
         exported = export_checkpoint(weights, like, precision, instead)
         if exported is None:
             _print_plan(old, None, tuple(compiled.graphs), as_json=export.as_json)
             return
         if not export.as_json:
-            print_exported(exported, as_json=False)
+            print_exported(exported, as_json=False, is_last=False)
         give_memory_back()
         new = exported.bundle
     if export.dry_run:

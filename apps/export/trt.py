@@ -14,14 +14,15 @@ from tiue_export.bundle.manifest import Compiled
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import UsageError
 from tiue_export.export.trt.bundle import compile_trt
-from tiue_export.export.trt.plan import TrtOptions, TrtPlan, plan_trt, resolve_target
+from tiue_export.export.trt.plan import TrtOptions, TrtPlan, int8_lines, plan_trt, resolve_target
+from tiue_export.system.command_line import command_line
 from tiue_export.system.tensorrt_flavor import TITLES
 
 from ..options.checkpoint import SourceOptions
 from ..options.graphs import ExportRequest
 from ..options.group import picked
 from ..options.trt import EngineOptions
-from ..report.next_line import draw_line
+from ..report.next_line import draw_line, print_next
 from ..report.stages import stage_bar
 from ..report.tables import console, fixed, megabytes, numbers, print_json, titled
 from .forms import Form, bundle_of, check_source
@@ -34,7 +35,8 @@ def run(source: SourceOptions, engine: EngineOptions, export: ExportRequest) -> 
     if source.ckpt is not None and engine.precision == "int8":
         raise UsageError(
             "--precision int8 takes a quantized bundle: int8 needs ranges measured on real prompts",
-            "tiue-export onnx, calibrate, quantize --any-speed, then trt --bundle: docs/int8.md.",
+            f"{command_line('onnx', '--ckpt', source.ckpt, '--out', 'BUNDLE')}, then "
+            f"{int8_lines('BUNDLE')}, then tiue-export trt --bundle INT8",
         )
     check_source(FORM, source, export, batch_range=True)
     options = _trt_options(source, engine, export)
@@ -117,7 +119,7 @@ def print_engines(
             "the engine itself opens on its GPU only.",
             highlight=False,
         )
-    console.print(f"next:  {draw_line(bundle, '--runtime trt')}", markup=False)
+    print_next(draw_line(bundle, "--runtime trt"))
 
 
 def _trt_options(source: SourceOptions, engine: EngineOptions, export: ExportRequest) -> TrtOptions:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import EllipsisType, GenericAlias
 from typing import Any, ClassVar, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -76,10 +76,16 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def call(**values: Any) -> None:
         function(**{name: _value(name, hint, values) for name, hint in hints.items()})
 
-    guarded = explained(call)
+    guarded = explained(call, _flags(hints.values()))
     guarded.__dict__["__signature__"] = inspect.Signature(parameters)
     guarded.__annotations__ = {each.name: each.annotation for each in parameters}
     return guarded
+
+
+def _flags(hints: Iterable[Any]) -> frozenset[str]:
+    """Every flag of a command's groups."""
+    groups = [hint for hint in hints if _is_group(hint)]
+    return frozenset(each.flag(True) for group in groups for each in _options(group).values())
 
 
 def given(

@@ -6,20 +6,23 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import ParamSpec
 
 from tiue_export.errors import ResourceError, TiueError
 
 P = ParamSpec("P")
 _INTERRUPTED = 130
+_ESTIMATE = "--dry-run"
+_LESS_MEMORY = ("--batch", "--height", "--width", "--vae-tile", "--workers", "--low-memory")
 _DEBUG = "TIUE_EXPORT_DEBUG"
 
 
-def explained(command: Callable[P, None]) -> Callable[P, None]:
+def explained(command: Callable[P, None], flags: Collection[str] = ()) -> Callable[P, None]:
     """Run a command; print what went wrong, what was expected and what to type next, and exit.
 
-    With TIUE_EXPORT_DEBUG=1 exceptions pass through with their traceback.
+    With TIUE_EXPORT_DEBUG=1 exceptions pass through with their traceback. `flags` are the
+    command's: none that it lacks is advised.
     """
 
     @functools.wraps(command)
@@ -35,11 +38,7 @@ def explained(command: Callable[P, None]) -> Callable[P, None]:
             message = str(interrupt) or "interrupted; nothing unfinished was kept"
             _stop(message, None, _INTERRUPTED)
         except MemoryError:
-            _stop(
-                "memory ran out",
-                "Close other programs, or see the estimate of --dry-run.",
-                ResourceError.exit_code,
-            )
+            _stop("memory ran out", _less_memory(flags), ResourceError.exit_code)
         except BrokenPipeError:
             # The reader of our output (head, less) has seen enough.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives until exit
@@ -51,11 +50,7 @@ def explained(command: Callable[P, None]) -> Callable[P, None]:
             _stop(f"{where}{error.strerror or error}", None, ResourceError.exit_code)
         except Exception as error:
             if "allocate memory" in str(error) or "out of memory" in str(error):  # torch, ORT
-                _stop(
-                    "memory ran out",
-                    "Ask for less (--batch, --height, --width); --dry-run estimates the need.",
-                    ResourceError.exit_code,
-                )
+                _stop("memory ran out", _less_memory(flags), ResourceError.exit_code)
             _stop(
                 f"internal error: {type(error).__name__}: {str(error).strip()[:300]}",
                 f"This is a defect: please report it with the output of {_DEBUG}=1 and "
@@ -64,6 +59,15 @@ def explained(command: Callable[P, None]) -> Callable[P, None]:
             )
 
     return guarded
+
+
+def _less_memory(flags: Collection[str]) -> str:
+    less = ", ".join(flag for flag in _LESS_MEMORY if flag in flags)
+    return (
+        "Close other programs"
+        + (f", or ask for less ({less})" if less else "")
+        + ("; --dry-run estimates the need." if _ESTIMATE in flags else ".")
+    )
 
 
 def run_explained(command: Callable[[], None]) -> None:

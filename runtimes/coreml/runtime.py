@@ -30,6 +30,7 @@ from tiue_export.specs import (
     axis_size,
     check_finite,
 )
+from tiue_export.system.command_line import command_line
 
 from .device import CoremlDevice, PackageFile, missing_core_ml, open_device
 
@@ -207,7 +208,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> CoremlRuntime:
     if _FOLDER not in bundle.manifest.compiled:
         raise BundleError(
             f"{bundle.root} has no Core ML packages",
-            f"Make them: tiue-export coreml --ckpt STUDENT --bundle {bundle.root}",
+            f"Make them: {_make_line(bundle)}",
         )
     asked = options.device.lower()
     if asked not in ("auto", _EVALUATOR, *_UNITS):
@@ -250,6 +251,10 @@ def _evaluated(bundle: Bundle, options: RuntimeOptions) -> CoremlRuntime:
     return CoremlRuntime(bundle, EvaluatorEngine(precision), coarsest, options.low_memory)
 
 
+def _make_line(bundle: Bundle) -> str:
+    return command_line("coreml", "--ckpt", "STUDENT", "--bundle", bundle.root)
+
+
 def package_of(bundle: Bundle, graph: str) -> PackageFile:
     """The package of one graph, and the function in it that takes the bundle's shapes.
 
@@ -259,7 +264,7 @@ def package_of(bundle: Bundle, graph: str) -> PackageFile:
     if form is None:
         raise BundleError(
             f"{bundle.root} has no Core ML package of {graph}",
-            f"Make them again: tiue-export coreml --ckpt STUDENT --bundle {bundle.root} --force",
+            f"Make them again: {_make_line(bundle)} --force",
         )
     path = bundle.root / form.path
     while path.suffix != ".mlpackage" and path != bundle.root:
@@ -271,7 +276,7 @@ def package_of(bundle: Bundle, graph: str) -> PackageFile:
     if not fitting:
         raise BundleError(
             f"{path} does not fit the bundle: {_misfits(spec, package, names[0])[0]}",
-            f"Make it again: tiue-export coreml --ckpt STUDENT --bundle {bundle.root} --force",
+            f"Make it again: {_make_line(bundle)} --force",
         )
     function = fitting[0] if len(names) > 1 else None
     # The manifest may list more with a graph, such as what a Swift program needs.
@@ -329,6 +334,6 @@ def _precisions(bundle: Bundle) -> tuple[str, str]:
         raise BundleError(
             f"{bundle.root}: the manifest gives its Core ML packages no precision that is known: "
             f"{computed}, {gate}",
-            f"Make them again: tiue-export coreml --ckpt STUDENT --bundle {bundle.root} --force",
+            f"Make them again: {_make_line(bundle)} --force",
         )
     return computed, weakest(computed, gate)

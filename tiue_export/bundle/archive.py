@@ -22,6 +22,7 @@ from tiue_export.bundle.manifest import FileRecord, Manifest
 from tiue_export.bundle.read import MANIFEST_FILE, Bundle, all_files, check_listed, open_bundle
 from tiue_export.bundle.write import new_bundle
 from tiue_export.errors import BundleError, UsageError, first_line, unknown_name
+from tiue_export.system.command_line import command_line
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.file_name import is_path_below
 
@@ -112,7 +113,7 @@ def manifest_for(bundle: Bundle, runtime: str | None) -> Manifest:
         if runtime in FORM_FOLDERS:
             raise UsageError(
                 f"{bundle.root} has no engines of {runtime} to pack",
-                f"Build them: tiue-export trt --bundle {bundle.root} --flavor {runtime}",
+                "Build them: " + command_line("trt", "--bundle", bundle.root, "--flavor", runtime),
             )
         raise unknown_name("form of the bundle", runtime, [*FROM_ONNX, *here])
     form = manifest.compiled[folder]

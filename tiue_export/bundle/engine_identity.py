@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 from tiue_export.bundle.manifest import Compiled, GraphRecord
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError, RuntimeFailure
+from tiue_export.system.command_line import command_line
 from tiue_export.system.tensorrt_flavor import FOLDERS, TITLES, Device, Flavor
 
 # RTX builds for this set when asked for nothing else: Ampere and whatever came after it.
@@ -122,11 +122,10 @@ def check_engine(
 
 def rebuild_line(bundle: Bundle, flavor: str, device: Device | None = None) -> str:
     """The command that builds a bundle's engines for this machine."""
-    parts = ["Rebuild with: tiue-export trt --bundle", shlex.quote(str(bundle.root))]
-    parts += ["--flavor", flavor]
+    words: list[object] = ["trt", "--bundle", bundle.root, "--flavor", flavor]
     if flavor == "rtx" and device is not None:
-        parts += ["--sm", device.compute_capability.replace(".", "")]
-    return " ".join(parts)
+        words += ["--sm", device.compute_capability.replace(".", "")]
+    return f"Rebuild with: {command_line(*words)}"
 
 
 def _check_version(compiled: Compiled, flavor: Flavor, again: str) -> None:

@@ -27,6 +27,7 @@ from tiue_export.specs import BATCH, UNET_ENCODER, UNET_GRAPHS, Array, RuntimeOp
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.file_name import is_file_name
 from tiue_export.system.json_file import read_json
+from tiue_export.system.command_line import command_line
 
 FORMAT_VERSION = 1
 INDEX_FILE = "calibration.json"
@@ -243,13 +244,13 @@ def open_calibration(root: Path, bundle: Bundle | None = None) -> CalibrationDat
         raise UsageError(
             f"{root} was captured from another student, schedule, hoisting or size than "
             f"{bundle.root}",
-            f"Capture from this one: tiue-export calibrate {bundle.root} --out FOLDER",
+            "Capture from this one: " + command_line("calibrate", bundle.root, "--out", "FOLDER"),
         )
     verify_shards(root, index)
     if index.captured_runs < index.wanted_runs:
         raise BundleError(
             f"{root} is an unfinished capture: {index.captured_runs} of {index.wanted_runs} runs",
-            "Run the same `tiue-export calibrate` line again: it goes on from there.",
+            "Type the line that began it again: it goes on from there.",
         )
     return CalibrationData(root, index)
 

@@ -149,7 +149,7 @@ REFUSALS: tuple[Refusal, ...] = (
         ("triton",),
         ("passes",),
         "an ensemble runs each model once",
-        "Serve it with: tiue-export serve",
+        "Serve it with: tiue-export serve BUNDLE",
     ),
     Refusal(
         ("calibrate", "quantize"),

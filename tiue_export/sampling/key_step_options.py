@@ -123,7 +123,7 @@ def _key_steps(plan: Plan, change: PlanChange) -> str | tuple[int, ...]:
     if change.key_steps == "auto":
         raise UsageError(
             "--key-steps auto measures a checkpoint; a bundle has none",
-            "Give nonuniform, uniform:N, or the list that tiue-export analyze chose.",
+            "Give nonuniform, uniform:N, or the list that `analyze` chose.",
         )
     if change.key_steps is not None:
         return change.key_steps

@@ -24,7 +24,7 @@ def disk_errors(target: Path) -> Iterator[None]:
         if short or error.errno in _FULL:
             raise ResourceError(
                 f"the disk of {target.parent} is full; nothing unfinished was kept",
-                "Free some space or choose another output; --dry-run prints the size needed.",
+                "Free some space, or choose another output.",
             ) from error
         if error.errno in {errno.EACCES, errno.EROFS, errno.EPERM}:
             raise ResourceError(f"{target} cannot be written: {error.strerror}") from error

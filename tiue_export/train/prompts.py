@@ -115,5 +115,5 @@ def _choose(file: Path, names: Sequence[str], wanted: str | None) -> str:
             return name
     raise UsageError(
         f"{file} has no column named {', '.join(_COLUMNS)}; it has: {listed}",
-        'Name it: prompt_column = "..." in the configuration.',
+        'Name it: calibrate --column NAME, or prompt_column = "NAME" in a configuration.',
     )

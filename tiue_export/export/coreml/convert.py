@@ -118,7 +118,7 @@ def _refuse_full_disk(error: Exception) -> None:
     if "writing data to the file" in str(error) and shutil.disk_usage(folder).free < _FULL_BYTES:
         raise ResourceError(
             f"the disk of {folder} is full; coremltools writes its weights there first",
-            "Free some space, or name another folder: TMPDIR=FOLDER tiue-export coreml ...",
+            "Free some space, or set TMPDIR to a folder on another disk.",
         ) from error
 
 

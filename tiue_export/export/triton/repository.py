@@ -34,6 +34,7 @@ from tiue_export.specs import (
     VAE_DECODER,
     GraphSpec,
 )
+from tiue_export.system.command_line import command_line
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.tensorrt_flavor import FOLDERS
 
@@ -179,8 +180,8 @@ def _check(bundle: Bundle, options: TritonOptions) -> None:
     if options.backend == "tensorrt" and _TENSORRT not in bundle.manifest.compiled:
         raise UsageError(
             f"{bundle.root} holds no TensorRT engines",
-            f"tiue-export trt --bundle {bundle.root} --flavor tensorrt, with the TensorRT "
-            "version of your Triton.",
+            command_line("trt", "--bundle", bundle.root, "--flavor", "tensorrt")
+            + ", with the TensorRT version of your Triton.",
         )
 
 
@@ -197,7 +198,7 @@ def _max_batch(bundle: Bundle, options: TritonOptions) -> int:
     if int(smallest) != 1:
         raise UsageError(
             f"the engines take {smallest} pictures or more; Triton also sends single ones",
-            f"tiue-export trt --bundle {bundle.root} --batch 1:2:{largest}",
+            command_line("trt", "--bundle", bundle.root, "--batch", f"1:2:{largest}"),
         )
     return int(largest)
 

@@ -8,10 +8,10 @@ torch: a Jetson builds from an ONNX bundle.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
-import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -44,6 +44,7 @@ from tiue_export.export.trt.build_process import (
 )
 from tiue_export.export.trt.plan import TrtOptions, TrtPlan, plan_trt
 from tiue_export.system.child_process import child_command
+from tiue_export.system.command_line import command_line
 from tiue_export.system.progress import Observer
 from tiue_export.system.tensorrt_flavor import FOLDERS, Flavor, load_flavor, this_device
 
@@ -315,6 +316,12 @@ def _failure(name: str, code: int, text: str, next_step: str | None) -> TiueErro
         return BundleError(text, "Export again with this version, or use a newer TensorRT.")
     if code == NO_GPU:
         return RuntimeFailure(f"{name}: {text}", "Run this command on the device.")
+    if os.strerror(errno.ENOSPC) in text:
+        return ResourceError(
+            f"the disk is full: TensorRT could not build {name}",
+            "Free some space. Engines that were finished are kept: the same command goes on from "
+            "there.",
+        )
     return RuntimeFailure(
         f"TensorRT could not build {name}: {text[:600]}",
         next_step or "Try --optimization-level 1; `tiue-export doctor` shows versions and GPU.",
@@ -359,7 +366,7 @@ def _flavor_of_engines(bundle: Bundle) -> Flavor:
     if not found:
         raise BundleError(
             f"{bundle.root} has no TensorRT engines to refit",
-            f"Build them: tiue-export trt --bundle {shlex.quote(str(bundle.root))} --refit",
+            f"Build them: {command_line('trt', '--bundle', bundle.root, '--refit')}",
         )
     return load_flavor(found[0] if len(found) == 1 else "auto")
 

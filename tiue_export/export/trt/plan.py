@@ -5,7 +5,6 @@ Everything that cannot be honoured is refused here, by name. Loads without torch
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from tiue_export.sampling.plan import check_decoder_rows
 from tiue_export.sampling.sampler import pieces
 from tiue_export.specs import BATCH, STEPS, TensorSpec, axis_size
 from tiue_export.system.cache_folder import user_cache_folder
+from tiue_export.system.command_line import command_line
 from tiue_export.system.tensorrt_flavor import Device, Flavor, load_flavor, this_device
 
 _LEVELS = range(6)
@@ -163,12 +163,10 @@ def resolve_target(options: TrtOptions) -> tuple[Flavor, Device | None, dict[str
 def _check_precision(bundle: Bundle, options: TrtOptions) -> None:
     have = "int8" if _is_quantized(bundle) else bundle.manifest.precision
     if options.precision == "int8" and have != "int8":
-        place = shlex.quote(str(bundle.root))
         raise UsageError(
             f"--precision is int8, but the graphs of {bundle.root} are {have}: int8 needs measured "
             "ranges",
-            f"tiue-export calibrate {place} --out DATA, then tiue-export quantize {place} "
-            "--calibration DATA --any-speed --out INT8, and name INT8 here.",
+            f"{int8_lines(bundle.root)}, then name INT8 here.",
         )
     if options.precision not in (None, have):
         raise UsageError(
@@ -177,6 +175,13 @@ def _check_precision(bundle: Bundle, options: TrtOptions) -> None:
             f"Export again: tiue-export onnx --ckpt STUDENT --precision {options.precision} "
             "--out BUNDLE",
         )
+
+
+def int8_lines(bundle: Path | str) -> str:
+    """The commands from a float bundle to one in int8, for engines whose speed is unknown here."""
+    capture = command_line("calibrate", bundle, "--out", "DATA")
+    quantize = command_line("quantize", bundle, "--calibration", "DATA", "--any-speed", "--out")
+    return f"{capture}, then {quantize} INT8"
 
 
 def _is_quantized(bundle: Bundle) -> bool:
@@ -250,8 +255,8 @@ def _target(flavor: Flavor, device: Device | None, options: TrtOptions) -> dict[
     if device is None:
         raise RuntimeFailure(
             f"{flavor.title} builds on the GPU that will run the engine; none was found here",
-            "Run this command on the device (tiue-export bundle pack carries the bundle there), or "
-            "build for RTX cards without a GPU: --flavor rtx --sm 86,89,120.",
+            "Run this command on the device (`bundle pack` carries the bundle there), or build for "
+            "RTX cards without a GPU: --flavor rtx --sm 86,89,120",
         )
     return tensorrt_target(device)
 
