@@ -26,8 +26,7 @@ from tiue_export.proof.quantization import (
     VerdictOptions,
 )
 from tiue_export.proof.quantization_plan import QuantizationPlan, read_plan
-from tiue_export.registry.spokes import make_plan, quantize, save_quantization_plots
-from tiue_export.registry.support import require_support
+from tiue_export.registry.spokes import check_quantize, make_plan, quantize, save_quantization_plots
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.progress import StageReport
 
@@ -50,7 +49,7 @@ def run(request: QuantizeRequest) -> None:
     """Plan, write, judge; print what was gained and what was lost."""
     options = _options(request)
     bundle = open_bundle(request.bundle)
-    require_support("quantize", bundle)
+    check_quantize(bundle, options)
     out = request.out or Path(f"{request.bundle.resolve().name}-{request.kind or _KIND}")
     if not request.plan_only:
         check_target(out, force=request.force)

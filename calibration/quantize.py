@@ -71,7 +71,7 @@ def quantize(
     faster, or for weights alone not smaller (unless `allow_slower`).
     """
     observer = observer or Observer()
-    _check(bundle, options)
+    check_quantize(bundle, options)
     with new_bundle(out, force=force) as folder:
         with stage(observer, "plan"):
             measured = _plan(bundle, data, options, observer)
@@ -91,11 +91,12 @@ def make_plan(
     bundle: Bundle, data: CalibrationData, options: QuantizeOptions, observer: Observer
 ) -> MeasuredPlan:
     """The plan alone, without writing a bundle."""
-    _check(bundle, options)
+    check_quantize(bundle, options)
     return _plan(bundle, data, options, observer)
 
 
-def _check(bundle: Bundle, options: QuantizeOptions) -> None:
+def check_quantize(bundle: Bundle, options: QuantizeOptions) -> None:
+    """Refuse what cannot be made of a bundle. Raises what `quantize` raises before any work."""
     if options.backend not in BACKENDS:
         raise unknown_name("backend", options.backend, BACKENDS)
     if options.kind not in (*KINDS, INT4):

@@ -288,7 +288,12 @@ def tiny_distillation(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
-    """Call the command line in this process, in an empty folder: (exit code, stdout, stderr)."""
+    """Call the command line in this process, in an empty folder: (exit code, stdout, stderr).
+
+    What it says to type next must be there to be typed.
+    """
+    from next_lines import printed_mistakes
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_COLOR", "1")
     cli = importlib.import_module("tiue_export.apps.cli")
@@ -297,6 +302,8 @@ def run(capsys, monkeypatch, tmp_path):
         with pytest.raises(SystemExit) as stopped:
             cli.main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
+        words = [str(argument) for argument in arguments]
+        assert printed_mistakes(words, captured.out, captured.err) == []
         return int(stopped.value.code or 0), captured.out, captured.err
 
     return call

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
@@ -17,8 +17,7 @@ _REFUSED = typer.BadParameter.__mro__[2]
 _SAID = {
     "export": "onnx",
     "pack": "bundle pack",
-    "quantize": "quantize",
-    "capture|calibrate": "calibrate",
+    "capture": "calibrate",
     "refit": "trt",
 }
 # What a reader types, not the name of the program in a sentence.
@@ -71,12 +70,37 @@ def _end(text: str, start: int) -> int:
     return len(text)
 
 
+def verb_of(words: Sequence[str]) -> str | None:
+    """The verb of a command's words; None where they name none."""
+    names = (" ".join(words[:2]), *words[:1])
+    return next((name for name in names if name in VERBS), None)
+
+
+def printed(out: str, err: str) -> list[str]:
+    """Every next line of a command's output: after a failure to its end, else to that of its line.
+
+    "" is what stands for none.
+    """
+    failed = err.partition("\n  next: ")[2] if err.startswith("error: ") else ""
+    if "\nerror: " in err:
+        failed = err.rpartition("\nerror: ")[2].partition("\n  next: ")[2]
+    return [failed.strip(), *re.findall(r"^next:  (.*)$", out + "\n" + err, re.MULTILINE)]
+
+
+def printed_mistakes(words: Sequence[str], out: str, err: str) -> list[str]:
+    """What in the next lines that a command printed leads nowhere."""
+    verb = verb_of(words)
+    running = () if verb is None else (verb,)
+    return [problem for text in printed(out, err) for problem in mistakes(text, *running)]
+
+
 def mistakes(text: str, *running: str) -> list[str]:
     """What in a next line leads nowhere, for the verbs that may print it (none: for any verb)."""
     lines, prose = split(text)
     wrong = [problem for line in lines for problem in _refused(line)]
     for sentence in re.split(r"(?<=[.;:])\s+", _OTHER_PROGRAMS.sub("", prose)):
         said = [verb for word, verb in _SAID.items() if re.search(word, sentence, re.IGNORECASE)]
+        said += [verb for verb in VERBS if re.search(rf"\b{verb}\b", sentence)]
         others = {option for verb in said for option in options_of(verb)}
         for option in {*_OPTION.findall(sentence)} - others:
             if not running and not any(option in options_of(verb) for verb in VERBS):
@@ -92,11 +116,11 @@ def _refused(line: str) -> Iterator[str]:
     if any(re.fullmatch(r"\.\.\.|…", word) for word in words):
         yield f"{line!r} cannot be typed"
         return
-    count = 2 if hasattr(PROGRAM.commands.get(words[0]), "commands") else 1
-    verb, rest = " ".join(words[:count]), words[count:]
-    if verb not in VERBS:
-        yield f"tiue-export has no {verb!r}"
+    verb = verb_of(words)
+    if verb is None:
+        yield f"tiue-export has no {words[0]!r}"
         return
+    rest = words[len(verb.split()) :]
     try:
         VERBS[verb].make_context(verb, list(rest))
     except typer.Exit:  # --help

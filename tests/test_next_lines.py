@@ -103,8 +103,8 @@ def given_next(node: ast.AST) -> list[ast.AST]:
                 return [*node.args[index : index + 1]] + [
                     each.value for each in node.keywords if each.arg == "next_step"
                 ]
-        case ast.AnnAssign(target=ast.Name(id="if_lost"), value=ast.expr() as value):
-            return [value]
+        case ast.FunctionDef(name="if_lost"):
+            return [each.value for each in ast.walk(node) if isinstance(each, ast.Return)]
     return []
 
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from rich.table import Table
 
 from tiue_export.bundle.read import Bundle
+from tiue_export.errors import ParityError
 from tiue_export.export.coreml.profiles import (
     CoremlOptions,
     check_loop,
+    gentler,
     plan_coreml,
     size_named,
 )
 from tiue_export.registry.packages import EXPORT_NEEDS, require
+from tiue_export.system.command_line import command_line
 
 from ..draw.prompt_file import prompts_in
 from ..options.checkpoint import StudentSourceOptions
 from ..options.coreml import CoremlForm
 from ..options.graphs import ExportRequest
-from ..options.group import given, picked, refuse
+from ..options.group import given, picked, refuse, typed
 from ..report.tables import fixed, megabytes, numbers, titled
 from .forms import OF_A_STUDENT, Form, check_source, make_form, student_bundle_of
 
@@ -64,7 +67,19 @@ def run(source: StudentSourceOptions, own: CoremlForm, export: ExportRequest) ->
         searched = options.target_psnr_db is not None or options.target_mb is not None
         stages = len(found[0].manifest.graphs) + searched
         make = functools.partial(compile_coreml, *found, options)
-        make_form(FORM, export, make, stages, start, table=package_table)
+        try:
+            make_form(FORM, export, make, stages, start, table=package_table)
+        except ParityError as error:
+            instead = gentler(plan, error.message)
+            if source.bundle is not None or not instead:
+                raise
+            # The bundle of the export is kept: it took minutes too.
+            own = replace(own, **instead)  # type: ignore[arg-type]
+            again = command_line(
+                *("coreml", "--ckpt", source.ckpt, *typed(export, ("base", "vae", "lora"))),
+                *("--bundle", found[0].root, *typed(own, [each.name for each in fields(own)])),
+            )
+            raise ParityError(error.message, again) from error
 
 
 def coreml_options(own: CoremlForm) -> CoremlOptions:

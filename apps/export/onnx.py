@@ -242,10 +242,16 @@ def _print_proof(bundle: Bundle) -> None:
         if record.gate is None and record.value < _VISIBLE_LOSS_DB:
             console.print(
                 f"[bold yellow]{record.hop} costs more than a visible amount: "
-                f"{record.value:.1f} dB.[/] Lower --merge-below."
+                f"{record.value:.1f} dB.[/]{_remedy(record.hop)}"
             )
     if bundle.manifest.parity_loss_allowed:
         console.print("[bold yellow]A gate failed and was allowed; the manifest says so.[/]")
+
+
+def _remedy(hop: str) -> str:
+    """What to change where a loss that no gate judges can be seen."""
+    known = {"merged": "Lower --merge-below.", "tiled": "Raise --vae-tile, or leave it out."}
+    return next((f" {remedy}" for name, remedy in known.items() if hop.startswith(name)), "")
 
 
 def _steps(bundle: Bundle) -> str:

@@ -27,7 +27,7 @@ from ..report.stages import stage_bar
 from ..report.tables import console, fixed, megabytes, numbers, print_json, titled
 from .forms import Form, bundle_of, check_source
 
-FORM = Form("trt", "TensorRT", "trt", ("max_decoder_rows", "batch", "dry_run", "as_json"))
+FORM = Form("trt", "TensorRT", "trt", ("max_decoder_rows", "batch", "dry_run", "force", "as_json"))
 
 
 def run(source: SourceOptions, engine: EngineOptions, export: ExportRequest) -> None:
@@ -128,6 +128,8 @@ def _trt_options(source: SourceOptions, engine: EngineOptions, export: ExportReq
         TrtOptions,
         engine,
         compute_capabilities=_compute_capabilities(engine.sm),
+        # What --force means of every other form: made again, though it is there.
+        rebuild=engine.rebuild or (source.ckpt is None and export.force),
         batch=export.batch_profile(),
         max_decoder_rows=export.max_decoder_rows if source.ckpt is None else None,
     )

@@ -16,4 +16,4 @@ class RepositoryOptions(OptionGroup):
     out: Path = option(..., "Folder for the repository.")
     backend: str = option("onnxruntime", "onnxruntime, or tensorrt for a bundle with engines.")
     name: str | None = option(None, "Name of the ensemble \\[default: the bundle's folder].")
-    max_batch: int = option(4, "Largest batch, if the bundle's is dynamic.")
+    max_batch: int | None = option(None, "Largest batch, if the bundle's is open \\[default: 4].")

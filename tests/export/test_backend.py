@@ -104,7 +104,7 @@ def test_a_failing_gate_leaves_the_bundle_as_it_was_unless_the_loss_is_allowed(
 
     done = run()
     assert done.returncode == 7
-    assert "Toys lose nothing." in done.stderr
+    assert "Accept the loss with --allow-parity-loss" in done.stderr
     assert (own / "tiue.json").read_text() == before
     assert not [path for path in own.iterdir() if "toy" in path.name]
     assert run("--allow-parity-loss").returncode == 0

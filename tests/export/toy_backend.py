@@ -17,7 +17,6 @@ from tiue_export.specs import Array, Feeds, RuntimeOptions
 class ToyBackend(Backend):
     runtime: ClassVar[str] = "toy"
     title: ClassVar[str] = "toy graphs"
-    if_lost: ClassVar[str] = "Toys lose nothing."
     folder: ClassVar[str] = "toy"
 
     def check(self, bundle: Bundle) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from tiue_export.bundle.contract import contract_problem
 from tiue_export.bundle.manifest import CompiledGraph, FileRecord, GraphRecord, Manifest
 from tiue_export.errors import BundleError
-from tiue_export.specs import VAE_DECODER, GraphSpec
+from tiue_export.specs import UNET_ENCODER, VAE_DECODER, GraphSpec
 from tiue_export.system.file_hash import size_and_sha256
 from tiue_export.system.file_name import is_path_below
 from tiue_export.system.json_file import read_object
@@ -122,15 +122,18 @@ def _bundle_meant(root: Path) -> str:
     """What to type for a bundle that is not there: its neighbour of a similar name, or how to."""
     import difflib
 
+    if (root / UNET_ENCODER).exists():  # its manifest was lost, or is still to come
+        return _COPY_AGAIN
     try:
         near = [path.parent for path in root.parent.glob(f"[!.]*/{MANIFEST_FILE}")]
         near += [path.parent for path in root.glob(f"[!.]*/{MANIFEST_FILE}")]
     except OSError:  # a folder that cannot be listed suggests nothing
         near = []
     names = {path.name: path for path in near}
+    inside = [path for path in near if path.parent == root]
     close = difflib.get_close_matches(root.name, names, n=1)
-    if close or len(near) == 1:
-        return f"Did you mean {str(names[close[0]] if close else near[0])!r}?"
+    if len(inside) == 1 or close:
+        return f"Did you mean {str(inside[0] if inside else names[close[0]])!r}?"
     if near:
         listed = ", ".join(sorted(str(path) for path in near)[:5])
         return f"Bundles there: {listed}."

@@ -27,6 +27,7 @@ from tiue_export.bundle.manifest import (
 from tiue_export.bundle.read import Bundle, file_records
 from tiue_export.bundle.write import add_compiled, compiled_folder, link_or_copy
 from tiue_export.errors import BundleError
+from tiue_export.proof.gates import accept_loss
 from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
 from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.support import require_support
@@ -65,15 +66,14 @@ Convert = Callable[[str], GraphForm]
 class Backend(Protocol):
     """How the graphs of a bundle get one backend's form, from its ONNX files or from the student.
 
-    `runtime` is the name of the runtime that proves it, `title` what a bundle then has, `if_lost`
-    what to type when a gate fails, `verb` what happens to a graph. `reads_onnx`: the bundle must
-    hold its ONNX files. `in_child`: a child process makes each graph, and this one needs no psutil.
-    `resumes`: forms of unchanged identity are kept, and each is listed as soon as it is made.
+    `runtime` is the name of the runtime that proves it, `title` what a bundle then has, `verb` what
+    happens to a graph. `reads_onnx`: the bundle must hold its ONNX files. `in_child`: a child
+    process makes each graph, and this one needs no psutil. `resumes`: forms of unchanged identity
+    are kept, and each is listed as soon as it is made.
     """
 
     runtime: ClassVar[str]
     title: ClassVar[str]
-    if_lost: ClassVar[str]
     verb: ClassVar[str] = "convert"
     reads_onnx: ClassVar[bool] = True
     in_child: ClassVar[bool] = False
@@ -83,6 +83,10 @@ class Backend(Protocol):
     @abstractmethod
     def folder(self) -> str:
         """Where the form lies in a bundle, and what the manifest lists it as."""
+
+    def if_lost(self, failed: ParityRecord) -> str:
+        """What to type when a gate fails; nothing that was typed already."""
+        return accept_loss()
 
     def check(self, bundle: Bundle) -> None:
         """Refuse, before any work, what cannot be done for this bundle or with these packages."""
@@ -266,7 +270,9 @@ class _Run:
 
     def _judged(self, records: Sequence[ParityRecord]) -> Sequence[ParityRecord]:
         if not self.allow_parity_loss:
-            require_passed(list(records), self.backend.if_lost)
+            failed = next((record for record in records if not record.passed), None)
+            if failed is not None:
+                require_passed(list(records), self.backend.if_lost(failed))
         return records
 
 

@@ -29,6 +29,7 @@ from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.graphs.build import build_graphs, exported_plan
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
+from tiue_export.proof.gates import accept_loss
 from tiue_export.proof.parity import require_passed
 from tiue_export.reference.capture import Capture, capture
 from tiue_export.reference.half_audit import RangeRecorder
@@ -67,7 +68,7 @@ def export_contract(
         recorder = RangeRecorder(student, options, ())
         captured = write_reference(student, options, tokenizer, folder, recorder, observer)
         if not allow_parity_loss:
-            require_passed(captured.hops, "Accept the loss with --allow-parity-loss.")
+            require_passed(captured.hops, accept_loss())
         manifest = replace(
             new_manifest(student, options, records, folder),
             parity=tuple(captured.hops),

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 
 from tiue_export._version import __version__
-from tiue_export.bundle.manifest import Compiled
+from tiue_export.bundle.manifest import Compiled, ParityRecord
 from tiue_export.bundle.read import Bundle, files_below
 from tiue_export.errors import RuntimeFailure, UsageError, first_line, unknown_name
 from tiue_export.export.backend import (
@@ -33,6 +33,7 @@ from tiue_export.export.backend import (
 )
 from tiue_export.export.own_student import as_exported, fp32_options
 from tiue_export.graphs.build import Graph, build_graphs
+from tiue_export.proof.gates import accept_loss
 from tiue_export.registry.packages import require
 from tiue_export.specs import UNET_GRAPHS, RuntimeOptions
 from tiue_export.student.model import Student
@@ -81,9 +82,12 @@ class CoreaiBackend(Backend):
     options: CoreaiOptions
     runtime: ClassVar[str] = "coreai"
     title: ClassVar[str] = "Core AI assets"
-    if_lost: ClassVar[str] = "Try --precision fp32, or accept it: --allow-parity-loss."
     reads_onnx: ClassVar[bool] = False
     folder: ClassVar[str] = FOLDER
+
+    def if_lost(self, failed: ParityRecord) -> str:
+        """Whole precision, where it was halved."""
+        return accept_loss("--precision fp32" if self.options.precision != "fp32" else "")
 
     def check(self, bundle: Bundle) -> None:
         """Apple's packages must be there, and the precision be one they compute in."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tiue_export.bundle.manifest import Compiled
+from tiue_export.bundle.manifest import Compiled, ParityRecord
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import RuntimeFailure, first_line, unknown_name
 from tiue_export.export.backend import (
@@ -23,6 +23,7 @@ from tiue_export.export.backend import (
     compile_form,
     form_identity,
 )
+from tiue_export.proof.gates import accept_loss
 from tiue_export.registry.packages import require
 from tiue_export.specs import RuntimeOptions
 from tiue_export.system.openvino_core import import_openvino
@@ -65,8 +66,11 @@ class OpenvinoBackend(Backend):
     options: OpenvinoOptions
     runtime: ClassVar[str] = "openvino"
     title: ClassVar[str] = "OpenVINO graphs"
-    if_lost: ClassVar[str] = "Try --weights fp32, or accept it: --allow-parity-loss."
     folder: ClassVar[str] = FOLDER
+
+    def if_lost(self, failed: ParityRecord) -> str:
+        """Whole weights, where they were halved."""
+        return accept_loss("--weights fp32" if self.options.weights != "fp32" else "")
 
     def check(self, bundle: Bundle) -> None:
         """OpenVINO must be there, and the weights one of `WEIGHTS`."""

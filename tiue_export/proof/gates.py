@@ -26,6 +26,12 @@ GATES_PSNR_DB = {
 IDENTICAL_DB = 300.0
 
 
+def accept_loss(gentler: str = "") -> str:
+    """What to type when a gate fails: options that lose less, where some are left."""
+    how = "ccept the loss with --allow-parity-loss (the manifest then says so)."
+    return f"Try {gentler}, or a{how}" if gentler else f"A{how}"
+
+
 def weakest(*kinds: str) -> str:
     """Of several keys of `GATES_PSNR_DB`, the one with the lowest gate."""
     return min(kinds, key=GATES_PSNR_DB.__getitem__)

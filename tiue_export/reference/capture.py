@@ -228,8 +228,8 @@ def measure_half_arithmetic(
             raise ParityError(
                 f'{graph.spec.name} overflows half precision (65504): output "{spec.name}" holds '
                 f"{int(value.size - np.isfinite(value).sum())} non-finite values",
-                "An audit (on unless --no-audit) keeps such values in float32; --audit-prompts "
-                "widens it, and --precision fp32 needs none.",
+                "An audit (on unless --no-audit) keeps such values in float32, and --audit-prompts "
+                "widens it; or export in fp32.",
             )
         hop, kind = f"{graph.precision} arithmetic", graph.precision
         reference = expected[spec.name]

@@ -80,6 +80,12 @@ def capture(
     raise NotImplementedError
 
 
+@_door("calibration.quantize:check_quantize")
+def check_quantize(bundle: Bundle, options: QuantizeOptions) -> None:
+    """Refuse what cannot be made of a bundle, before the captured data are read."""
+    raise NotImplementedError
+
+
 @_door("calibration.quantize:make_plan")
 def make_plan(
     bundle: Bundle, data: CalibrationData, options: QuantizeOptions, observer: Observer

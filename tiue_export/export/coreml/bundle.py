@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tiue_export._version import __version__
-from tiue_export.bundle.manifest import Compiled, Manifest
+from tiue_export.bundle.manifest import Compiled, Manifest, ParityRecord
 from tiue_export.bundle.read import Bundle, files_below, vae_tile_px
-from tiue_export.errors import UsageError
+from tiue_export.errors import ParityError, UsageError
 from tiue_export.export.backend import (
     Backend,
     Convert,
@@ -36,11 +36,13 @@ from tiue_export.export.coreml.job import (
     start_pool_of_loop,
 )
 from tiue_export.export.coreml.profiles import (
+    RECIPE,
     CoremlOptions,
     CoremlPlan,
     check_limit,
     check_loop,
     check_whole_decoder,
+    gentler,
     plan_coreml,
 )
 from tiue_export.export.coreml.recipe import MixedRecipe, RecipeSearch, find_recipe
@@ -48,7 +50,7 @@ from tiue_export.export.coreml.swift import check_swift, write_swift_resources
 from tiue_export.export.own_student import Size, as_exported, fp32_options
 from tiue_export.graphs.build import build_graphs
 from tiue_export.graphs.shapes import shapes_of
-from tiue_export.proof.gates import weakest
+from tiue_export.proof.gates import accept_loss, weakest
 from tiue_export.proof.parity import load_reference
 from tiue_export.registry.packages import require
 from tiue_export.registry.support import require_support
@@ -74,15 +76,26 @@ def compile_coreml(
     """Make, compress and prove a package of every graph; see `compile_form`.
 
     `student` is the one that the bundle was made from: `CheckpointError` for another one. Raises
-    `UsageError` for options that do not go together.
+    `UsageError` for options that do not go together. Where the profile's own compression costs more
+    than its gate allows, the packages are made again with a gentler one, and `observer` is told.
     """
-    return compile_form(
+    options, observer = options or CoremlOptions(), observer or Observer()
+    backend = _backend_for(bundle, student, options)
+    make = functools.partial(
+        compile_form,
         bundle,
-        _backend_for(bundle, student, options or CoremlOptions()),
         force=force,
         allow_parity_loss=allow_parity_loss,
         observer=observer,
     )
+    try:
+        return make(backend)
+    except ParityError as error:
+        compress = gentler(backend.plan, error.message).get("compress")
+        if compress is None or options.compress or backend.plan.compress == RECIPE:
+            raise
+        observer.on_note(f"{error.message}: made again with --compress {compress}")
+    return make(_backend_for(bundle, student, replace(options, compress=compress)))
 
 
 def check_coreml(bundle: Bundle, student: Student, options: CoremlOptions) -> None:
@@ -105,12 +118,15 @@ class CoremlBackend(Backend):
     plan: CoremlPlan
     runtime: ClassVar[str] = "coreml"
     title: ClassVar[str] = "Core ML packages"
-    if_lost: ClassVar[str] = (
-        "Pass --compress palettize-8 or none; without compression --precision fp32; or accept the "
-        "loss with --allow-parity-loss (the manifest then says so)."
-    )
     reads_onnx: ClassVar[bool] = False
     folder: ClassVar[str] = FOLDER
+
+    def if_lost(self, failed: ParityRecord) -> str:
+        """Gentler compression, then whole precision."""
+        instead = gentler(self.plan, f" {failed.hop},")
+        return accept_loss(
+            " ".join(f"--{name} {value}" for name, value in instead.items() if value)
+        )
 
     def check(self, bundle: Bundle) -> None:
         """Refuse options that this bundle's packages cannot have."""

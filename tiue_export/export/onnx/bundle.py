@@ -26,7 +26,7 @@ from tiue_export.export.contract import (
 from tiue_export.export.onnx.write import MODEL_FILE, OPSET, onnx_from_graph
 from tiue_export.graphs.build import Graph, build_graphs
 from tiue_export.graphs.options import ExportOptions
-from tiue_export.proof.gates import weakest
+from tiue_export.proof.gates import accept_loss, weakest
 from tiue_export.proof.half_range import (
     AUDIT_FILE,
     Float32Parts,
@@ -56,9 +56,6 @@ from tiue_export.student.model import Student
 from tiue_export.system.memory import return_freed_memory
 from tiue_export.system.progress import Observer, stage
 
-_IF_LOST = (
-    "Try --precision fp32, or accept the loss with --allow-parity-loss (the manifest then says so)."
-)
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -98,7 +95,8 @@ def export_onnx(
         bundle = Bundle(folder, new_manifest(student, options, graphs, folder, _TOOLS))
         records = [*captured.hops, *_measure(bundle, captured, modules, observer)]
         if not allow_parity_loss:
-            require_passed(records, _IF_LOST)
+            half = options.precision != "fp32"
+            require_passed(records, accept_loss("--precision fp32" if half else ""))
         lost = any(not record.passed for record in records)
         manifest = replace(bundle.manifest, parity=tuple(records), parity_loss_allowed=lost)
         (folder / MANIFEST_FILE).write_text(manifest.to_json(), "utf-8")

@@ -43,6 +43,7 @@ _VERSION = "1"  # the folder of a model's first version
 _TENSORRT = FOLDERS["tensorrt"]
 _SCALE = "latent_scale"
 _OPSET = 19
+_MAX_BATCH = 4
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -50,12 +51,13 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 class TritonOptions:
     """`name` is the ensemble's and the prefix of its parts \\[default: the bundle's folder].
 
-    `max_batch` is for bundles with a dynamic batch; engines have a largest of their own.
+    `max_batch` is for ONNX graphs with an open batch \\[default: 4]; engines have a largest of
+    their own.
     """
 
     backend: str = "onnxruntime"
     name: str | None = None
-    max_batch: int = 4
+    max_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ def plan_models(bundle: Bundle, options: TritonOptions) -> tuple[TritonModel, ..
         raise UsageError(f"--name is {prefix!r}; expected letters, digits, '.', '_' or '-'")
     specs = {graph: bundle.spec(graph) for graph in GRAPH_NAMES}
     batched = all(_has_batch(spec) for spec in specs.values())
+    if options.max_batch is not None and (not batched or options.backend == "tensorrt"):
+        raise UsageError(
+            f"--max-batch is for ONNX graphs with an open batch; {_batch_of(bundle, options)}",
+            "Leave it out" + ("." if batched else ", or export again with --dynamic-batch."),
+        )
     max_batch = _max_batch(bundle, options) if batched else 0
     graphs = {
         graph: TritonModel(
@@ -171,7 +178,7 @@ def _check(bundle: Bundle, options: TritonOptions) -> None:
     """Refuse what the repository could not draw with."""
     if options.backend not in BACKENDS:
         raise unknown_name("backend", options.backend, BACKENDS)
-    if options.max_batch < 1:
+    if options.max_batch is not None and options.max_batch < 1:
         raise UsageError(f"--max-batch is {options.max_batch}; expected 1 or more")
     features = features_of(bundle.manifest)
     if options.backend == "tensorrt":
@@ -193,7 +200,7 @@ def _has_batch(spec: GraphSpec) -> bool:
 
 def _max_batch(bundle: Bundle, options: TritonOptions) -> int:
     if options.backend != "tensorrt":
-        return options.max_batch
+        return options.max_batch or _MAX_BATCH
     smallest, *_, largest = str(bundle.manifest.compiled[_TENSORRT].flags["batch"]).split(":")
     if int(smallest) != 1:
         raise UsageError(
@@ -201,6 +208,12 @@ def _max_batch(bundle: Bundle, options: TritonOptions) -> int:
             command_line("trt", "--bundle", bundle.root, "--batch", f"1:2:{largest}"),
         )
     return int(largest)
+
+
+def _batch_of(bundle: Bundle, options: TritonOptions) -> str:
+    if bundle.manifest.batch is not None:
+        return f"those of {bundle.root} take {bundle.manifest.batch}"
+    return f"engines have a largest batch of their own: --backend is {options.backend}"
 
 
 def _graph_path(bundle: Bundle, graph: str, backend: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from tiue_export.bundle.engine_identity import check_engine, compiled_for, graph_identity
-from tiue_export.bundle.manifest import Compiled
+from tiue_export.bundle.manifest import Compiled, ParityRecord
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import (
     BundleError,
@@ -106,11 +106,13 @@ class TrtBackend(Backend):
     plan: TrtPlan
     runtime: ClassVar[str] = "trt"
     title: ClassVar[str] = "TensorRT engines"
-    if_lost: ClassVar[str] = (
-        "Export again: tiue-export onnx --ckpt STUDENT --precision fp16 --out BUNDLE"
-    )
     verb: ClassVar[str] = "build"
     in_child: ClassVar[bool] = True
+
+    def if_lost(self, failed: ParityRecord) -> str:
+        """Other graphs."""
+        return "Export again: tiue-export onnx --ckpt STUDENT --precision fp16 --out BUNDLE"
+
     resumes: ClassVar[bool] = True
 
     @property
@@ -145,9 +147,12 @@ class RefitBackend(Backend):
     plans: Mapping[str, Path]
     runtime: ClassVar[str] = "trt"
     title: ClassVar[str] = "TensorRT engines"
-    if_lost: ClassVar[str] = "Build engines for the new student itself."
     verb: ClassVar[str] = "refit"
     in_child: ClassVar[bool] = True
+
+    def if_lost(self, failed: ParityRecord) -> str:
+        """Other engines."""
+        return "Build engines for the new student itself."
 
     @property
     def folder(self) -> str:
