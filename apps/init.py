@@ -238,7 +238,7 @@ def _ask(question: str, option: str, default: str = "") -> str:
     if not _can_ask():
         raise UsageError(
             f"nobody can be asked for {option}: this is no terminal",
-            "Type: tiue-export init --device cpu --ckpt student.safetensors",
+            "Type: tiue-export init --device cpu --ckpt student.safetensors --base PIPELINE_FOLDER",
         )
     while True:
         answer = input(f"{question}: ").strip() or default

@@ -55,7 +55,10 @@ def run(commands: Iterable[str], folder: Path) -> None:
         console,
         "With a checkpoint",
         [
-            ("tiue-export onnx --ckpt student.safetensors --out fox", "a verified bundle"),
+            (
+                "tiue-export onnx --ckpt student.safetensors --base sd21-base/ --out fox",
+                "a verified bundle",
+            ),
             ('tiue-export generate fox "a red fox in the snow"', "pictures, without torch"),
             ("tiue-export studio fox", "the same in the browser"),
         ],

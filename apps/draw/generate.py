@@ -14,8 +14,16 @@ from rich.table import Table
 
 from tiue_export.bundle.read import MANIFEST_FILE, Bundle, open_bundle
 from tiue_export.drawing.contact_sheet import contact_sheet
-from tiue_export.drawing.picture import picture_from_file, save_png
-from tiue_export.drawing.pipeline import Picture, Pipeline, Result, picture_to_follow, replanned
+from tiue_export.drawing.picture import parameters_from_png, picture_from_file, save_png
+from tiue_export.drawing.picture_parameters import picture_parameters
+from tiue_export.drawing.pipeline import (
+    Picture,
+    Pipeline,
+    Result,
+    check_steering,
+    picture_to_follow,
+    replanned,
+)
 from tiue_export.errors import UsageError, printable
 from tiue_export.sampling.key_step_options import PlanChange
 from tiue_export.sampling.noise import check_picture_count, check_seeds, noise_from_file
@@ -32,13 +40,15 @@ _SLUG_LENGTH = 40
 
 
 def run(draw: DrawOptions) -> dict[str, object]:
-    """Draw and write every picture; existing files are refused before anything is drawn.
+    """Draw and write every picture; other pictures of their names are refused before that.
 
-    Returns what `--json` prints: files, prompts, seeds and latencies.
+    Where all of them are there, by the same bundle and request, nothing is drawn. Returns what
+    `--json` prints: files, prompts, seeds and latencies.
     """
     _refuse_swapped(draw)
     prompts = _prompts(draw)
     paths = _paths(draw, prompts)
+    there = _existing(draw, paths)
     _check_sheet(draw)
     start = time.perf_counter()
     change = PlanChange(draw.steps, draw.key_steps, draw.inject, draw.max_decoder_rows)
@@ -50,6 +60,11 @@ def run(draw: DrawOptions) -> dict[str, object]:
     with Pipeline.open(bundle, name, options) as pipeline:
         _warn_of_cut_prompts(pipeline, prompts)
         opened = time.perf_counter()
+        if there:
+            expected = _expected(draw, prompts, pipeline)
+            _refuse_others(there, dict(zip(paths, expected, strict=True)))
+        if there and len(there) == len(paths) and draw.sheet is None:
+            return _tell_there(draw, there, f"{pipeline.runtime.name} {pipeline.runtime.device}")
 
         def write(picture: Picture) -> None:
             path = paths[len(written)]
@@ -169,7 +184,7 @@ def _drawn_facts(
 
 
 def _paths(draw: DrawOptions, prompts: list[str]) -> list[Path]:
-    """One path per picture, in drawing order; none may exist without --force."""
+    """One path per picture, in drawing order."""
     out = draw.out
     total = len(prompts) * draw.count
     check_picture_count(total)
@@ -182,21 +197,80 @@ def _paths(draw: DrawOptions, prompts: list[str]) -> list[Path]:
                 f"--out {out} names one picture, the request makes {total}",
                 "Give --out a folder.",
             )
-        paths = [out]
-    else:
-        paths = [
-            out / f"{number:04d}-{slug(prompt)}-{_noise_name(draw, i)}.png"
-            for number, prompt in enumerate(prompts)
-            for i in range(draw.count)
-        ]
-    existing = [path for path in paths if path.exists()]
-    if existing and not draw.force:
-        raise UsageError(
-            f"{existing[0]} exists already"
-            + (f", and {len(existing) - 1} more" if len(existing) > 1 else ""),
-            "Pass --force to replace, or another --out.",
+        return [out]
+    return [
+        out / f"{number:04d}-{slug(prompt)}-{_noise_name(draw, i)}.png"
+        for number, prompt in enumerate(prompts)
+        for i in range(draw.count)
+    ]
+
+
+def _existing(draw: DrawOptions, paths: list[Path]) -> list[Path]:
+    """Those that are there and may not be replaced; refused where nothing can tell them apart."""
+    existing = [] if draw.force else [path for path in paths if path.exists()]
+    if existing and (draw.latents is not None or draw.control is not None):
+        raise _in_the_way(existing, "drawn from a file, which a picture does not hold")
+    return existing
+
+
+def _expected(draw: DrawOptions, prompts: list[str], pipeline: Pipeline) -> list[dict[str, object]]:
+    """What the picture of each path will say of itself."""
+    usual = pipeline.bundle.manifest.plan.guidance
+    if draw.guidance is not None or draw.negative is not None:
+        check_steering(pipeline.bundle, draw.guidance is not None)
+    scale = usual if usual is None or draw.guidance is None else draw.guidance
+    return [
+        picture_parameters(
+            *(prompt, (draw.seed or 0) + i, draw.negative or "", scale),
+            pipeline.bundle.manifest,
+            pipeline.runtime,
         )
-    return paths
+        for prompt in prompts
+        for i in range(draw.count)
+    ]
+
+
+def _refuse_others(there: list[Path], expected: Mapping[Path, Mapping[str, object]]) -> None:
+    """Refuse to replace pictures that another request or bundle has drawn."""
+    for path in there:
+        found, wanted = _parameters_of(path), expected[path]
+        for name in wanted:
+            if found.get(name) != wanted[name]:
+                was = f"{found[name]}, here {wanted[name]}" if name in found else "not told"
+                raise _in_the_way(there, f"of another request: its {name} is {was}")
+
+
+def _parameters_of(path: Path) -> Mapping[str, object]:
+    try:
+        return parameters_from_png(path) or {}
+    except Exception:  # PIL and json raise many kinds on foreign files: none of ours
+        return {}
+
+
+def _in_the_way(there: list[Path], why: str) -> UsageError:
+    more = f", and {len(there) - 1} more" if len(there) > 1 else ""
+    return UsageError(
+        f"{there[0]} exists already{more}, {why}", "Pass --force to replace, or another --out."
+    )
+
+
+def _tell_there(draw: DrawOptions, there: list[Path], device: str) -> dict[str, object]:
+    """Equal parameters give equal pictures: what was asked for is done."""
+    facts: dict[str, object] = {
+        "runtime": device,
+        "already_there": True,
+        "pictures": [
+            {"path": str(path), **{key: _parameters_of(path)[key] for key in ("prompt", "seed")}}
+            for path in there
+        ],
+        "stage_latency_ms": {},
+    }
+    if draw.as_json:
+        print_json(facts)
+        return facts
+    for path in there:
+        console.print(f"{path}: already there, of the same request", markup=False, highlight=False)
+    return facts
 
 
 def _check_sheet(output: PictureOutput) -> None:

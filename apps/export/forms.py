@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # What a command still means when the bundle is there already, and when a student is loaded too.
 _OF_ANY_SOURCE = ("allow_parity_loss", "dry_run", "force", "as_json")
+_BASE = ("--base", "PIPELINE_FOLDER")
 OF_A_STUDENT = (*_OF_ANY_SOURCE, "base", "vae", "lora")
 
 
@@ -65,13 +66,13 @@ def check_source(
         raise UsageError(
             f"--ckpt is missing: {form.title} reads no ONNX, so its graphs are made from the "
             "student itself, also for a bundle that is there",
-            command_line(form.command, "--ckpt", "student.safetensors", *place)
-            + " (with --base as at the export)",
+            command_line(form.command, "--ckpt", "student.safetensors", *_BASE, *place),
         )
     if not needs_student and (source.ckpt is None) == (source.bundle is None):
         raise UsageError(
             "give a checkpoint or a bundle, one of them",
-            f"tiue-export {form.command} --ckpt student.safetensors, or --bundle BUNDLE.",
+            command_line(form.command, "--ckpt", "student.safetensors", *_BASE)
+            + ", or --bundle BUNDLE.",
         )
     if source.bundle is not None:
         refuse(

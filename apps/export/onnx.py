@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tiue_export.errors import BundleError
 from tiue_export.proof.half_range import load_audit
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 from tiue_export.registry.support import features_of, refusal_of
-from tiue_export.specs import CONTROLNET, GRAPH_NAMES
+from tiue_export.specs import CONTROLNET, GRAPH_NAMES, TEXT_ENCODER, VAE_DECODER
 from tiue_export.system.command_line import command_line
 
 from ..draw.prompt_file import prompts_in
@@ -108,9 +109,12 @@ def export_checkpoint(
             student = load_to_export(
                 request, method, sampling, options, lambda part: bar.begin(f"load {part}")
             )
+        missing = _missing(student)
+        if missing:  # said now: the work takes minutes
+            _warn_of_missing(ckpt, missing)
         if export.dry_run:
             plan = plan_export(student, options)
-            _print_plan(plan, out, as_json=quiet, onnx=from_student is None)
+            _print_plan(plan, out, missing, as_json=quiet, onnx=from_student is None)
             return None
         written = {"force": export.force, "allow_parity_loss": export.allow_parity_loss}
         if from_student is not None:
@@ -194,6 +198,7 @@ def print_exported(exported: Exported, *, as_json: bool, is_last: bool = True) -
         print_json(
             {
                 "bundle": str(bundle.root),
+                "missing": [name for name in GRAPH_NAMES if name not in manifest.graphs],
                 "seconds": round(exported.seconds, 2),
                 "stages": exported.stages,
                 "manifest": dataclasses.asdict(manifest),
@@ -222,11 +227,25 @@ def print_contract(exported: Exported) -> None:
     _print_missing(manifest)
 
 
+def _missing(student: Student) -> list[str]:
+    """The parts of drawing that a checkpoint does not bring, by their graphs."""
+    parts = ((TEXT_ENCODER, student.text_encoder), (VAE_DECODER, student.vae))
+    return [name for name, part in parts if part is None]
+
+
+def _warn_of_missing(ckpt: str, missing: Sequence[str]) -> None:
+    print(
+        f"warning: the bundle will not draw: {ckpt} brings no {' and no '.join(missing)}; add "
+        "--base PIPELINE_FOLDER for them",
+        file=sys.stderr,
+    )
+
+
 def _print_missing(manifest: Manifest) -> bool:
     """Name the graphs that the checkpoint had no parts for; whether there are any."""
     missing = [name for name in GRAPH_NAMES if name not in manifest.graphs]
     if missing:
-        console.print(f"Without {' and '.join(missing)}, which --base would bring.")
+        print_next(f"the same line with --base PIPELINE_FOLDER, for {' and '.join(missing)}")
     return bool(missing)
 
 
@@ -261,9 +280,11 @@ def _steps(bundle: Bundle) -> str:
     return f"{plan.rows} {plan.scheduler} steps, encoder at {len(plan.passes)} of them"
 
 
-def _print_plan(plan: ExportPlan, out: Path, *, as_json: bool, onnx: bool) -> None:
+def _print_plan(
+    plan: ExportPlan, out: Path, missing: Sequence[str], *, as_json: bool, onnx: bool
+) -> None:
     if as_json:
-        print_json({"bundle": str(out), **dataclasses.asdict(plan)})
+        print_json({"bundle": str(out), "missing": missing, **dataclasses.asdict(plan)})
         return
     columns = (*fixed("graph"), *numbers("inputs", "outputs", "weights"))
     table = titled("Plan (nothing was written)", *columns)

@@ -20,8 +20,12 @@ class TiueExportCommand(BaseOptimumCLICommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """The arguments of `tiue-export onnx` in optimum's spelling."""
-        parser.add_argument("--model", required=True, help="student: folder or .safetensors file")
-        parser.add_argument("--base", help="pipeline folder for what the student lacks")
+        parser.add_argument(
+            "--model",
+            required=True,
+            help="pipeline folder, or a .safetensors file with --base",
+        )
+        parser.add_argument("--base", help="pipeline folder for what a file lacks")
         parser.add_argument("--dtype", choices=("fp32", "fp16"), default="fp32")
         parser.add_argument("--height", type=int)
         parser.add_argument("--width", type=int)

@@ -137,7 +137,10 @@ def _bundle_meant(root: Path) -> str:
     if near:
         listed = ", ".join(sorted(str(path) for path in near)[:5])
         return f"Bundles there: {listed}."
-    return "Make one with: tiue-export onnx --ckpt student.safetensors --out BUNDLE"
+    return (
+        "Make one with: tiue-export onnx --ckpt student.safetensors --base PIPELINE_FOLDER --out "
+        "BUNDLE"
+    )
 
 
 def vae_tile_px(manifest: Manifest) -> int | None:

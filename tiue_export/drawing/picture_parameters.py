@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from tiue_export._version import __version__
 from tiue_export.bundle.manifest import Manifest
+from tiue_export.registry.backends import BACKENDS
 from tiue_export.sampling.plan import Plan
 from tiue_export.specs import Runtime
 
@@ -28,10 +32,27 @@ def picture_parameters(
         "size": f"{manifest.width_px}x{manifest.height_px}",
         "model": manifest.source.name,
         "model_hash": manifest.source.sha256[:10],
+        "graphs_hash": _graphs_hash(manifest, runtime),
         "precision": runtime.precision,
         "runtime": f"{runtime.name} {runtime.device}",
         "version": f"tiue-export {__version__}",
     }
+
+
+def _graphs_hash(manifest: Manifest, runtime: Runtime) -> str:
+    """What draws: ten digits over the bundle's graphs, and the runtime's own form of them."""
+    entry = BACKENDS.get(runtime.name)
+    forms = (manifest.compiled.get(folder) for folder in (entry.folders if entry else ()))
+    made = {
+        "onnx": {
+            name: {file: each.sha256 for file, each in graph.files.items()}
+            for name, graph in manifest.graphs.items()
+        },
+        "forms": [
+            {name: graph.identity for name, graph in form.graphs.items()} for form in forms if form
+        ],
+    }
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _plan_parameters(plan: Plan) -> dict[str, object]:
