@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from rich.markup import escape
@@ -10,6 +9,7 @@ from rich.markup import escape
 from tiue_export.bundle.archive import pack_bundle, unpack_bundle
 from tiue_export.bundle.read import open_bundle
 from tiue_export.errors import UsageError
+from tiue_export.system.command_line import command_line
 
 from .report.tables import console, megabytes, print_json
 
@@ -39,9 +39,8 @@ def pack(
         f"{megabytes(opened.size_bytes)}, with {escape(', '.join(forms))}",
         highlight=False,
     )
-    console.print(
-        f"on the device:  tiue-export bundle unpack {shlex.quote(path.name)}", markup=False
-    )
+    there = command_line("bundle", "unpack", path.name)
+    console.print(f"on the device:  {there}", markup=False, soft_wrap=True)
 
 
 def unpack(archive: Path, out: Path | None = None, *, force: bool, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from tiue_export.bundle.read import open_bundle
 from tiue_export.checkpoint.demo_student import NAME, demo_student
 from tiue_export.errors import BundleError
 from tiue_export.registry.packages import EXPORT_NEEDS, require
+from tiue_export.system.command_line import command_line
 
 from .draw.generate import run as generate
 from .export.onnx import export_checkpoint, print_exported
@@ -75,10 +76,10 @@ def _tell(out: Path, force: bool) -> dict[str, object]:
     seconds = time.perf_counter() - start
     console.print(f"\n[bold green]Done in {seconds:.0f} s.[/] Look at {sheet}. Next:")
     for line in (
-        f"tiue-export studio {bundle} --open          # draw while you type, in the browser",
-        f'tiue-export generate {bundle} "a penguin" --count 4',
-        f"tiue-export inspect {bundle}                # graphs, constants, parity",
-        f"tiue-export parity {bundle}                 # prove the runtime on this machine",
+        f"{command_line('studio', bundle)} --open          # draw while you type, in the browser",
+        f'{command_line("generate", bundle)} "a penguin" --count 4',
+        f"{command_line('inspect', bundle)}                # graphs, constants, parity",
+        f"{command_line('parity', bundle)}                 # prove the runtime on this machine",
         "tiue-export onnx --ckpt YOUR_STUDENT        # a real one",
     ):
         console.print("  " + line, markup=False, highlight=False)

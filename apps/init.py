@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
-from tiue_export.checkpoint.container import check_checkpoint_path, is_hub_id
-from tiue_export.checkpoint.demo_student import checkpoint_place
-from tiue_export.errors import UsageError, unknown_name
+from tiue_export.checkpoint.container import check_checkpoint_path, is_hub_id, refuse_pickle
+from tiue_export.checkpoint.demo_student import NAME, checkpoint_place
+from tiue_export.errors import TiueError, UsageError, unknown_name
 from tiue_export.registry.backends import BACKENDS
 
 from .draw.generate import slug
@@ -34,6 +36,10 @@ _UNET_READ = (
     "Of a single file only the UNet is read, though this one holds more: text encoder, VAE and "
     "tokenizer come from a pipeline folder."
 )
+_SUFFIX = ".safetensors"
+_DEMO_BUNDLE = "emoji"
+_PHONES = ("iphone", "ipad")
+T = TypeVar("T")
 _PROMPT = '"a red fox in the snow"'
 
 
@@ -48,12 +54,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `--ckpt` and `--base` will be; `whole` when no base is needed, else `lacks` says why."""
+    """What `--ckpt` and `--base` will be; `whole` when no base is needed, else `lacks` says why.
+
+    `there`: it could be looked at; else `whole` goes by its name.
+    """
 
     ckpt: str
     base: str | None
     whole: bool
     lacks: str = ""
+    there: bool = True
 
 
 def run(
@@ -63,17 +73,16 @@ def run(
     commands: Collection[str],
     as_json: bool,
 ) -> None:
-    """Ask for what was not given, then print the commands."""
-    if device is None:
-        device = _ask_device()
-    if device not in DEVICES:
-        raise unknown_name("device", device, DEVICES)
-    if ckpt is None:
-        ckpt = _ask("Checkpoint (.safetensors, diffusers folder or hub id)", "--ckpt")
-    found = look_at(ckpt, base)
+    """Ask for what was not given, again where an answer cannot be; then print the commands."""
+    device = device_named(device) if device is not None else _asked(device_named, _ask_device)
+    if ckpt is not None:
+        found = look_at(ckpt, base)
+    else:
+        found = _asked(lambda typed: look_at(typed, base), _ask_ckpt)
     if not found.whole and base is None and _can_ask():
         print(found.lacks)
-        found = look_at(ckpt, _ask("Pipeline folder or hub id", "--base"))
+        known = found.ckpt
+        found = _asked(lambda typed: look_at(known, typed), _ask_base)
     steps = steps_for(device, found, commands)
     if as_json:
         print_json(
@@ -84,11 +93,16 @@ def run(
 
 
 def look_at(ckpt: str, base: str | None) -> Checkpoint:
-    """Whether a checkpoint brings everything; pickles, damaged and missing files are refused."""
-    check_checkpoint_path(ckpt)
-    if base is not None:
-        check_checkpoint_path(base)
+    """Whether a checkpoint brings everything; pickles and damaged files are refused."""
     place = checkpoint_place(ckpt)
+    for each in filter(None, (str(place), base)):
+        if Path(each).exists():
+            check_checkpoint_path(each)
+        else:
+            refuse_pickle(Path(each))
+    if not (place.exists() or is_hub_id(str(place))):
+        whole = base is not None or place.suffix != _SUFFIX
+        return Checkpoint(ckpt, base, whole, "" if whole else _UNET_ALONE, there=False)
     if base is not None or is_hub_id(str(place)) or (place / "model_index.json").is_file():
         return Checkpoint(ckpt, base, whole=True)
     return Checkpoint(ckpt, None, whole=False, lacks=_lacks(place))
@@ -110,7 +124,8 @@ def steps_for(device: str, found: Checkpoint, commands: Collection[str]) -> list
         source += f" --base {shlex.quote(found.base)}"
     elif not found.whole:
         source += " --base PIPELINE_FOLDER"
-    name = slug(Path(found.ckpt).stem)
+    # `make demo` writes demo/.
+    name = _DEMO_BUNDLE if found.ckpt == NAME else slug(Path(found.ckpt).name.removesuffix(_SUFFIX))
     if Path(name).exists():  # often the checkpoint's own folder
         name += "-bundle"
     ways = {
@@ -118,10 +133,12 @@ def steps_for(device: str, found: Checkpoint, commands: Collection[str]) -> list
         "rtx": _rtx,
         "nvidia": _nvidia,
         "jetson": _jetson,
-        "mac": _coreml if "coreml" in commands else _ort,
+        "mac": functools.partial(_coreml, "") if "coreml" in commands else _ort,
     }
     if device in ways:
         return ways[device](source, name)
+    if device in _PHONES:
+        return _coreml(f" --profile {device} --swift-bundle", source, name)
     return _by_exporter(next(n for n, e in BACKENDS.items() if device in e.devices), source, name)
 
 
@@ -145,11 +162,13 @@ def _ort(source: str, name: str) -> list[Step]:
     ]
 
 
-def _coreml(source: str, name: str) -> list[Step]:
+def _coreml(options: str, source: str, name: str) -> list[Step]:
+    made = "Core ML packages, proven" + (", and what Swift needs: docs/apple.md" if options else "")
+    on_mac = [replace(step, where="on a Mac") for step in _draw(name, "coreml")]
     return [
         Step("pip install 'tiue-export[export,coreml]'", "exporter and runtime"),
-        Step(f"tiue-export coreml {source} --out {name}", "Core ML packages, proven"),
-        *_draw(name, "coreml"),
+        Step(f"tiue-export coreml {source}{options} --out {name}", made),
+        *(on_mac if options else _draw(name, "coreml")),
     ]
 
 
@@ -180,7 +199,7 @@ def _jetson(source: str, name: str) -> list[Step]:
         Step("pip install 'tiue-export[trt]'", "no torch; TensorRT comes with JetPack", there),
         Step(f"tiue-export bundle unpack {name}.tar --out {name}", "verified", there),
         Step(f"tiue-export trt --bundle {name}", "engines for this device", there),
-        *(Step(step.command, step.meaning, there) for step in _draw(name, "trt")),
+        *(replace(step, where=there) for step in _draw(name, "trt")),
     ]
 
 
@@ -195,6 +214,8 @@ def _show(device: str, found: Checkpoint, steps: list[Step]) -> None:
     """Numbered steps; each command stands alone on its line, to be copied."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"\n[bold]{DEVICES[device]}[/]")
+    if not found.there:
+        console.print(f"{found.ckpt} is not there yet; once it is:", markup=False)
     if not found.whole:
         console.print(f"{found.lacks}\nPIPELINE_FOLDER stands for it: a folder, or a hub id.")
     where = "here"
@@ -221,16 +242,41 @@ def _can_ask() -> bool:
     return sys.stdin.isatty()
 
 
+def device_named(answer: str) -> str:
+    """A device by its name, or by its number in the question."""
+    names, low = list(DEVICES), answer.strip().lower()
+    if low.isdigit() and 1 <= int(low) <= len(names):
+        return names[int(low) - 1]
+    if low not in DEVICES:
+        raise unknown_name("device", answer, DEVICES)
+    return low
+
+
+def _asked(understood: Callable[[str], T], ask: Callable[[], str]) -> T:
+    """What an answer means; where it means nothing the reason is told, and asked again."""
+    while True:
+        answer = ask()
+        try:
+            return understood(answer)
+        except TiueError as error:
+            print(error)
+
+
+def _ask_ckpt() -> str:
+    return _ask("Checkpoint (.safetensors, diffusers folder or hub id)", "--ckpt")
+
+
+def _ask_base() -> str:
+    return _ask("Pipeline folder or hub id", "--base")
+
+
 def _ask_device() -> str:
-    names, default = list(DEVICES), guess_device()
+    default = guess_device()
     if _can_ask():
         print("Where will the student run?")
         for number, (name, meaning) in enumerate(DEVICES.items(), 1):
             print(f"  {number}  {name:<8} {meaning}")
-    answer = _ask(f"Device [{default}]", "--device", default)
-    if answer.isdigit() and 1 <= int(answer) <= len(names):
-        return names[int(answer) - 1]
-    return answer
+    return _ask(f"Device [{default}]", "--device", default)
 
 
 def _ask(question: str, option: str, default: str = "") -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tiue_export._version import __version__
 from tiue_export.registry.backends import BACKENDS
+from tiue_export.system.command_line import command_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,7 +81,8 @@ def bundles_in(folder: Path) -> list[str]:
 
 
 def _bundle_lines(bundles: list[str]) -> list[tuple[str, str]]:
-    lines = [(f'tiue-export generate {name} "a red fox"', "") for name in bundles[:_BUNDLES_SHOWN]]
+    shown = (command_line("generate", name) for name in bundles[:_BUNDLES_SHOWN])
+    lines = [(f'{line} "a red fox"', "") for line in shown]
     more = len(bundles) - _BUNDLES_SHOWN
     if more > 0:
         lines[-1] = (lines[-1][0], f"and {more} more")

@@ -105,7 +105,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("answer", "title"), [("5", "Jetson"), ("rtx", "RTX"), ("", "")])
+@pytest.mark.parametrize(("answer", "title"), [("7", "Jetson"), ("rtx", "RTX"), ("", "")])
 def test_init_asks_for_device_checkpoint_and_base(run, bare_unet, monkeypatch, answer, title):
     monkeypatch.setattr(sys, "stdin", Terminal(f"{answer}\n\n{bare_unet}\nowner/pipeline\n"))
     code, out, _ = run("init")
@@ -122,11 +122,38 @@ def test_init_on_no_terminal_says_what_to_pass(run, monkeypatch):
     assert "tiue-export init --device cpu --ckpt" in err
 
 
+def test_init_asks_again_after_an_answer_that_cannot_be(run, bare_unet, monkeypatch):
+    Path("old.ckpt").write_bytes(b"PK\x03\x04")
+    typed = ["toaster", "99", "iPhone", "old.ckpt", bare_unet, "old.ckpt", "owner/pipeline"]
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join([*typed, ""])))
+    code, out, _ = run("init")
+    assert code == 0
+    assert out.count("unknown device") == 2
+    assert out.count("is a pickle") == 2
+    assert "--base owner/pipeline --profile iphone --swift-bundle --out my-student" in out
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "made"),
+    [
+        ("sd-2.1-base", "--ckpt sd-2.1-base --out sd-2-1-base"),
+        ("v1.5.safetensors", "--ckpt v1.5.safetensors --base PIPELINE_FOLDER --out v1-5"),
+    ],
+)
+def test_init_plans_for_a_checkpoint_that_is_still_to_come(run, ckpt, made):
+    code, out, _ = run("init", "--device", "cpu", "--ckpt", ckpt)
+    assert code == 0
+    assert f"{ckpt} is not there yet" in out
+    assert f"tiue-export onnx {made}" in out
+
+
+def test_the_demo_student_of_init_is_not_in_the_way_of_the_demo(run):
+    assert "--out emoji" in run("init", "--device", "cpu", "--ckpt", "demo")[1]
+
+
 def test_init_refuses_what_cannot_be_exported(run, tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"PK\x03\x04")
     assert run("init", "--device", "cpu", "--ckpt", "model.ckpt")[0] == 3
-    code, _, err = run("init", "--device", "cpu", "--ckpt", "gone.safetensors")
-    assert (code, "does not exist" in err) == (2, True)
     code, _, err = run("init", "--device", "jetsn", "--ckpt", "model.ckpt")
     assert (code, "Did you mean 'jetson'?" in err) == (2, True)
 
@@ -151,6 +178,14 @@ def test_a_folder_that_holds_one_bundle_suggests_it(tmp_path):
     with pytest.raises(BundleError, match="is no bundle") as caught:
         open_bundle(alone)
     assert caught.value.next_step == f"Did you mean {str(alone / 'fox')!r}?"
+
+
+def test_a_bundle_of_quite_another_name_is_not_what_was_meant(run, tmp_path):
+    bundles_at(tmp_path, "fox")
+    (tmp_path / "emoji" / "unet_encoder").mkdir(parents=True)
+    for name, said in (("zzzzzz", "Bundles there: fox."), ("emoji", "Copy the bundle again")):
+        code, _, err = run("inspect", name)
+        assert (code, said in err, "Did you mean" in err) == (6, True, False)
 
 
 @pytest.mark.parametrize(
@@ -242,3 +277,33 @@ def test_the_first_command_of_init_works_as_typed_for_a_single_file_of_a_whole_p
     assert code == 0, err
     assert "text_encoder" in out
     assert "vae_decoder" in out
+
+
+def test_the_same_request_to_the_same_bundle_finds_its_pictures(run, tiny_bundle, half_bundle):
+    line = ("generate", tiny_bundle.root, "a red fox", "--count", 2)
+    assert run(*line)[0] == 0
+    before = [path.stat().st_mtime_ns for path in sorted(Path("pictures").iterdir())]
+    code, out, err = run(*line)
+    assert (code, out.count("already there"), err) == (0, 2, "")
+    data = json.loads(run(*line, "--json")[1])
+    assert data["already_there"]
+    assert [picture["seed"] for picture in data["pictures"]] == [0, 1]
+    assert before == [path.stat().st_mtime_ns for path in sorted(Path("pictures").iterdir())]
+    code, _, err = run("generate", half_bundle.root, *line[2:])
+    assert code == 2
+    assert "of another request: its graphs_hash is" in err
+    assert "next: Pass --force to replace, or another --out." in err
+    code, _, err = run(*line, "--guidance", 3)
+    assert (code, "distilled" in err) == (2, True)
+
+
+def test_a_student_that_cannot_draw_is_told_before_the_work(run, micro_folder, tiny_pipeline):
+    said = "warning: the bundle will not draw: "
+    for more in ([], ["--json"]):
+        code, out, err = run("onnx", "--ckpt", micro_folder, "--dry-run", *more)
+        assert code == 0
+        assert said in err
+        assert "add --base PIPELINE_FOLDER" in err
+    assert json.loads(out)["missing"] == ["text_encoder", "vae_decoder"]
+    code, _, err = run("onnx", "--ckpt", tiny_pipeline, "--dry-run")
+    assert (code, said in err) == (0, False)

@@ -130,7 +130,7 @@ BACKENDS: Mapping[str, BackendEntry] = {
         check="tiue_export.apps.doctor:check_core_ml",
         packages=("coremltools",),
         caches={"coreml": "packages compiled by Core ML"},
-        devices={"mac": "Apple: Mac, iPhone, iPad"},
+        devices={"mac": "Mac: Core ML", "iphone": "iPhone: Core ML", "ipad": "iPad: Core ML"},
     ),
     "coreai": BackendEntry(
         title="Core AI (beta)",
