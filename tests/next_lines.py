@@ -97,7 +97,7 @@ def printed_mistakes(words: Sequence[str], out: str, err: str) -> list[str]:
 def mistakes(text: str, *running: str) -> list[str]:
     """What in a next line leads nowhere, for the verbs that may print it (none: for any verb)."""
     lines, prose = split(text)
-    wrong = [problem for line in lines for problem in _refused(line)]
+    wrong = [problem for line in lines for problem in refused(line)]
     for sentence in re.split(r"(?<=[.;:])\s+", _OTHER_PROGRAMS.sub("", prose)):
         said = [verb for word, verb in _SAID.items() if re.search(word, sentence, re.IGNORECASE)]
         said += [verb for verb in VERBS if re.search(rf"\b{verb}\b", sentence)]
@@ -110,7 +110,7 @@ def mistakes(text: str, *running: str) -> list[str]:
     return wrong
 
 
-def _refused(line: str) -> Iterator[str]:
+def refused(line: str) -> Iterator[str]:
     """Why the program would not even begin with a command line."""
     words = shlex.split(line)[1:]
     if any(re.fullmatch(r"\.\.\.|…", word) for word in words):
