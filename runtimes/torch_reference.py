@@ -70,8 +70,8 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> TorchRuntime:
     if options.checkpoint is None:
         raise UsageError(
             "the torch runtime runs the student itself and needs its checkpoint",
-            f"generate and parity take it: --ckpt {bundle.manifest.source.name} (with --base as at "
-            "the export).",
+            "generate and parity take it: --ckpt CHECKPOINT, which is "
+            f"{bundle.manifest.source.name} (with --base as at the export).",
         )
     manifest = bundle.manifest
     device = _device(options.device)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
+import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from next_lines import mistakes
+import pytest
+from next_lines import VERBS, mistakes, split, verb_of
 
 from tiue_export import errors
 
@@ -121,3 +125,108 @@ def test_every_next_line_names_commands_and_options_of_who_prints_it() -> None:
         for problem in mistakes(text, *printed_by(place))
     ]
     assert wrong == []
+
+
+# What the words in capitals stand for, where a test types them.
+STANDS_FOR = {
+    "STUDENT": "student",
+    "CHECKPOINT": "student",
+    "student.safetensors": "student",
+    "PIPELINE_FOLDER": "student",
+    "FOLDER": "new",
+    "N": "1",
+}
+
+
+# Minutes of work, or devices that are not here: their plan says as much.
+def is_long(words: list[str]) -> bool:
+    return words[0] in ("coreml", "coreai", "calibrate") or (
+        words[0] != "init" and "--ckpt" in words
+    )
+
+
+GIVEN = re.compile(r"(?:Pass|Add|Give|Write|[Ee]xport with|take it:) (--[a-z-]+)( \w[\w:]*)?")
+
+
+def obeyed(words: list[str], bundle: Path, said: str, next_step: str) -> list[list[str]]:
+    """What a reader types who does what a next line says: its commands, or the line mended."""
+    lines, _ = split(next_step)
+    if lines:
+        known = {**STANDS_FOR, "BUNDLE": bundle.name}
+        typed = [[known.get(w, w) for w in shlex.split(line)[1:]] for line in lines]
+        plans = [[*each, "--dry-run"] for each in typed if is_long(each)]
+        return plans or (typed if typed[0][0] == words[0] else [*typed, words])
+    if meant := re.match(r"Did you mean '(.+)'\?", next_step):
+        return [[meant[1] if word == said.split()[0] else word for word in words]]
+    if named := re.match(r"Name it (\S+)\.$", next_step):
+        return [[*words, "--out", named[1]]]
+    if re.match("Leave|Give one of", next_step):
+        flags = [w for w in words if w.startswith("--")]
+        told = [w for w in flags if w in said] or [w for w in flags if w[2:] in said]
+        at = words.index((told or flags)[0])
+        has_value = at + 1 < len(words) and not words[at + 1].startswith("-")
+        return [words[:at] + words[at + 1 + has_value :]]
+    if without := re.search(r", without (--[\w-]+)", next_step):
+        words = [word for word in words if word != without[1]]
+    flag, value = GIVEN.search(next_step).groups(default="")
+    kept = words[: words.index(flag)] if flag in words else words
+    given = STANDS_FOR.get(value.strip(), value.strip())
+    options = VERBS[verb_of(words)].params
+    is_flag = any(flag in option.opts and option.is_flag for option in options)
+    return [[*kept, flag, *([] if is_flag or not given else [given])]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "inspect fxo",
+        "inspect alone",
+        "generate fox",
+        "generate fox 'a fox' --guidance 3",
+        "generate fox 'a fox' --key-steps uniform:2",
+        "generate fox 'a fox' --out old.png",
+        "generate fox 'a fox' --precision bf16",
+        "generate fox 'a fox' --latents noise.npy --seed 2",
+        "generate fox 'a fox' --runtime openvino",
+        "parity fox --runtime torch",
+        "parity fox --runtime coreml",
+        "parity fox --runtime coreai",
+        "parity 'my sealed fox'",
+        "onnx --ckpt student --out new --dry-run --batch 1:2:4",
+        "onnx --ckpt student --out new --dry-run --no-hoist --hoist-into decoder",
+        "onnx --ckpt student --out new --dry-run --guidance 3",
+        "onnx --ckpt student --out new --dry-run --steps 3",
+        "onnx --ckpt teacher --out new --dry-run --method faster --dynamic-batch",
+        "openvino",
+        "openvino --dry-run --bundle fox --height 64",
+        "coreml --bundle fox",
+        "coreml --ckpt student --dry-run --vae-precision fp16",
+        "coreml --ckpt student --dry-run --precision fp32 --compress palettize-6",
+        "coreai --bundle fox --dry-run",
+        "triton fox --out new --max-batch 2",
+        "quantize fox --calibration student",
+        "bundle pack fox --out fox.tgz",
+        "init",
+    ],
+)
+def test_what_a_failure_says_to_type_leads_out_of_it(
+    run, tmp_path, tiny_bundle, tiny_pipeline, bare_teacher, line
+):
+    made_here = Path(shutil.copytree(tiny_bundle.root, tmp_path / "fox"))
+    (tmp_path / "student").symlink_to(tiny_pipeline)
+    (tmp_path / "teacher").symlink_to(bare_teacher)
+    if "alone" in line:
+        (tmp_path / "alone").mkdir()
+        made_here.rename(tmp_path / "alone" / "owl")
+    if "sealed" in line:
+        made_here = made_here.rename(tmp_path / "my sealed fox")
+        manifest = made_here / "tiue.json"
+        manifest.write_text(manifest.read_text().replace("tiue-export ", "tiue-export  "))
+    (tmp_path / "old.png").touch()
+    words = shlex.split(line)
+    code, _, err = run(*words)
+    assert code != 0
+    message, _, next_step = err[err.index("error: ") + len("error: ") :].partition("\n  next: ")
+    for typed in obeyed(words, made_here, message, next_step.strip()):
+        code, _, err = run(*typed)
+        assert code == 0, f"{next_step}{shlex.join(typed)}: {err}"

@@ -322,7 +322,10 @@ def test_the_torch_runtime_without_a_checkpoint_says_which_one_to_give(compiled_
     assert caught.value.message == (
         "the torch runtime runs the student itself and needs its checkpoint"
     )
-    assert caught.value.next_step == "Add --ckpt pipeline (and --base as at the export)."
+    assert caught.value.next_step == (
+        "generate and parity take it: --ckpt CHECKPOINT, which is pipeline (with --base as at the "
+        "export)."
+    )
 
 
 def test_the_torch_runtime_refuses_another_checkpoint_by_its_hash(compiled_bundle, tmp_path):

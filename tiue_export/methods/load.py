@@ -47,7 +47,8 @@ def check_method(name: str, options: MethodOptions, controlnet: str | None = Non
         raise UsageError(
             f"--controlnet is for --method {' and '.join(takers)}; {method.name} is "
             f"{method.summary}",
-            f"Add --method {takers[0]}, or leave --controlnet out.",
+            "Leave --controlnet out; a model that is not distilled takes it with --method "
+            f"{takers[0]}.",
         )
     method.check(options)
     return method

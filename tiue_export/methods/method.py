@@ -75,7 +75,8 @@ def refuse_foreign_options(
             takers = [other.name for other in methods.values() if option in other.takes]
             raise UsageError(
                 f"{flag} is for --method {' and '.join(takers)}; {method.name} is {method.summary}",
-                f"Add --method {takers[0]}, or leave {flag} out.",
+                f"Leave {flag} out; a model that is not distilled takes it with --method "
+                f"{takers[0]}.",
             )
 
 

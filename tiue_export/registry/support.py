@@ -125,7 +125,7 @@ REFUSALS: tuple[Refusal, ...] = (
         ("onnx",),
         ("passes", "dynamic-batch"),
         "there the decoder's rows are the open axis",
-        "Export with --batch N.",
+        "Give --batch N, without --dynamic-batch.",
     ),
     Refusal(
         ("onnx",),
