@@ -548,6 +548,14 @@ def test_what_cannot_be_made_is_refused_before_any_work(
         quantizer.quantize(tiny_bundle, data, tmp_path / "out", replace(ANY_SPEED, **changes))
 
 
+@pytest.mark.parametrize("option", [("--backend", "tvm"), ("--kind", "int9")])
+def test_a_word_that_is_none_is_refused_before_the_captured_data_are_read(
+    run, tiny_bundle, tmp_path, option
+):
+    code, _, err = run("quantize", tiny_bundle.root, "--calibration", tmp_path / "none", *option)
+    assert (code, f"unknown {option[0][2:]} {option[1]!r}" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     "option",
     [

@@ -51,6 +51,7 @@ from tiue_export.export.coreml.profiles import (  # noqa: E402
     COMPRESSIONS,
     PROFILES,
     CoremlOptions,
+    gentler,
     plan_coreml,
 )
 from tiue_export.export.coreml.recipe import (  # noqa: E402
@@ -475,6 +476,63 @@ def remade(plain, monkeypatch):
         )
 
     monkeypatch.setattr(coreml_export, "run_job", again)
+
+
+def test_a_profile_whose_compression_costs_too_much_takes_a_gentler_one_and_says_so(
+    own, made, micro_folder, remade, monkeypatch
+):
+    """palettize-6 is the iPhone's; of the demo student it leaves 33.1 dB where 40 are asked for."""
+    again, heard = coreml_export.run_job, []
+
+    def lossy(job):
+        result, name = again(job), job.plan.compress
+        value = 33.1 if name == "palettize-6" and job.graph == UNET_DECODER else 299.0
+        record = dataclasses.replace(
+            result.parity[0], hop=f"Core ML fp16 {name}", value=value, gate=40.0
+        )
+        return dataclasses.replace(result, parity=(record,))
+
+    monkeypatch.setattr(coreml_export, "run_job", lossy)
+    with pytest.raises(ParityError) as caught:
+        made(profile="iphone", compress="palettize-6")
+    assert caught.value.next_step.startswith("Try --compress palettize-8, or accept the loss")
+    kept = compile_coreml(
+        own,
+        load_student(micro_folder),
+        CoremlOptions(profile="iphone"),
+        observer=Observer(on_note=heard.append),
+    )
+    assert kept.manifest.compiled[FOLDER].flags["compress"] == "palettize-8"
+    (said,) = heard
+    assert "33.1 dB, gate 40 dB: made again with --compress palettize-8" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "lost", "instead"),
+    [
+        ({"profile": "iphone"}, "fp16 palettize-6, latents", {"compress": "palettize-8"}),
+        ({"profile": "iphone"}, "fp16 palettize-8, latents", {"compress": "none"}),
+        ({"profile": "iphone"}, "fp16, picture", {"precision": "fp32", "compress": None}),
+        ({"compress": "w8a8", "prompts": ("a",), "target": "iOS17"}, "w8a8, latents",
+         {"compress": "palettize-8"}),
+        ({"precision": "fp32"}, "fp32, picture", {}),
+    ],
+)  # fmt: skip
+def test_after_a_failed_gate_comes_what_loses_less(options, lost, instead):
+    assert gentler(plan_coreml(CoremlOptions(**options)), f"Core ML {lost}: 1 dB") == instead
+
+
+def test_the_command_that_failed_names_the_one_that_goes_on_from_its_bundle(
+    run, micro_folder, monkeypatch
+):
+    def fail(*_, **__):
+        raise ParityError("Core ML fp16 palettize-8, latents: 44.0 dB, gate 45 dB")
+
+    monkeypatch.setattr(coreml_export, "compile_coreml", fail)
+    line = ("coreml", "--ckpt", micro_folder, "--profile", "iphone", "--out", "my fox")
+    code, _, err = run(*line)
+    again = f"coreml --ckpt {micro_folder} --bundle 'my fox' --profile iphone --compress none"
+    assert (code, err.strip().endswith(f"next: tiue-export {again}")) == (7, True)
 
 
 @pytest.mark.usefixtures("remade")

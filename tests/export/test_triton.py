@@ -200,6 +200,9 @@ def test_what_no_ensemble_could_draw_is_refused(tiny_bundle) -> None:
         plan_models(tiny_bundle, TritonOptions("onnx"))
     with pytest.raises(UsageError, match="--max-batch is 0"):
         plan_models(tiny_bundle, TritonOptions(max_batch=0))
+    with pytest.raises(UsageError, match=r"with an open batch; those of .* take 1") as fixed:
+        plan_models(tiny_bundle, TritonOptions(max_batch=2))
+    assert fixed.value.next_step == "Leave it out, or export again with --dynamic-batch."
     with pytest.raises(UsageError, match="--name is 'a b'"):
         plan_models(tiny_bundle, TritonOptions(name="a b"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -46,7 +47,7 @@ from tiue_export.export.trt.build_process import (
     is_memory_error,
     parse,
 )
-from tiue_export.export.trt.bundle import compile_trt, easier, refit_from
+from tiue_export.export.trt.bundle import _failure, compile_trt, easier, refit_from
 from tiue_export.export.trt.plan import TrtOptions, TrtPlan, plan_trt
 from tiue_export.export.trt.precision import Census, engine_census, network_census
 from tiue_export.specs import GRAPH_NAMES, UNET_DECODER
@@ -285,6 +286,13 @@ def test_out_of_memory_climbs_down_the_ladder_says_so_and_gives_up_with_advice(s
     )
     assert "add swap" in lines[3]
     assert open_bundle(small.root).manifest.compiled == {}
+
+
+def test_a_full_disk_is_told_as_such_not_as_a_hard_graph():
+    text = f"OSError: [Errno 28] {os.strerror(errno.ENOSPC)}: 'vae_decoder.plan'"
+    error = _failure("vae_decoder", 1, text, None)
+    assert isinstance(error, ResourceError)
+    assert error.next_step.startswith("Free some space. Engines that were finished are kept")
 
 
 @needs_rtx

@@ -9,11 +9,11 @@ from types import MappingProxyType
 
 from tiue_export.checkpoint.container import check_container
 from tiue_export.checkpoint.lora_file import lora_from
-from tiue_export.errors import UsageError
 from tiue_export.methods.faster import FasterDiffusion, check_controlnet, with_controlnet
 from tiue_export.methods.method import (
     Method,
     MethodOptions,
+    foreign_option,
     method_named,
     refuse_foreign_options,
 )
@@ -43,13 +43,8 @@ def check_method(name: str, options: MethodOptions, controlnet: str | None = Non
     method = method_named(name, METHODS)
     refuse_foreign_options(method, options, METHODS)
     if controlnet is not None and not method.takes_controlnet:
-        takers = [other.name for other in METHODS.values() if other.takes_controlnet]
-        raise UsageError(
-            f"--controlnet is for --method {' and '.join(takers)}; {method.name} is "
-            f"{method.summary}",
-            "Leave --controlnet out; a model that is not distilled takes it with --method "
-            f"{takers[0]}.",
-        )
+        takers = [other for other in METHODS.values() if other.takes_controlnet]
+        raise foreign_option("--controlnet", method, takers)
     method.check(options)
     return method
 

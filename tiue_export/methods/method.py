@@ -5,7 +5,7 @@ Everything to the right of this folder reads the plan alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -72,12 +72,17 @@ def refuse_foreign_options(
     for option in options.given():
         if option not in method.takes:
             flag = "--" + option.replace("_", "-")
-            takers = [other.name for other in methods.values() if option in other.takes]
-            raise UsageError(
-                f"{flag} is for --method {' and '.join(takers)}; {method.name} is {method.summary}",
-                f"Leave {flag} out; a model that is not distilled takes it with --method "
-                f"{takers[0]}.",
-            )
+            takers = [other for other in methods.values() if option in other.takes]
+            raise foreign_option(flag, method, takers)
+
+
+def foreign_option(flag: str, method: Method, takers: Sequence[Method]) -> UsageError:
+    """The error for an option that only other methods understand."""
+    names, first = " and ".join(other.name for other in takers), takers[0]
+    return UsageError(
+        f"{flag} is for --method {names}; {method.name} is {method.summary}",
+        f"Leave {flag} out; --method {first.name} is {first.summary}.",
+    )
 
 
 def method_named(name: str, methods: Mapping[str, Method]) -> Method:
