@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tiue_export.registry.packages import TRAIN_NEEDS, require
+from tiue_export.system.command_line import command_line
 
 from .report.tables import console, print_json
 
@@ -41,5 +42,5 @@ def run(
         print_json({"student": str(student), "run": config.out, "iterations": config.iterations})
         return
     console.print(f"[bold green]Trained.[/] {escape(str(student))}")
-    console.print(f"  tiue-export onnx --ckpt {student}", markup=False, highlight=False)
+    console.print(f"  {command_line('onnx', '--ckpt', student)}", markup=False, highlight=False)
     console.print(f"  tensorboard --logdir {config.out}", markup=False, highlight=False)

@@ -252,6 +252,7 @@ def choose_runs(data: CalibrationData, held_out: int) -> tuple[Sequence[int], Se
         raise UsageError(
             f"{data.root} has {count} run(s); expected more than the {held_out} held out to judge "
             "by",
-            f"Capture more: tiue-export calibrate ... --count {4 * held_out * data.index.batch}",
+            "Capture more: tiue-export calibrate BUNDLE --out FOLDER --count "
+            f"{4 * held_out * data.index.batch}",
         )
     return range(count - held_out), range(count - held_out, count)

@@ -23,7 +23,7 @@ _SAID = {
 # What a reader types, not the name of the program in a sentence.
 _COMMAND = re.compile(r"\btiue-export (?!(?:again|that|with)\b)(?=[a-z])")
 _OTHER_PROGRAMS = re.compile(r"\b(?:pip|nvidia-smi|python) [^;,]*")
-_ENDS = ("`", ". ", "; ", ", ", " (", ")", "   ", "\n", " on the ")
+_ENDS = ("`", ". ", ": ", "; ", ", ", " (", ")", "   ", "\n", " on the ")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 
@@ -65,7 +65,7 @@ def _end(text: str, start: int) -> int:
     for at in range(start, len(text)):
         if quote or text[at] in "'\"":
             quote = (quote if quote != text[at] else "") if quote else text[at]
-        elif text.startswith(_ENDS, at):
+        elif text.startswith(_ENDS, at) and text[at - 1] != ".":  # not of an ellipsis
             return at
     return len(text)
 

@@ -127,6 +127,48 @@ def test_every_next_line_names_commands_and_options_of_who_prints_it() -> None:
     assert wrong == []
 
 
+# Their values are words of options and names that need no quotes.
+QUOTED_BEFORE = ("apps/init.py", "tiue_export/export/trt/plan.py")
+
+
+def bare_values(tree: ast.AST) -> Iterator[str]:
+    """The texts that put a value of a run into a command line as it is."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.JoinedStr):
+            continue
+        text = ""
+        for part in node.values:
+            lines, _ = split(text)
+            if lines and text.endswith(lines[-1]) and verb_of(shlex.split(lines[-1])[1:]):
+                if not isinstance(part, ast.Constant):
+                    yield ast.unparse(node)
+            text += part.value if isinstance(part, ast.Constant) else "X"
+
+
+def test_what_goes_into_a_command_line_is_quoted() -> None:
+    for path in SOURCES:
+        place = path.relative_to(ROOT).as_posix()
+        if place not in QUOTED_BEFORE:
+            assert list(bare_values(ast.parse(path.read_text("utf-8")))) == [], place
+    planted = "f'Make them: tiue-export trt --bundle {bundle.root}'"
+    assert list(bare_values(ast.parse(planted))) == [planted]
+
+
+@pytest.mark.parametrize(
+    ("text", "verb", "problem"),
+    [
+        ("Make one: tiue-export onxx --ckpt A", "trt", "has no 'onxx'"),
+        ("Make one: tiue-export coreai --precison fp16", "trt", "No such option: --precison"),
+        ("Capture more: tiue-export calibrate ... --count 4", "quantize", "cannot be typed"),
+        ("Try --weights fp32, or accept it.", "onnx", "tiue-export onnx has no --weights"),
+        ("Serve it with: tiue-export serve", "triton", "Missing argument"),
+    ],
+)
+def test_a_planted_next_line_that_leads_nowhere_is_caught(text, verb, problem) -> None:
+    (told,) = mistakes(text, verb)
+    assert problem in told
+
+
 # What the words in capitals stand for, where a test types them.
 STANDS_FOR = {
     "STUDENT": "student",
