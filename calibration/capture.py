@@ -44,6 +44,7 @@ from tiue_export.specs import (
     Runtime,
     check_finite,
 )
+from tiue_export.system.command_line import command_line
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.lock import lock_beside, sole_process
 
@@ -252,7 +253,10 @@ def choose_runs(data: CalibrationData, held_out: int) -> tuple[Sequence[int], Se
         raise UsageError(
             f"{data.root} has {count} run(s); expected more than the {held_out} held out to judge "
             "by",
-            "Capture more: tiue-export calibrate BUNDLE --out FOLDER --count "
-            f"{4 * held_out * data.index.batch}",
+            "Capture more: "
+            + command_line(
+                *("calibrate", "BUNDLE", "--out", "FOLDER"),
+                *("--count", 4 * held_out * data.index.batch),
+            ),
         )
     return range(count - held_out), range(count - held_out, count)

@@ -59,23 +59,23 @@ PROGRAMS_OF_THEIR_OWN = ("benchmarks/quality", "benchmarks/studies")
 
 
 def texts(node: ast.AST | None, names: dict[str, ast.AST]) -> list[str]:
-    """The texts that an expression may be, with X for what only a run knows."""
+    """The texts that an expression may be, with 1 for what only a run knows."""
     match node:
         case ast.Constant(value=str(text)):
             return [text]
         case ast.JoinedStr(values=parts):
             return ["".join(each) for each in itertools.product(*(texts(p, names) for p in parts))]
         case ast.FormattedValue(value=value):
-            return texts(value, names) or ["X"]
+            return texts(value, names) or ["1"]
         case ast.BinOp(op=ast.Add(), left=left, right=right):
-            sides = (texts(left, names) or ["X"], texts(right, names) or ["X"])
+            sides = (texts(left, names) or ["1"], texts(right, names) or ["1"])
             return ["".join(each) for each in itertools.product(*sides)]
         case ast.IfExp(body=body, orelse=other):
             return [*texts(body, names), *texts(other, names)]
         case ast.Name(id=name) if name in names:
             return texts(names[name], names)
         case ast.Call(func=ast.Name(id="command_line"), args=arguments):
-            words = [" ".join(texts(each, names)) or "X" for each in arguments]
+            words = [" ".join(texts(each, names)) or "1" for each in arguments]
             return [" ".join(("tiue-export", *words))]
     return []
 
@@ -142,7 +142,7 @@ def bare_values(tree: ast.AST) -> Iterator[str]:
             if lines and text.endswith(lines[-1]) and verb_of(shlex.split(lines[-1])[1:]):
                 if not isinstance(part, ast.Constant):
                     yield ast.unparse(node)
-            text += part.value if isinstance(part, ast.Constant) else "X"
+            text += part.value if isinstance(part, ast.Constant) else "1"
 
 
 def test_what_goes_into_a_command_line_is_quoted() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import struct
 import subprocess
@@ -277,6 +278,19 @@ def test_a_pickle_is_refused_whatever_its_name_and_the_conversion_line_works(
         line = lines[name].replace("python", sys.executable, 1)
         subprocess.run(line, shell=True, check=True)
         assert load_student(line.split()[-1]).source.family == "tiny"
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # its process would end
+def test_a_pickled_part_of_a_pipeline_is_converted_to_what_the_loader_reads(pipeline, monkeypatch):
+    weights = pipeline / "text_encoder" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    message = refused(CheckpointError, pipeline, "pytorch_model.bin is a pickle")
+    program, _, code, *arguments = shlex.split(message.splitlines()[-1])
+    assert program == "python"
+    monkeypatch.setattr(sys, "argv", ["-c", *arguments])
+    exec(code, {})
+    assert load_student(pipeline).text_encoder is not None
 
 
 @pytest.mark.parametrize("first_two", [b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"])
