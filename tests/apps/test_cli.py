@@ -56,8 +56,10 @@ def test_onnx_json_is_one_object_with_the_manifest_and_an_open_batch_needs_no_ot
 ):
     arguments = ["onnx", "--ckpt", micro_folder, "--out", "fox", "--dynamic-batch", "--json"]
     code, out, err = run(*arguments)
-    assert (code, err) == (0, "")
+    assert (code, err.count("\n")) == (0, 1)
+    assert err.startswith("warning: the bundle will not draw: ")
     data = json.loads(out)
+    assert data["missing"] == ["text_encoder", "vae_decoder"]
     assert data["manifest"]["plan"]["steps"] == 2
     assert {stage["stage"] for stage in data["stages"]} >= {"load student", "export unet_decoder"}
     assert open_bundle("fox").manifest.batch is None

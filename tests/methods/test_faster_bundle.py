@@ -303,7 +303,7 @@ def test_generate_refuses_another_plan_for_a_student(run, tiny_bundle, arguments
             "Add --key-steps nonuniform, uniform:N or a list.",
         ),
         (("--key-steps", "1,2"), "--key-steps 1,2 does not start at 0", "Type --key-steps 0,1,2"),
-        (("--key-steps", "auto"), "--key-steps auto measures a checkpoint", "analyze chose"),
+        (("--key-steps", "auto"), "--key-steps auto measures a checkpoint", "`analyze` chose"),
         (("--steps", 0, "--key-steps", "0"), "--steps is 0; expected 1 to 1000", ""),
         (("--inject", "often"), "injection", "parallel"),
     ],
