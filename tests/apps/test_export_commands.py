@@ -279,3 +279,13 @@ def test_graphs_for_a_refit_are_exported_as_those_of_the_engines_were(
     ours = importlib.import_module("tiue_export.apps.export.onnx").graph_options(asked, "fp32")
     known = replace(options, height=manifest.height_px, width=manifest.width_px)
     assert ours == known
+
+
+@pytest.mark.parametrize(("typed", "again"), [({}, False), ({"force": True}, True)])
+def test_force_means_the_same_to_engines_as_to_every_other_form(tmp_path, typed, again):
+    options = importlib.import_module("tiue_export.apps.options.trt")
+    trt = importlib.import_module("tiue_export.apps.export.trt")
+    source = options.EngineSource(bundle=tmp_path)
+    request = options.EngineExportRequest(**typed)
+    assert trt._trt_options(source, options.EngineOptions(), request).rebuild is again
+    trt.check_source(trt.FORM, source, request, batch_range=True)
