@@ -209,7 +209,7 @@ def test_without_a_usual_column_the_setting_that_names_one_is_given(suffix, tmp_
     assert message.startswith(
         f"{file} has no column named prompt, caption, text; it has: id, words"
     )
-    assert message.endswith('Name it: prompt_column = "..." in the configuration.')
+    assert message.endswith('prompt_column = "NAME" in a configuration.')
 
 
 def test_an_empty_table_has_no_column(tmp_path):
