@@ -25,9 +25,9 @@ from tiue_export.errors import BundleError, UsageError
 from tiue_export.proof.quantization_plan import student_identity
 from tiue_export.specs import BATCH, UNET_ENCODER, UNET_GRAPHS, Array, RuntimeOptions, axis_size
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.command_line import command_line
 from tiue_export.system.file_name import is_file_name
 from tiue_export.system.json_file import read_json
-from tiue_export.system.command_line import command_line
 
 FORMAT_VERSION = 1
 INDEX_FILE = "calibration.json"
