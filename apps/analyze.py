@@ -74,6 +74,7 @@ def run(request: AnalyzeRequest) -> None:
             told = _within(bar.within, f"prompt {number + 1}")
             results.append(measure_prompt(model, described, prompt, number, told))
             write_results(file, described, results, (), model.encoder_share)
+            bar.note(f"prompt {number + 1} of {request.count} is measured")
         held_out = [
             (prompts[n % len(prompts)], n)
             for n in range(request.count, request.count + request.check)

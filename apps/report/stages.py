@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,8 @@ from tiue_export.system.progress import Observer, StageReport
 from .tables import megabytes
 
 _DETAIL_LETTERS = 60
+# Where no bar moves, long work says after so long that it goes on.
+_SILENCE_S = 60.0
 
 
 class StageBar:
@@ -30,6 +33,7 @@ class StageBar:
         self._progress, self._stderr = progress, stderr
         self._task = progress.add_task("starting", total=None)
         self._finished = 0
+        self._told_s = time.monotonic()
 
     def expect(self, stages: int) -> None:
         """The number of stages in all, once it is known."""
@@ -43,10 +47,13 @@ class StageBar:
         """How far the running stage is, from 0 to 1, and what it is at."""
         done = self._finished + fraction
         self._progress.update(self._task, completed=done, description=detail[:_DETAIL_LETTERS])
+        if self._progress.disable and time.monotonic() - self._told_s >= _SILENCE_S:
+            self.note(f"{detail[:_DETAIL_LETTERS]} ({fraction:.0%})")
 
     def note(self, text: str) -> None:
         """A line that stays."""
         self._stderr.print(f"  {text}", markup=False, highlight=False)
+        self._told_s = time.monotonic()
 
     def done(self, report: StageReport) -> None:
         """A stage ended."""

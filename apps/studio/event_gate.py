@@ -84,7 +84,8 @@ class EventGate:
         if function is None:
             raise ApiError(404, f"no event {str(number)[:80]} here", param="fn_index")
         trigger = event.get("trigger_id")
-        if trigger is not None and trigger not in list(self._page.blocks):
+        # The page as a whole is the trigger of what happens when it is loaded.
+        if trigger is not None and trigger not in [self._page._id, *self._page.blocks]:
             raise ApiError(404, "trigger_id names no part of the page", param="trigger_id")
         if special_args(function.fn)[2] is not None and not _is_selection(event.get("event_data")):
             raise ApiError(422, "event_data has no index and value", param="event_data")

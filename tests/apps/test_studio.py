@@ -412,6 +412,16 @@ def test_the_page_draws_keeps_and_shows_its_pictures(page, studio) -> None:
     assert shown.content == kept.read_bytes()
 
 
+def test_what_loading_the_page_asks_for_is_answered(page) -> None:
+    events = page.get("/config").json()["dependencies"]
+    number, root = next(
+        (event["id"], part) for event in events for part, name in event["targets"] if name == "load"
+    )
+    event = {"fn_index": number, "data": [], "session_hash": "load", "trigger_id": root}
+    done = [message for message in outcome(page, event) if message["msg"] == "process_completed"]
+    assert [message["success"] for message in done] == [True]
+
+
 def test_the_page_loads_what_it_names(page) -> None:
     html = page.get("/").text
     named = set(re.findall(r'(?:src|href)="(\./[^"]+|/[^"]+)"', html)) - {"./"}
@@ -530,7 +540,7 @@ def test_a_studio_that_is_stopped_with_a_page_open_ends_in_one_line(tiny_bundle,
             studio.process.send_signal(signal.SIGINT)
             assert studio.process.wait(20) == 0
     assert studio.printed.read_text().removeprefix(before) == "stopped\n"
-    assert list(studio.temporary.iterdir()) == []
+    assert list(studio.temporary.glob(".tiue-export*")) == []
 
 
 def test_a_reason_that_holds_for_every_bundle_is_said_once(tiny_bundle, bundle_copy, capfd) -> None:

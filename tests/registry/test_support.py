@@ -45,14 +45,20 @@ def with_feature(manifest: Manifest, feature: str) -> Manifest:
         passes = tuple(
             Pass(t, (t,), Combination(1.0, (0.0,) * row)) for row, t in enumerate(plan.timesteps)
         )
-        return replace(manifest, plan=replace(plan, passes=passes))
+        decoder = graphs[UNET_DECODER]
+        outputs = tuple(replace(spec, name="outputs") for spec in decoder.outputs)
+        graphs[UNET_DECODER] = replace(decoder, outputs=outputs)
+        return replace(manifest, plan=replace(plan, passes=passes), graphs=graphs)
     if feature == "guidance":
         return replace(manifest, plan=replace(plan, guidance=7.5))
     if feature == "fresh-noise":
         latents = replace(plan.latents, fresh=(0.5,))
         return replace(manifest, plan=replace(plan, latents=latents))
     if feature == "controlnet":
-        graphs[CONTROLNET] = graphs[UNET_ENCODER]
+        (picture,) = graphs[VAE_DECODER].outputs
+        steering = replace(picture, name="controlnet_cond")
+        encoder = graphs[UNET_ENCODER]
+        graphs[CONTROLNET] = replace(encoder, inputs=(*encoder.inputs, steering))
     if feature == "merged":
         return replace(manifest, plan=replace(plan, merged_timesteps=(1,)))
     if feature in ("naive", "hoisted-into-encoder"):
