@@ -133,7 +133,7 @@ def test_the_light_half_loads_on_python_3_10() -> None:
     if python is None:
         pytest.skip("no python3.10 with numpy on PATH or in ~/.pyenv/versions")
     imports = "".join(f"import tiue_export.{name}\n" for name in LIGHT)
-    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{imports}import runtimes.fake\n"
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{imports}import runtimes.buffers\n"
     done = subprocess.run(
         [python, "-I", "-B", "-W", "error", "-c", code],
         capture_output=True,

@@ -29,7 +29,7 @@ RANK = {name: at for at, names in enumerate(ORDER.split(" < ")) for name in name
 LIGHT_ROOMS = {*LIGHT.replace("<", "").split(), *DOORS}
 # Never in the light half or in a device runtime, not even inside a function.
 HEAVY = {"torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "coremltools"}
-# "tiue_export.apps.cli", "tiue_export.runtimes.fake:open_runtime"
+# "tiue_export.apps.cli", "tiue_export.runtimes.openvino:open_runtime"
 SPOKE_NAME = re.compile(rf"{HUB}\.({'|'.join(SPOKES)})(?:\.\w+)*\.?(?::\w+)?")
 TYPES_ONLY = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 

@@ -92,7 +92,7 @@ def test_the_wheel_carries_the_command_the_licence_and_the_version(wheel: Path, 
 
 def test_the_installed_wheel_runs_from_anywhere(installation: Installation, tmp_path: Path) -> None:
     code = (
-        "import tiue_export, tiue_export.runtimes.fake, tiue_export.apps.cli as cli\n"
+        "import tiue_export, tiue_export.runtimes.buffers, tiue_export.apps.cli as cli\n"
         "import tiue_export.calibration, tiue_export.benchmarks\n"
         "from tiue_export.checkpoint.family import load_family\n"
         "load_family('tiny')\n"

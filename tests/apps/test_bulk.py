@@ -394,7 +394,7 @@ def test_a_run_that_draws_something_else_is_not_mixed_in(run, tiny_bundle, tmp_p
     for other, says in (
         (["--seed", "1"], "other prompts, ids, seeds, guidance or shard sizes"),
         (["--format", "tar"], "format 'png' instead of 'tar'"),
-        (["--runtime", "fake"], "runtime 'ort' instead of 'fake'"),
+        (["--runtime", "openvino"], "runtime 'ort' instead of 'openvino'"),
     ):
         code, _, error = run(*arguments, *other)
         assert code == 2

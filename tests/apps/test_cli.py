@@ -23,6 +23,8 @@ from sealed_manifest import sealed_text
 from tiue_export import open_bundle
 from tiue_export.drawing.picture import parameters_from_png
 from tiue_export.errors import BundleError
+from tiue_export.registry import backends
+from tiue_export.registry.backends import BackendEntry
 from tiue_export.system.install import install_line
 
 draw_line = importlib.import_module("tiue_export.apps.report.next_line").draw_line
@@ -139,7 +141,11 @@ def test_parity_holds_a_runtime_against_the_stored_reference(run, tiny_bundle):
     assert all(record["passed"] for record in json.loads(out))
 
 
-def test_parity_fails_with_exit_code_7_when_a_runtime_draws_something_else(run, tiny_bundle):
+def test_parity_fails_with_exit_code_7_when_a_runtime_draws_something_else(
+    run, tiny_bundle, monkeypatch
+):
+    other = BackendEntry("None", "draws anything", "fake_runtime:open_runtime")
+    monkeypatch.setitem(backends.BACKENDS, "fake", other)
     code, out, err = run("parity", tiny_bundle.root, "--runtime", "fake")
     assert code == 7
     assert "FAILED" in out

@@ -57,7 +57,7 @@ def test_the_fastest_that_can_draw_is_chosen_and_the_others_keep_their_reason(me
     chosen, _, told = measured_once
     trials = {trial.runtime: trial for trial in chosen.choice.trials}
     assert set(trials) == {name for name, entry in BACKENDS.items() if entry.automatic}
-    assert {"torch", "fake"}.isdisjoint(trials)
+    assert "torch" not in trials
     able = [trial for trial in chosen.choice.trials if trial.latency_ms is not None]
     assert {"ort", "openvino"} <= {trial.runtime for trial in able}
     assert chosen.choice.runtime == able[0].runtime

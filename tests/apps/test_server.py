@@ -25,13 +25,13 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from fake_runtime import FakeRuntime
 from open_batch import with_open_batch
 from PIL import Image
 
 from tiue_export import Pipeline, RuntimeOptions
 from tiue_export.drawing.picture import METADATA_KEY
 from tiue_export.errors import RuntimeFailure, UsageError
-from tiue_export.registry.backends import open_runtime
 from tiue_export.system.install import install_line
 
 SERVER = "tiue_export.apps.server"
@@ -53,7 +53,7 @@ class GatedRuntime:
     """The fake runtime behind a gate: a test holds a run as long as it needs to."""
 
     def __init__(self, bundle) -> None:
-        self._inner = open_runtime("fake", bundle, RuntimeOptions())
+        self._inner = FakeRuntime(bundle)
         self.name, self.device, self.precision = "fake", "none", self._inner.precision
         self.gate, self.entered, self.broken_tokens = threading.Event(), threading.Event(), None
         self.gate.set()
@@ -543,7 +543,7 @@ def test_requests_that_wait_together_share_a_run(gated, dynamic_bundle) -> None:
         drawn = [answer.result().json()["data"][0] for answer in answers]
         held.result()
     assert runtime.batches == [1, 1, 4]  # the warm-up, the one held, the four that waited
-    with Pipeline.open(dynamic_bundle, "fake") as pipeline:
+    with Pipeline.open(dynamic_bundle, FakeRuntime(dynamic_bundle)) as pipeline:
         expected = pipeline.draw(jobs[:4]).images
     for image, picture in zip(drawn, expected, strict=True):
         assert np.array_equal(pixels(base64.b64decode(image["b64_json"])), picture)
@@ -552,7 +552,8 @@ def test_requests_that_wait_together_share_a_run(gated, dynamic_bundle) -> None:
 def test_a_prompt_that_breaks_the_runtime_fails_alone(gated) -> None:
     runtime, opener = gated
     with served(opener, Settings(Limits(batch_wait_ms=1000))) as client:
-        with Pipeline.open(opener().bundle, "fake") as pipeline:
+        bundle = opener().bundle
+        with Pipeline.open(bundle, FakeRuntime(bundle)) as pipeline:
             runtime.broken_tokens = pipeline.tokenizer(["cursed"])
         with ThreadPoolExecutor(4) as pool:
             prompts = ["a fox", "cursed", "an owl", "a cat"]
@@ -673,9 +674,7 @@ def test_a_server_told_to_stop_answers_what_it_accepted(tiny_bundle, tmp_path: P
 
 def test_whoever_reads_the_announcement_may_connect_or_stop_the_server_at_once(tiny_bundle) -> None:
     command = [sys.executable, "-m", "tiue_export", "serve", str(tiny_bundle.root), "--json"]
-    with subprocess.Popen(
-        [*command, "--port", "0", "--runtime", "fake"], stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         told = json.loads("".join(iter(process.stdout.readline, "}\n")) + "}")
         socket.create_connection(told["url"].removeprefix("http://").split(":")).close()

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 
 from tiue_export import Pipeline
 from tiue_export._version import __version__
@@ -17,7 +18,6 @@ from tiue_export.drawing.picture import parameters_from_png, pixels_from_sample
 from tiue_export.errors import BundleError, RuntimeFailure, TiueError, UsageError
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import PROMPTS, load_reference
-from tiue_export.runtimes.fake import FakeRuntime
 from tiue_export.sampling.noise import MAX_SEED, noise_from_seed
 from tiue_export.specs import BATCH, GRAPH_NAMES
 
@@ -315,11 +315,11 @@ def test_more_pictures_than_one_run_plans_are_refused_at_once(tiny_bundle):
 
 
 def test_a_path_is_opened_with_every_hash_checked(bundle_copy):
-    assert len(Pipeline.open(str(bundle_copy), "fake")(FOX).images) == 1
+    assert len(Pipeline.open(str(bundle_copy), "ort")(FOX).images) == 1
     with (bundle_copy / "vae_decoder" / "model.onnx.data").open("r+b") as file:
         file.write(b"\xff\xff\xff\xff")
     with pytest.raises(BundleError, match=r"vae_decoder/model\.onnx\.data was altered"):
-        Pipeline.open(bundle_copy, "fake")
+        Pipeline.open(bundle_copy, "ort")
 
 
 @pytest.mark.parametrize("graph", ["text_encoder", "vae_decoder"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import torch
+from fake_runtime import FakeRuntime
 from micro_models import write_micro_pipeline, write_micro_unet
 from PIL import Image
 from pyarrow import parquet
@@ -279,7 +280,7 @@ def _drawn_bundle(root: Path) -> None:
     """By a runtime that knows of a bundle what its manifest says."""
     bundle = open_bundle(root / "bundle")
     vae_tile_px(bundle.manifest)
-    with Pipeline.open(bundle, "fake") as pipeline:
+    with Pipeline.open(bundle, FakeRuntime(bundle)) as pipeline:
         pipeline("a fox")
 
 

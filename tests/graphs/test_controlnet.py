@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from fake_runtime import FakeRuntime
 from PIL import Image
 from teachers import load_teacher
 
@@ -209,7 +210,7 @@ def controlled(faster_bundle, teacher) -> Bundle:
 
 def test_the_pipeline_follows_a_picture(controlled):
     picture = control()["controlnet_cond"][0]
-    with Pipeline.open(controlled, "fake") as pipeline:
+    with Pipeline.open(controlled, FakeRuntime(controlled)) as pipeline:
         drawn = pipeline("fox", control=picture)
         weaker = pipeline("fox", control=picture, control_scale=0.5)
     assert len(drawn.stage_latency_ms[CONTROLNET]) == 3
@@ -225,7 +226,10 @@ def test_the_pipeline_follows_a_picture(controlled):
     ],
 )
 def test_a_picture_that_cannot_be_followed_is_refused(controlled, picture, message):
-    with Pipeline.open(controlled, "fake") as pipeline, pytest.raises(UsageError) as caught:
+    with (
+        Pipeline.open(controlled, FakeRuntime(controlled)) as pipeline,
+        pytest.raises(UsageError) as caught,
+    ):
         pipeline("fox", control=picture)
     assert message in caught.value.message
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fake_runtime import FakeRuntime
 from PIL import Image
 from teachers import load_teacher
 
@@ -159,7 +160,10 @@ def test_steering_that_cannot_be_is_refused(pipeline, options, message):
 
 @pytest.mark.parametrize("options", [{"guidance": 3.0}, {"negative_prompt": "blue"}])
 def test_a_distilled_student_takes_neither(tiny_bundle, options):
-    with Pipeline.open(tiny_bundle, "fake") as student, pytest.raises(UsageError) as caught:
+    with (
+        Pipeline.open(tiny_bundle, FakeRuntime(tiny_bundle)) as student,
+        pytest.raises(UsageError) as caught,
+    ):
         student(FOX, **options)
     assert "is a distilled student: it takes no" in caught.value.message
 
@@ -173,7 +177,7 @@ def test_pictures_drawn_together_are_each_steered_by_their_own_job(pipeline):
 
 
 def test_jobs_of_a_student_are_not_steered(tiny_bundle):
-    with Pipeline.open(tiny_bundle, "fake") as student:
+    with Pipeline.open(tiny_bundle, FakeRuntime(tiny_bundle)) as student:
         with pytest.raises(UsageError, match="it takes no negative prompt"):
             student.draw([Job(FOX, 0, "blue")])
         with pytest.raises(UsageError, match="it takes no guidance"):
@@ -181,7 +185,7 @@ def test_jobs_of_a_student_are_not_steered(tiny_bundle):
 
 
 def test_the_fake_runtime_has_the_right_shapes(faster_bundle):
-    with Pipeline.open(faster_bundle, "fake") as pipeline:
+    with Pipeline.open(faster_bundle, FakeRuntime(faster_bundle)) as pipeline:
         assert pipeline(FOX).images[0].size == (64, 64)
 
 

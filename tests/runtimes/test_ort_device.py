@@ -150,7 +150,6 @@ def test_a_cuda_graph_on_the_cpu_is_refused(tiny_bundle):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("fake", {"provider": "cuda"}, "the fake runtime takes no --provider"),
         ("trt", {"provider": "rtx"}, "the trt runtime takes no --provider"),
         ("torch", {"cuda_graph": True}, "the torch runtime takes no --cuda-graph"),
     ],

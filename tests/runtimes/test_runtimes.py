@@ -81,7 +81,6 @@ def test_a_runtime_says_its_name_and_its_device(runtimes, name):
     known = {
         "coreai": "interpreter fp32",
         "coreml": "evaluator fp32",
-        "fake": "none",
         "openvino": "cpu fp32",
     }
     assert runtimes[name].device == known.get(name, "cpu")
@@ -286,7 +285,7 @@ def test_an_unknown_device_is_refused_by_name(compiled_bundle, options, name):
     assert caught.value.next_step == meant
 
 
-@pytest.mark.parametrize("name", ["fake", "ort", "torch"])
+@pytest.mark.parametrize("name", ["ort", "torch"])
 def test_a_precision_is_refused_where_the_runtime_cannot_choose(compiled_bundle, options, name):
     with pytest.raises(UsageError) as caught:
         open_runtime(name, compiled_bundle, replace(options, precision="bf16"))

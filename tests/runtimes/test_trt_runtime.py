@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 from hypothesis import given
 from hypothesis import strategies as st
 from test_imports import OLDEST, _oldest_python
@@ -50,7 +51,6 @@ from tiue_export.runtimes.buffers import (
     scratch_size_bytes,
 )
 from tiue_export.runtimes.cuda_device import Cuda, cuda_failure
-from tiue_export.runtimes.fake import FakeRuntime
 from tiue_export.runtimes.ort.runtime import OrtRuntime
 from tiue_export.runtimes.trt.divide import PTX
 from tiue_export.runtimes.trt.engine import EngineLoader, Plan, RuntimeCache
@@ -783,7 +783,7 @@ def assert_same_pictures(left, right):
 
 
 def test_a_chain_draws_what_the_graphs_one_by_one_draw(tiny_bundle):
-    expected = Pipeline.open(tiny_bundle, "fake")(["a red fox", "a dog"], seed=3)
+    expected = Pipeline.open(tiny_bundle, FakeRuntime(tiny_bundle))(["a red fox", "a dog"], seed=3)
     runtime = ChainingFake(tiny_bundle)
     result = Pipeline.open(tiny_bundle, runtime)(["a red fox", "a dog"], seed=3)
     assert_same_pictures(result, expected)
@@ -792,7 +792,7 @@ def test_a_chain_draws_what_the_graphs_one_by_one_draw(tiny_bundle):
 
 
 def test_a_runtime_that_cannot_chain_now_runs_graph_by_graph(tiny_bundle):
-    expected = Pipeline.open(tiny_bundle, "fake")("a red fox")
+    expected = Pipeline.open(tiny_bundle, FakeRuntime(tiny_bundle))("a red fox")
     runtime = ChainingFake(tiny_bundle, chains=False)
     result = Pipeline.open(tiny_bundle, runtime)("a red fox")
     assert_same_pictures(result, expected)

@@ -185,12 +185,6 @@ BACKENDS: Mapping[str, BackendEntry] = {
         extra="export",
         automatic=False,
     ),
-    "fake": BackendEntry(
-        title="none",
-        summary="right shapes, meaningless pictures: for testing applications",
-        opener="tiue_export.runtimes.fake:open_runtime",
-        automatic=False,
-    ),
 }
 
 

@@ -39,5 +39,5 @@ class FakeRuntime:
 
 
 def open_runtime(bundle: Bundle, options: RuntimeOptions) -> FakeRuntime:
-    """Open on any bundle."""
+    """As a backend's entry opens it."""
     return FakeRuntime(bundle)
