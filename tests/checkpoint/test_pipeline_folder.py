@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,13 @@ def test_a_failure_keeps_what_was_there_and_leaves_nothing_beside_it(parts, tmp_
 
 
 def test_what_a_killed_process_left_is_cleared_away(parts, tmp_path):
-    for leftover in (".s.partial", ".s.replaced"):
-        (tmp_path / leftover).mkdir()
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from tiue_export.system.owned_path import owned_path\n"
+        "for state in ('partial', 'replaced'): owned_path(Path(sys.argv[1]), state).mkdir()\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], check=True)
+    assert len(names(tmp_path)) == 2
     (tmp_path / "s").mkdir()
     write_pipeline(tmp_path / "s", **parts, force=True)
     assert names(tmp_path) == ["s"]

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import secrets
 import tarfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 from tiue_export.bundle.manifest import FileRecord, Manifest
 from tiue_export.bundle.read import MANIFEST_FILE, Bundle, all_files, check_listed, open_bundle
 from tiue_export.bundle.write import new_bundle
 from tiue_export.errors import BundleError, UsageError, first_line, unknown_name
+from tiue_export.system.atomic_file import new_file
 from tiue_export.system.command_line import command_line
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.file_name import is_path_below
@@ -60,9 +57,11 @@ def pack_bundle(
     if path.is_dir():
         raise BundleError(f"{path} is a folder; expected a name for a .tar file")
     manifest = manifest_for(bundle, runtime)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with (
         disk_errors(path),
-        _partial(path) as file,
+        new_file(path) as file,
         tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
         text = manifest.to_json().encode()
@@ -131,21 +130,6 @@ def _member(name: str, size_bytes: int) -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
     member.size, member.mode = size_bytes, 0o644
     return member
-
-
-@contextmanager
-def _partial(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` that becomes it when the block ends without an error."""
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _extract(tar: tarfile.TarFile, path: Path, folder: Path) -> None:

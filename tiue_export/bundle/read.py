@@ -15,12 +15,11 @@ from tiue_export.specs import UNET_ENCODER, VAE_DECODER, GraphSpec
 from tiue_export.system.file_hash import size_and_sha256
 from tiue_export.system.file_name import is_path_below
 from tiue_export.system.json_file import read_object
+from tiue_export.system.new_folder import PARTIAL
 from tiue_export.system.owned_path import is_owned
 
 MANIFEST_FILE = "tiue.json"
 REFERENCE_FILE = "parity/reference.safetensors"
-# The state in its name (`owned_path`) of a bundle that is being written.
-PARTIAL = "partial"
 _COPY_AGAIN = "Copy the bundle again, or export it again."
 
 

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from tiue_export.bundle.lock import locked
 from tiue_export.bundle.manifest import Compiled, Manifest
-from tiue_export.bundle.read import MANIFEST_FILE, PARTIAL, Bundle, open_bundle, read_manifest
+from tiue_export.bundle.read import MANIFEST_FILE, Bundle, open_bundle, read_manifest
 from tiue_export.errors import BundleError
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.lock import lock_beside, sole_process
-from tiue_export.system.owned_path import abandoned_paths, owned_path, remove
-
-_REPLACED = "replaced"
+from tiue_export.system.new_folder import PARTIAL, force_to_disk, new_folder, remove_leftovers
+from tiue_export.system.owned_path import owned_path
 
 
 @contextlib.contextmanager
@@ -29,22 +28,13 @@ def new_bundle(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     folder never.
     """
     target = Path(path).resolve()
-    _remove_leftovers(target)
-    check_target(target, force=force)
-    partial = owned_path(target, PARTIAL)
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(target), sole_process(lock_beside(target), f"writing {target}"):
-        try:  # before mkdir: a SIGTERM that arrives while it runs raises as it returns
-            partial.mkdir(parents=True)
-            yield partial
-            _sync(partial)
-            # Again: hours may have passed, and another export may have finished here.
-            check_target(target, force=force)
-            _replace(partial, target)
-        finally:
-            if partial.exists():
-                shutil.rmtree(partial, ignore_errors=True)
+
+    def check() -> None:
+        check_target(target, force=force)
+
+    # Nobody is adding a form to the old one while it gives place.
+    with new_folder(target, check, locked) as folder:
+        yield folder
 
 
 @contextlib.contextmanager
@@ -54,7 +44,7 @@ def compiled_folder(bundle: Bundle, name: str) -> Iterator[Path]:
     It is removed when the block ends, whatever happened: a killed or failed compilation leaves the
     bundle as it was.
     """
-    _remove_leftovers(bundle.root / name)
+    remove_leftovers(bundle.root / name)
     target = bundle.root / name
     partial = owned_path(target, PARTIAL)
     doing = f"making the {name} form of {bundle.root}"
@@ -91,7 +81,7 @@ def add_compiled(
     with disk_errors(target), locked(bundle.root, on_note):
         now = _manifest_now(bundle, name)
         others = {key: value for key, value in now.compiled.items() if key != name}
-        _sync(folder)
+        force_to_disk(folder)
         if target.exists():
             write_manifest(bundle.root, replace(now, compiled=others))
             shutil.rmtree(target)
@@ -137,7 +127,7 @@ def _identities(manifest: Manifest, name: str) -> dict[str, str]:
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write tiue.json so that a reader sees the old one or the new one."""
     target = root / MANIFEST_FILE
-    _remove_leftovers(target)
+    remove_leftovers(target)
     partial = owned_path(target, PARTIAL)  # without file locks another process may write one too
     with partial.open("w", encoding="utf-8") as file:
         file.write(manifest.to_json())
@@ -174,36 +164,3 @@ def check_target(path: str | Path, *, force: bool) -> None:
             f"{target} already holds a bundle",
             "Choose another output, or pass --force to replace it.",
         )
-
-
-def _replace(partial: Path, target: Path) -> None:
-    if not target.exists():
-        partial.rename(target)
-        return
-    # A kill between the two renames leaves the old bundle under this name; the next export to
-    # the same place puts it back (`_remove_leftovers`).
-    old = owned_path(target, _REPLACED)
-    with locked(target):  # nobody is adding a form to the old one
-        target.rename(old)
-        try:
-            partial.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-    shutil.rmtree(old)
-
-
-def _sync(folder: Path) -> None:
-    """Force every file to disk, so that a power cut cannot leave a bundle with empty files."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _remove_leftovers(target: Path) -> None:
-    for path, state in abandoned_paths(target):
-        if state == _REPLACED and not target.exists():
-            path.rename(target)
-        else:
-            remove(path)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from tiue_export.checkpoint.parts import quiet_libraries
 from tiue_export.errors import UsageError
 from tiue_export.student.load import STEPS_KEY
-from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.new_folder import new_folder
 
 
 def write_pipeline(
@@ -38,25 +38,17 @@ def write_pipeline(
     records a student's K; a teacher has none. Raises `UsageError` when `folder` exists, unless
     `force`, and `ResourceError` when the disk is full.
     """
-    if folder.exists() and not force:
-        raise UsageError(f"{folder} exists", "Choose another output or pass --force.")
-    partial = folder.with_name(f".{folder.name}.partial")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    with disk_errors(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            for part, model in (("unet", unet), ("text_encoder", text_encoder), ("vae", vae)):
-                save_part(partial / part, model, dtype)
-            shutil.copytree(tokenizer, partial / "tokenizer")
-            write_scheduler(partial, scheduler_config, steps)
-            write_model_index(partial, scheduler_config, type(vae).__name__, licence)
-            if folder.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-                folder.rename(replaced)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+
+    def check() -> None:
+        if folder.exists() and not force:
+            raise UsageError(f"{folder} exists", "Choose another output or pass --force.")
+
+    with new_folder(folder, check) as partial:
+        for part, model in (("unet", unet), ("text_encoder", text_encoder), ("vae", vae)):
+            save_part(partial / part, model, dtype)
+        shutil.copytree(tokenizer, partial / "tokenizer")
+        write_scheduler(partial, scheduler_config, steps)
+        write_model_index(partial, scheduler_config, type(vae).__name__, licence)
     return folder
 
 

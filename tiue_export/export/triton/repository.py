@@ -7,7 +7,6 @@ graphs is one division, before the VAE: it becomes a model of its own, a graph o
 from __future__ import annotations
 
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from tiue_export.specs import (
     GraphSpec,
 )
 from tiue_export.system.command_line import command_line
-from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.new_folder import new_folder
 from tiue_export.system.tensorrt_flavor import FOLDERS
 
 BACKENDS = ("onnxruntime", "tensorrt")
@@ -83,17 +82,13 @@ def write_triton_repository(
     options = options or TritonOptions()
     models = plan_models(bundle, options)
     target = Path(out).resolve()
-    _check_target(target, {model.name for model in models}, force=force)
-    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    with disk_errors(target):
-        try:
-            for model in models:
-                _write_model(bundle, model, partial / model.name)
-            if target.exists():
-                shutil.rmtree(target)
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+
+    def check() -> None:
+        _check_target(target, {model.name for model in models}, force=force)
+
+    with new_folder(target, check) as folder:
+        for model in models:
+            _write_model(bundle, model, folder / model.name)
     return TritonRepository(target, models)
 
 
