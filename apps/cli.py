@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from tiue_export._version import __version__
+from tiue_export.system.owned_path import remove_temporary_leftovers
 
 from .commands.analyze import analyze
 from .commands.audit import audit
@@ -79,6 +80,7 @@ def root(
     ] = False,
 ) -> None:
     """Options of the program itself."""
+    remove_temporary_leftovers()
     if context.invoked_subcommand is None:
         from .welcome import run
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,20 @@ def test_doctor_names_backends_and_remedies(run):
     assert backends["run: ort on cpu"]["usable"]
     assert all(b["usable"] or b["remedy"] for b in backends.values())
     assert run("doctor")[0] == 0
+
+
+def test_any_command_removes_the_temporary_folders_of_killed_ones(run, monkeypatch, tmp_path):
+    code = (
+        "import os, signal; from tiue_export.system.owned_path import temporary_folder\n"
+        "with temporary_folder(): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False
+    )
+    assert len(list(tmp_path.glob(".tiue-export.work-*"))) == 1
+    assert run("cache")[0] == 0
+    assert list(tmp_path.glob(".tiue-export.work-*")) == []
 
 
 def test_doctor_tells_how_much_the_cache_holds(run, monkeypatch, tmp_path):

@@ -35,9 +35,11 @@ def is_owned(name: str, state: str) -> bool:
 
 def abandoned_paths(target: Path) -> Iterator[tuple[Path, str]]:
     """What dead processes of this machine left beside `target`, with its state."""
-    if not target.parent.is_dir():
+    try:
+        beside = list(target.parent.iterdir())
+    except OSError:  # no folder, or one that may not be listed
         return
-    for path in list(target.parent.iterdir()):
+    for path in beside:
         match = _OWNED.fullmatch(path.name)
         if not match or match["name"] != target.name or match["host"] != _host():
             continue
@@ -54,15 +56,18 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-@contextlib.contextmanager
-def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
-    """An empty folder in `parent` (the system's temporary one) that is gone after the block.
-
-    Where a kill keeps the block from ending, it goes with the next one of the same parent.
-    """
+def remove_temporary_leftovers(parent: Path | None = None) -> Path:
+    """Delete what killed processes left in `parent`; returns what its folders are named after."""
     target = (parent or Path(tempfile.gettempdir())) / "tiue-export"
     for path, _ in abandoned_paths(target):
         remove(path)
+    return target
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
+    """An empty folder in `parent` (the system's temporary one) that is gone after the block."""
+    target = remove_temporary_leftovers(parent)
     folder = owned_path(target, "work")
     folder.mkdir(mode=0o700)
     try:
