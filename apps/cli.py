@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import signal
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
 from tiue_export._version import __version__
+from tiue_export.errors import TiueWarning
 from tiue_export.system.owned_path import remove_temporary_leftovers
 
 from .commands.analyze import analyze
@@ -92,6 +94,24 @@ for _command in _COMMANDS:
 app.add_typer(bundle_app, name="bundle", rich_help_panel=panel_of("bundle"))
 
 
+_show_other_warning = warnings.showwarning
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings are for the user: no line of our code with them."""
+    if issubclass(category, TiueWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        _show_other_warning(message, category, filename, lineno, file, line)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script; `arguments` default to the process's own."""
     for stream in (sys.stdout, sys.stderr):
@@ -100,4 +120,5 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     # A plain SIGTERM would skip the clean-up of an unfinished export.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    warnings.showwarning = _show_warning
     app(args=sys.argv[1:] if arguments is None else arguments)

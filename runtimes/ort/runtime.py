@@ -15,7 +15,13 @@ import numpy as np
 
 from tiue_export.bundle.chain import NOISE, TOKENS
 from tiue_export.bundle.read import Bundle
-from tiue_export.errors import RuntimeFailure, UsageError, first_line, unknown_name
+from tiue_export.errors import (
+    RuntimeFailure,
+    TiueWarning,
+    UsageError,
+    first_line,
+    unknown_name,
+)
 from tiue_export.specs import GRAPH_NAMES, Array, ChainResult, Feeds, RuntimeOptions
 from tiue_export.system.install import install_line
 from tiue_export.system.kept_folder import KeptFolder
@@ -81,7 +87,9 @@ class OrtRuntime:
             if self._options.cuda_graph:
                 raise
             self._chains = False
-            warnings.warn(f"tensors go through the host, as {first_line(failure)}", stacklevel=2)
+            warnings.warn(
+                f"tensors go through the host, as {first_line(failure)}", TiueWarning, stacklevel=2
+            )
             return None
         return chain.run_chain(feeds)
 
@@ -140,6 +148,7 @@ class OrtRuntime:
             if self._options.device == "auto" and self._options.provider is None:
                 warnings.warn(
                     f"onnxruntime could not start {_PROVIDERS[self.device]}: running on the CPU",
+                    TiueWarning,
                     stacklevel=2,
                 )
                 self.device = "cpu"

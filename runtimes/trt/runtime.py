@@ -18,7 +18,7 @@ from tiue_export.bundle.chain import LATENTS, NOISE, PICTURE, SCALED_LATENTS, TO
 from tiue_export.bundle.engine_identity import check_engine, compiled_for, rebuild_line
 from tiue_export.bundle.manifest import Compiled
 from tiue_export.bundle.read import Bundle
-from tiue_export.errors import RuntimeFailure, TiueError, UsageError, first_line
+from tiue_export.errors import RuntimeFailure, TiueError, TiueWarning, UsageError, first_line
 from tiue_export.specs import (
     GRAPH_NAMES,
     VAE_DECODER,
@@ -447,7 +447,7 @@ def checked_engines(bundle: Bundle, compiled: Compiled, flavor: Flavor, gpu: Dev
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
+    warnings.warn(message, TiueWarning, stacklevel=3)
 
 
 def _nothing() -> None:

@@ -185,6 +185,23 @@ def test_any_command_removes_the_temporary_folders_of_killed_ones(run, monkeypat
     assert list(tmp_path.glob(".tiue-export.work-*")) == []
 
 
+def test_a_cache_that_cannot_be_written_is_one_line_and_the_picture_is_drawn(tiny_bundle, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = subprocess.run(
+        [sys.executable, "-m", "tiue_export", "generate", str(tiny_bundle.root), "a red fox"]
+        + ["--runtime", "auto", "--out", "fox.png"],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "fox.png\n"), done.stderr
+    (warning,) = (line for line in done.stderr.splitlines() if "cannot be written" in line)
+    assert warning.startswith("warning: ")
+    assert warning.endswith(" (Not a directory): the next start measures again")
+
+
 def test_doctor_tells_how_much_the_cache_holds(run, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     kept = tmp_path / "tiue-export" / "openvino" / "1.blob"

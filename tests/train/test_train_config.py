@@ -299,3 +299,9 @@ def test_every_setting_has_its_line_in_the_manual():
     manual = (PRESETS.parents[2] / "docs" / "training.md").read_text("utf-8")
     for field in dataclasses.fields(DistillConfig):
         assert f"`{field.name}`" in manual, field.name
+
+
+def test_the_example_of_a_minute_finds_its_teacher_and_its_prompts():
+    example = read_config(PRESETS.parents[2] / "examples" / "quick-student.toml")
+    assert Path(example.teacher, "model_index.json").is_file()
+    assert Path(example.prompts).is_file()
