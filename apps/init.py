@@ -19,6 +19,7 @@ from tiue_export.checkpoint.container import check_checkpoint_path, is_hub_id, r
 from tiue_export.checkpoint.demo_student import NAME, checkpoint_place
 from tiue_export.errors import TiueError, UsageError, unknown_name
 from tiue_export.registry.backends import BACKENDS
+from tiue_export.system.install import PACKAGE, WHEEL, install_line, wheel_line
 
 from .draw.generate import slug
 from .report.tables import print_json
@@ -147,7 +148,7 @@ def _by_exporter(backend: str, source: str, name: str) -> list[Step]:
     entry = BACKENDS[backend]
     extras = ",".join(filter(None, ("export", entry.extra)))
     return [
-        Step(f"pip install 'tiue-export[{extras}]'", "exporter and runtime"),
+        Step(install_line(extras), "exporter and runtime"),
         Step(f"tiue-export onnx {source} --out {name}", "a bundle, every hop proven"),
         Step(f"tiue-export {backend} --bundle {name}", f"its {entry.title} form, proven"),
         *_draw(name, backend),
@@ -156,7 +157,7 @@ def _by_exporter(backend: str, source: str, name: str) -> list[Step]:
 
 def _ort(source: str, name: str) -> list[Step]:
     return [
-        Step("pip install 'tiue-export[export]'", "exporter and runtime"),
+        Step(install_line("export"), "exporter and runtime"),
         Step(f"tiue-export onnx {source} --out {name}", "a bundle, every hop proven"),
         *_draw(name, "ort"),
     ]
@@ -166,7 +167,7 @@ def _coreml(options: str, source: str, name: str) -> list[Step]:
     made = "Core ML packages, proven" + (", and what Swift needs: docs/apple.md" if options else "")
     on_mac = [replace(step, where="on a Mac") for step in _draw(name, "coreml")]
     return [
-        Step("pip install 'tiue-export[export,coreml]'", "exporter and runtime"),
+        Step(install_line("export,coreml"), "exporter and runtime"),
         Step(f"tiue-export coreml {source}{options} --out {name}", made),
         *(on_mac if options else _draw(name, "coreml")),
     ]
@@ -174,7 +175,7 @@ def _coreml(options: str, source: str, name: str) -> list[Step]:
 
 def _rtx(source: str, name: str) -> list[Step]:
     return [
-        Step("pip install 'tiue-export[export,trt-rtx]'", "exporter, builder and runtime"),
+        Step(install_line("export,trt-rtx"), "exporter, builder and runtime"),
         Step(f"tiue-export trt {source} --flavor rtx --out {name}", "engines, also without a GPU"),
         *_draw(name, "trt"),
     ]
@@ -182,7 +183,7 @@ def _rtx(source: str, name: str) -> list[Step]:
 
 def _nvidia(source: str, name: str) -> list[Step]:
     return [
-        Step("pip install 'tiue-export[export,trt]'", "exporter, builder and runtime"),
+        Step(install_line("export,trt"), "exporter, builder and runtime"),
         Step(f"tiue-export trt {source} --flavor tensorrt --out {name}", "engines for this GPU"),
         *_draw(name, "trt"),
         Step(f"tiue-export serve {name} --runtime trt", "OpenAI's images API on port 8000"),
@@ -190,13 +191,18 @@ def _nvidia(source: str, name: str) -> list[Step]:
 
 
 def _jetson(source: str, name: str) -> list[Step]:
-    there = "on the Jetson"
+    there, wheel = "on the Jetson", wheel_line()
     return [
-        Step("pip install 'tiue-export[export]'", "exporter"),
+        Step(install_line("export"), "exporter"),
         Step(f"tiue-export onnx {source} --precision fp16 --out {name}", "a bundle, proven"),
         Step(f"tiue-export bundle pack {name} --runtime trt --out {name}.tar", "one file"),
-        Step(f"scp {name}.tar jetson:", "carry it over"),
-        Step("pip install 'tiue-export[trt]'", "no torch; TensorRT comes with JetPack", there),
+        *([Step(wheel, "the program itself, as one file")] if wheel else []),
+        Step(f"scp {name}.tar {f'dist/{WHEEL} ' if wheel else ''}jetson:", "carry it over"),
+        Step(
+            f"pip install '{WHEEL if wheel else PACKAGE}[trt]'",
+            "no torch; TensorRT comes with JetPack",
+            there,
+        ),
         Step(f"tiue-export bundle unpack {name}.tar --out {name}", "verified", there),
         Step(f"tiue-export trt --bundle {name}", "engines for this device", there),
         *(replace(step, where=there) for step in _draw(name, "trt")),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from tiue_export.errors import MissingExtraError
 from tiue_export.registry.packages import require
 from tiue_export.system import install
-from tiue_export.system.install import install_line
+from tiue_export.system.install import install_line, wheel_line
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,17 @@ def test_an_extra_is_installed_from_where_the_program_came_from(monkeypatch, not
 
     monkeypatch.setattr(install.metadata, "distribution", lambda name: Distribution())
     assert install_line("ort") == line
+
+
+def test_a_wheel_is_made_of_the_clone_and_of_nothing_where_there_is_none(monkeypatch):
+    def noted(note: dict) -> None:
+        distribution = SimpleNamespace(read_text=lambda name: json.dumps(note))
+        monkeypatch.setattr(install.metadata, "distribution", lambda name: distribution)
+
+    noted({"url": "file:///home/me/my%20clone", "dir_info": {"editable": True}})
+    assert wheel_line() == "pip wheel --no-deps --wheel-dir dist '/home/me/my clone'"
+    noted({})
+    assert wheel_line() is None
 
 
 def test_from_an_index_or_a_bare_folder_the_line_names_the_package(monkeypatch):
