@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,11 +84,10 @@ def export_checkpoint(
     """
     require("exporting", EXPORT_NEEDS, "export")
     from tiue_export.export.load import check_request, load_to_export
-    from tiue_export.methods.load import DEFAULT_METHOD
 
     export.check_audit(precision)
     options, quiet = graph_options(export, precision), export.as_json
-    method, sampling = export.method or DEFAULT_METHOD, export.sampling()
+    method, sampling = export.method, export.sampling()
     check_request(verb, export.checkpoint(ckpt), method, sampling, options)
     prompts = prompts_in(export.audit_prompts, "--audit-prompts")
     check_checkpoint_path(ckpt)
@@ -109,12 +108,16 @@ def export_checkpoint(
             student = load_to_export(
                 request, method, sampling, options, lambda part: bar.begin(f"load {part}")
             )
+        # Said now: the work takes minutes.
+        for text in student.source.notes:
+            bar.note(f"note: {text}")
         missing = _missing(student)
-        if missing:  # said now: the work takes minutes
+        if missing:
             _warn_of_missing(ckpt, missing)
         if export.dry_run:
             plan = plan_export(student, options)
-            _print_plan(plan, out, missing, as_json=quiet, onnx=from_student is None)
+            told = {"missing": missing, "notes": student.source.notes}
+            _print_plan(plan, out, told, as_json=quiet, onnx=from_student is None)
             return None
         written = {"force": export.force, "allow_parity_loss": export.allow_parity_loss}
         if from_student is not None:
@@ -205,8 +208,6 @@ def print_exported(exported: Exported, *, as_json: bool, is_last: bool = True) -
             }
         )
         return
-    for note in manifest.source.notes:
-        console.print(f"note: {note}", markup=False)
     console.print(graph_table(manifest))
     _print_proof(bundle)
     console.print(
@@ -221,8 +222,6 @@ def print_exported(exported: Exported, *, as_json: bool, is_last: bool = True) -
 def print_contract(exported: Exported) -> None:
     """What PyTorch proved of a bundle whose graphs will be made from the student."""
     manifest = exported.bundle.manifest
-    for note in manifest.source.notes:
-        console.print(f"note: {note}", markup=False)
     console.print(parity_table(manifest.parity))
     _print_missing(manifest)
 
@@ -281,10 +280,10 @@ def _steps(bundle: Bundle) -> str:
 
 
 def _print_plan(
-    plan: ExportPlan, out: Path, missing: Sequence[str], *, as_json: bool, onnx: bool
+    plan: ExportPlan, out: Path, told: Mapping[str, object], *, as_json: bool, onnx: bool
 ) -> None:
     if as_json:
-        print_json({"bundle": str(out), "missing": missing, **dataclasses.asdict(plan)})
+        print_json({"bundle": str(out), **told, **dataclasses.asdict(plan)})
         return
     columns = (*fixed("graph"), *numbers("inputs", "outputs", "weights"))
     table = titled("Plan (nothing was written)", *columns)

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -436,9 +437,46 @@ def test_what_does_not_exist_and_what_is_no_model_are_told_apart(tmp_path):
     refused(CheckpointError, tmp_path / "folder", "neither a diffusers pipeline")
     page = tmp_path / "page.safetensors"
     page.write_text("<html>404</html>" * 10)
-    refused(CheckpointError, page, "no safetensors file", "git-lfs pointer")
+    refused(CheckpointError, page, "is a web page or XML, such as a failed download")
     page.write_bytes(struct.pack("<Q", 5) + b"{nope")
     refused(CheckpointError, page, "its header is not the JSON")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "next_step"),
+    [
+        ("m.gguf", b"GGUF\x03\0\0\0tensors", "a GGUF file, quantized for", "it was made of"),
+        ("m.safetensors", b"<!DOCTYPE html><html>", "a web page or XML", "Download the weights"),
+        ("m.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "pointer", "lfs pull"),
+        ("m.safetensors.gz", b"\x1f\x8b\x08\0\0\0\0\0", "a gzip archive", "Unpack it first."),
+        ("m.onnx", b"\x08\x08\x12\x07pytorch", "an ONNX graph", "that it was exported from"),
+    ],
+)
+def test_what_is_often_given_for_weights_is_called_what_it_is(
+    tmp_path, name, content, kind, next_step
+):
+    file = tmp_path / name
+    file.write_bytes(content)
+    refused(CheckpointError, file, f"{file} is ", kind, next_step)
+
+
+def test_a_zip_of_something_else_than_a_pickle_is_told_to_be_unpacked(tmp_path):
+    file = tmp_path / "model.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("unet/config.json", "{}")
+    refused(CheckpointError, file, "is a zip archive", "Unpack it, then name the folder.")
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("archive/data.pkl", b"")
+    refused(CheckpointError, file, "is a pickle, which can run any code")
+
+
+def test_a_bundle_and_an_adapter_are_told_which_option_is_theirs(tiny_bundle, tmp_path):
+    refused(
+        UsageError, tiny_bundle.root, "is a bundle, which was exported already", "Draw with it: "
+    )
+    file = tmp_path / "lora.safetensors"
+    save_file({"unet.mid_block.to_q.lora_A.weight": torch.zeros(1, 1)}, file)
+    refused(UnsupportedModelError, file, "a LoRA adapter, not a whole UNet", "with --lora")
 
 
 def test_a_hub_id_that_cannot_be_reached_says_so_without_a_traceback():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import zipfile
 from pathlib import Path
 
 from tiue_export.checkpoint.demo_student import checkpoint_place
@@ -12,6 +13,18 @@ from tiue_export.system.json_file import parse_json
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _PICKLE_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
+_DOWNLOAD = "Download the weights themselves again; the file's page on a hub is none."
+# How files begin that are often given for weights: what they are, what to do.
+_FOREIGN = (
+    (
+        b"GGUF",
+        "a GGUF file, quantized for llama.cpp and its like",
+        "Give the weights it was made of.",
+    ),
+    (b"<", "a web page or XML, such as a failed download", _DOWNLOAD),
+    (b"version https://git-lfs", "a git-lfs pointer, not the file", "Fetch it: git lfs pull"),
+    (b"\x1f\x8b", "a gzip archive", "Unpack it first."),
+)
 
 
 def check_checkpoint_path(path: str | Path) -> None:
@@ -54,6 +67,7 @@ def check_container(path: Path) -> None:
     """Tell a pickle, a truncated file and a foreign file apart before safetensors sees them."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
+    _refuse_foreign(path)
     refuse_pickle(path)
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -62,7 +76,7 @@ def check_container(path: Path) -> None:
             raise CheckpointError(
                 f"{path} is no safetensors file ({size_bytes} bytes; its header would be "
                 f"{header_bytes} bytes)",
-                "A git-lfs pointer or an error page looks like this: download the file again.",
+                _DOWNLOAD,
             )
         raw = file.read(header_bytes)
     try:
@@ -80,6 +94,35 @@ def check_container(path: Path) -> None:
         ) from error
     if size_bytes < promised:
         raise _truncated(path, size_bytes, promised)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Call by its name what is often given for weights; the table's own beginnings decide."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    for beginning, kind, next_step in _FOREIGN:
+        # As the size of a header the same bytes would be enormous: no safetensors file has them.
+        if head.lstrip().lower().startswith(beginning.lower()) and head[8:9] != b"{":
+            raise CheckpointError(f"{path} is {kind}; expected .safetensors", next_step)
+    if path.suffix == ".onnx":
+        raise CheckpointError(
+            f"{path} is an ONNX graph; expected the weights, as .safetensors",
+            "Give the checkpoint that it was exported from.",
+        )
+    if head.startswith(b"PK\x03\x04") and not _holds_pickle(path):
+        raise CheckpointError(
+            f"{path} is a zip archive; expected .safetensors or a diffusers folder",
+            "Unpack it, then name the folder.",
+        )
+
+
+def _holds_pickle(path: Path) -> bool:
+    """Whether a zip is one of torch's, or cannot be looked into."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".pkl") for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return True
 
 
 def _truncated(path: Path, size_bytes: int, promised_bytes: int) -> CheckpointError:

@@ -143,13 +143,14 @@ _INPUT_CHANNELS = {
     8: "8 input channels, as InstructPix2Pix has",
     9: "9 input channels, as inpainting has",
 }
+_LORA = "a LoRA adapter, not a whole UNet"
 # (mark in a tensor's name, what it is)
 _FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     ("controlnet_", "a ControlNet"),
     ("control_model.", "a ControlNet"),
     ("input_hint_block.", "a ControlNet"),
-    ("lora_", "a LoRA adapter, not a whole UNet: merge it into the student first"),
-    (".lora.", "a LoRA adapter, not a whole UNet: merge it into the student first"),
+    ("lora_", _LORA),
+    (".lora.", _LORA),
     ("add_embedding.", "an SDXL-style UNet (added conditions)"),
     ("label_emb.", "an SDXL-style UNet (added conditions)"),
     ("conditioner.embedders.", "an SDXL checkpoint (added conditions)"),
@@ -166,14 +167,24 @@ def check_tensor_names(shapes: Shapes) -> None:
     for mark, kind in _FOREIGN_NAMES:
         example = next((name for name in shapes if mark in name), None)
         if example is not None:
-            raise _not_plain(f'it is {kind}: it holds "{example}"', prefix="")
+            raise _not_plain(
+                f'it is {kind}: it holds "{example}"',
+                prefix="",
+                next_step=_WITH_LORA if kind == _LORA else _OF_A_FAMILY,
+            )
     conv_in = shapes.get("conv_in.weight")
     if conv_in is not None and len(conv_in) == 4 and conv_in[1] != 4:
         raise _not_plain(_INPUT_CHANNELS.get(conv_in[1], f"{conv_in[1]} input channels"))
 
 
-def _not_plain(what: str, prefix: str = "the UNet has ") -> UnsupportedModelError:
+_OF_A_FAMILY = "TiUE students are distilled from Stable Diffusion 1.5, 2.1-base or 2.1."
+_WITH_LORA = "Name its model with --ckpt, and this file with --lora."
+
+
+def _not_plain(
+    what: str, prefix: str = "the UNet has ", next_step: str = _OF_A_FAMILY
+) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{prefix}{what}; expected a Stable Diffusion 1.x or 2.x text-to-image UNet",
-        "TiUE students are distilled from Stable Diffusion 1.5, 2.1-base or 2.1.",
+        next_step,
     )

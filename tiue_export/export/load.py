@@ -17,7 +17,7 @@ from tiue_export.student.model import Student
 def check_request(
     verb: str,
     request: CheckpointRequest,
-    method: str,
+    method: str | None,
     options: MethodOptions,
     graphs: ExportOptions,
 ) -> None:
@@ -31,7 +31,7 @@ def check_request(
 
 def load_to_export(
     request: CheckpointRequest,
-    method: str,
+    method: str | None,
     options: MethodOptions,
     graphs: ExportOptions,
     on_stage: Callable[[str], None] = lambda stage: None,

@@ -17,8 +17,9 @@ from tiue_export.methods.method import (
     method_named,
     refuse_foreign_options,
 )
-from tiue_export.methods.tiue import Tiue
-from tiue_export.student.load import load_model
+from tiue_export.methods.tiue import Tiue, check_assumed
+from tiue_export.sampling.plan import Plan
+from tiue_export.student.load import CheckpointFacts, load_model
 from tiue_export.student.lora import merge_lora
 from tiue_export.student.model import Student
 
@@ -38,9 +39,9 @@ class CheckpointRequest:
     controlnet: str | None = None
 
 
-def check_method(name: str, options: MethodOptions, controlnet: str | None = None) -> Method:
-    """The method by its name, once all that was given means something to it."""
-    method = method_named(name, METHODS)
+def check_method(name: str | None, options: MethodOptions, controlnet: str | None = None) -> Method:
+    """The method by its name (None: the default), once all that was given means something to it."""
+    method = method_named(name or DEFAULT_METHOD, METHODS)
     refuse_foreign_options(method, options, METHODS)
     if controlnet is not None and not method.takes_controlnet:
         takers = [other for other in METHODS.values() if other.takes_controlnet]
@@ -51,17 +52,26 @@ def check_method(name: str, options: MethodOptions, controlnet: str | None = Non
 
 def load_for_method(
     request: CheckpointRequest,
-    method: str,
+    method: str | None,
     options: MethodOptions,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:
-    """The checkpoint as a method wants it, adapters merged, a ControlNet added."""
+    """The checkpoint as a method wants it, adapters merged, a ControlNet added.
+
+    Without a `method` it is taken for a TiUE student, unless its scheduler says that it is none.
+    """
     chosen = check_method(method, options, request.controlnet)
     check_additions(request)
+
+    def plan_of(checkpoint: CheckpointFacts) -> Plan:
+        if method is None:
+            check_assumed(checkpoint)
+        return chosen.plan(checkpoint, options)
+
     student = load_model(
         request.ckpt,
         request.base,
-        lambda checkpoint: chosen.plan(checkpoint, options),
+        plan_of,
         family=request.family,
         vae=request.vae,
         on_stage=on_stage,

@@ -10,6 +10,10 @@ from tiue_export.sampling.ddim import DEFAULT_STEPS, one_pass_plan
 from tiue_export.sampling.plan import Plan
 from tiue_export.student.load import STEPS_KEY, CheckpointFacts
 
+# What a TiUE student's scheduler_config.json can say.
+_SCHEDULERS = ("DDIMScheduler", "PNDMScheduler", "DDPMScheduler")
+_SPACING = "leading"
+
 
 @dataclass(frozen=True)
 class Tiue:
@@ -28,6 +32,27 @@ class Tiue:
         """Raises `ScheduleError` for a K that the student was not trained for."""
         steps = _steps(checkpoint.recorded_steps, options.steps, options.allow_other_steps)
         return one_pass_plan(checkpoint.scheduler_config, steps)
+
+
+def check_assumed(checkpoint: CheckpointFacts) -> None:
+    """Refuse to take a checkpoint for a TiUE student whose scheduler says that it is none.
+
+    A student that records its K is one. Of others the scheduler alone tells: TiUE is distilled on
+    DDIM's steps from t = 1 on, few-step students end at t = 999 and are saved with other classes
+    (SD-Turbo with Euler's, LCM with its own). Raises `ScheduleError`.
+    """
+    if checkpoint.recorded_steps is not None:
+        return
+    config = checkpoint.scheduler_config
+    name = str(config.get("_class_name", _SCHEDULERS[0]))
+    spacing = str(config.get("timestep_spacing", _SPACING))
+    if name not in _SCHEDULERS or spacing != _SPACING:
+        raise ScheduleError(
+            f"{checkpoint.name} is no TiUE student by its scheduler, {name} with {spacing} "
+            f"timesteps; expected {' or '.join(_SCHEDULERS)} with {_SPACING} ones",
+            "Add --method faster for an ordinary model, or --method tiue to take it for a student "
+            "all the same. Few-step students (SD-Turbo, LCM, Hyper-SD) cannot be exported yet.",
+        )
 
 
 def _steps(recorded: object, wanted: int | None, allow_other: bool) -> int:

@@ -17,6 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tiue_export.bundle.manifest import Source
+from tiue_export.bundle.read import MANIFEST_FILE
 from tiue_export.checkpoint.config_file import config_from, read_config
 from tiue_export.checkpoint.container import check_checkpoint_path, is_hub_id
 from tiue_export.checkpoint.demo_student import checkpoint_place
@@ -56,6 +57,7 @@ from tiue_export.errors import (
 )
 from tiue_export.sampling.plan import Plan
 from tiue_export.student.model import Student, time_embedding
+from tiue_export.system.command_line import command_line
 
 _PARTS = ("text_encoder", "vae", "tokenizer", "scheduler")
 STEPS_KEY = "tiue_steps"
@@ -188,6 +190,12 @@ def _locate(path: str | Path) -> _Checkpoint:
     if (root / "config.json").is_file():
         config = read_config(root / "config.json")
         return _Checkpoint(root, weight_files(root, WEIGHTS_STEM), config, None)
+    if (root / MANIFEST_FILE).is_file():
+        raise UsageError(
+            f"{root} is a bundle, which was exported already; expected a checkpoint",
+            f"Draw with it: {command_line('generate', root)} PROMPT, or compile it: "
+            f"{command_line('openvino', '--bundle', root)}",
+        )
     raise CheckpointError(
         f"{root} is neither a diffusers pipeline (no unet/) nor a UNet folder (no config.json)",
         "Point --ckpt at the folder that holds model_index.json, or at one .safetensors file.",
