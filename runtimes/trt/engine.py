@@ -260,7 +260,10 @@ class RuntimeCache:
         """What is stored; nothing where there is none, or it was damaged."""
         if self._kept.place is None or not self._kept.is_whole:
             return b""
-        return (self._kept.place / _KERNELS).read_bytes()
+        try:
+            return (self._kept.place / _KERNELS).read_bytes()
+        except OSError:  # another process needed its room just now
+            return b""
 
     def write(self, content: bytes) -> None:
         """Store for the next start; a folder that cannot be written costs only time then."""
