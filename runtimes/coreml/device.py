@@ -34,7 +34,7 @@ _UNIT_OF_DEVICE = {
     "MLGPUComputeDevice": "GPU",
     "MLNeuralEngineComputeDevice": "Neural Engine",
 }
-FOLDER = "coreml"
+_CACHE = "coreml"  # the kind of its entries in the cache
 _MODEL = "model.mlmodelc"
 _LIBRARY = "libcoremlpython"
 
@@ -149,24 +149,28 @@ class CoremlDevice:
     def _compiled(self, package: PackageFile) -> Path:
         """The compiled model: an earlier start's where it is whole, else made now."""
         build = self._system.build
-        kept = KeptFolder(FOLDER, f"{package.graph}-{package.identity[:16]}-macos{build}")
-        if not kept.is_whole:
-            # Without a place coremltools takes a temporary one, gone with the process.
-            place = [] if kept.place is None else [str(kept.place / _MODEL)]
+        kept = KeptFolder(_CACHE, f"{package.graph}-{package.identity[:16]}-macos{build}")
+        if kept.place is not None and not kept.is_whole:
             try:
-                compiled = self._library.models.utils.compile_model(str(package.path), *place)
-            except Exception as error:
+                self._compile(package, str(kept.place / _MODEL))
+            except RuntimeFailure:
                 kept.drop()
-                raise RuntimeFailure(
-                    f"Core ML cannot compile {package.graph}: {first_line(error)}",
-                    f"Its package needs a newer system than macOS {_dotted(self._system.version)}, "
-                    "or disk space ran out.",
-                ) from error
+                raise
             kept.save()
-            if kept.place is None:
-                return Path(compiled)
-        assert kept.place is not None
-        return kept.place / _MODEL
+        if kept.place is not None:
+            return kept.place / _MODEL
+        # Nothing can be kept: coremltools takes a temporary place, gone with the process.
+        return Path(self._compile(package))
+
+    def _compile(self, package: PackageFile, *place: str) -> str:
+        try:
+            return str(self._library.models.utils.compile_model(str(package.path), *place))
+        except Exception as error:
+            raise RuntimeFailure(
+                f"Core ML cannot compile {package.graph}: {first_line(error)}",
+                f"Its package needs a newer system than macOS {_dotted(self._system.version)}, or "
+                "disk space ran out.",
+            ) from error
 
 
 def missing_core_ml() -> str | None:

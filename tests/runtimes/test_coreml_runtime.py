@@ -6,11 +6,13 @@ packages in the evaluator; tests marked `mac` do it for real.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
 import platform
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ import pytest
 
 from tiue_export.bundle.read import Bundle, file_records, open_bundle
 from tiue_export.drawing.pipeline import Pipeline
-from tiue_export.errors import BundleError, RuntimeFailure, UsageError
+from tiue_export.errors import BundleError, RuntimeFailure, TiueWarning, UsageError
 from tiue_export.proof.parity import load_reference, measure_runtime
 from tiue_export.registry.backends import open_runtime
 from tiue_export.runtimes.coreml import device as coreml_device
@@ -34,6 +36,7 @@ from tiue_export.runtimes.coreml.runtime import (
     package_of,
 )
 from tiue_export.specs import GRAPH_NAMES, TEXT_ENCODER, UNET_ENCODER, VAE_DECODER, RuntimeOptions
+from tiue_export.system import kept_folder
 from tiue_export.system.install import install_line
 
 logging.getLogger("coremltools").setLevel(logging.ERROR)
@@ -315,10 +318,11 @@ class StandIn:
         if where in self.fails:
             raise Exception(self.fails[where])
 
-    def _compile(self, source: str, destination: str) -> str:
+    def _compile(self, source: str, destination: str | None = None) -> str:
         self._fail("compile")
         self.compiled.append(source)
-        return str(shutil.copytree(source, destination))
+        place = destination or f"{tempfile.mkdtemp()}/model.mlmodelc"  # as coremltools does
+        return str(shutil.copytree(source, place))
 
     def _load(self, path: str, compute_units: Any, function_name: Any, optimization_hints: Any):
         self._fail("load")
@@ -445,6 +449,26 @@ def test_a_compiled_model_that_another_process_made_meanwhile_is_used(own, libra
     library.models.utils.compile_model = slower_than_another
     runtime.run(TEXT_ENCODER, pool_of(own))
     assert [path.name.startswith("text_encoder-") for path in cache.iterdir()] == [True]
+
+
+@pytest.mark.parametrize("when", ["at the start", "at the end"])
+def test_a_model_that_cannot_be_kept_is_compiled_elsewhere_and_runs(
+    own, library, cache, when, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if when == "at the start":
+        cache.parent.mkdir()
+        cache.write_text("in the way")
+    else:
+
+        def full(folder: Path) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(kept_folder, "_seal", full)
+    with pytest.warns(TiueWarning, match="cannot be written"):
+        outputs = native(own, library).run(TEXT_ENCODER, pool_of(own))
+    assert np.isfinite(outputs["last_hidden_state"]).all()
+    assert len(list(tmp_path.glob("*/model.mlmodelc"))) == 1
 
 
 def test_fast_prediction_is_asked_for_where_macos_knows_it(own, library, cache):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tiue_export.errors import TiueWarning, UsageError
+from tiue_export.system import kept_folder
 from tiue_export.system.kept_folder import LIMIT_VARIABLE, SEAL, KeptFolder, limit_bytes
 
 
@@ -92,6 +93,34 @@ def test_of_two_that_make_the_same_entry_the_first_is_kept_and_both_go_on(kind):
     assert first.place == second.place == kind / "fox"
     assert (kind / "fox" / "blob").read_bytes() == b"first"
     assert names(kind) == ["fox"]
+
+
+def test_an_entry_that_another_process_has_just_made_is_not_taken_for_a_damaged_one(
+    kind, monkeypatch
+):
+    first, judge = KeptFolder("kind", "fox"), kept_folder._is_sealed
+
+    def judged_too_early(entry: Path) -> bool:
+        monkeypatch.setattr(kept_folder, "_is_sealed", judge)
+        first.save({"blob": b"first"})
+        return False
+
+    monkeypatch.setattr(kept_folder, "_is_sealed", judged_too_early)
+    second = KeptFolder("kind", "fox")
+    assert (kind / "fox" / "blob").read_bytes() == b"first"
+    second.save({"blob": b"second"})
+    assert (kind / "fox" / "blob").read_bytes() == b"first"
+
+
+def test_others_that_make_room_at_the_same_time_cost_nobody_an_entry(kind, monkeypatch):
+    def vanished(newest: Path) -> None:
+        raise FileNotFoundError(newest)
+
+    monkeypatch.setattr(kept_folder, "make_room", vanished)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make("fox")
+    assert KeptFolder("kind", "fox").is_whole
 
 
 def test_the_entries_used_longest_ago_go_when_there_is_too_much(kind, monkeypatch):

@@ -35,7 +35,11 @@ class KeptFolder:
 
     def __init__(self, kind: str, name: str) -> None:
         self._entry = user_cache_folder() / kind / name
+        # One that another process puts there from now on is not the damaged one.
+        was_there = self._entry.exists()
         self.is_whole = _is_sealed(self._entry)
+        if was_there and not self.is_whole:
+            remove(self._entry)
         self.place = self._entry if self.is_whole else self._new_place()
 
     def save(self, files: Mapping[str, bytes] | None = None) -> None:
@@ -53,10 +57,12 @@ class KeptFolder:
             _seal(self.place)
             if self.place != self._entry:
                 self._put()
-            make_room(self._entry)
         except OSError as error:
             self.drop()
             self._warn(error)
+            return
+        with contextlib.suppress(OSError):  # others make room too, and entries are gone meanwhile
+            make_room(self._entry)
 
     def drop(self) -> None:
         """Keep nothing."""
@@ -79,7 +85,6 @@ class KeptFolder:
         try:
             for path, _ in abandoned_paths(self._entry):
                 remove(path)
-            remove(self._entry)
             place.mkdir(parents=True)
         except OSError as error:
             self._warn(error)
