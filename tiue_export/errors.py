@@ -73,7 +73,15 @@ class BundleError(TiueError):
 
 
 class ParityError(TiueError):
+    """`hops` are the conversions that lost too much, as their parity records name them."""
+
     exit_code = 7
+
+    def __init__(
+        self, message: str, next_step: str | None = None, hops: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message, next_step)
+        self.hops = hops
 
 
 class MissingExtraError(TiueError):

@@ -70,7 +70,7 @@ def run(source: StudentSourceOptions, own: CoremlForm, export: ExportRequest) ->
         try:
             make_form(FORM, export, make, stages, start, table=package_table)
         except ParityError as error:
-            instead = gentler(plan, error.message)
+            instead = gentler(plan, error.hops)
             if source.bundle is not None or not instead:
                 raise
             # The bundle of the export is kept: it took minutes too.

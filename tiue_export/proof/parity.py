@@ -241,4 +241,5 @@ def require_passed(records: list[ParityRecord], next_step: str) -> None:
         raise ParityError(
             f"{len(failed)} of {len(records)} parity checks failed: {lines}",
             next_step,
+            tuple(record.hop for record in failed),
         )

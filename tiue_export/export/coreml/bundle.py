@@ -91,7 +91,7 @@ def compile_coreml(
     try:
         return make(backend)
     except ParityError as error:
-        compress = gentler(backend.plan, error.message).get("compress")
+        compress = gentler(backend.plan, error.hops).get("compress")
         if compress is None or options.compress or backend.plan.compress == RECIPE:
             raise
         observer.on_note(f"{error.message}: made again with --compress {compress}")
@@ -123,7 +123,7 @@ class CoremlBackend(Backend):
 
     def if_lost(self, failed: ParityRecord) -> str:
         """Gentler compression, then whole precision."""
-        instead = gentler(self.plan, f" {failed.hop},")
+        instead = gentler(self.plan, [failed.hop])
         return accept_loss(
             " ".join(f"--{name} {value}" for name, value in instead.items() if value)
         )

@@ -7,7 +7,7 @@ Data and its checks only, nothing heavy is imported: a wrong word is refused bef
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tiue_export.errors import UsageError, unknown_name
@@ -292,13 +292,14 @@ def _check_together(plan: CoremlPlan, options: CoremlOptions) -> None:
         )
 
 
-def gentler(plan: CoremlPlan, lost: str) -> dict[str, str | None]:
-    """What to ask for in place of what a failed gate names, by option; nothing if all is whole.
+def gentler(plan: CoremlPlan, hops: Sequence[str]) -> dict[str, str | None]:
+    """What to ask for in place of what lost too much, by option; nothing if all is whole.
 
-    `lost` is the error's message, which names how the weights were stored. Of the demo student
-    (128 px, iphone) palettize-6 leaves 33.1 dB of its latents, and palettize-8 45.1 dB.
+    `hops` are those of the failed records, which end in how the weights were stored. Of the demo
+    student (128 px, iphone) palettize-6 leaves 33.1 dB of its latents, and palettize-8 45.1 dB.
     """
-    stored = [name for name, each in COMPRESSIONS.items() if f" {name}," in lost and each.bits < 16]
+    ends = {hop.rpartition(" ")[2] for hop in hops}
+    stored = [name for name, each in COMPRESSIONS.items() if name in ends and each.bits < 16]
     if stored and stored[0] not in _EIGHT_BITS:
         return {"compress": "palettize-8"}
     if stored:
