@@ -13,6 +13,7 @@ from tiue_export.bundle.lock import locked
 from tiue_export.bundle.manifest import Compiled, Manifest
 from tiue_export.bundle.read import MANIFEST_FILE, Bundle, open_bundle, read_manifest
 from tiue_export.errors import BundleError
+from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.lock import lock_beside, sole_process
 from tiue_export.system.new_folder import PARTIAL, force_to_disk, new_folder, remove_leftovers
@@ -126,14 +127,7 @@ def _identities(manifest: Manifest, name: str) -> dict[str, str]:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write tiue.json so that a reader sees the old one or the new one."""
-    target = root / MANIFEST_FILE
-    remove_leftovers(target)
-    partial = owned_path(target, PARTIAL)  # without file locks another process may write one too
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(target)
+    write_atomically(root / MANIFEST_FILE, manifest.to_json().encode())
 
 
 def link_or_copy(source: Path, place: Path) -> None:

@@ -170,7 +170,7 @@ def check_tensor_names(shapes: Shapes) -> None:
             raise _not_plain(
                 f'it is {kind}: it holds "{example}"',
                 prefix="",
-                next_step=_WITH_LORA if kind == _LORA else _OF_A_FAMILY,
+                next_step=_NEXT_STEPS.get(kind, _OF_A_FAMILY),
             )
     conv_in = shapes.get("conv_in.weight")
     if conv_in is not None and len(conv_in) == 4 and conv_in[1] != 4:
@@ -178,7 +178,7 @@ def check_tensor_names(shapes: Shapes) -> None:
 
 
 _OF_A_FAMILY = "TiUE students are distilled from Stable Diffusion 1.5, 2.1-base or 2.1."
-_WITH_LORA = "Name its model with --ckpt, and this file with --lora."
+_NEXT_STEPS = {_LORA: "Name its model with --ckpt, and this file with --lora."}
 
 
 def _not_plain(

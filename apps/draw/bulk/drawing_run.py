@@ -16,9 +16,11 @@ from tiue_export.drawing.pipeline import check_steering
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.registry.support import require_support
 from tiue_export.sampling.plan import check_guidance
+from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.json_file import read_object
 from tiue_export.system.lock import sole_process
+from tiue_export.system.owned_path import is_owned
 
 from ...options.generate import BulkOptions, DrawOptions
 from ...options.group import given
@@ -170,14 +172,13 @@ def _owned(out: Path, identity: Mapping[str, Any]) -> Iterator[None]:
 def _agree(out: Path, identity: Mapping[str, Any]) -> None:
     path = out / _RECORD
     if not path.exists():
-        others = [name for name in sorted(os.listdir(out)) if name != _LOCK]
+        listed = [name for name in sorted(os.listdir(out)) if name != _LOCK]
+        others = [name for name in listed if not is_owned(name, "partial")]  # of a killed start
         if others:
             raise UsageError(
                 f"{out} holds {others[0]} and is no bulk run's folder", "Choose another --out."
             )
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(identity, indent=1) + "\n", "utf-8")
-        partial.replace(path)
+        write_atomically(path, (json.dumps(identity, indent=1) + "\n").encode())
         return
     try:
         before = read_object(path)
