@@ -38,7 +38,7 @@ def run(request: AnalyzeRequest) -> None:
     check_checkpoint_path(request.ckpt)
     prompts = _prompts(request)
     from tiue_export.methods.load import CheckpointRequest, load_for_method
-    from tiue_export.methods.method import MethodOptions
+    from tiue_export.methods.method import SamplingOptions
     from tiue_export.reference.key_step_analysis import candidates, measure_prompt
     from tiue_export.reference.sharing_cost import torch_model
 
@@ -51,7 +51,7 @@ def run(request: AnalyzeRequest) -> None:
             picked(CheckpointRequest, request),
             "faster",
             # The budget is for choosing here, not for loading.
-            picked(MethodOptions, request, budget=None),
+            picked(SamplingOptions, request, budget=None),
             lambda part: bar.begin(f"load {part}"),
         )
         model = torch_model(teacher, request.height, request.width)

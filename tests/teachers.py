@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tiue_export.methods.load import CheckpointRequest, load_for_method
-from tiue_export.methods.method import MethodOptions
+from tiue_export.methods.method import SamplingOptions
 from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.student.model import Student
 
@@ -13,7 +13,7 @@ from tiue_export.student.model import Student
 def load_teacher(path: str | Path, *, options: FasterOptions | None = None) -> Student:
     """A checkpoint of Stable Diffusion 1.x/2.x with the plan of these options."""
     chosen = options or FasterOptions()
-    given = MethodOptions(
+    given = SamplingOptions(
         steps=chosen.steps,
         scheduler=chosen.scheduler,
         key_steps=chosen.key_steps,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .group import OptionGroup, option, picked
 
 if TYPE_CHECKING:
-    from tiue_export.methods.method import MethodOptions as Sampling
+    from tiue_export.methods.method import SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ class MethodName(OptionGroup):
 class MethodOptions(LoopOptions, StepOptions, MethodName, ControlNetOptions, LoraOptions):
     """What is exported: a distilled student, or a model in a loop."""
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingOptions:
         """What was said of the sampling, in the words of methods."""
-        from tiue_export.methods.method import MethodOptions as Sampling
+        from tiue_export.methods.method import SamplingOptions
 
-        return picked(Sampling, self)
+        return picked(SamplingOptions, self)
 
     def plans_passes(self) -> bool:
         """Whether the method draws in several passes; unknown methods are refused."""

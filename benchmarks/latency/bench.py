@@ -42,11 +42,11 @@ from ..studies.ceiling import ceilings_in_child, parse_ceilings
 from .comparison import compare_with_first_bundle
 from .contenders import Contender, bundle_titles, expand
 from .environment import describe_environment
-from .faster_session import loop_runs, plan_of
 from .flops import bundle_flops
+from .loop_session import loop_runs, plan_of
 from .made_bundle import is_made, made
 from .report import first_measured, full_names, markdown, number, standing_warnings
-from .settings import FasterSettings, GraphSettings, SessionSettings
+from .settings import GraphSettings, LoopSettings, SessionSettings
 from .summary import RATIO_STAGES, summarized
 from .turns import measure
 
@@ -172,7 +172,7 @@ def counted(settings: SessionSettings, row: Measurement) -> Measurement:
     """The row with its operations per stage, where its graphs' files tell them."""
     if row.facts is None or missing_modules(("onnx",)):
         return row
-    if isinstance(settings, FasterSettings):
+    if isinstance(settings, LoopSettings):
         return replace(row, flops=_loop_flops(settings, row.facts.batch))
     if isinstance(settings, GraphSettings):
         return replace(row, flops=_pass_flops(settings, row.facts.batch))
@@ -192,7 +192,7 @@ def _pass_flops(settings: GraphSettings, batch: int) -> dict[str, float]:
     return flops
 
 
-def _loop_flops(settings: FasterSettings, batch: int) -> dict[str, float]:
+def _loop_flops(settings: LoopSettings, batch: int) -> dict[str, float]:
     """Operations of a drawing in a loop: decoder runs differ by the steps they get."""
     change = PlanChange(max_decoder_rows=settings.max_decoder_rows)
     bundle = replanned(_counted_bundle(settings.bundle), change)

@@ -17,11 +17,11 @@ from tiue_export.registry.backends import BACKENDS, native_precisions
 from tiue_export.registry.packages import missing_modules
 from tiue_export.specs import CONTROLNET
 
-from .faster_session import LOOPS, plan_of
+from .loop_session import LOOPS, plan_of
 from .made_bundle import MadeBundle
 from .settings import (
-    FasterSettings,
     GraphSettings,
+    LoopSettings,
     SdCppSettings,
     SessionSettings,
     TorchSettings,
@@ -235,7 +235,7 @@ def _looped_bundle(
         Contender(
             name=lane.name(_loop_title(title, loop)),
             what=f"{heads.get(loop, head)}: {what}",
-            settings=FasterSettings(bundle=str(bundle.root), loop=loop, **on_graphs),
+            settings=LoopSettings(bundle=str(bundle.root), loop=loop, **on_graphs),
             missing=missing,
         )
         for loop, what in LOOPS.items()

@@ -10,12 +10,12 @@ from typing import Any, Protocol, cast
 
 from tiue_export.proof.latency_record import END_TO_END, UNET, Facts
 
-from .settings import FasterSettings, GraphSettings, SdCppSettings, SessionSettings, TorchSettings
+from .settings import GraphSettings, LoopSettings, SdCppSettings, SessionSettings, TorchSettings
 
 # Module and class by the settings' kind. Opened in the worker only: each imports its own backend.
 SESSIONS: Mapping[str, tuple[type[SessionSettings], str, str]] = {
     GraphSettings.kind: (GraphSettings, "graph_session", "GraphSession"),
-    FasterSettings.kind: (FasterSettings, "faster_session", "FasterSession"),
+    LoopSettings.kind: (LoopSettings, "loop_session", "LoopSession"),
     TorchSettings.kind: (TorchSettings, "torch_session", "TorchSession"),
     SdCppSettings.kind: (SdCppSettings, "sd_cpp_session", "SdCppSession"),
 }

@@ -45,10 +45,10 @@ class GraphSettings(PassSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FasterSettings(SessionSettings):
+class LoopSettings(SessionSettings):
     """A bundle with a plan, and one of `LOOPS`; `max_decoder_rows` replaces the plan's own."""
 
-    kind: ClassVar[str] = "faster"
+    kind: ClassVar[str] = "loop"
     bundle: str
     runtime: str
     loop: str

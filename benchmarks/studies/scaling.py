@@ -45,10 +45,10 @@ from ..figure import check_plot, new_figure, save_figure
 from ..latency.bench import check_settings, measure_contenders
 from ..latency.contenders import Contender
 from ..latency.environment import describe_environment
-from ..latency.faster_session import loop_runs, plan_of
+from ..latency.loop_session import loop_runs, plan_of
 from ..latency.made_bundle import MadeBundle
 from ..latency.report import rich_table
-from ..latency.settings import FasterSettings, GraphSettings, TorchSettings
+from ..latency.settings import GraphSettings, LoopSettings, TorchSettings
 from ..latency.summary import peak_share, spreads, summarized
 
 _TITLES: Mapping[str, str] = {
@@ -133,7 +133,7 @@ def _contender(sweep: Sweep, axis: str, value: int, variant: str) -> Contender:
         plan = plan_of(replanned(sweep.bundle, PlanChange(max_decoder_rows=rows)))
         loop_runs(plan, "plan", sweep.bundle.manifest.batch or 1)  # raises for too few rows
         bundle = str(sweep.bundle.root)
-        planned = FasterSettings(bundle=bundle, loop="plan", max_decoder_rows=rows, **on_graphs)
+        planned = LoopSettings(bundle=bundle, loop="plan", max_decoder_rows=rows, **on_graphs)
         return Contender(name, what, planned)
     shapes = {"size": {"height": value, "width": value}, "threads": {}}
     model: dict[str, Any] = {"checkpoint": sweep.checkpoint, "base": sweep.base}

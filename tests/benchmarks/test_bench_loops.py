@@ -28,9 +28,9 @@ from tiue_export.sampling.key_step_plan import make_plan
 from tiue_export.specs import CONTROLNET, TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER
 
 PACKAGE = "tiue_export.benchmarks.latency"
-contenders, faster_session, bench, session = (
+contenders, loop_session, bench, session = (
     importlib.import_module(f"{PACKAGE}.{name}")
-    for name in ("contenders", "faster_session", "bench", "session")
+    for name in ("contenders", "loop_session", "bench", "session")
 )
 scaling = importlib.import_module("tiue_export.benchmarks.studies.scaling")
 CONFIG = load_family("tiny").scheduler
@@ -47,7 +47,7 @@ def plan_of_steps(count: int, key_steps: tuple[int, ...], max_rows: int | None =
 )
 def test_every_loop_decodes_every_step_once(later, max_rows, batch):
     plan = plan_of_steps(12, (0, *sorted(later)), None if max_rows is None else max_rows * batch)
-    found = {loop: faster_session.loop_runs(plan, loop, batch) for loop in faster_session.LOOPS}
+    found = {loop: loop_session.loop_runs(plan, loop, batch) for loop in loop_session.LOOPS}
     for runs in found.values():
         assert sum(steps * times for steps, times in runs.decoder.items()) == 12
     assert found["plan"].encoder == found["sequential"].encoder == 1 + len(later)
@@ -124,7 +124,7 @@ def test_a_half_bundle_is_fed_in_half(micro_folder, tmp_path):
     planned = load_teacher(teacher, options=FasterOptions(steps=4, key_steps=(0, 2)))
     half = export_onnx(planned, tmp_path / "half", ExportOptions(precision="fp16"))
     settings = {"bundle": str(half.root), "runtime": "ort", "unet_only": True}
-    for loop in faster_session.LOOPS:
+    for loop in loop_session.LOOPS:
         running = session.open_session("faster", {**settings, "loop": loop})
         assert set(running.run()) == {UNET_ENCODER, UNET_DECODER, "unet"}
         running.close()

@@ -16,7 +16,7 @@ from tiue_export import RuntimeOptions, export_onnx, load_student
 from tiue_export.benchmarks.synthetic import fill
 from tiue_export.errors import CheckpointError
 from tiue_export.methods.load import CheckpointRequest, load_for_method
-from tiue_export.methods.method import MethodOptions
+from tiue_export.methods.method import SamplingOptions
 from tiue_export.proof.parity import load_reference, measure_runtime
 from tiue_export.registry.backends import open_runtime
 from tiue_export.student.lora import lora_options, merge_lora
@@ -44,7 +44,7 @@ def lora(micro_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def styled(micro_folder: Path, lora: Path, tmp_path_factory: pytest.TempPathFactory):
     """The bundle of the student with the adapter at half strength."""
     request = CheckpointRequest(str(micro_folder), lora=(f"{lora}:0.5",))
-    student = load_for_method(request, "tiue", MethodOptions())
+    student = load_for_method(request, "tiue", SamplingOptions())
     return export_onnx(student, tmp_path_factory.mktemp("styled") / "bundle")
 
 
@@ -132,7 +132,7 @@ def test_a_loop_with_adapter_and_controlnet_opens_with_both_and_names_both(
     bare_teacher, edges, lora, tmp_path
 ):
     request = CheckpointRequest(str(bare_teacher), lora=(str(lora),), controlnet=str(edges))
-    options = MethodOptions(steps=3, key_steps=(0, 1))
+    options = SamplingOptions(steps=3, key_steps=(0, 1))
     bundle = export_onnx(load_for_method(request, "faster", options), tmp_path / "bundle")
     both = RuntimeOptions(checkpoint=str(bare_teacher), lora=(str(lora),), controlnet=str(edges))
     assert worst_db(bundle, both) >= 110

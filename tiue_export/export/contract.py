@@ -97,7 +97,7 @@ def write_parts(student: Student, options: ExportOptions, folder: Path) -> Token
     """Configurations and tokenizer, in the layout that optimum and diffusers read."""
     _write_json(folder / "scheduler" / "scheduler_config.json", student.scheduler_config)
     index: dict[str, Any] = {
-        "_class_name": "TiUEPipeline" if student.plan.one_pass else "FasterDiffusionPipeline",
+        "_class_name": "TiUEPipeline" if student.plan.one_pass else "MultiPassPipeline",
         "scheduler": ["diffusers", student.scheduler_config.get("_class_name", "DDIMScheduler")],
     }
     if student.vae is not None:

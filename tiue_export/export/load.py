@@ -8,7 +8,7 @@ from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.methods.faster import AUTO, faster_options, with_plan
 from tiue_export.methods.load import CheckpointRequest, check_method, load_for_method
-from tiue_export.methods.method import MethodOptions
+from tiue_export.methods.method import SamplingOptions
 from tiue_export.reference.sharing_cost import auto_options
 from tiue_export.registry.support import check_support
 from tiue_export.student.model import Student
@@ -18,7 +18,7 @@ def check_request(
     verb: str,
     request: CheckpointRequest,
     method: str | None,
-    options: MethodOptions,
+    options: SamplingOptions,
     graphs: ExportOptions,
 ) -> None:
     """Refuse what `verb` cannot make of this request, before anything is read."""
@@ -32,7 +32,7 @@ def check_request(
 def load_to_export(
     request: CheckpointRequest,
     method: str | None,
-    options: MethodOptions,
+    options: SamplingOptions,
     graphs: ExportOptions,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:

@@ -20,11 +20,11 @@ from tiue_export.graphs.options import DTYPES, ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.graphs.timed import (
     ControlNet,
-    GroupDecoder,
-    KeyEncoder,
-    NaiveGroupDecoder,
-    SharedGroupRows,
-    SharingKeyEncoder,
+    TimedDecoder,
+    TimedEncoder,
+    TimedNaiveDecoder,
+    TimedSharedRows,
+    TimedSharingEncoder,
     TimeEmbedding,
 )
 from tiue_export.registry.support import check_support
@@ -220,16 +220,16 @@ def _timed_unet_graphs(
     decoder: nn.Module
     if options.hoist == "encoder":
         shared, body = hoist_any_time(unet, dtype, islands | rows_islands, rows_dtype)
-        encoder = SharingKeyEncoder(KeyEncoder(unet, dtype, below(islands, "encoder")), shared)
+        encoder = TimedSharingEncoder(TimedEncoder(unet, dtype, below(islands, "encoder")), shared)
         names = _shared_names(encoder, request, dtype)
-        decoder = SharedGroupRows(body, names, TimeEmbedding(unet, rows_dtype))
+        decoder = TimedSharedRows(body, names, TimeEmbedding(unet, rows_dtype))
     else:
-        encoder = KeyEncoder(unet, dtype, islands)
+        encoder = TimedEncoder(unet, dtype, islands)
         if options.hoist == "none":
-            decoder = NaiveGroupDecoder(unet, rows_dtype, rows_islands)
+            decoder = TimedNaiveDecoder(unet, rows_dtype, rows_islands)
         else:
             cut = hoist_any_time(unet, rows_dtype, rows_islands)
-            decoder = GroupDecoder(*cut, TimeEmbedding(unet, rows_dtype))
+            decoder = TimedDecoder(*cut, TimeEmbedding(unet, rows_dtype))
     encoder_graph = _graph(UNET_ENCODER, encoder, request, names, options)
     control = _control_graphs(student, options, request, names)
     open_rows = student.plan.open_rows
@@ -313,7 +313,7 @@ _MEANINGS = {
     "sample": "initial noise",
     "mid_sample": "output of the UNet's mid block",
     "latents": "image latents, Eq. 11 applied",
-    "timestep": "the key step's timestep",
+    "timestep": "the pass's timestep",
     "timesteps": "timesteps of the decoder's steps",
     "outputs": "the network's outputs, step-major",
     "controlnet_cond": "picture that steers, in [0, 1]",

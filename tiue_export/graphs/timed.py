@@ -38,7 +38,7 @@ class TimeEmbedding(nn.Module):
         return embedded.to(self.dtype)
 
 
-class KeyEncoder(nn.Module):
+class TimedEncoder(nn.Module):
     """sample (N, 4, H, W), timestep (1,), encoder_hidden_states (N, L, D) -> mid, all skips."""
 
     def __init__(self, unet: Any, dtype: torch.dtype, float32: ModulePaths = NO_PATHS) -> None:
@@ -96,7 +96,7 @@ class ControlNet(nn.Module):
         return (net["controlnet_mid_block"](mid) * scale, *(end(x) * scale for end, x in ends))
 
 
-class NaiveGroupDecoder(nn.Module):
+class TimedNaiveDecoder(nn.Module):
     """timesteps (g,), encoder_hidden_states, mid, skips -> outputs (g*N, 4, H, W) float32.
 
     As the published code batches it: every feature is repeated g times (`--no-hoist`).
@@ -124,7 +124,7 @@ class NaiveGroupDecoder(nn.Module):
         return (self.unet["head"](hidden).float(),)
 
 
-class GroupDecoder(nn.Module):
+class TimedDecoder(nn.Module):
     """timesteps (g,), encoder_hidden_states, mid, skips -> outputs (g*N, 4, H, W) float32.
 
     The part without time in it is computed once for the group, at batch N.
@@ -141,7 +141,7 @@ class GroupDecoder(nn.Module):
         return (self.rows(with_time(shared, self.time, timesteps)),)
 
 
-class SharedGroupRows(nn.Module):
+class TimedSharedRows(nn.Module):
     """timesteps (g,) and the encoder's shared tensors -> outputs (g*N, 4, H, W) float32."""
 
     def __init__(self, rows: RowBody, names: list[str], time: TimeEmbedding) -> None:
@@ -153,10 +153,10 @@ class SharedGroupRows(nn.Module):
         return (self.rows(with_time(named, self.time, timesteps)),)
 
 
-class SharingKeyEncoder(nn.Module):
+class TimedSharingEncoder(nn.Module):
     """The encoder that also computes the decoder's time-independent part."""
 
-    def __init__(self, encoder: KeyEncoder, shared: SharedDecoder) -> None:
+    def __init__(self, encoder: TimedEncoder, shared: SharedDecoder) -> None:
         super().__init__()
         self.encoder, self.shared = encoder, shared
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tiue_export.checkpoint.parts import WEIGHTS_STEM, load_controlnet
 from tiue_export.checkpoint.tensors import sha256_of_folder
 from tiue_export.errors import CheckpointError, ScheduleError, UnsupportedModelError, UsageError
-from tiue_export.methods.method import MethodOptions
+from tiue_export.methods.method import SamplingOptions
 from tiue_export.methods.scheduler import plan_from_config
 from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.sampling.key_step_plan import check_scheduler
@@ -37,7 +37,7 @@ class FasterDiffusion:
     features: frozenset[str] = frozenset({"passes", "guidance"})
     takes_controlnet: bool = True
 
-    def check(self, options: MethodOptions) -> None:
+    def check(self, options: SamplingOptions) -> None:
         """Refuse an unknown sampler, and a budget that nothing keeps."""
         if options.scheduler is not None:
             check_scheduler(options.scheduler)
@@ -47,7 +47,7 @@ class FasterDiffusion:
                 "Add --key-steps auto, or leave --budget out.",
             )
 
-    def plan(self, checkpoint: CheckpointFacts, options: MethodOptions) -> Plan:
+    def plan(self, checkpoint: CheckpointFacts, options: SamplingOptions) -> Plan:
         """With key steps "auto" the published ones, until they are measured."""
         if checkpoint.recorded_steps is not None:
             raise ScheduleError(
@@ -65,7 +65,7 @@ class FasterDiffusion:
         return plan_from_config(checkpoint.scheduler_config, faster_options(options))
 
 
-def faster_options(options: MethodOptions) -> FasterOptions:
+def faster_options(options: SamplingOptions) -> FasterOptions:
     """What was given, over this method's defaults."""
     given = {name: getattr(options, name) for name in options.given() if name != "budget"}
     if options.key_steps == AUTO:

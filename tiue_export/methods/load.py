@@ -12,7 +12,7 @@ from tiue_export.checkpoint.lora_file import lora_from
 from tiue_export.methods.faster import FasterDiffusion, check_controlnet, with_controlnet
 from tiue_export.methods.method import (
     Method,
-    MethodOptions,
+    SamplingOptions,
     foreign_option,
     method_named,
     refuse_foreign_options,
@@ -39,7 +39,9 @@ class CheckpointRequest:
     controlnet: str | None = None
 
 
-def check_method(name: str | None, options: MethodOptions, controlnet: str | None = None) -> Method:
+def check_method(
+    name: str | None, options: SamplingOptions, controlnet: str | None = None
+) -> Method:
     """The method by its name (None: the default), once all that was given means something to it."""
     method = method_named(name or DEFAULT_METHOD, METHODS)
     refuse_foreign_options(method, options, METHODS)
@@ -53,7 +55,7 @@ def check_method(name: str | None, options: MethodOptions, controlnet: str | Non
 def load_for_method(
     request: CheckpointRequest,
     method: str | None,
-    options: MethodOptions,
+    options: SamplingOptions,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:
     """The checkpoint as a method wants it, adapters merged, a ControlNet added.
@@ -118,7 +120,7 @@ def load_student(
     safetensors metadata) refuses another unless `allow_other_steps`. The other arguments and the
     errors are those of `load_model`.
     """
-    options = MethodOptions(steps=steps, allow_other_steps=allow_other_steps)
+    options = SamplingOptions(steps=steps, allow_other_steps=allow_other_steps)
     return load_model(
         path,
         base,

@@ -15,7 +15,7 @@ from tiue_export.student.load import CheckpointFacts
 
 
 @dataclass(frozen=True)
-class MethodOptions:
+class SamplingOptions:
     """What the user said of the sampling; None (False) is what was not given.
 
     `key_steps` and `inject` are spelled as on the command line; `key_steps` may also be numbers.
@@ -33,13 +33,13 @@ class MethodOptions:
 
     def given(self) -> tuple[str, ...]:
         """Names of the options that were given, in their order."""
-        defaults = MethodOptions()
-        names = (field.name for field in fields(MethodOptions))
+        defaults = SamplingOptions()
+        names = (field.name for field in fields(SamplingOptions))
         return tuple(name for name in names if getattr(self, name) != getattr(defaults, name))
 
 
 class Method(Protocol):
-    """One way of sampling. `takes` names the options of `MethodOptions` that mean something to it.
+    """One way of sampling. `takes` names the options of `SamplingOptions` that mean something to it.
 
     `features` are those of `registry/support.py` that all its plans have; `takes_controlnet`: its
     passes can be steered by a ControlNet.
@@ -56,17 +56,17 @@ class Method(Protocol):
     @property
     def takes_controlnet(self) -> bool: ...
 
-    def check(self, options: MethodOptions) -> None:
+    def check(self, options: SamplingOptions) -> None:
         """Refuse options that cannot be, before anything is read."""
         ...
 
-    def plan(self, checkpoint: CheckpointFacts, options: MethodOptions) -> Plan:
+    def plan(self, checkpoint: CheckpointFacts, options: SamplingOptions) -> Plan:
         """The plan of a checkpoint; raises `ScheduleError` where this method is not its own."""
         ...
 
 
 def refuse_foreign_options(
-    method: Method, options: MethodOptions, methods: Mapping[str, Method]
+    method: Method, options: SamplingOptions, methods: Mapping[str, Method]
 ) -> None:
     """Refuse options that only other methods understand, by their flags."""
     for option in options.given():

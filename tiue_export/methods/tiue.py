@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tiue_export.errors import CheckpointError, ScheduleError
-from tiue_export.methods.method import MethodOptions
+from tiue_export.methods.method import SamplingOptions
 from tiue_export.sampling.ddim import DEFAULT_STEPS, one_pass_plan
 from tiue_export.sampling.plan import Plan
 from tiue_export.student.load import STEPS_KEY, CheckpointFacts
@@ -25,10 +25,10 @@ class Tiue:
     features: frozenset[str] = frozenset()
     takes_controlnet: bool = False
 
-    def check(self, options: MethodOptions) -> None:
+    def check(self, options: SamplingOptions) -> None:
         """K is checked against the checkpoint, in `plan`."""
 
-    def plan(self, checkpoint: CheckpointFacts, options: MethodOptions) -> Plan:
+    def plan(self, checkpoint: CheckpointFacts, options: SamplingOptions) -> Plan:
         """Raises `ScheduleError` for a K that the student was not trained for."""
         steps = _steps(checkpoint.recorded_steps, options.steps, options.allow_other_steps)
         return one_pass_plan(checkpoint.scheduler_config, steps)

@@ -36,7 +36,7 @@ from tiue_export.specs import (
 
 from .graph_session import check_parts, runtime_versions
 from .session import StageClock
-from .settings import FasterSettings
+from .settings import LoopSettings
 
 # How the same graphs are looped over; the first is what the bundle itself does.
 LOOPS: Mapping[str, str] = {
@@ -69,10 +69,10 @@ def loop_runs(plan: Plan, loop: str, batch: int) -> LoopRuns:
     return LoopRuns(len(plan.passes), dict(sorted(sizes.items())))
 
 
-class FasterSession:
+class LoopSession:
     """An opened runtime and ready inputs; `run` is one drawing."""
 
-    def __init__(self, settings: FasterSettings) -> None:
+    def __init__(self, settings: LoopSettings) -> None:
         self._settings = settings
         change = PlanChange(max_decoder_rows=settings.max_decoder_rows)
         self._bundle = replanned(open_bundle(settings.bundle), change)
