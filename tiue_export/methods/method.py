@@ -39,7 +39,7 @@ class SamplingOptions:
 
 
 class Method(Protocol):
-    """One way of sampling. `takes` names the options of `SamplingOptions` that mean something to it.
+    """One way of sampling. `takes` names the `SamplingOptions` that mean something to it.
 
     `features` are those of `registry/support.py` that all its plans have; `takes_controlnet`: its
     passes can be steered by a ControlNet.
