@@ -125,7 +125,7 @@ def test_a_half_bundle_is_fed_in_half(micro_folder, tmp_path):
     half = export_onnx(planned, tmp_path / "half", ExportOptions(precision="fp16"))
     settings = {"bundle": str(half.root), "runtime": "ort", "unet_only": True}
     for loop in loop_session.LOOPS:
-        running = session.open_session("faster", {**settings, "loop": loop})
+        running = session.open_session("loop", {**settings, "loop": loop})
         assert set(running.run()) == {UNET_ENCODER, UNET_DECODER, "unet"}
         running.close()
 
