@@ -34,6 +34,7 @@ from .commands.onnx import onnx
 from .commands.openvino import openvino
 from .commands.parity import parity
 from .commands.quantize import quantize
+from .commands.recipes import recipes
 from .commands.serve import serve
 from .commands.studio import studio
 from .commands.triton import triton
@@ -42,7 +43,7 @@ from .welcome import panel_of
 
 # In the order of --help.
 _COMMANDS = (
-    *(init, demo, doctor),
+    *(init, demo, doctor, recipes),
     *(onnx, openvino, coreml, coreai, trt, *form_commands()),
     *(audit, analyze, calibrate, quantize),
     *(generate, studio, serve),

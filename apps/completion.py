@@ -1,4 +1,4 @@
-"""What the shell offers after Tab: bundle folders and runtime names."""
+"""What the shell offers after Tab: bundle folders, names of runtimes and of recipes."""
 
 from __future__ import annotations
 
@@ -29,3 +29,10 @@ def runtime_names(incomplete: str) -> list[tuple[str, str]]:
     return [
         (name, entry.summary) for name, entry in BACKENDS.items() if name.startswith(incomplete)
     ]
+
+
+def recipe_names(incomplete: str) -> list[tuple[str, str]]:
+    """Recipes of few-step students with what each is."""
+    from tiue_export.sampling.recipes import recipes
+
+    return [(name, one.title) for name, one in recipes().items() if name.startswith(incomplete)]

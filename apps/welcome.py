@@ -17,7 +17,7 @@ _BUNDLES_SHOWN = 3
 _OTHER = "More"
 # Also the panels of --help. A command named nowhere is listed last.
 PANELS: Mapping[str, tuple[str, ...]] = {
-    "Start": ("init", "demo", "doctor"),
+    "Start": ("init", "demo", "doctor", "recipes"),
     "Export": (
         "onnx", *(name for name, entry in BACKENDS.items() if entry.exporter),
         "audit", "analyze", "calibrate", "quantize",

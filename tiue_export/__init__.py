@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from tiue_export.graphs.options import ExportOptions
     from tiue_export.methods.load import load_student
     from tiue_export.sampling.ddim import one_pass_plan
-    from tiue_export.sampling.key_step_options import PlanChange
     from tiue_export.sampling.plan import Plan
+    from tiue_export.sampling.plan_change import PlanChange
     from tiue_export.specs import RuntimeOptions
     from tiue_export.student.model import Student
 
@@ -37,7 +37,7 @@ _HOMES = {
     "export_onnx": "export.onnx.bundle",
     "ExportOptions": "graphs.options",
     "Pipeline": "drawing.pipeline",
-    "PlanChange": "sampling.key_step_options",
+    "PlanChange": "sampling.plan_change",
     "Plan": "sampling.plan",
     "one_pass_plan": "sampling.ddim",
     "RuntimeOptions": "specs",

@@ -25,8 +25,8 @@ from tiue_export.drawing.pipeline import (
     replanned,
 )
 from tiue_export.errors import UsageError, printable
-from tiue_export.sampling.key_step_options import PlanChange
 from tiue_export.sampling.noise import check_picture_count, check_seeds, noise_from_file
+from tiue_export.sampling.plan_change import PlanChange
 from tiue_export.specs import CONTROLNET, Array
 from tiue_export.system.disk_errors import disk_errors
 

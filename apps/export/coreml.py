@@ -85,11 +85,11 @@ def run(source: StudentSourceOptions, own: CoremlForm, export: ExportRequest) ->
 def coreml_options(own: CoremlForm) -> CoremlOptions:
     """The options in the words of the export; files that they name are read."""
     recipe: dict[str, dict[str, int]] = {}
-    if own.recipe is not None:
+    if own.bits is not None:
         require("reading a recipe", EXPORT_NEEDS, "export")
         from tiue_export.export.coreml.recipe import read_recipe
 
-        recipe = {graph: dict(bits) for graph, bits in read_recipe(own.recipe).items()}
+        recipe = {graph: dict(bits) for graph, bits in read_recipe(own.bits).items()}
     return picked(
         CoremlOptions,
         own,

@@ -168,7 +168,10 @@ def output_path(ckpt: str, export: ExportRequest, kind: str) -> Path:
     """`--out`, or NAME-KIND in the current folder: by its precision, or by its only form."""
     place = Path(ckpt).resolve()
     name = place.stem if place.suffix == ".safetensors" else place.name
-    method = f"-{export.method}" if export.plans_passes() else ""
+    from tiue_export.methods.load import DEFAULT_METHOD
+
+    sampler = export.recipe or (None if export.method == DEFAULT_METHOD else export.method)
+    method = "" if sampler is None else f"-{sampler}"
     return export.out or Path(f"{name}{method}-{kind}")
 
 

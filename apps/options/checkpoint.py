@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..completion import recipe_names
 from .group import OptionGroup, option, picked
 
 if TYPE_CHECKING:
@@ -82,9 +83,9 @@ class StepOptions(OptionGroup):
 
     panel = "Method"
     steps: int | None = option(
-        None, "K \\[default: as recorded, else 4]; faster: the sampler's \\[50]."
+        None, "K \\[default: as recorded, else 4]; few-step: the recipe's; faster: \\[50]."
     )
-    allow_other_steps: bool = option(False, "Take a K it was not trained for.")
+    allow_other_steps: bool = option(False, "Take steps it was not trained for.")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ class SamplerOptions(OptionGroup):
 
     panel = "Method"
     scheduler: str | None = option(None, "faster: ddim, dpmpp or pndm \\[default: ddim].")
-    guidance: float | None = option(None, "faster: scale, 1 is none \\[default: 7.5].")
+    guidance: float | None = option(
+        None, "Scale, 1 is none; faster \\[default: 7.5]; few-step: as the recipe takes it."
+    )
 
 
 @dataclass(frozen=True)
@@ -102,13 +105,13 @@ class LoopOptions(SamplerOptions):
 
     panel = "Method"
     key_steps: str | None = option(
-        None, "faster: steps that run the encoder: nonuniform, uniform:N, 0,1,2,... or auto."
+        None, "Steps that run the encoder: nonuniform, uniform:N, 0,2,... or (faster) auto."
     )
     budget: float | None = option(None, "auto: share of plain sampling's operations, such as 0.7.")
     inject: str | None = option(
         None, "faster: prior noise: off, on, parallel, sequential \\[default: on]."
     )
-    max_decoder_rows: int | None = option(None, "faster: rows of one decoder run; less memory.")
+    max_decoder_rows: int | None = option(None, "Rows of one decoder run; less memory.")
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,28 @@ class MethodName(OptionGroup):
     panel = "Method"
     method: str | None = option(
         None,
-        "tiue: a distilled student; faster: any SD 1.x/2.x, Faster Diffusion \\[default: tiue].",
+        "tiue: a student in one pass; few-step: SD-Turbo, LCM, ...; faster: any SD 1.x/2.x, Faster "
+        "Diffusion \\[default: as the checkpoint tells, else tiue].",
     )
 
 
 @dataclass(frozen=True)
-class MethodOptions(LoopOptions, StepOptions, MethodName, ControlNetOptions, LoraOptions):
+class RecipeOptions(OptionGroup):
+    """Which few-step student it is."""
+
+    panel = "Method"
+    recipe: str | None = option(
+        None,
+        "few-step: which student it is, see `tiue-export recipes`.",
+        completion=recipe_names,
+    )
+    eta: float | None = option(None, "few-step: share of fresh noise of a tcd recipe.")
+
+
+@dataclass(frozen=True)
+class MethodOptions(
+    LoopOptions, StepOptions, RecipeOptions, MethodName, ControlNetOptions, LoraOptions
+):
     """What is exported: a distilled student, or a model in a loop."""
 
     def sampling(self) -> SamplingOptions:

@@ -26,7 +26,7 @@ class CoremlForm(OptionGroup):
     )
     target_psnr: float | None = option(None, "Choose bits per layer for latents this near, in dB.")
     target_mb: float | None = option(None, "Choose bits per layer for a UNet of this size.")
-    recipe: Path | None = option(None, "Bits per layer from an earlier export.")
+    bits: Path | None = option(None, "Bits per layer: the recipe.json of an earlier export.")
     calibration_prompts: Path | None = option(None, "For w8a8: text file, one prompt a line.")
     compute_unit: str | None = option(
         None, "What to recommend: ALL, CPU_AND_GPU, CPU_AND_NE, CPU_ONLY."

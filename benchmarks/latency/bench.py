@@ -27,7 +27,7 @@ from tiue_export.proof.latency_request import (
     LatencyPlan,
 )
 from tiue_export.registry.packages import missing_modules
-from tiue_export.sampling.key_step_options import PlanChange
+from tiue_export.sampling.plan_change import PlanChange
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_DECODER,

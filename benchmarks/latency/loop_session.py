@@ -20,8 +20,8 @@ from tiue_export.drawing.vae_tiles import decode_in_tiles, tile_size
 from tiue_export.proof.latency_record import END_TO_END, Facts
 from tiue_export.proof.parity import load_reference
 from tiue_export.registry.backends import open_runtime
-from tiue_export.sampling.key_step_options import PlanChange
 from tiue_export.sampling.plan import Plan
+from tiue_export.sampling.plan_change import PlanChange
 from tiue_export.sampling.sampler import pieces
 from tiue_export.specs import (
     TEXT_ENCODER,

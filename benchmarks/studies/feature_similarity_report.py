@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from tiue_export.sampling.plan import Timestep
+
 from ..figure import new_figure, save_figure
 
 PARTS = {"down_blocks": "encoder", "mid_block": "mid", "up_blocks": "decoder"}
@@ -38,7 +40,7 @@ class StepRun:
     """All prompts at one step count: `blocks[name][i]` belongs to block `name` and prompt i."""
 
     steps: int
-    timesteps: tuple[int, ...]
+    timesteps: tuple[Timestep, ...]
     duration_s: float
     blocks: Mapping[str, tuple[Similarity, ...]]
 

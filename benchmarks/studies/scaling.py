@@ -38,7 +38,7 @@ from tiue_export.proof.latency_record import (
 )
 from tiue_export.proof.latency_request import ContenderRequest, LatencyOutputs, LatencyPlan
 from tiue_export.registry.spokes import run_explained
-from tiue_export.sampling.key_step_options import PlanChange
+from tiue_export.sampling.plan_change import PlanChange
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER
 
 from ..figure import check_plot, new_figure, save_figure

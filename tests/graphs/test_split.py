@@ -17,7 +17,7 @@ from tiue_export.graphs.hoisting import hoist
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.gates import psnr_db
-from tiue_export.reference.loop_capture import scheduler_loop
+from tiue_export.reference.loop_capture import looped_latents
 from tiue_export.sampling.ddim import one_pass_plan
 from tiue_export.sampling.plan import Combination, Plan, single_pass
 from tiue_export.student.model import Features, Student
@@ -101,7 +101,7 @@ def test_one_batched_pass_equals_the_official_sequential_loop(student, batch):
         alone = Student(student.unet, single, source=None, scheduler_config={})
         outputs.append(alone.decode(features, text))
     by_step = torch.stack(outputs).float().numpy()
-    looped = scheduler_loop(student, noise[None].numpy(), by_step)
+    looped = looped_latents(student, noise[None].numpy(), by_step)
     assert_same(torch.from_numpy(looped), student.sample(noise, text))
 
 

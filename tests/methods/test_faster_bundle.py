@@ -23,7 +23,8 @@ from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.proof.parity import PROMPTS, load_reference, measure_runtime
 from tiue_export.reference.capture import capture, measure_half_arithmetic
 from tiue_export.registry.backends import open_runtime
-from tiue_export.sampling.key_step_options import FasterOptions, PlanChange
+from tiue_export.sampling.key_step_options import FasterOptions
+from tiue_export.sampling.plan_change import PlanChange
 from tiue_export.specs import (
     GRAPH_NAMES,
     UNET_DECODER,
@@ -65,7 +66,7 @@ def test_the_manifest_names_method_plan_and_open_axis(faster_bundle):
 def test_every_hop_is_measured_under_its_gate(faster_bundle):
     gates = {(r.hop, r.subject): r.gate for r in faster_bundle.manifest.parity}
     assert all(record.passed for record in faster_bundle.manifest.parity)
-    assert gates["split", "key step's rows / unsplit UNet"] == 120
+    assert gates["split", "first row / unsplit UNet"] == 120
     assert gates["closed form", "latents / ddim loop"] == 120
     assert gates["hoisted", "outputs / naive decoder"] == 120
     assert {gates["ONNX fp32", name] for name in GRAPH_NAMES} == {GATES_PSNR_DB["fp32"]}

@@ -22,7 +22,7 @@ from tiue_export.graphs.options import ExportOptions
 from tiue_export.methods.scheduler import diffusers_scheduler, plan_from_config
 from tiue_export.proof.gates import psnr_db
 from tiue_export.sampling.ddim import alphas_cumprod
-from tiue_export.sampling.key_step_options import FasterOptions, PlanChange, changed_plan
+from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.sampling.key_step_plan import (
     ddim_trajectory,
     injection_from,
@@ -31,6 +31,7 @@ from tiue_export.sampling.key_step_plan import (
 )
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.sampling.plan import Combination, Injection
+from tiue_export.sampling.plan_change import PlanChange, changed_plan
 from tiue_export.sampling.sampler import combined, guidance_rows, sample
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
 

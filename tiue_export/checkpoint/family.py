@@ -74,7 +74,6 @@ _PLAIN_UNET: tuple[tuple[str, Any, str], ...] = (
     ("num_class_embeds", None, "class conditions"),
     ("encoder_hid_dim", None, "a projected text embedding, as in Kandinsky or DeepFloyd IF"),
     ("encoder_hid_dim_type", None, "a projected text embedding, as in Kandinsky or IP-Adapter"),
-    ("time_cond_proj_dim", None, "a guidance embedding, as in LCM"),
     ("resnet_time_scale_shift", "default", "scale-and-shift time conditioning"),
     ("time_embedding_type", "positional", "another time embedding"),
     ("time_embedding_act_fn", None, "an activated time embedding"),

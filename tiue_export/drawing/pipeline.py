@@ -24,9 +24,9 @@ from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import UsageError
 from tiue_export.registry.backends import open_runtime
-from tiue_export.sampling.key_step_options import PlanChange, changed_plan
 from tiue_export.sampling.noise import check_picture_count, check_seeds, noises_from_seed
 from tiue_export.sampling.plan import check_guidance
+from tiue_export.sampling.plan_change import PlanChange, changed_plan
 from tiue_export.sampling.sampler import OnStep, sample
 from tiue_export.specs import (
     CONTROLNET,
@@ -416,14 +416,15 @@ def replanned(bundle: Bundle, change: PlanChange) -> Bundle:
     manifest = bundle.manifest
     if change == PlanChange():
         return bundle
-    if manifest.plan.guidance is None:
+    plan = manifest.plan
+    if plan.one_pass or (plan.guidance is None and not plan.recipe):
         raise UsageError(
             f"{bundle.root} is a distilled student: its steps are part of its weights and graphs",
             "Leave --steps, --key-steps, --inject and --max-decoder-rows out.",
         )
     config = bundle.json_object("scheduler/scheduler_config.json")
-    plan = changed_plan(config, manifest.plan, change)
-    return replace(bundle, manifest=replace(manifest, plan=plan))
+    changed = changed_plan(config, plan, change)
+    return replace(bundle, manifest=replace(manifest, plan=changed))
 
 
 def picture_to_follow(bundle: Bundle) -> UsageError:

@@ -8,6 +8,7 @@ from tiue_export.graphs.build import build_graphs, exported_plan
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.parity import CHECKED_ROWS
+from tiue_export.sampling.plan import Timestep
 from tiue_export.student.model import Student
 
 _LIBRARIES_BYTES = 1_000_000_000
@@ -30,7 +31,7 @@ class ExportPlan:
     graphs: tuple[GraphPlan, ...]
     latent_shape: tuple[int, ...]
     steps: int
-    timesteps: tuple[int, ...]
+    timesteps: tuple[Timestep, ...]
     size_bytes: int
     memory_bytes: int
     # The steps that run the encoder, with Faster Diffusion.

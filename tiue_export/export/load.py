@@ -24,7 +24,8 @@ def check_request(
     """Refuse what `verb` cannot make of this request, before anything is read."""
     chosen = check_method(method, options, request.controlnet)
     steered = {"controlnet"} if request.controlnet is not None else set()
-    features = chosen.features | graphs.features | steered
+    own = frozenset() if chosen is None else chosen.features
+    features = own | graphs.features | steered
     for step in (verb, "onnx"):  # what was asked for is refused before a step on the way
         check_support(step, features, request.ckpt)
 

@@ -10,7 +10,7 @@ from tiue_export.errors import CheckpointError
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.methods.load import CheckpointRequest, completed
 from tiue_export.specs import CONTROLNET, TEXT_ENCODER, VAE_DECODER
-from tiue_export.student.load import load_model
+from tiue_export.student.load import PlanChoice, load_model
 from tiue_export.student.lora import lora_options
 from tiue_export.student.model import Student
 
@@ -29,7 +29,7 @@ def open_student(
     student = load_model(
         request.ckpt,
         request.base,
-        lambda checkpoint: manifest.plan,
+        lambda checkpoint: PlanChoice(manifest.plan),
         family=None if manifest.source.family == "custom" else manifest.source.family,
         vae=request.vae,
         on_stage=on_stage,

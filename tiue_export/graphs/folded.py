@@ -74,12 +74,20 @@ class UNetEncoder(nn.Module):
         embedding = time_embedding_float64(unet, plan.timesteps[:1])
         self.unet: Any = fold_time(lowered(body, dtype, below(float32, "unet")), embedding)
         with_plain_attention(self.unet, bool(unet.config.upcast_attention))
+        fold_input_scale(self.unet["conv_in"], plan.passes[0].input.noise)
         self.dtype = dtype
 
     def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
         rows = encoder_hidden_states[:, 0, :1]  # (B, 1): folded time asks only for the row count
         hidden = self.unet["conv_in"](sample.to(self.dtype))
         return encoder_features(self.unet, hidden, rows, encoder_hidden_states)
+
+
+def fold_input_scale(conv_in: Any, scale: float) -> None:
+    """Let a convolution take x where it took `scale` * x: Euler's samplers scale their input."""
+    if scale != 1:  # the weights are the student's own: they are replaced, not changed
+        weight = (conv_in.weight.double() * scale).to(conv_in.weight.dtype)
+        conv_in.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def encoder_features(unet: Any, hidden: Tensor, time: Tensor, text: Tensor) -> tuple[Tensor, ...]:

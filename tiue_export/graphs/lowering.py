@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tiue_export.proof.half_range import lies_in, outermost
+from tiue_export.sampling.plan import Timestep
 from tiue_export.student.model import time_embedding
 
 M = TypeVar("M", bound=nn.Module)
@@ -200,7 +201,7 @@ def with_plain_attention(module: M, upcast: bool) -> M:
     return module
 
 
-def time_embedding_float64(unet: Any, timesteps: tuple[int, ...]) -> Tensor:
+def time_embedding_float64(unet: Any, timesteps: tuple[Timestep, ...]) -> Tensor:
     """Time embeddings (K, D_t) in float64 whatever the UNet's dtype.
 
     What is folded must not depend on where the weights lie in memory: float32 products differ in

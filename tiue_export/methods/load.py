@@ -10,6 +10,7 @@ from types import MappingProxyType
 from tiue_export.checkpoint.container import check_container
 from tiue_export.checkpoint.lora_file import lora_from
 from tiue_export.methods.faster import FasterDiffusion, check_controlnet, with_controlnet
+from tiue_export.methods.few_step import FewStep
 from tiue_export.methods.method import (
     Method,
     SamplingOptions,
@@ -17,14 +18,19 @@ from tiue_export.methods.method import (
     method_named,
     refuse_foreign_options,
 )
+from tiue_export.methods.recognition import recognition
 from tiue_export.methods.tiue import Tiue, check_assumed
-from tiue_export.sampling.plan import Plan
-from tiue_export.student.load import CheckpointFacts, load_model
+from tiue_export.sampling.few_step import METHOD
+from tiue_export.student.load import CheckpointFacts, PlanChoice, load_model
 from tiue_export.student.lora import merge_lora
 from tiue_export.student.model import Student
 
-METHODS: Mapping[str, Method] = MappingProxyType({"tiue": Tiue(), "faster": FasterDiffusion()})
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {method.name: method for method in (Tiue(), FewStep(), FasterDiffusion())}
+)
 DEFAULT_METHOD = "tiue"
+# What a checkpoint may be taken for by its own marks, where nobody says.
+_RECOGNISED = (DEFAULT_METHOD, METHOD)
 
 
 @dataclass(frozen=True)
@@ -41,15 +47,22 @@ class CheckpointRequest:
 
 def check_method(
     name: str | None, options: SamplingOptions, controlnet: str | None = None
-) -> Method:
-    """The method by its name (None: the default), once all that was given means something to it."""
+) -> Method | None:
+    """The method by its name, once all that was given means something to it.
+
+    None: the checkpoint will tell, and what was given means something to a method it may tell.
+    """
+    if name is None and options.recipe is not None:
+        name = METHOD
     method = method_named(name or DEFAULT_METHOD, METHODS)
-    refuse_foreign_options(method, options, METHODS)
-    if controlnet is not None and not method.takes_controlnet:
+    known = (method,) if name is not None else tuple(METHODS[each] for each in _RECOGNISED)
+    refuse_foreign_options(known, options, METHODS)
+    if controlnet is not None and not any(each.takes_controlnet for each in known):
         takers = [other for other in METHODS.values() if other.takes_controlnet]
         raise foreign_option("--controlnet", method, takers)
-    method.check(options)
-    return method
+    for each in known if name is not None else ():
+        each.check(options)
+    return None if name is None else method
 
 
 def load_for_method(
@@ -60,25 +73,50 @@ def load_for_method(
 ) -> Student:
     """The checkpoint as a method wants it, adapters merged, a ControlNet added.
 
-    Without a `method` it is taken for a TiUE student, unless its scheduler says that it is none.
+    Without a `method` its own marks tell: a few-step student by its scheduler, else a TiUE student,
+    unless its scheduler says that it is none.
     """
-    chosen = check_method(method, options, request.controlnet)
+    named = check_method(method, options, request.controlnet)
     check_additions(request)
-
-    def plan_of(checkpoint: CheckpointFacts) -> Plan:
-        if method is None:
-            check_assumed(checkpoint)
-        return chosen.plan(checkpoint, options)
-
     student = load_model(
         request.ckpt,
         request.base,
-        plan_of,
+        lambda checkpoint: plan_choice(checkpoint, named, options),
         family=request.family,
         vae=request.vae,
         on_stage=on_stage,
     )
     return completed(student, request, on_stage)
+
+
+def plan_choice(
+    checkpoint: CheckpointFacts, named: Method | None, options: SamplingOptions
+) -> PlanChoice:
+    """The plan by the method that was named, else by the one that the checkpoint tells."""
+    mark = None
+    method = named or METHODS[DEFAULT_METHOD]
+    if named is None:
+        told = recognition(checkpoint)
+        if told is None:
+            check_assumed(checkpoint)
+        else:
+            method, mark = METHODS[METHOD], told[1]
+        refuse_foreign_options((method,), options, METHODS)
+        method.check(options)
+    plan = method.plan(checkpoint, options)
+    notes: tuple[str, ...] = ()
+    if mark is not None:
+        notes = (
+            f"taken for recipe {plan.recipe} in {plan.steps} steps by {mark}; else say --recipe "
+            f"NAME, or --method {' or '.join(name for name in METHODS if name != METHOD)}",
+        )
+    if plan.one_pass and not plan.recipe and checkpoint.recorded_steps is None:
+        notes = (
+            f"the checkpoint records no K and is taken for a student of K={plan.steps}; a model "
+            "that is not distilled draws with --method faster, a few-step student with --recipe "
+            "NAME",
+        )
+    return PlanChoice(plan, notes)
 
 
 def check_additions(request: CheckpointRequest) -> None:
@@ -124,7 +162,7 @@ def load_student(
     return load_model(
         path,
         base,
-        lambda checkpoint: Tiue().plan(checkpoint, options),
+        lambda checkpoint: plan_choice(checkpoint, METHODS[DEFAULT_METHOD], options),
         family=family,
         without=without,
         vae=vae,

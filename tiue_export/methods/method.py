@@ -30,6 +30,8 @@ class SamplingOptions:
     guidance: float | None = None
     max_decoder_rows: int | None = None
     budget: float | None = None
+    recipe: str | None = None
+    eta: float | None = None
 
     def given(self) -> tuple[str, ...]:
         """Names of the options that were given, in their order."""
@@ -66,14 +68,14 @@ class Method(Protocol):
 
 
 def refuse_foreign_options(
-    method: Method, options: SamplingOptions, methods: Mapping[str, Method]
+    known: Sequence[Method], options: SamplingOptions, methods: Mapping[str, Method]
 ) -> None:
-    """Refuse options that only other methods understand, by their flags."""
+    """Refuse options that none of the `known` methods understands, by their flags."""
     for option in options.given():
-        if option not in method.takes:
+        if not any(option in method.takes for method in known):
             flag = "--" + option.replace("_", "-")
             takers = [other for other in methods.values() if option in other.takes]
-            raise foreign_option(flag, method, takers)
+            raise foreign_option(flag, known[0], takers)
 
 
 def foreign_option(flag: str, method: Method, takers: Sequence[Method]) -> UsageError:

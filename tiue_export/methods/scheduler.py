@@ -20,14 +20,12 @@ from tiue_export.errors import ScheduleError, TiueError, UsageError, first_line
 from tiue_export.sampling.ddim import ddim_settings
 from tiue_export.sampling.key_step_options import FasterOptions, ddim_plan, planned
 from tiue_export.sampling.key_step_plan import (
-    Trajectory,
-    Weights,
     check_scheduler,
     ddim_trajectory,
     injection_from,
-    trace,
 )
 from tiue_export.sampling.plan import Injection, Plan
+from tiue_export.sampling.trajectory import Trajectory, Weights, trace
 
 _CLASSES = {
     "ddim": DDIMScheduler,

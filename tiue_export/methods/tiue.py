@@ -38,8 +38,8 @@ def check_assumed(checkpoint: CheckpointFacts) -> None:
     """Refuse to take a checkpoint for a TiUE student whose scheduler says that it is none.
 
     A student that records its K is one. Of others the scheduler alone tells: TiUE is distilled on
-    DDIM's steps from t = 1 on, few-step students end at t = 999 and are saved with other classes
-    (SD-Turbo with Euler's, LCM with its own). Raises `ScheduleError`.
+    DDIM's steps from t = 1 on; trailing ones are those of few-step students merged from adapters,
+    which no other mark tells from ordinary models. Raises `ScheduleError`.
     """
     if checkpoint.recorded_steps is not None:
         return
@@ -50,8 +50,8 @@ def check_assumed(checkpoint: CheckpointFacts) -> None:
         raise ScheduleError(
             f"{checkpoint.name} is no TiUE student by its scheduler, {name} with {spacing} "
             f"timesteps; expected {' or '.join(_SCHEDULERS)} with {_SPACING} ones",
-            "Add --method faster for an ordinary model, or --method tiue to take it for a student "
-            "all the same. Few-step students (SD-Turbo, LCM, Hyper-SD) cannot be exported yet.",
+            "Add --recipe NAME for a few-step student (tiue-export recipes lists them), --method "
+            "faster for an ordinary model, or --method tiue to take it for a student all the same.",
         )
 
 

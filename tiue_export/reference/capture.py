@@ -35,7 +35,7 @@ from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.parity import PROMPTS, Reference, parity_record, with_dtypes
 from tiue_export.reference.half_audit import HALVES, RangeRecorder, float32_options, score_blocks
-from tiue_export.reference.loop_capture import GraphIO, capture_loop, scheduler_loop
+from tiue_export.reference.loop_capture import GraphIO, capture_loop, hops_of_diffusers
 from tiue_export.sampling.noise import noises_from_seed
 from tiue_export.sampling.sampler import OnStep
 from tiue_export.specs import (
@@ -134,13 +134,14 @@ class _Run:
         noise = torch.from_numpy(known["sample"])
         text = torch.from_numpy(known["encoder_hidden_states"])
         with torch.no_grad():
-            unsplit = wide.unet(noise, wide.plan.timesteps[0], text).sample
+            scaled = wide.plan.passes[0].input.noise * noise
+            unsplit = wide.unet(scaled, wide.plan.timesteps[0], text).sample
             outputs = wide.decode(wide.encode(noise, text), text)
             latents = _np(wide.combine(noise, outputs))
         by_step = outputs.reshape(student.plan.rows, *noise.shape)
-        loop = scheduler_loop(wide, known["sample"][None], _np(by_step))
         self._hold("split", "row 0 / unsplit UNet", _np(unsplit), _np(by_step[0]), inputs)
-        self._hold("closed form", "latents / DDIM loop", loop, latents, inputs)
+        arrays = known["sample"][None], known["encoder_hidden_states"], _np(by_step)
+        self.hops.extend(hops_of_diffusers(wide, *arrays, latents, inputs))
         plan = exported_plan(student, self.options)
         pool = dict(known)
         for graph in build_graphs(wide, self.options, only=UNET_GRAPHS):

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tiue_export.bundle.manifest import ParityRecord
 from tiue_export.graphs.build import build_graphs, run_graph
 from tiue_export.graphs.options import ExportOptions
-from tiue_export.methods.scheduler import diffusers_scheduler
+from tiue_export.methods.diffusers_loop import diffusers_loop, plan_scheduler
 from tiue_export.proof.parity import loop_to_check, parity_record
 from tiue_export.reference.half_audit import RangeRecorder, control_to_check
-from tiue_export.sampling.key_step_plan import SCHEDULERS
-from tiue_export.sampling.plan import Combination, Plan, single_pass
+from tiue_export.sampling.plan import Combination, Plan, Timestep, single_pass
 from tiue_export.sampling.sampler import OnStep, added, combined, encoder_feeds, sampled_outputs
 from tiue_export.specs import CONTROLNET, UNET_DECODER, UNET_ENCODER, UNET_GRAPHS, Array, Feeds
 from tiue_export.student.model import Student
@@ -68,14 +68,10 @@ def capture_loop(
         hops = _hops_of_rows(wide, known, options.hoist, inputs)
     else:
         hops = _hops_of_control(wide, known, inputs)
-    # A sampler that is not among these is held against its own library where its plan is derived.
-    if plan.scheduler in SCHEDULERS:
-        looped, subject = scheduler_loop(wide, noises, outputs), f"latents / {plan.scheduler} loop"
-        hops.append(parity_record("closed form", subject, looped, latents, "split", inputs))
-    return hops
+    return [*hops, *hops_of_diffusers(wide, noises, text, outputs, latents, inputs)]
 
 
-def timesteps_to_check(plan: Plan) -> tuple[int, ...]:
+def timesteps_to_check(plan: Plan) -> tuple[Timestep, ...]:
     """The first key step's timestep, the middle one and the last of all."""
     if not plan.open_rows:
         return plan.timesteps[:1]  # the decoder takes one step at a time
@@ -86,9 +82,9 @@ def timesteps_to_check(plan: Plan) -> tuple[int, ...]:
 def _hops_of_rows(
     wide: Student, known: Mapping[str, Array], hoist: str, inputs: str
 ) -> list[ParityRecord]:
-    """The key step's rows against the UNet itself, all rows against its own up blocks."""
+    """The first row against the UNet itself, all rows against its own up blocks."""
     sample, text = (torch.from_numpy(known[k]) for k in ("sample", "encoder_hidden_states"))
-    timesteps = tuple(int(t) for t in known["timesteps"])
+    timesteps = tuple(float(t) for t in known["timesteps"])
     naive = Student(
         wide.unet,
         _rows_only(wide.plan, timesteps),
@@ -101,13 +97,13 @@ def _hops_of_rows(
     first = known["outputs"][: len(sample)]
     hop = "lowered" if hoist == "none" else "hoisted"
     return [
-        parity_record("split", "key step's rows / unsplit UNet", unsplit, first, "split", inputs),
+        parity_record("split", "first row / unsplit UNet", unsplit, first, "split", inputs),
         parity_record(hop, "outputs / naive decoder", rows, known["outputs"], "split", inputs),
     ]
 
 
 def _hops_of_control(wide: Student, known: Mapping[str, Array], inputs: str) -> list[ParityRecord]:
-    """The key step's rows against diffusers' own ControlNet and UNet."""
+    """The first row against diffusers' own ControlNet and UNet."""
     names = ("sample", "encoder_hidden_states", "controlnet_cond")
     sample, text, picture = (torch.from_numpy(known[name]) for name in names)
     timestep, strength = int(known["timestep"][0]), float(known["conditioning_scale"][0])
@@ -129,25 +125,63 @@ def _hops_of_control(wide: Student, known: Mapping[str, Array], inputs: str) -> 
             mid_block_additional_residual=mid,
         ).sample
     first = known["outputs"][: len(sample)]
-    subject = "key step's rows / unsplit UNet and ControlNet"
+    subject = "first row / unsplit UNet and ControlNet"
     return [parity_record("split", subject, whole.numpy(), first, "split", inputs)]
 
 
-def _rows_only(plan: Plan, timesteps: tuple[int, ...]) -> Plan:
+def _rows_only(plan: Plan, timesteps: tuple[Timestep, ...]) -> Plan:
     """For `Student.decode`, which takes its timesteps from the plan."""
     zeros = Combination(0.0, (0.0,) * len(timesteps))
     return single_pass(plan.method, plan.steps, timesteps, zeros, plan.prediction_type)
 
 
-def scheduler_loop(wide: Student, noises: Array, outputs: Array) -> Array:
-    """diffusers' own scheduler stepped through guided outputs (n, B, 4, H, W), with injection."""
+def hops_of_diffusers(
+    wide: Student, noises: Array, text: Array, outputs: Array, latents: Array, inputs: str
+) -> list[ParityRecord]:
+    """The plan's sums, and of a few-step student its whole drawing, against diffusers' own loop.
+
+    Noises (N, B, 4, H, W), text (B, L, D) or with guidance (2B, L, D), outputs (n, B, 4, H, W).
+    """
     plan = wide.plan
-    scheduler = diffusers_scheduler(wide.scheduler_config, plan.scheduler, plan.steps)
-    start = torch.from_numpy(noises[0])
-    sample = start
-    for timestep, output in zip(scheduler.timesteps, outputs, strict=True):
-        if plan.injection is not None and int(timestep) / 1000 < plan.injection.below:
-            sample = sample + plan.injection.strength * start
-        sample = scheduler.step(torch.from_numpy(output), timestep, sample).prev_sample
-    latents: Array = sample.numpy()
+    looped = looped_latents(wide, noises, outputs)
+    if looped is None:
+        return []
+    subject = f"latents / {plan.scheduler} loop"
+    hops = [parity_record("closed form", subject, looped, latents, "split", inputs)]
+    if plan.recipe:
+        drawn = unsplit_latents(wide, noises, text)
+        kind = "fp32" if plan.guidance is None else "fp32-loop"
+        shared = any(one.rows > 1 for one in plan.passes)
+        hop = "shared encoder" if shared else "diffusers"
+        subject = f"latents / its {plan.scheduler} loop, unsplit UNet"
+        # What sharing the encoder costs is a choice: it is told, not judged.
+        hops.append(parity_record(hop, subject, drawn, latents, None if shared else kind, inputs))
+    return hops
+
+
+def looped_latents(wide: Student, noises: Array, outputs: Array) -> Array | None:
+    """diffusers' own scheduler stepped through outputs (n, B, 4, H, W); None where it has none."""
+    scheduler = plan_scheduler(wide.scheduler_config, wide.plan)
+    if scheduler is None:
+        return None
+    given = torch.from_numpy(outputs)
+    latents: Array = diffusers_loop(scheduler, wide.plan, noises, lambda x, t, k: given[k]).numpy()
+    return latents
+
+
+@torch.no_grad()
+def unsplit_latents(wide: Student, noises: Array, text: Array) -> Array:
+    """A student drawn as diffusers' pipelines do: its whole UNet at every step."""
+    plan, embedding = wide.plan, torch.from_numpy(text)
+
+    def network(sample: Tensor, timestep: Tensor, number: int) -> Tensor:
+        rows = torch.cat([sample] * plan.copies)
+        output: Tensor = wide.unet(rows, timestep, embedding).sample
+        if plan.guidance is None:
+            return output
+        without, conditioned = output.chunk(2)
+        return without + plan.guidance * (conditioned - without)
+
+    scheduler = plan_scheduler(wide.scheduler_config, plan)
+    latents: Array = diffusers_loop(scheduler, plan, noises, network).numpy()
     return latents

@@ -11,7 +11,6 @@ E_t = sqrt(a_0) * (sqrt(1 / a_prev - 1) - sqrt(1 / a_t - 1)) for every t. The te
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from tiue_export.errors import ScheduleError, UsageError
 from tiue_export.sampling.plan import Combination, Plan, single_pass
+from tiue_export.sampling.trajectory import LinearStep
 
 DEFAULT_STEPS = 4
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -90,17 +90,8 @@ def one_pass_plan(config: Mapping[str, Any], steps: int) -> Plan:
     )
 
 
-@dataclass(frozen=True)
-class DdimStep:
-    """One step at eta 0: next sample = `kept` * sample + `added` * output."""
-
-    timestep: int
-    kept: float
-    added: float
-
-
-def ddim_steps(config: Mapping[str, Any], steps: int) -> list[DdimStep]:
-    """The steps of DDIM as diffusers takes them, float64; raises like `one_pass_plan`."""
+def ddim_steps(config: Mapping[str, Any], steps: int) -> list[LinearStep]:
+    """The steps of DDIM at eta 0 as diffusers takes them, float64; raises like `one_pass_plan`."""
     settings = ddim_settings(config)
     train_steps = int(settings["num_train_timesteps"])
     if not 1 <= steps <= train_steps:
@@ -115,13 +106,13 @@ def ddim_steps(config: Mapping[str, Any], steps: int) -> list[DdimStep]:
         target = float(alphas[previous]) if previous >= 0 else final_alpha
         alpha = float(alphas[timestep])
         try:
-            kept, added = _linear_step(alpha, target, settings["prediction_type"])
+            kept, added = ode_step(alpha, target, settings["prediction_type"])
         except ZeroDivisionError as error:
             raise ScheduleError(
                 f"the scheduler's betas give alpha {alpha:g} at timestep {timestep}, where a "
                 f"{settings['prediction_type']} prediction would be divided by zero"
             ) from error
-        listed.append(DdimStep(timestep, kept, added))
+        listed.append(LinearStep(timestep, kept, added))
     return listed
 
 
@@ -234,8 +225,11 @@ def _timesteps(settings: Mapping[str, Any], steps: int) -> list[int]:
     return timesteps
 
 
-def _linear_step(alpha: float, target: float, prediction_type: str) -> tuple[float, float]:
-    """One DDIM step (Song et al. 2020, Eq. 12, eta 0) as factors of the sample and the output."""
+def ode_step(alpha: float, target: float, prediction_type: str) -> tuple[float, float]:
+    """A step along the ODE (Song et al. 2020, Eq. 12, eta 0): factors of sample and output.
+
+    Raises `ZeroDivisionError` at an alpha where the prediction says nothing.
+    """
     sigma, target_sigma = (1 - alpha) ** 0.5, (1 - target) ** 0.5
     root, target_root = alpha**0.5, target**0.5
     if prediction_type == "epsilon":

@@ -12,24 +12,24 @@ paper are its Table 5 and code ("50ls").
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from tiue_export.errors import ScheduleError, UsageError, unknown_name
 from tiue_export.sampling.ddim import ddim_steps
 from tiue_export.sampling.plan import (
     DEFAULT_GUIDANCE,
-    Combination,
     Injection,
-    Pass,
     Plan,
     check_decoder_rows,
     check_guidance,
+)
+from tiue_export.sampling.trajectory import (
+    Trajectory,
+    Weights,
+    checked_key_steps,
+    passes_of,
+    trace,
 )
 
 SCHEDULERS = ("ddim", "dpmpp", "pndm")
@@ -49,39 +49,6 @@ _REFUSED = {
         "draws fresh noise at every step; a plan needs a deterministic sampler",
     ),
 }
-
-Weights = npt.NDArray[np.float64]
-# (step number, sample, output) -> next sample, linear in both.
-Step = Callable[[int, Weights, Weights], Weights]
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """A sampler's steps as linear algebra.
-
-    `weights` (n + 1, n + 1): row i is the sample before step i, row n the final latents; column 0
-    weighs the noise, column k + 1 the output of step k. `entering` (n,) is what injection adds to
-    the noise's weight at each step before the scheduler's step.
-    """
-
-    timesteps: tuple[int, ...]
-    weights: Weights
-    entering: Weights
-
-
-def trace(timesteps: Sequence[int], step: Step, injection: Injection | None) -> Trajectory:
-    """Run a sampler once on unit vectors: noise = e_0, output k = e_{k+1}, all exact."""
-    count = len(timesteps)
-    basis = np.eye(count + 1)
-    weights, entering = np.zeros((count + 1, count + 1)), np.zeros(count)
-    sample = basis[0]
-    for k, timestep in enumerate(timesteps):
-        weights[k] = sample
-        if injection is not None and timestep / 1000 < injection.below:
-            entering[k] = injection.strength
-        sample = step(k, sample + entering[k] * basis[0], basis[k + 1])
-    weights[count] = sample
-    return Trajectory(tuple(int(t) for t in timesteps), weights, entering)
 
 
 def ddim_trajectory(
@@ -150,27 +117,6 @@ def _whole(part: str, text: str) -> int:
         ) from error
 
 
-def checked_key_steps(key_steps: Sequence[int], steps: int) -> tuple[int, ...]:
-    """Refuse key steps that leave a step without features or are none of the steps."""
-    given = ",".join(map(str, key_steps))
-    if not key_steps or key_steps[0] != 0:
-        raise UsageError(
-            f"--key-steps {given} does not start at 0: the first step has no features to use",
-            f"Type --key-steps 0,{given}" if key_steps and min(key_steps) > 0 else None,
-        )
-    if any(b <= a for a, b in pairwise(key_steps)):
-        ordered = ",".join(map(str, sorted(set(key_steps))))
-        raise UsageError(
-            f"--key-steps {given} is not in rising order", f"Type --key-steps {ordered}"
-        )
-    if key_steps[-1] >= steps:
-        raise UsageError(
-            f"--key-steps ends at {key_steps[-1]}; there are {steps} steps, 0 to {steps - 1}",
-            "Shorten the list, or raise --steps.",
-        )
-    return tuple(key_steps)
-
-
 def make_plan(
     scheduler: str,
     trajectory: Trajectory,
@@ -189,24 +135,15 @@ def make_plan(
     `steps` is what the sampler was asked for. Raises `UsageError` for key steps, guidance or rows
     that cannot be.
     """
-    count = len(trajectory.timesteps)
-    starts = checked_key_steps(key_steps, count)
     check_guidance(guidance)
     check_decoder_rows(max_decoder_rows)
     seen = injection is not None and injection.placement == "sequential"
-    passes = []
-    for start, end in zip(starts, (*starts[1:], count), strict=True):
-        row = trajectory.weights[start]
-        noise = float(row[0] + (trajectory.entering[start] if seen else 0.0))
-        timesteps = trajectory.timesteps[start:end]
-        outputs = tuple(float(w) for w in row[1 : start + 1])
-        passes.append(Pass(timesteps[0], timesteps, Combination(noise, outputs)))
-    final = trajectory.weights[count]
+    passes = passes_of(trajectory, key_steps, injected=seen)
     return Plan(
         method="faster",
         steps=steps,
-        passes=tuple(passes),
-        latents=Combination(float(final[0]), tuple(float(w) for w in final[1:])),
+        passes=passes,
+        latents=trajectory.combination(len(trajectory.timesteps)),
         prediction_type=prediction_type,
         scheduler=scheduler,
         timestep_spacing=timestep_spacing,

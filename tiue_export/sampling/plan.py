@@ -26,6 +26,8 @@ DEFAULT_GUIDANCE = 7.5
 GUIDANCE_RANGE = (1.0, 1000.0)
 INJECTION_STRENGTH = 0.003
 INJECTION_BELOW = 0.5
+# Whole but for rectified flow, whose time is continuous.
+Timestep = int | float
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Pass:
     The rows of a pass share the encoder's features and do not depend on each other.
     """
 
-    encoder_timestep: int
-    timesteps: tuple[int, ...]
+    encoder_timestep: Timestep
+    timesteps: tuple[Timestep, ...]
     input: Combination
 
     @property
@@ -85,7 +87,9 @@ class Plan:
     sampler was asked for (K of a TiUE student). `guidance` is the default scale; None: it is
     distilled in, and the network runs on B rows, not 2B. `merged_timesteps` names rows that were
     dropped, their weight added to a neighbour. `max_decoder_rows` bounds the rows of one decoder
-    run: a pass is then cut into exact pieces. `chosen_by` says where key steps come from.
+    run: a pass is then cut into exact pieces. `chosen_by` says where key steps come from. `recipe`
+    names the few-step student's recipe (`recipes.py`), `eta` its share of fresh noise, and
+    `embedded_guidance` the scale that is folded into its time embedding.
     """
 
     method: str
@@ -96,10 +100,13 @@ class Plan:
     scheduler: str = "ddim"
     timestep_spacing: str = "leading"
     guidance: float | None = None
-    merged_timesteps: tuple[int, ...] = ()
+    merged_timesteps: tuple[Timestep, ...] = ()
     injection: Injection | None = None
     max_decoder_rows: int | None = None
     chosen_by: str = ""
+    recipe: str = ""
+    eta: float = 0.0
+    embedded_guidance: float | None = None
 
     @property
     def one_pass(self) -> bool:
@@ -107,7 +114,7 @@ class Plan:
         return len(self.passes) == 1 and self.guidance is None and not self.latents.fresh
 
     @property
-    def timesteps(self) -> tuple[int, ...]:
+    def timesteps(self) -> tuple[Timestep, ...]:
         """The timestep of every decoder row, in order."""
         return tuple(t for one in self.passes for t in one.timesteps)
 
@@ -156,7 +163,7 @@ class Plan:
             )
         timesteps = list(self.timesteps)
         weights = list(self.latents.outputs)
-        dropped: list[int] = []
+        dropped: list[Timestep] = []
         for row in range(len(timesteps) - 1, 0, -1):
             if abs(weights[row]) < below:
                 weights[row - 1] += weights[row]
@@ -198,16 +205,15 @@ class Plan:
         if len(self.latents.fresh) < noises:
             return f"the latents know {len(self.latents.fresh)} fresh noises; expected {noises}"
         only = self.passes[0]
-        moved = only.encoder_timestep != only.timesteps[0]
-        if self.one_pass and (only.input != Combination(1.0) or moved):
-            return "its only pass does not start at the initial noise and its first timestep"
+        if self.one_pass and only.encoder_timestep != only.timesteps[0]:
+            return "its only pass does not start at its first timestep"
         return None
 
 
 def single_pass(
     method: str,
     steps: int,
-    timesteps: Sequence[int],
+    timesteps: Sequence[Timestep],
     latents: Combination,
     prediction_type: str,
     timestep_spacing: str = "leading",

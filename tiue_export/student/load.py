@@ -56,6 +56,7 @@ from tiue_export.errors import (
     printable,
 )
 from tiue_export.sampling.plan import Plan
+from tiue_export.student.guidance_embedding import GUIDANCE_WEIGHT, with_guidance
 from tiue_export.student.model import Student, time_embedding
 from tiue_export.system.command_line import command_line
 
@@ -66,18 +67,40 @@ _HUB_KINDS = ("json", "txt", "safetensors")
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What a plan is derived from: configurations, and the K that a student records."""
+    """What a plan is derived from: configurations, and the K that a student records.
+
+    `vae_class` is the class of the checkpoint's own VAE, "" where there is none.
+    """
 
     name: str
     scheduler_config: Config
     unet_config: Config
     recorded_steps: object = None
+    vae_class: str = ""
+
+    @property
+    def guidance_width(self) -> int | None:
+        """Width of the UNet's guidance embedding, which full LCMs have; None without one."""
+        return self.unet_config.get("time_cond_proj_dim")
+
+    @property
+    def has_mid_block(self) -> bool:
+        """Whether the UNet has a middle block, which SDXS and tiny-sd lack."""
+        return self.unet_config.get("mid_block_type", "") is not None
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """A checkpoint's plan, and what was assumed to derive it, in words."""
+
+    plan: Plan
+    notes: tuple[str, ...] = ()
 
 
 def load_model(
     path: str | Path,
     base: str | Path | None,
-    plan_of: Callable[[CheckpointFacts], Plan],
+    plan_of: Callable[[CheckpointFacts], PlanChoice],
     *,
     family: str | None = None,
     without: Collection[str] = (),
@@ -112,7 +135,16 @@ def load_model(
     recorded = weights.metadata.get(
         STEPS_KEY, scheduler_config.get(STEPS_KEY) if own_scheduler else None
     )
-    plan = plan_of(CheckpointFacts(checkpoint.root.name, scheduler_config, config, recorded))
+    facts = CheckpointFacts(
+        checkpoint.root.name,
+        scheduler_config,
+        config,
+        recorded,
+        _vae_class(folders["vae"]),
+    )
+    choice = plan_of(facts)
+    plan = choice.plan
+    unet = with_guidance(unet, plan.embedded_guidance)
 
     text_encoder = decoder = None
     part_sha256: dict[str, str] = {}
@@ -129,11 +161,7 @@ def load_model(
         on_stage("VAE")
         decoder = load_vae(folders["vae"])
         part_sha256["vae"] = sha256_of_folder(folders["vae"], WEIGHTS_STEM)
-    if plan.one_pass and recorded is None:
-        notes += (
-            f"the checkpoint records no K and is taken for a student of K={plan.steps}; a model "
-            "that is not distilled draws with --method faster",
-        )
+    notes += choice.notes
 
     source = Source(
         name=printable(checkpoint.root.name),
@@ -151,7 +179,10 @@ def load_model(
         unet,
         plan,
         source=source,
-        scheduler_config={**scheduler_config, **({STEPS_KEY: plan.steps} if plan.one_pass else {})},
+        scheduler_config={
+            **scheduler_config,
+            **({STEPS_KEY: plan.steps} if plan.one_pass and not plan.recipe else {}),
+        },
         text_encoder=text_encoder,
         vae=decoder,
         tokenizer_folder=folders["tokenizer"] if text_encoder is not None else None,
@@ -273,7 +304,9 @@ def _unet_config(
             "unet/config.json.",
         )
     name = _by_prediction(families, base)
-    return name, load_family(name).unet
+    embedding = shapes.get(GUIDANCE_WEIGHT)
+    marks = {} if embedding is None else {"time_cond_proj_dim": embedding[1]}
+    return name, {**load_family(name).unet, **marks}
 
 
 def _same_family(config: Config, candidates: tuple[str, ...]) -> str:
@@ -352,6 +385,10 @@ def _vae_folder(given: str) -> Path:
             f"Leave tiny: out to use it all the same: --vae {folder}",
         )
     return folder
+
+
+def _vae_class(folder: Path | None) -> str:
+    return "" if folder is None else str(read_config(folder / "config.json").get("_class_name"))
 
 
 def _part_folder(part: str, pipeline: Path | None, base: Path | None) -> Path | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tiue_export.bundle.manifest import Source
-from tiue_export.sampling.plan import Combination, Plan
+from tiue_export.sampling.plan import Combination, Plan, Timestep
 
 
 class Features(NamedTuple):
@@ -69,7 +69,8 @@ class Student(nn.Module):
         `noise` (B, 4, H, W), H and W multiples of 8; `text` (B, 77, D).
         """
         unet = self.unet
-        noise, text = noise.to(unet.dtype), text.to(unet.dtype)
+        scaled = self.plan.passes[0].input.noise * noise
+        noise, text = scaled.to(unet.dtype), text.to(unet.dtype)
         time = self.time_embedding(self.plan.timesteps[:1]).expand(len(noise), -1)  # (B, D_t)
         hidden = unet.conv_in(noise)
         skips = [hidden]
@@ -108,12 +109,12 @@ class Student(nn.Module):
 
     forward = predict
 
-    def time_embedding(self, timesteps: tuple[int, ...]) -> Tensor:
+    def time_embedding(self, timesteps: tuple[Timestep, ...]) -> Tensor:
         """Embeddings of the timesteps, (len(timesteps), D_t), in the UNet's dtype."""
         return time_embedding(self.unet, timesteps)
 
 
-def time_embedding(unet: Any, timesteps: tuple[int, ...]) -> Tensor:
+def time_embedding(unet: Any, timesteps: tuple[Timestep, ...]) -> Tensor:
     """The UNet's own time MLP on `timesteps`; (len(timesteps), D_t)."""
     device = unet.conv_in.weight.device
     projected = unet.time_proj(torch.tensor(timesteps, device=device))

@@ -1,0 +1,74 @@
+"""Few-step students: SD-Turbo, LCM, Hyper-SD and the others of the recipes, one pass a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from tiue_export.errors import ScheduleError, UsageError
+from tiue_export.methods.method import SamplingOptions
+from tiue_export.methods.recognition import recipe_of
+from tiue_export.sampling.few_step import (
+    METHOD,
+    FewStepOptions,
+    checked_steps,
+    few_step_plan,
+)
+from tiue_export.sampling.plan import Plan
+from tiue_export.sampling.recipes import EMBEDDED, recipe_named
+from tiue_export.student.load import CheckpointFacts
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """The recipe is the one that was named, else the one the checkpoint tells."""
+
+    name: str = METHOD
+    summary: str = "few-step students such as SD-Turbo, LCM and Hyper-SD"
+    takes: tuple[str, ...] = (
+        "steps",
+        "allow_other_steps",
+        "recipe",
+        "guidance",
+        "key_steps",
+        "eta",
+        "max_decoder_rows",
+    )
+    features: frozenset[str] = frozenset()
+    takes_controlnet: bool = False
+
+    def check(self, options: SamplingOptions) -> None:
+        """Refuse an unknown recipe, and steps that it is not for."""
+        if options.recipe is not None:
+            checked_steps(recipe_named(options.recipe), options.steps, options.allow_other_steps)
+
+    def plan(self, checkpoint: CheckpointFacts, options: SamplingOptions) -> Plan:
+        """Raises `ScheduleError` where nothing says which recipe, and for what it cannot be."""
+        name = options.recipe or recipe_of(checkpoint)
+        if name is None:
+            raise ScheduleError(
+                f"nothing in {checkpoint.name} says which few-step student it is",
+                "Say which: --recipe NAME. tiue-export recipes lists them.",
+            )
+        recipe = recipe_named(name)
+        if checkpoint.recorded_steps is not None:
+            raise ScheduleError(
+                f"{checkpoint.name} is a TiUE student (it records K={checkpoint.recorded_steps})",
+                "Leave --recipe and --method out.",
+            )
+        embeds = checkpoint.guidance_width is not None
+        if embeds and recipe.guidance != EMBEDDED:
+            raise ScheduleError(
+                f"the UNet of {checkpoint.name} takes a guidance embedding, for which recipe "
+                f"{name} has no scale",
+                "Type --recipe lcm.",
+            )
+        if recipe.guidance == EMBEDDED and not embeds and options.guidance is not None:
+            raise UsageError(
+                f"--guidance is {options.guidance:g}, but the UNet of {checkpoint.name} has no "
+                f"guidance embedding, into which recipe {name} folds it",
+                "Leave --guidance out: it is distilled in.",
+            )
+        given = {field: getattr(options, field) for field in options.given() if field != "recipe"}
+        plan = few_step_plan(checkpoint.scheduler_config, recipe, FewStepOptions(**given))
+        # An LCM distilled at one scale has no embedding to fold it into.
+        return plan if embeds else replace(plan, embedded_guidance=None)

@@ -1,0 +1,110 @@
+"""Another plan for a bundle's graphs when drawing, by numbers alone: no scheduler library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tiue_export.errors import UsageError
+from tiue_export.sampling.few_step import FewStepOptions, few_step_plan
+from tiue_export.sampling.key_step_options import FasterOptions, ddim_plan
+from tiue_export.sampling.plan import DEFAULT_GUIDANCE, Plan, check_decoder_rows
+from tiue_export.sampling.recipes import recipe_named
+
+
+@dataclass(frozen=True)
+class PlanChange:
+    """What shall differ from a bundle's own plan; None leaves it as it is.
+
+    The graphs take any timesteps and any number of rows, so a plan can be changed when drawing.
+    """
+
+    steps: int | None = None
+    key_steps: str | tuple[int, ...] | None = None
+    inject: str | None = None
+    max_decoder_rows: int | None = None
+
+
+def changed_plan(config: Mapping[str, Any], plan: Plan, change: PlanChange) -> Plan:
+    """Another plan for the graphs of a bundle, whose scheduler_config.json is `config`.
+
+    Fewer decoder rows at a time are possible with any plan. Raises `UsageError` for the rest where
+    the graphs hold it, or where its coefficients come from diffusers, which a device need not have.
+    """
+    check_decoder_rows(change.max_decoder_rows)
+    if change.max_decoder_rows is not None:
+        plan = replace(plan, max_decoder_rows=change.max_decoder_rows)
+    if change == PlanChange(max_decoder_rows=change.max_decoder_rows):
+        return plan
+    if plan.recipe:
+        return _few_step_change(config, plan, change)
+    if plan.scheduler != "ddim":
+        raise UsageError(
+            f"the bundle draws by {plan.scheduler}, whose coefficients were found at its export: "
+            "steps, key steps and injection are fixed",
+            "Export again with the options wanted; with --scheduler ddim they stay open.",
+        )
+    options = FasterOptions(
+        steps=plan.steps if change.steps is None else change.steps,
+        key_steps=_key_steps(plan, change),
+        inject=change.inject or ("off" if plan.injection is None else plan.injection.placement),
+        guidance=DEFAULT_GUIDANCE if plan.guidance is None else plan.guidance,
+        max_decoder_rows=plan.max_decoder_rows,
+        chosen_by=plan.chosen_by if change.key_steps is None else "",
+    )
+    return ddim_plan(config, options)
+
+
+def _few_step_change(config: Mapping[str, Any], plan: Plan, change: PlanChange) -> Plan:
+    if change.inject is not None:
+        raise UsageError(
+            f"--inject is for Faster Diffusion; recipe {plan.recipe} injects no noise",
+            "Leave --inject out.",
+        )
+    recipe = recipe_named(plan.recipe)
+    steps = plan.steps if change.steps is None else change.steps
+    own_eta = plan.eta != recipe.eta_of(plan.steps)
+    options = FewStepOptions(
+        steps=steps,
+        key_steps=_key_steps(plan, change),
+        eta=plan.eta if own_eta else None,
+        max_decoder_rows=plan.max_decoder_rows,
+        allow_other_steps=steps == plan.steps,
+    )
+    changed = replace(
+        few_step_plan(config, recipe, options),
+        guidance=plan.guidance,
+        embedded_guidance=plan.embedded_guidance,
+    )
+    if changed.one_pass:
+        raise UsageError(
+            "a plan of one pass is held by the graphs, and this bundle's are for several",
+            f"Export again with --recipe {plan.recipe} --steps {steps}.",
+        )
+    if not plan.open_rows and any(one.rows > 1 for one in changed.passes):
+        raise UsageError(
+            "the bundle's decoder takes one step at a time, so every step runs the encoder",
+            "Export again with the --key-steps wanted.",
+        )
+    return changed
+
+
+def _key_steps(plan: Plan, change: PlanChange) -> str | tuple[int, ...]:
+    if change.key_steps == "auto":
+        raise UsageError(
+            "--key-steps auto measures a checkpoint; a bundle has none",
+            "Give nonuniform, uniform:N, or the list that `analyze` chose.",
+        )
+    if change.key_steps is not None:
+        return change.key_steps
+    if change.steps is None or change.steps == plan.steps:
+        return plan.key_steps
+    if plan.chosen_by == "nonuniform" or plan.chosen_by.startswith("uniform:"):
+        return plan.chosen_by
+    listed = ",".join(map(str, plan.key_steps))
+    raise UsageError(
+        f"the bundle's key steps {listed} were chosen for {plan.steps} steps, "
+        f"not for {change.steps}",
+        "Add --key-steps nonuniform, uniform:N or a list.",
+    )
