@@ -105,7 +105,8 @@ def compiled_rows(manifest: Manifest) -> Rows:
 def plan_rows(plan: Plan, digits: int = 9) -> Rows:
     """The terms of Eq. 11, or one row for each run of the encoder, whose terms are in tiue.json."""
     if plan.one_pass:
-        title = f"Eq. 11, K={plan.steps}, {plan.prediction_type}, {plan.timestep_spacing}"
+        name = f"{plan.recipe}, one pass" if plan.recipe else f"Eq. 11, K={plan.steps}"
+        title = f"{name}, {plan.prediction_type}, {plan.timestep_spacing}"
         rows = [("noise", "", f"{plan.latents.noise:+.{digits}f}")]
         for row, timestep in enumerate(plan.timesteps):
             weight = f"{plan.latents.outputs[row]:+.{digits}f}"
@@ -114,8 +115,12 @@ def plan_rows(plan: Plan, digits: int = 9) -> Rows:
         return Rows(title, fixed("term") + numbers("timestep", "coefficient"), rows)
     chosen = f" ({plan.chosen_by})" if plan.chosen_by else ""
     guidance = "" if plan.guidance is None else f", guidance {plan.guidance:g}"
+    if plan.embedded_guidance is not None:
+        guidance = f", guidance {plan.embedded_guidance:g} folded in"
+    if plan.noises > 1:
+        guidance += f", {plan.noises - 1} fresh noises"
     title = (
-        f"{plan.method}: {plan.rows} {plan.scheduler} steps, {len(plan.passes)} encoder runs"
+        f"{plan.recipe or plan.method}: {plan.rows} {plan.scheduler} steps, {len(plan.passes)} encoder runs"
         f"{chosen}{guidance}"
     )
     cells = [(p.first_row, p.encoder_timestep, p.rows, p.timesteps[-1]) for p in plan.passes]

@@ -16,12 +16,19 @@ SD = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-# As the models' own folders have them.
+# As the models' own folders have them, and what each is taken for.
+RECOGNISED = {
+    "sd-turbo": ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, 1),
+    "lcm": ({"_class_name": "LCMScheduler", "timestep_spacing": "leading"}, 4),
+    "tcd": ({"_class_name": "TCDScheduler", "timestep_spacing": "leading"}, 4),
+    "euler-ancestral": (
+        {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
+        1,
+    ),
+}
 DENYING = {
-    "SD-Turbo": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
-    "LCM": {"_class_name": "LCMScheduler", "timestep_spacing": "leading"},
-    "TCD": {"_class_name": "TCDScheduler", "timestep_spacing": "leading"},
     "an ordinary model with DPM-Solver++": {"_class_name": "DPMSolverMultistepScheduler"},
+    "an ordinary model with Euler": {"_class_name": "EulerDiscreteScheduler"},
     "SD 2.1 with a trailing DDIM": {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing"},
 }
 AGREEING = {
@@ -48,15 +55,32 @@ def test_a_model_whose_scheduler_is_not_tiues_is_not_taken_for_a_student(
     said = " ".join(err.split())
     assert (code, out) == (5, "")
     assert f"model is no TiUE student by its scheduler, {name} with " in said
-    assert "Add --method faster for an ordinary model, or --method tiue" in said
+    assert "Add --method faster for an ordinary model, --method tiue to take it" in said
+    assert "or --recipe NAME for a few-step student out of: tiue-export recipes" in said
     assert not Path("bundle").exists()
 
 
-@pytest.mark.parametrize("method", ["tiue", "faster"])
-def test_a_method_that_is_named_decides(run, micro_pipeline, tmp_path, method):
-    ckpt = folder_with(micro_pipeline, tmp_path / "model", DENYING["SD-Turbo"])
+@pytest.mark.parametrize("recipe", RECOGNISED)
+def test_a_few_step_student_is_taken_for_what_its_scheduler_says_and_that_is_said(
+    run, micro_pipeline, tmp_path, recipe
+):
+    scheduler, steps = RECOGNISED[recipe]
+    ckpt = folder_with(micro_pipeline, tmp_path / "model", scheduler)
+    code, out, err = run("onnx", "--ckpt", ckpt, "--dry-run")
+    said = " ".join((out + err).split())
+    assert code == 0
+    assert f"taken for recipe {recipe} in {steps} steps by its scheduler" in said
+    assert "else say --recipe NAME, or --method tiue or faster" in said
+
+
+@pytest.mark.parametrize(
+    "named", [("--method", "tiue"), ("--method", "faster"), ("--recipe", "hyper-sd-4")]
+)
+def test_what_is_named_decides(run, micro_pipeline, tmp_path, named):
+    denying = DENYING["SD 2.1 with a trailing DDIM"]
+    ckpt = folder_with(micro_pipeline, tmp_path / "model", denying)
     assert run("onnx", "--ckpt", ckpt, "--dry-run")[0] == 5
-    assert run("onnx", "--ckpt", ckpt, "--dry-run", "--method", method)[0] == 0
+    assert run("onnx", "--ckpt", ckpt, "--dry-run", *named)[0] == 0
 
 
 @pytest.mark.parametrize("model", AGREEING)
@@ -69,6 +93,7 @@ def test_a_model_that_records_nothing_is_taken_for_a_student_and_that_is_said(
     assert code == 0
     assert "records no K and is taken for a student of K=4" in said
     assert "--method faster" in said
+    assert "a few-step student with --recipe NAME" in said
 
 
 def test_a_student_that_records_its_k_is_one_whatever_its_scheduler(run, micro_pipeline, tmp_path):

@@ -47,7 +47,7 @@ class FewStep:
         if name is None:
             raise ScheduleError(
                 f"nothing in {checkpoint.name} says which few-step student it is",
-                "Say which: --recipe NAME. tiue-export recipes lists them.",
+                "Say which, --recipe NAME, out of: tiue-export recipes",
             )
         recipe = recipe_named(name)
         if checkpoint.recorded_steps is not None:

@@ -50,8 +50,8 @@ def check_assumed(checkpoint: CheckpointFacts) -> None:
         raise ScheduleError(
             f"{checkpoint.name} is no TiUE student by its scheduler, {name} with {spacing} "
             f"timesteps; expected {' or '.join(_SCHEDULERS)} with {_SPACING} ones",
-            "Add --recipe NAME for a few-step student (tiue-export recipes lists them), --method "
-            "faster for an ordinary model, or --method tiue to take it for a student all the same.",
+            "Add --method faster for an ordinary model, --method tiue to take it for a student all "
+            "the same, or --recipe NAME for a few-step student out of: tiue-export recipes",
         )
 
 
