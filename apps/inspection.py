@@ -120,8 +120,8 @@ def plan_rows(plan: Plan, digits: int = 9) -> Rows:
     if plan.noises > 1:
         guidance += f", {plan.noises - 1} fresh noises"
     title = (
-        f"{plan.recipe or plan.method}: {plan.rows} {plan.scheduler} steps, {len(plan.passes)} encoder runs"
-        f"{chosen}{guidance}"
+        f"{plan.recipe or plan.method}: {plan.rows} {plan.scheduler} steps, "
+        f"{len(plan.passes)} encoder runs{chosen}{guidance}"
     )
     cells = [(p.first_row, p.encoder_timestep, p.rows, p.timesteps[-1]) for p in plan.passes]
     note = "no noise injected"

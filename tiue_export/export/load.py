@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
-from tiue_export.methods.faster import AUTO, faster_options, with_plan
+from tiue_export.methods.faster import faster_options, with_plan
 from tiue_export.methods.load import CheckpointRequest, check_method, load_for_method
-from tiue_export.methods.method import SamplingOptions
+from tiue_export.methods.method import AUTO, SamplingOptions
 from tiue_export.reference.sharing_cost import auto_options
 from tiue_export.registry.support import check_support
 from tiue_export.student.model import Student

@@ -238,7 +238,8 @@ def _timed_unet_graphs(
     if options.hoist != "encoder":
         features["encoder_hidden_states"] = embedding
     features |= _handed_on(encoder_graph.spec, options)
-    open_axes = {"timesteps": STEPS, "outputs": f"{rows}*{STEPS}"} if open_rows else {}
+    outputs = STEPS if rows == 1 else f"{rows}*{STEPS}"
+    open_axes = {"timesteps": STEPS, "outputs": outputs} if open_rows else {}
     decoder_graph = _graph(UNET_DECODER, decoder, features, ["outputs"], options, open_axes)
     return [*control, encoder_graph, decoder_graph]
 

@@ -263,8 +263,9 @@ class FirstRows(TimedRows):
     def forward(self, hidden: None, shared: Shared) -> Tensor:
         conv, bias = shared[f"{self.name}_conv"], self.time_bias(shared)
         steps = bias.shape[0]
-        repeated = conv if is_single(conv) else conv.repeat(steps, 1, 1, 1)
-        x = repeated + bias if is_single(conv) else add_bias(repeated, bias)  # (K*B, C, h, w)
+        spread = spreads_itself(conv, steps)
+        repeated = conv if spread else conv.repeat(steps, 1, 1, 1)
+        x = repeated + bias if spread else add_bias(repeated, bias)  # (K*B, C, h, w)
         x = self.conv2(self.act(self.norm2(x)))
         return add_to_rows(x, shared[f"{self.name}_shortcut"], steps)
 
@@ -389,7 +390,16 @@ def add_to_rows(rows: Tensor, shared: Tensor, steps: int) -> Tensor:
     """Add a (B, C, h, w) tensor to each of the K steps of (K*B, C, h, w) rows."""
     # A five-dimensional broadcast would save the copy, but torch.export cannot prove its strides
     # for a dynamic batch; at batch 1 no copy is made either way.
-    return rows + (shared if is_single(shared) else shared.repeat(steps, 1, 1, 1))
+    return rows + (shared if spreads_itself(shared, steps) else shared.repeat(steps, 1, 1, 1))
+
+
+def spreads_itself(x: Tensor, steps: int) -> bool:
+    """Whether a tensor of one sample is left to broadcasting over its rows.
+
+    Not over an open number of rows: OpenVINO 2026.4 fuses the sum into the convolution that made
+    the one sample, and then fails at any other number ("Can not clone with new dims").
+    """
+    return is_single(x) and isinstance(steps, int)
 
 
 def add_bias(rows: Tensor, bias: Tensor) -> Tensor:

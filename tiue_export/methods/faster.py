@@ -8,15 +8,13 @@ from pathlib import Path
 from tiue_export.checkpoint.parts import WEIGHTS_STEM, load_controlnet
 from tiue_export.checkpoint.tensors import sha256_of_folder
 from tiue_export.errors import CheckpointError, ScheduleError, UnsupportedModelError, UsageError
-from tiue_export.methods.method import SamplingOptions
+from tiue_export.methods.method import AUTO, SamplingOptions
 from tiue_export.methods.scheduler import plan_from_config
 from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.sampling.key_step_plan import check_scheduler
 from tiue_export.sampling.plan import Plan
 from tiue_export.student.load import CheckpointFacts
 from tiue_export.student.model import Student
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True)

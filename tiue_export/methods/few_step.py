@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tiue_export.errors import ScheduleError, UsageError
-from tiue_export.methods.method import SamplingOptions
+from tiue_export.methods.method import AUTO, SamplingOptions
 from tiue_export.methods.recognition import recipe_of
 from tiue_export.sampling.few_step import (
     METHOD,
@@ -37,9 +37,15 @@ class FewStep:
     takes_controlnet: bool = False
 
     def check(self, options: SamplingOptions) -> None:
-        """Refuse an unknown recipe, and steps that it is not for."""
+        """Refuse an unknown recipe, steps that it is not for, and key steps to be measured."""
+        if options.key_steps == AUTO:
+            raise UsageError(
+                f"--key-steps {AUTO} measures ordinary models; of few steps there is little to "
+                "choose",
+                "Give them, such as --key-steps 0,2",
+            )
         if options.recipe is not None:
-            checked_steps(recipe_named(options.recipe), options.steps, options.allow_other_steps)
+            _check_steps(options.recipe, options)
 
     def plan(self, checkpoint: CheckpointFacts, options: SamplingOptions) -> Plan:
         """Raises `ScheduleError` where nothing says which recipe, and for what it cannot be."""
@@ -68,7 +74,17 @@ class FewStep:
                 f"guidance embedding, into which recipe {name} folds it",
                 "Leave --guidance out: it is distilled in.",
             )
+        _check_steps(name, options)
         given = {field: getattr(options, field) for field in options.given() if field != "recipe"}
         plan = few_step_plan(checkpoint.scheduler_config, recipe, FewStepOptions(**given))
         # An LCM distilled at one scale has no embedding to fold it into.
         return plan if embeds else replace(plan, embedded_guidance=None)
+
+
+def _check_steps(name: str, options: SamplingOptions) -> None:
+    checked_steps(
+        recipe_named(name),
+        options.steps,
+        options.allow_other_steps,
+        or_else=", or add --allow-other-steps to take them all the same.",
+    )

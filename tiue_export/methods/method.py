@@ -13,6 +13,9 @@ from tiue_export.errors import UsageError, unknown_name
 from tiue_export.sampling.plan import Plan
 from tiue_export.student.load import CheckpointFacts
 
+# Key steps that are chosen by measurement.
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class SamplingOptions:

@@ -12,7 +12,7 @@ from tiue_export.bundle.manifest import ParityRecord
 from tiue_export.graphs.build import build_graphs, run_graph
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.methods.diffusers_loop import diffusers_loop, plan_scheduler
-from tiue_export.proof.parity import loop_to_check, parity_record
+from tiue_export.proof.parity import loop_gate, loop_to_check, parity_record
 from tiue_export.reference.half_audit import RangeRecorder, control_to_check
 from tiue_export.sampling.plan import Combination, Plan, Timestep, single_pass
 from tiue_export.sampling.sampler import OnStep, added, combined, encoder_feeds, sampled_outputs
@@ -150,12 +150,11 @@ def hops_of_diffusers(
     hops = [parity_record("closed form", subject, looped, latents, "split", inputs)]
     if plan.recipe:
         drawn = unsplit_latents(wide, noises, text)
-        kind = "fp32" if plan.guidance is None else "fp32-loop"
         shared = any(one.rows > 1 for one in plan.passes)
-        hop = "shared encoder" if shared else "diffusers"
-        subject = f"latents / its {plan.scheduler} loop, unsplit UNet"
         # What sharing the encoder costs is a choice: it is told, not judged.
-        hops.append(parity_record(hop, subject, drawn, latents, None if shared else kind, inputs))
+        hop, gate = ("shared encoder", None) if shared else ("diffusers", loop_gate(plan))
+        subject = f"latents / its {plan.scheduler} loop, unsplit UNet"
+        hops.append(parity_record(hop, subject, drawn, latents, gate, inputs))
     return hops
 
 

@@ -87,8 +87,13 @@ def few_step_plan(config: Mapping[str, Any], recipe: Recipe, options: FewStepOpt
     )
 
 
-def checked_steps(recipe: Recipe, steps: int | None, allow_other: bool = False) -> int:
-    """The number of steps; refuses one that the student was not trained for."""
+def checked_steps(
+    recipe: Recipe, steps: int | None, allow_other: bool = False, *, or_else: str = ""
+) -> int:
+    """The number of steps; refuses one that the student was not trained for.
+
+    `or_else` ends the next step where the number can be had all the same.
+    """
     if steps is None:
         return recipe.usual_steps
     if steps < 1:
@@ -97,8 +102,7 @@ def checked_steps(recipe: Recipe, steps: int | None, allow_other: bool = False) 
         taken = ", ".join(map(str, sorted(recipe.steps)))
         raise UsageError(
             f"--steps is {steps}; recipe {recipe.name} is for {taken}",
-            f"Leave --steps out ({recipe.usual_steps}), or add --allow-other-steps to draw so all "
-            "the same.",
+            f"Type --steps {recipe.usual_steps}{or_else}",
         )
     return steps
 

@@ -37,7 +37,7 @@ from tiue_export.export.coreml.profiles import CoremlPlan, function_named
 from tiue_export.export.own_student import Size, fp32_options
 from tiue_export.graphs.build import Graph, build_graphs, run_graph
 from tiue_export.proof.half_range import HALF_MAX
-from tiue_export.proof.parity import parity_record
+from tiue_export.proof.parity import for_gain, parity_record
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.specs import (
     STEPS,
@@ -372,5 +372,5 @@ def _judged(job: GraphJob, size: Size, evaluation: Evaluation) -> ParityRecord:
     ]
     worst = min(records, key=lambda record: record.value)
     if job.gate_db is not None and job.graph == UNET_DECODER:
-        worst = replace(worst, gate=job.gate_db)
-    return worst
+        return replace(worst, gate=job.gate_db)
+    return for_gain(worst, job.manifest.plan) if job.graph == UNET_DECODER else worst

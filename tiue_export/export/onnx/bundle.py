@@ -36,6 +36,7 @@ from tiue_export.proof.half_range import (
 )
 from tiue_export.proof.parity import (
     JUDGED_VALUES,
+    for_gain,
     measure_graph,
     measure_loop,
     parity_record,
@@ -48,6 +49,7 @@ from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.packages import require
 from tiue_export.specs import (
     RUNNING_ORDER,
+    UNET_DECODER,
     VAE_DECODER,
     Runtime,
     RuntimeOptions,
@@ -204,7 +206,8 @@ def _measure(
         for value in JUDGED_VALUES:
             if value in values:
                 hop, made = f"ONNX {overall} chain", values[value].astype("float32")
-                chain.append(parity_record(hop, value, known[value], made, kind, inputs))
+                record = parity_record(hop, value, known[value], made, kind, inputs)
+                chain.append(for_gain(record, bundle.manifest.plan))
         if LATENTS in values and VAE_DECODER in bundle.manifest.graphs:
             scaled = scaled_latents(values[LATENTS], bundle.manifest.vae_scaling_factor)
             pool[SCALED_LATENTS] = first_tile(scaled, tile_size(bundle.spec(VAE_DECODER)))
@@ -213,7 +216,11 @@ def _measure(
             hop = f"ONNX {overall}"
             on_step = observer.steps_of("verify loop")
             chain.append(measure_loop(bundle, runtime, captured.reference, hop, on_step))
-    return graphs + chain
+    judged = (
+        for_gain(record, bundle.manifest.plan) if record.subject == UNET_DECODER else record
+        for record in graphs
+    )
+    return [*judged, *chain]
 
 
 @contextmanager
