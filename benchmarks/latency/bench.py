@@ -144,7 +144,7 @@ def ready(contender: Contender, work: Path, tell: Tell) -> Contender:
             paths[setting] = str(made(asked, work))
         except RuntimeFailure as failure:
             return replace(contender, missing=failure.message)
-    assert isinstance(contender.settings, GraphSettings)
+    assert isinstance(contender.settings, GraphSettings | LoopSettings)
     settings = replace(
         contender.settings, bundle=paths["bundle"], unet_bundle=paths.get("unet_bundle")
     )
@@ -195,9 +195,10 @@ def _pass_flops(settings: GraphSettings, batch: int) -> dict[str, float]:
 def _loop_flops(settings: LoopSettings, batch: int) -> dict[str, float]:
     """Operations of a drawing in a loop: decoder runs differ by the steps they get."""
     change = PlanChange(max_decoder_rows=settings.max_decoder_rows)
-    bundle = replanned(_counted_bundle(settings.bundle), change)
+    bundle = replanned(_counted_bundle(str(settings.bundle)), change)
     runs = loop_runs(plan_of(bundle), settings.loop, batch)
-    times = {TEXT_ENCODER: 2, UNET_ENCODER: runs.encoder, VAE_DECODER: 1}
+    copies = bundle.manifest.plan.copies
+    times = {TEXT_ENCODER: copies, UNET_ENCODER: runs.encoder, VAE_DECODER: 1}
     by_size = {steps: _graph_flops(str(bundle.root), batch, steps) for steps in (1, *runs.decoder)}
     flops = {name: by_size[1][name] * n for name, n in times.items() if name in by_size[1]}
     if all(UNET_DECODER in graphs for graphs in by_size.values()):

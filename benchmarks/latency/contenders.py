@@ -221,7 +221,10 @@ def _student_bundle(title: str, bundle: Bundle, lane: Lane, asked: ContenderRequ
 def _looped_bundle(
     title: str, bundle: Bundle, lane: Lane, asked: ContenderRequest
 ) -> list[Contender]:
-    """A model in a loop: its own groups, the same one step at a time, and ordinary sampling."""
+    """A model in a loop: its own groups, the same one step at a time, and ordinary sampling.
+
+    A few-step student is drawn as it is, and no other way.
+    """
     plan, steps = plan_of(bundle), bundle.manifest.plan.rows
     missing = None
     if lane.runtime == TORCH:
@@ -229,6 +232,8 @@ def _looped_bundle(
     elif CONTROLNET in bundle.manifest.graphs:
         missing = "it follows a picture, which is not measured"
     head = f"Faster Diffusion, {steps} steps, {len(plan.passes)} key steps"
+    if plan.recipe:
+        head = f"{plan.recipe}, {steps} steps, {len(plan.passes)} encoder runs"
     heads = {"every-step": f"{steps} steps with guidance"}
     on_graphs = _on_graphs(lane, asked)
     return [
@@ -238,8 +243,15 @@ def _looped_bundle(
             settings=LoopSettings(bundle=str(bundle.root), loop=loop, **on_graphs),
             missing=missing,
         )
-        for loop, what in LOOPS.items()
+        for loop, what in _loops_of(bundle).items()
     ]
+
+
+def _loops_of(bundle: Bundle) -> Mapping[str, str]:
+    plan = bundle.manifest.plan
+    if plan.one_pass or plan.recipe:
+        return {"plan": "every step drawn"}
+    return LOOPS
 
 
 def _loop_title(title: str, loop: str) -> str:
@@ -256,7 +268,7 @@ def bundle_titles(bundles: Sequence[Bundle]) -> list[str]:
     taken = [
         _loop_title(title, loop)
         for title, bundle in zip(titles, bundles, strict=True)
-        for loop in (["plan"] if bundle.manifest.plan.one_pass else LOOPS)
+        for loop in _loops_of(bundle)
     ]
     if len(set(taken)) < len(taken) or set(taken) & {NAIVE, *SAMPLERS}:
         raise UsageError(
@@ -269,6 +281,8 @@ def bundle_titles(bundles: Sequence[Bundle]) -> list[str]:
 
 def _bundle_what(bundle: Bundle) -> str:
     manifest = bundle.manifest
+    if manifest.plan.recipe:
+        return f"{manifest.plan.recipe}, one pass, {manifest.plan.rows} rows"
     hoisted = "naive decoder" if manifest.hoisted == "none" else f"hoisted ({manifest.hoisted})"
     merged = len(manifest.plan.merged_timesteps)
     rows = f"{manifest.plan.rows} rows" + (f" ({merged} merged)" if merged else "")
@@ -334,10 +348,9 @@ def _sd_cpp(method: str, lane: Lane, asked: ContenderRequest) -> Contender:
 
 
 def _sampler_on_graphs(method: str, lane: Lane, asked: ContenderRequest) -> Contender:
-    """Ordinary UNet passes as graphs: a bundle whose decoder has a single row, run several times.
+    """Ordinary UNet passes as graphs: a few-step bundle of these weights (`MadeBundle`).
 
-    A student's encoder with one decoder row is the UNet itself, so a one-step bundle is an
-    ordinary bundle, made by the ordinary export (`MadeBundle`).
+    Fifty steps with guidance are the one-step bundle's graphs, run several times.
     """
     name = lane.name(method)
     if method not in SAMPLERS:
@@ -353,28 +366,33 @@ def _sampler_on_graphs(method: str, lane: Lane, asked: ContenderRequest) -> Cont
     if missing is None and lane.runtime not in made_for:
         listed = " and ".join(made_for)
         missing = f"ordinary UNet passes are made for {listed}, not for {lane.runtime}"
+    on_graphs, settings = _on_graphs(lane, asked), dict(passes.settings)
+    if not settings.get("guided") and settings["passes"] > 1:
+        opened: SessionSettings = LoopSettings(bundle=None, loop="plan", **on_graphs)
+    else:
+        opened = GraphSettings(bundle=None, **settings, **on_graphs)
     return Contender(
         name=name,
         what=f"{passes.what}, as graphs",
-        settings=GraphSettings(bundle=None, **passes.settings, **_on_graphs(lane, asked)),
-        made=_one_step_bundles(passes, lane, asked),
+        settings=opened,
+        made=_made_bundles(passes, lane, asked),
         missing=missing,
     )
 
 
-def _one_step_bundles(passes: Passes, lane: Lane, asked: ContenderRequest) -> dict[str, MadeBundle]:
+def _made_bundles(passes: Passes, lane: Lane, asked: ContenderRequest) -> dict[str, MadeBundle]:
     if asked.checkpoint is None:
         return {}
-    backend = BACKENDS[lane.runtime]
+    backend, guided = BACKENDS[lane.runtime], passes.settings.get("guided")
     whole = MadeBundle(
-        one_step=True,
+        turbo_steps=1 if guided else passes.settings["passes"],
         precision="fp32" if backend.chooses_precision else lane.precision,
         unet_only=asked.unet_only,
         forms=(lane.runtime,) if backend.exporter else (),
         **_weights(asked),
         **_shape(asked),
     )
-    if not passes.settings.get("guided"):
+    if not guided:
         return {"bundle": whole}
     return {"bundle": whole, "unet_bundle": replace(whole, batch=2 * whole.batch, unet_only=True)}
 

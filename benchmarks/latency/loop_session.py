@@ -1,8 +1,8 @@
-"""A model in a loop (Faster Diffusion) on one of its runtimes, as a contender.
+"""A model in several passes on one of its runtimes, as a contender.
 
-The loop repeats a few kinds of runs: the encoder at key steps, the decoder on groups of some sizes.
-A drawing makes each kind once and counts it as often as the loop would; the loop's own sums, some
-microseconds in numpy, are left out.
+A few-step student is drawn whole. Faster Diffusion's loop repeats a few kinds of runs, the encoder
+at key steps, the decoder on groups of some sizes: a drawing makes each kind once and counts it as
+often as the loop would; the loop's own sums, some microseconds in numpy, are left out.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.pipeline import replanned
 from tiue_export.drawing.vae_tiles import decode_in_tiles, tile_size
 from tiue_export.proof.latency_record import END_TO_END, Facts
-from tiue_export.proof.parity import load_reference
+from tiue_export.proof.parity import load_reference, with_dtypes
 from tiue_export.registry.backends import open_runtime
 from tiue_export.sampling.plan import Plan
 from tiue_export.sampling.plan_change import PlanChange
-from tiue_export.sampling.sampler import pieces
+from tiue_export.sampling.sampler import pieces, sample
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_DECODER,
@@ -75,7 +75,7 @@ class LoopSession:
     def __init__(self, settings: LoopSettings) -> None:
         self._settings = settings
         change = PlanChange(max_decoder_rows=settings.max_decoder_rows)
-        self._bundle = replanned(open_bundle(settings.bundle), change)
+        self._bundle = replanned(open_bundle(str(settings.bundle)), change)
         if not settings.unet_only:
             check_parts(self._bundle)
         options = RuntimeOptions(
@@ -85,7 +85,7 @@ class LoopSession:
         self._known = _inputs(self._bundle)
         batch = len(self._known["noise"])
         plan = plan_of(self._bundle)
-        plan = plan.bounded(step_limit(self._runtime), plan.copies * batch)
+        plan = self._plan = plan.bounded(step_limit(self._runtime), plan.copies * batch)
         self._runs = loop_runs(plan, settings.loop, batch)
 
     @property
@@ -103,7 +103,9 @@ class LoopSession:
             batch=len(self._known["noise"]),
             threads=settings.threads,
             weights_sha256=manifest.source.sha256,
-            notes=(
+            notes=()
+            if self._plan.recipe
+            else (
                 f"timed once and scaled: the encoder to {self._runs.encoder} runs, the decoder "
                 f"for groups of {sizes} steps to {sum(self._runs.decoder.values())} runs",
             ),
@@ -113,18 +115,39 @@ class LoopSession:
         """One drawing; milliseconds by stage."""
         clock = StageClock()
         if not self._settings.unet_only:
-            # The prompt's, and the negative prompt's, which takes as long.
-            for _ in range(2):
+            # The prompt's, and with guidance the negative prompt's, which takes as long.
+            for _ in range(self._plan.copies):
                 self._timed(clock, TEXT_ENCODER, self._known)
+        if self._plan.recipe:
+            self._sample(clock)
+        else:
+            self._scaled_loop(clock)
+        if not self._settings.unet_only:
+            self._decode(clock)
+        return clock.latency_ms(whole=None if self._settings.unet_only else END_TO_END)
+
+    def _sample(self, clock: StageClock) -> None:
+        """Every pass, with the sums between them."""
+        noises, known = self._known["noise"][None], self._known
+        if self._plan.noises > 1:
+            noises = np.concatenate([noises, known["fresh_noise"]])
+
+        def run(graph: str, pool: Mapping[str, Array]) -> dict[str, Array]:
+            return self._timed(clock, graph, with_dtypes(self._bundle.spec(graph), pool))
+
+        start, timed_s = time.perf_counter(), clock.whole_s
+        latents = sample(self._plan, run, noises, known["encoder_hidden_states"])
+        check_finite("the drawing", {"latents": latents})
+        clock.whole_s = timed_s + time.perf_counter() - start
+
+    def _scaled_loop(self, clock: StageClock) -> None:
+        """Each kind of run once, counted as often as the loop makes it."""
         features = self._timed(clock, UNET_ENCODER, self._known, times=self._runs.encoder)
         last = self._known["timesteps"][-1:]
         for steps, times in self._runs.decoder.items():
             feeds = {**self._known, **features, "timesteps": np.repeat(last, steps)}
             outputs = self._timed(clock, UNET_DECODER, feeds, times=times)
             check_finite("the drawing", outputs)
-        if not self._settings.unet_only:
-            self._decode(clock)
-        return clock.latency_ms(whole=None if self._settings.unet_only else END_TO_END)
 
     def count(self) -> dict[str, float]:
         """Nothing: graphs are counted from their files (`flops.py`), not by running them."""

@@ -1,11 +1,9 @@
 """Bundles that exist for measuring alone: one ordinary UNet pass, other K, sizes and batches.
 
-    python -m tiue_export.benchmarks.latency.made_bundle FOLDER --ckpt X --one-step --forms openvino
+    python -m tiue_export.benchmarks.latency.made_bundle FOLDER --ckpt X --turbo-steps 1
 
-An encoder and a decoder with a single row are an ordinary UNet, cut in two. So a one-step model
-(SD-Turbo, SwiftBrush) on a graph runtime is an ordinary bundle with K=1 on the "trailing" schedule
-those models use: t = 999, latents = (noise - sqrt(1 - a) * output) / sqrt(a). It is exported,
-proven and run by the same code as any other. An n-step model is the same graphs run n times.
+A checkpoint's own weights, drawn as SD-Turbo is (recipe sd-turbo): a few-step student of this
+architecture takes as long. It is exported, proven and run by the same code as any other.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from tiue_export.system.child_process import child_command
 
 from .settings import TorchSettings
 
+_RECIPE = "sd-turbo"
 _MODULE = "tiue_export.benchmarks.latency.made_bundle"
 
 if TYPE_CHECKING:
@@ -37,13 +36,13 @@ if TYPE_CHECKING:
 class MadeBundle:
     """What decides such a bundle. `steps` is K, None the checkpoint's own; `forms` of backends.
 
-    `one_step` replaces the student's schedule by the one-step one. Sizes in pixels.
+    `turbo_steps` replaces the student's plan by SD-Turbo's in so many steps. Sizes in pixels.
     """
 
     checkpoint: str
     base: str | None = None
     vae: str | None = None
-    one_step: bool = False
+    turbo_steps: int | None = None
     steps: int | None = None
     precision: str = "fp32"
     hoist: str = "decoder"
@@ -89,7 +88,7 @@ def make(asked: MadeBundle, folder: Path) -> None:
         height=asked.height,
         width=asked.width,
         batch=asked.batch,
-        hoist="none" if asked.one_step else asked.hoist,
+        hoist=asked.hoist if asked.turbo_steps is None else "none",
         merge_below=asked.merge_below,
     )
     # Times do not depend on what is drawn: a bundle that loses precision is measured all the same,
@@ -114,12 +113,13 @@ def measured_student(checkpoint: str, asked: MadeBundle | TorchSettings) -> Stud
 
 
 def _student(asked: MadeBundle) -> Student:
-    from tiue_export.sampling.ddim import one_pass_plan
+    from tiue_export.sampling.few_step import FewStepOptions, few_step_plan
+    from tiue_export.sampling.recipes import recipe_named
 
     student = measured_student(asked.checkpoint, asked)
-    if asked.one_step:
-        config = {**student.scheduler_config, "timestep_spacing": "trailing"}
-        student.scheduler_config, student.plan = config, one_pass_plan(config, 1)
+    if asked.turbo_steps is not None:
+        options = FewStepOptions(steps=asked.turbo_steps)
+        student.plan = few_step_plan(student.scheduler_config, recipe_named(_RECIPE), options)
     return student
 
 
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--ckpt", dest="checkpoint")
     parser.add_argument("--base")
     parser.add_argument("--vae")
-    parser.add_argument("--one-step", action="store_true", help="one ordinary UNet pass")
+    parser.add_argument("--turbo-steps", type=int, help="1 to 4: as SD-Turbo is drawn")
     parser.add_argument("--steps", type=int, help="K; default: the checkpoint's own")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--hoist", default="decoder", choices=("decoder", "encoder", "none"))

@@ -46,10 +46,13 @@ class GraphSettings(PassSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings(SessionSettings):
-    """A bundle with a plan, and one of `LOOPS`; `max_decoder_rows` replaces the plan's own."""
+    """A bundle with a plan, and one of `LOOPS`; `max_decoder_rows` replaces the plan's own.
+
+    `bundle` None is made first.
+    """
 
     kind: ClassVar[str] = "loop"
-    bundle: str
+    bundle: str | None
     runtime: str
     loop: str
     precision: str = "auto"

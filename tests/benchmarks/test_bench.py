@@ -430,11 +430,12 @@ def test_guidance_runs_on_graphs_of_twice_the_batch(tiny_bundle):
 
 
 def test_contenders_of_two_runtimes_share_the_graphs_that_are_made_for_them(tiny_bundle):
-    names = ("one-step/ort/fp32", "four-step/openvino/fp32", "fifty-step/ort/fp32")
-    one, four, fifty = contenders.expand(
+    names = ("one-step/ort/fp32", "one-step/openvino/fp32", "fifty-step/ort/fp32", "four-step/ort")
+    one, other, fifty, four = contenders.expand(
         ContenderRequest((tiny_bundle,), names, checkpoint="x", unet_only=True)
     )
-    assert one.made["bundle"] == four.made["bundle"] == fifty.made["bundle"]
+    assert one.made["bundle"] == other.made["bundle"] == fifty.made["bundle"]
+    assert four.made["bundle"] == replace(one.made["bundle"], turbo_steps=4, forms=())
     assert one.made["bundle"].forms == ("openvino",)
     assert fifty.made["unet_bundle"].forms == ()  # of another batch: nobody shares it
 
@@ -727,7 +728,7 @@ def test_what_a_contender_raises_is_its_reason(tiny_bundle, tmp_path):
 
 
 def test_graphs_that_cannot_be_made_are_a_reason(tmp_path):
-    asked = made_bundle.MadeBundle(str(tmp_path / "nothing.safetensors"), one_step=True)
+    asked = made_bundle.MadeBundle(str(tmp_path / "nothing.safetensors"), turbo_steps=1)
     settings = settings_of.GraphSettings(bundle=None, runtime="ort")
     entry = contenders.Contender("x", "x", settings, {"bundle": asked})
     told: list[str] = []
@@ -740,7 +741,7 @@ def test_graphs_that_cannot_be_made_are_a_reason(tmp_path):
 @pytest.mark.slow
 def test_one_ordinary_pass_as_graphs_is_the_unet_and_its_one_step_formula(micro_pipeline, tmp_path):
     student = load_student(micro_pipeline)
-    asked = made_bundle.MadeBundle(str(micro_pipeline), one_step=True, unet_only=True)
+    asked = made_bundle.MadeBundle(str(micro_pipeline), turbo_steps=1, unet_only=True)
     made = open_bundle(made_bundle.made(asked, tmp_path))
     assert made_bundle.made(asked, tmp_path) == made.root  # not made again
     manifest = made.manifest
