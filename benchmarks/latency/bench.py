@@ -144,11 +144,8 @@ def ready(contender: Contender, work: Path, tell: Tell) -> Contender:
             paths[setting] = str(made(asked, work))
         except RuntimeFailure as failure:
             return replace(contender, missing=failure.message)
-    assert isinstance(contender.settings, GraphSettings | LoopSettings)
-    settings = replace(
-        contender.settings, bundle=paths["bundle"], unet_bundle=paths.get("unet_bundle")
-    )
-    return replace(contender, settings=settings)
+    # Each is named like the setting that it is for.
+    return replace(contender, settings=replace(contender.settings, **paths))  # type: ignore[arg-type]
 
 
 def work_folder(work: Path | None) -> AbstractContextManager[Path]:
