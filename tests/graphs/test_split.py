@@ -36,7 +36,8 @@ FEW = settings(
 
 @st.composite
 def students(draw) -> Student:
-    """A random SD-type UNet: widths, levels, layers, groups, heads, projection, text width."""
+    """A random SD-type UNet: widths, levels, layers, groups, heads, projection, text width, with
+    and without a mid block, and levels that attend to the text alone."""
     levels = draw(st.integers(1, 3))
     groups = draw(st.sampled_from([1, 2, 4, 8]))
     unit = groups * draw(st.sampled_from([1, 2]))
@@ -53,6 +54,8 @@ def students(draw) -> Student:
         use_linear_projection=draw(st.booleans()),
         upcast_attention=draw(st.booleans()),
         transformer_layers_per_block=draw(st.integers(1, 2)),
+        mid_block_type=draw(st.sampled_from([None, "UNetMidBlock2DCrossAttn"])),
+        only_cross_attention=[draw(st.booleans()) for _ in range(levels)],
         down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
         up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
     )
@@ -127,7 +130,10 @@ def test_hoisted_equals_naive_equals_the_student(student, batch, size):
     expected = student.sample(noise, text)
     encoder = UNetEncoder(student.unet, student.plan, torch.float64)
     features = encoder(noise, text)
-    assert_same(student.encode(noise, text).mid, features[0])
+    whole = student.encode(noise, text)
+    without_mid = student.unet.mid_block is None
+    assert len(features) == len(whole.skips) + (not without_mid)
+    assert_same(whole.mid, features[-1 if without_mid else 0])
     naive = NaiveDecoder(student.unet, student.plan, torch.float64)
     assert_same(expected, naive(noise, text, *features)[0])
     shared, rows = hoist(student.unet, student.plan, torch.float64)

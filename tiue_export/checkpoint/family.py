@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from tiue_export.checkpoint.ldm_names import ldm_spellings
 from tiue_export.errors import CheckpointError, UnsupportedModelError, unknown_name
 
 Config = dict[str, Any]
@@ -38,23 +39,46 @@ def family_names() -> tuple[str, ...]:
 
 
 def load_family(name: str) -> Family:
-    """Read one family file; an unknown name lists the known ones."""
+    """Read one family file; an unknown name lists the known ones.
+
+    A file may say which family it is "like", and hold what differs of each part alone.
+    """
     if name not in family_names():
         raise unknown_name("family", name, family_names())
-    return Family(name=name, **json.loads((_FAMILIES / f"{name}.json").read_text("utf-8")))
+    parts = json.loads((_FAMILIES / f"{name}.json").read_text("utf-8"))
+    if (like := parts.pop("like", None)) is not None:
+        own = load_family(like)
+        shared = ((part, getattr(own, part)) for part in _PARTS)
+        parts |= {part: config | parts.get(part, {}) for part, config in shared}
+    return Family(name=name, **parts)
+
+
+_PARTS = ("unet", "scheduler", "text_encoder", "vae")
 
 
 def families_of(shapes: Shapes) -> tuple[str, ...]:
-    """Families whose UNet has these first width, text width and projection kind.
+    """Families whose UNet has these first width, text width and projection kind, and whose blocks
+    are nearest to these.
 
-    `shapes` maps diffusers names to shapes. SD 2.x base and SD 2.x differ in the prediction type
-    alone, which no weight shows: then both are returned, the 512 px epsilon model first.
+    `shapes` maps diffusers names, or LDM names and "conv_in.weight", to shapes. SD 2.x base and SD
+    2.x differ in the prediction type alone, which no weight shows: then both are returned, the
+    512 px epsilon model first.
     """
-    return tuple(name for name in family_names() if config_fits(load_family(name).unet, shapes))
+    configs = {name: load_family(name).unet for name in family_names()}
+    misfits = {name: _misfit(config, shapes) for name, config in configs.items()}
+    fitting = {name: misfit for name, misfit in misfits.items() if misfit is not None}
+    return tuple(n for n, misfit in fitting.items() if misfit == min(fitting.values()))
 
 
 def config_fits(config: Config, shapes: Shapes) -> bool:
-    """Whether a UNet configuration and weights agree in width, text width and projection."""
+    """Whether a UNet configuration and weights agree as no family and the weights do better."""
+    misfit = _misfit(config, shapes)
+    known = (_misfit(load_family(name).unet, shapes) for name in families_of(shapes))
+    return misfit is not None and all(other is None or misfit <= other for other in known)
+
+
+def _misfit(config: Config, shapes: Shapes) -> int | None:
+    """How many resnets and attentions are in one and not in the other; None: other widths."""
     wanted = (
         config["block_out_channels"][0],
         config.get("cross_attention_dim", 1280),
@@ -63,9 +87,27 @@ def config_fits(config: Config, shapes: Shapes) -> bool:
     width = shapes.get("conv_in.weight", (None,))[0]
     text = next((s[1] for k, s in shapes.items() if k.endswith("attn2.to_k.weight")), None)
     rank = next((len(s) for k, s in shapes.items() if k.endswith("proj_in.weight")), None)
-    return wanted == (width, text, rank == 2)
+    if wanted != (width, text, rank == 2):
+        return None
+    blocks = {name for name in shapes if name.endswith(_BLOCK_ENDS)}
+    return min(len(blocks ^ known) for known in _block_weights(config))
 
 
+_BLOCK_ENDS = (".conv1.weight", ".in_layers.2.weight", ".proj_in.weight")
+
+
+def _block_weights(config: Config) -> list[set[str]]:
+    """One weight of each resnet and each attention, in every spelling of a UNet's names."""
+    spellings = []
+    for table in ldm_spellings(config):
+        modules = {o: n for o, n in table.items() if o.endswith(".conv1") or ".attentions." in o}
+        for names in (modules, modules.values()):
+            ends = (".proj_in.weight" if ".attentions." in own else ".weight" for own in modules)
+            spellings.append({f"{name}{end}" for name, end in zip(names, ends, strict=True)})
+    return spellings
+
+
+_MIDDLE_BLOCK = "UNetMidBlock2DCrossAttn"
 _ATTENTION_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
 # (key, value a Stable Diffusion 1.x/2.x UNet has, what another value means)
 _PLAIN_UNET: tuple[tuple[str, Any, str], ...] = (
@@ -81,7 +123,6 @@ _PLAIN_UNET: tuple[tuple[str, Any, str], ...] = (
     ("time_embedding_dim", None, "a time embedding of unusual width"),
     ("center_input_sample", False, "a centred input"),
     ("dual_cross_attention", False, "dual cross-attention"),
-    ("only_cross_attention", False, "cross-attention without self-attention"),
     ("mid_block_only_cross_attention", None, "cross-attention without self-attention"),
     ("attention_type", "default", "gated attention, as in GLIGEN"),
     ("cross_attention_norm", None, "a normalised text embedding"),
@@ -89,7 +130,6 @@ _PLAIN_UNET: tuple[tuple[str, Any, str], ...] = (
     ("resnet_out_scale_factor", 1.0, "rescaled residual blocks"),
     ("conv_in_kernel", 3, "another input convolution"),
     ("conv_out_kernel", 3, "another output convolution"),
-    ("mid_block_type", "UNetMidBlock2DCrossAttn", "another middle block"),
     ("out_channels", 4, "another latent space"),
 )
 
@@ -132,6 +172,10 @@ def check_unet_config(config: Config) -> None:
         value = config.get(key, plain)
         if value != plain and not (plain in (None, False) and value in (None, False)):
             raise _not_plain(f"{meaning} ({key}={value!r})")
+    # None: no middle block, as in BK-SDM-Small and -Tiny and SDXS-512.
+    middle = config.get("mid_block_type", _MIDDLE_BLOCK)
+    if middle not in (_MIDDLE_BLOCK, None):
+        raise _not_plain(f"another middle block (mid_block_type={middle!r})")
     for kind in (*config.get("down_block_types", ()), *config.get("up_block_types", ())):
         if kind not in _ATTENTION_BLOCKS:
             raise _not_plain(f"blocks of type {kind}")

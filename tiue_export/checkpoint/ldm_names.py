@@ -29,8 +29,24 @@ _STEM = {
 }
 
 
-def ldm_module_names(unet_config: dict[str, Any]) -> dict[str, str]:
-    """Map of diffusers module prefix -> LDM module prefix for one UNet configuration."""
+def ldm_spellings(unet_config: dict[str, Any]) -> list[dict[str, str]]:
+    """The maps that files follow, `ldm_module_names` first.
+
+    diffusers' script that writes original names (convert_diffusers_to_original_stable_diffusion.py)
+    numbers every level as if it had the two resnets of Stable Diffusion's. That is how single files
+    of UNets with one resnet a level are named, which no original code has written.
+    """
+    plain = ldm_module_names(unet_config)
+    if int(unet_config.get("layers_per_block", 2)) != 1:
+        return [plain]
+    return [plain, ldm_module_names(unet_config, gaps=True)]
+
+
+def ldm_module_names(unet_config: dict[str, Any], *, gaps: bool = False) -> dict[str, str]:
+    """Map of diffusers module prefix -> LDM module prefix for one UNet configuration.
+
+    `gaps`: one resnet a level, numbered as `ldm_spellings` says.
+    """
     layers = int(unet_config.get("layers_per_block", 2))
     down, up = unet_config["down_block_types"], unet_config["up_block_types"]
     modules = dict(_STEM)
@@ -47,12 +63,14 @@ def ldm_module_names(unet_config: dict[str, Any]) -> dict[str, str]:
             if kind.startswith("CrossAttn"):
                 modules[f"down_blocks.{block}.attentions.{layer}"] = f"input_blocks.{position}.1"
             position += 1
+        position += gaps
         if block < len(down) - 1:
             modules[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{position}.0.op"
             position += 1
-    resnet("mid_block.resnets.0", "middle_block.0")
-    modules["mid_block.attentions.0"] = "middle_block.1"
-    resnet("mid_block.resnets.1", "middle_block.2")
+    if unet_config.get("mid_block_type", "") is not None:
+        resnet("mid_block.resnets.0", "middle_block.0")
+        modules["mid_block.attentions.0"] = "middle_block.1"
+        resnet("mid_block.resnets.1", "middle_block.2")
     position = 0
     for block, kind in enumerate(up):
         attends = kind.startswith("CrossAttn")
@@ -61,15 +79,19 @@ def ldm_module_names(unet_config: dict[str, Any]) -> dict[str, str]:
             if attends:
                 modules[f"up_blocks.{block}.attentions.{layer}"] = f"output_blocks.{position}.1"
             if layer == layers and block < len(up) - 1:
-                place = f"output_blocks.{position}.{2 if attends else 1}.conv"
+                index = 2 if (block > 0 if gaps else attends) else 1
+                place = f"output_blocks.{position + gaps}.{index}.conv"
                 modules[f"up_blocks.{block}.upsamplers.0.conv"] = place
             position += 1
+        position += gaps
     return modules
 
 
-def ldm_names(diffusers_names: list[str], unet_config: dict[str, Any]) -> dict[str, str]:
+def ldm_names(
+    diffusers_names: list[str], unet_config: dict[str, Any], *, gaps: bool = False
+) -> dict[str, str]:
     """Map of LDM tensor name (without prefix) -> diffusers tensor name, for the names given."""
-    modules = ldm_module_names(unet_config)
+    modules = ldm_module_names(unet_config, gaps=gaps)
     mapped = {ldm_name(name, modules): name for name in diffusers_names}
     if None in mapped:
         raise KeyError(mapped[None])

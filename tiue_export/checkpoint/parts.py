@@ -64,6 +64,11 @@ def load_controlnet(folder: Path, unet_config: Mapping[str, Any]) -> Any:
         raise UnsupportedModelError(
             f"{folder} holds a {config.get('_class_name')}; expected a ControlNetModel"
         )
+    if unet_config.get("mid_block_type", "") is None:
+        raise UnsupportedModelError(
+            f"the ControlNet in {folder} adds to the output of a middle block, which this model lacks",
+            "Leave --controlnet out, or give a model with a middle block.",
+        )
     plain = {
         "controlnet_conditioning_channel_order": "rgb",
         "global_pool_conditions": False,

@@ -175,6 +175,9 @@ def named_for_diffusers(
     if weights.layout == "diffusers":
         return dict(weights.tensors)
     table = ldm_names(names, config)
+    if config.get("layers_per_block", 2) == 1:
+        spaced = ldm_names(names, config, gaps=True)
+        table = spaced if set(spaced) <= set(weights.tensors) else table
     return {table.get(name, name): tensor for name, tensor in weights.tensors.items()}
 
 

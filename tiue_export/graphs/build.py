@@ -184,7 +184,8 @@ def _handed_on(encoder: GraphSpec, options: ExportOptions) -> dict[str, Tensor]:
 
 def _feature_names(unet: Any) -> list[str]:
     skips = 1 + sum(len(b.resnets) + len(b.downsamplers or ()) for b in unet.down_blocks)
-    return ["mid_sample", *(f"down_res_{i}" for i in range(skips))]
+    mid = [] if unet.mid_block is None else ["mid_sample"]
+    return [*mid, *(f"down_res_{i}" for i in range(skips))]
 
 
 def student_features(student: Student) -> frozenset[str]:

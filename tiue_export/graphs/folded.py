@@ -1,4 +1,4 @@
-"""The four graphs' modules: the UNet cut between its mid block and its up blocks, as official.
+"""The four graphs' modules: the UNet cut before its up blocks, as official.
 
 Every module takes and returns plain tensors in the order of its graph's spec. Noise, latents and
 pictures are float32 at every precision; what travels between graphs has the graph's precision.
@@ -7,6 +7,7 @@ pictures are float32 at every precision; what travels between graphs has the gra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,9 +60,9 @@ class VaeDecoder(nn.Module):
 
 
 class UNetEncoder(nn.Module):
-    """sample (B, 4, H, W), encoder_hidden_states (B, 77, D) -> mid and all skips.
+    """sample (B, 4, H, W), encoder_hidden_states (B, 77, D) -> mid, if any, and all skips.
 
-    conv_in, down blocks and mid block at the first timestep, whose embedding is folded in.
+    conv_in, down blocks and mid block, if any, at the first timestep, whose embedding is folded in.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ def fold_input_scale(conv_in: Any, scale: float) -> None:
 
 
 def encoder_features(unet: Any, hidden: Tensor, time: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-    """Mid block's output, then every skip, from what conv_in made; in diffusers' order.
+    """Mid block's output, if there is one, then every skip, from what conv_in made.
 
     `unet` holds "down_blocks" and "mid_block"; `time` is what resnets take, embedded or folded.
     """
@@ -99,7 +100,20 @@ def encoder_features(unet: Any, hidden: Tensor, time: Tensor, text: Tensor) -> t
     for block in unet["down_blocks"]:
         hidden, more = block(hidden, time, **text_for(block, text))
         skips.extend(more)
+    if unet["mid_block"] is None:
+        return tuple(skips)  # the last block's output is the last skip
     return (unet["mid_block"](hidden, time, encoder_hidden_states=text), *skips)
+
+
+def mid_and_skips(features: Sequence[Tensor], skip_count: int) -> tuple[Tensor, list[Tensor]]:
+    """What enters the first up block, and the skips, of what `encoder_features` handed on."""
+    skips = list(features[-skip_count:])
+    return features[0] if len(features) > skip_count else skips[-1], skips
+
+
+def skip_count(up_blocks: Any) -> int:
+    """How many skips the up blocks take: one a resnet."""
+    return sum(len(block.resnets) for block in up_blocks)
 
 
 class NaiveDecoder(nn.Module):
@@ -124,7 +138,8 @@ class NaiveDecoder(nn.Module):
         self, sample: Tensor, encoder_hidden_states: Tensor, *features: Tensor
     ) -> tuple[Tensor, ...]:
         text = encoder_hidden_states.repeat(self.steps, 1, 1)  # (K*B, L, D)
-        hidden, *skips = (feature.repeat(self.steps, 1, 1, 1) for feature in features)
+        repeated = [feature.repeat(self.steps, 1, 1, 1) for feature in features]
+        hidden, skips = mid_and_skips(repeated, skip_count(self.unet["up_blocks"]))
         for block in self.unet["up_blocks"]:
             count = len(block.resnets)
             block_skips, skips = tuple(skips[-count:]), skips[:-count]

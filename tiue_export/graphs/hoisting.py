@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tiue_export.graphs.folded import Combine, OutputHead, is_single
+from tiue_export.graphs.folded import Combine, OutputHead, is_single, mid_and_skips
 from tiue_export.graphs.lowering import (
     NO_PATHS,
     Attention,
@@ -123,7 +123,8 @@ class SharedDecoder(nn.Module):
                 self.text[f"{name}_key"] = attention.to_k
                 self.text[f"{name}_value"] = attention.to_v
 
-    def forward(self, text: Tensor, mid: Tensor, *skips: Tensor) -> Shared:
+    def forward(self, text: Tensor, *features: Tensor) -> Shared:
+        mid, skips = mid_and_skips(features, len(self.resnets))
         shared: Shared = {}
         for (name, share), skip in zip(self.resnets.items(), reversed(skips), strict=True):
             parts = share(mid, skip) if isinstance(share, FirstShare) else share(skip)
@@ -452,9 +453,14 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def _text_attentions(block: Any, i: int) -> list[tuple[str, Any]]:
-    """The text attentions of one up block with their names."""
+    """The text attentions of one up block with their names.
+
+    With diffusers' `only_cross_attention` what is self-attention elsewhere reads the text too.
+    """
     return [
-        (f"up{i}_text{j}_{layer}", transformer.attn2)
+        (f"up{i}_{kind}{j}_{layer}", part)
         for j, attention in enumerate(getattr(block, "attentions", ()))
         for layer, transformer in enumerate(attention.transformer_blocks)
+        for kind, part in (("first", transformer.attn1), ("text", transformer.attn2))
+        if kind == "text" or transformer.only_cross_attention
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiue_export.graphs.folded import OutputHead, encoder_features
+from tiue_export.graphs.folded import OutputHead, encoder_features, mid_and_skips, skip_count
 from tiue_export.graphs.hoisting import TIME, RowBody, Shared, SharedDecoder
 from tiue_export.graphs.lowering import (
     NO_PATHS,
@@ -39,7 +39,7 @@ class TimeEmbedding(nn.Module):
 
 
 class TimedEncoder(nn.Module):
-    """sample (N, 4, H, W), timestep (1,), encoder_hidden_states (N, L, D) -> mid, all skips."""
+    """sample (N, 4, H, W), timestep (1,), encoder_hidden_states (N, L, D) -> mid, if any, skips."""
 
     def __init__(self, unet: Any, dtype: torch.dtype, float32: ModulePaths = NO_PATHS) -> None:
         super().__init__()
@@ -116,7 +116,8 @@ class TimedNaiveDecoder(nn.Module):
         time = self.time(timesteps)
         time = time.unsqueeze(1).expand(steps, batch, time.shape[1]).flatten(0, 1)  # (g*N, D_t)
         text = encoder_hidden_states.repeat(steps, 1, 1)  # (g*N, L, D)
-        hidden, *skips = (feature.repeat(steps, 1, 1, 1) for feature in features)
+        repeated = [feature.repeat(steps, 1, 1, 1) for feature in features]
+        hidden, skips = mid_and_skips(repeated, skip_count(self.unet["up_blocks"]))
         for block in self.unet["up_blocks"]:
             count = len(block.resnets)
             block_skips, skips = tuple(skips[-count:]), skips[:-count]

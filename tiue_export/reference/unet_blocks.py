@@ -12,11 +12,12 @@ from torch import Tensor
 
 def named_blocks(unet: Any) -> dict[str, Any]:
     """A UNet's blocks in the order they run: "down_blocks.0", ..., "mid_block", "up_blocks.0"..."""
-    return {
+    blocks = {
         **{f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)},
         "mid_block": unet.mid_block,
         **{f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)},
     }
+    return {name: block for name, block in blocks.items() if block is not None}
 
 
 @contextmanager

@@ -18,7 +18,10 @@ from tiue_export.sampling.plan import Combination, Plan, Timestep
 
 
 class Features(NamedTuple):
-    """What the UNet's encoder hands to its decoder: mid (B, C, h, w) and all skips in order."""
+    """What the UNet's encoder hands to its decoder: mid (B, C, h, w) and all skips in order.
+
+    Of a UNet without a mid block mid is the last skip, as in diffusers.
+    """
 
     mid: Tensor
     skips: tuple[Tensor, ...]
@@ -64,9 +67,9 @@ class Student(nn.Module):
         self.controlnet = controlnet
 
     def encode(self, noise: Tensor, text: Tensor) -> Features:
-        """Run conv_in, the down blocks and the mid block once, at the first timestep.
+        """Run conv_in, the down blocks and the mid block, if any, once, at the first timestep.
 
-        `noise` (B, 4, H, W), H and W multiples of 8; `text` (B, 77, D).
+        `noise` (B, 4, H, W), each side a multiple of 2 ** (levels - 1); `text` (B, 77, D).
         """
         unet = self.unet
         scaled = self.plan.passes[0].input.noise * noise
@@ -77,8 +80,9 @@ class Student(nn.Module):
         for block in unet.down_blocks:
             hidden, block_skips = block(hidden, time, **text_for(block, text))
             skips.extend(block_skips)
-        mid = unet.mid_block(hidden, time, encoder_hidden_states=text)
-        return Features(mid, tuple(skips))
+        if unet.mid_block is not None:
+            hidden = unet.mid_block(hidden, time, encoder_hidden_states=text)
+        return Features(hidden, tuple(skips))
 
     def decode(self, features: Features, text: Tensor) -> Tensor:
         """Run the up blocks once over all K timesteps; returns the outputs (K*B, 4, H, W)."""

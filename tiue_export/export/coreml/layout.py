@@ -240,13 +240,17 @@ class ChannelsFirst(nn.Module):
 
 
 class ChannelsBlock(nn.Module):
-    """diffusers' BasicTransformerBlock: self-attention, text attention, gated feed-forward."""
+    """diffusers' BasicTransformerBlock: self-attention, text attention, gated feed-forward.
+
+    With `only_cross_attention` the first attention reads the text too.
+    """
 
     def __init__(self, block: Any, attention: str) -> None:
         super().__init__()
         self.norm1, self.norm2, self.norm3 = map(
             ChannelNorm, (block.norm1, block.norm2, block.norm3)
         )
+        self.text_alone = bool(block.only_cross_attention)
         self.attn1 = ChannelsAttention(block.attn1, attention)
         self.attn2 = ChannelsAttention(block.attn2, attention)
         self.value = as_convolution(block.ff.net[0].value)
@@ -254,7 +258,7 @@ class ChannelsBlock(nn.Module):
         self.out = as_convolution(block.ff.net[2])
 
     def forward(self, x: Tensor, text: Any) -> Tensor:
-        x = x + self.attn1(self.norm1(x), None)
+        x = x + self.attn1(self.norm1(x), text if self.text_alone else None)
         x = x + self.attn2(self.norm2(x), text)
         normed = self.norm3(x)
         fed: Tensor = x + self.out(self.value(normed) * F.gelu(self.gate(normed)))
