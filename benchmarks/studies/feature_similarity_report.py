@@ -57,11 +57,14 @@ class PartSummary(Similarity):
 
 @dataclass(frozen=True)
 class StepSummary:
-    """One row of the table; `prompts_ordered` is the share of prompts with encoder > decoder."""
+    """One row of the table; `prompts_ordered` is the share of prompts with encoder > decoder.
+
+    `mid` is None for a UNet without a mid block.
+    """
 
     steps: int
     encoder: PartSummary
-    mid: PartSummary
+    mid: PartSummary | None
     decoder: PartSummary
     prompts_ordered: float
 
@@ -73,8 +76,9 @@ def part_of(block: str) -> str:
 
 def summarise(run: StepRun) -> StepSummary:
     """Average over blocks and prompts, part by part."""
-    pairs, parts = {}, {}
-    for part in PARTS.values():
+    pairs: dict[str, Any] = {}
+    parts: dict[str, Any] = {"mid": None}
+    for part in dict.fromkeys(map(part_of, run.blocks)):
         blocks = [prompts for name, prompts in run.blocks.items() if part_of(name) == part]
         kinds = np.array([[astuple(prompt) for prompt in block] for block in blocks]).mean(0)
         pairs[part] = kinds[:, 0]  # of (prompts, 3)
@@ -212,7 +216,8 @@ def similarity_table(summary: Sequence[StepSummary]) -> Table:
             _two(getattr(row.encoder, kind), getattr(row.decoder, kind))
             for kind in ("all_pairs", "first_vs_rest", "adjacent")
         ]
-        middle = [f"[{'green' if delta > 0 else 'red'}]{delta:+.3f}[/]", f"{row.mid.all_pairs:.3f}"]
+        mid = "-" if row.mid is None else f"{row.mid.all_pairs:.3f}"
+        middle = [f"[{'green' if delta > 0 else 'red'}]{delta:+.3f}[/]", mid]
         table.add_row(str(row.steps), pairs[0], *middle, *pairs[1:], paper.get(row.steps, "-"))
     return table
 
@@ -248,7 +253,9 @@ def save_plot(summary: Sequence[StepSummary], path: Path, name: str, note: str) 
     own, theirs, difference = panels = figure.subplots(1, 3)
     curves = curves_of(summary)
     for part in ("encoder", "decoder", "mid"):
-        rows: list[PartSummary] = [getattr(row, part) for row in summary]
+        rows: list[PartSummary] = [row for s in summary if (row := getattr(s, part)) is not None]
+        if not rows:
+            continue
         curve(own, curves, [row.all_pairs for row in rows], part)
         if part != "mid":
             low = [row.all_pairs - row.all_pairs_std for row in rows]

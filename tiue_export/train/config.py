@@ -23,6 +23,22 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)
+class Backbone:
+    """What a student keeps of its teacher's UNet, beside one resnet a level."""
+
+    mid_block: bool
+    levels_less: int
+
+
+# BK-SDM's three shapes (arXiv 2305.15798), of whatever teacher.
+BACKBONES = {
+    "bk-sdm-base": Backbone(mid_block=True, levels_less=0),
+    "bk-sdm-small": Backbone(mid_block=False, levels_less=0),
+    "bk-sdm-tiny": Backbone(mid_block=False, levels_less=1),
+}
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """Everything that decides a run's outcome. The defaults are the paper's (method B.5).
 
@@ -39,6 +55,8 @@ class DistillConfig:
     steps: int = 4
     # Start from this student instead of from the teacher: how K = 2, 8, 16, 32 are trained.
     student: str | None = None
+    # The student's UNet: None, as the teacher's; else a smaller one, which starts as its copy.
+    backbone: str | None = None
     iterations: int = 66_500
     batch: int = 64
     micro_batch: int = 8
@@ -82,6 +100,7 @@ class DistillConfig:
         for kind, value, legal in (
             ("method", self.method, METHODS),
             ("precision", self.precision, PRECISIONS),
+            ("backbone", self.backbone, (None, *BACKBONES)),
         ):
             if value not in legal:
                 raise unknown_name(kind, value, legal)

@@ -56,6 +56,11 @@ def distill(config: DistillConfig, on_stage: Callable[[str], None] = lambda stag
         networks = load_networks(config, accelerator.device)
         if writes:
             height, width = networks.size_px
+            if networks.fresh_tensors:
+                on_stage(
+                    f"{networks.fresh_tensors} tensors of backbone {config.backbone} have another "
+                    "shape in the teacher and start at random"
+                )
             on_stage(f"training at {width}x{height} px")
         distillation = Distillation(config, networks, prompts, accelerator)
         run = _open_run(config, prompts, networks, accelerator)

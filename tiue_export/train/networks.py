@@ -21,6 +21,7 @@ from tiue_export.methods.load import load_student
 from tiue_export.sampling.ddim import DEFAULT_STEPS, alphas_cumprod, ddim_settings, one_pass_plan
 from tiue_export.student.model import Student
 
+from .backbone import reduced_config, reduced_unet
 from .config import DistillConfig
 from .score_networks import add_adapters
 
@@ -28,6 +29,8 @@ _TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 # A single step from pure noise to the picture: t = 999, and alpha 1 behind it, so that the closed
 # formula becomes SwiftBrush's (z - sqrt(1 - a) e) / sqrt(a).
 _ONE_STEP_SCHEDULER = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+# What a student that is given must have in common with what its teacher would start.
+_SHAPE_KEYS = ("cross_attention_dim", "block_out_channels", "layers_per_block", "mid_block_type")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Networks:
 
     `text_encoder`, `vae` are frozen. `alphas` (1000,) float32 are cumulative products of 1 - beta.
     `latent_shape` is (4, h, w), `size_px` the height and width of pictures. `sha256` names the
-    weights that decide a run's outcome.
+    weights that decide a run's outcome. `fresh_tensors` are those of the student that no teacher's
+    could start.
     """
 
     student: Student
@@ -49,6 +53,7 @@ class Networks:
     latent_shape: tuple[int, int, int]
     size_px: tuple[int, int]
     sha256: dict[str, str]
+    fresh_tensors: int
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
@@ -59,7 +64,8 @@ class Networks:
 
 
 def load_networks(config: DistillConfig, device: torch.device) -> Networks:
-    """Teacher folder -> networks on `device`; the student starts as the teacher, or as `student`.
+    """Teacher folder -> networks on `device`; the student starts as the teacher or as a smaller copy
+    (`backbone`), or as `student`.
 
     Raises `UnsupportedModelError` for a teacher or student that does not predict epsilon or that do
     not fit together, `UsageError` for a teacher without text encoder or VAE and for a size the UNet
@@ -74,7 +80,7 @@ def load_networks(config: DistillConfig, device: torch.device) -> Networks:
     settings = ddim_settings(teacher.scheduler_config)
     _check_epsilon(config.teacher, teacher)
     shapes = _shapes(config, teacher)
-    student, started_from = _new_student(config, teacher)
+    student, started_from, fresh_tensors = _new_student(config, teacher)
     _, _, rows, columns = shapes.latents
     # What it was trained at is what it is exported at.
     student.unet.register_to_config(sample_size=rows if rows == columns else [rows, columns])
@@ -110,6 +116,7 @@ def load_networks(config: DistillConfig, device: torch.device) -> Networks:
             "text_encoder": teacher.source.part_sha256["text_encoder"],
             "student": started_from,
         },
+        fresh_tensors=fresh_tensors,
     )
 
 
@@ -140,8 +147,9 @@ def _apply_speed_settings(config: DistillConfig, unet: Any) -> None:
         unet.set_attn_processor(AttnProcessor())
 
 
-def _new_student(config: DistillConfig, teacher: Student) -> tuple[Student, str]:
-    """UNet in float32 with all weights trainable, and the SHA-256 of the weights it starts from.
+def _new_student(config: DistillConfig, teacher: Student) -> tuple[Student, str, int]:
+    """UNet in float32 with all weights trainable, the SHA-256 of the weights it starts from, and
+    how many of its tensors they could not start.
 
     Text encoder and VAE stay outside.
     """
@@ -157,17 +165,24 @@ def _new_student(config: DistillConfig, teacher: Student) -> tuple[Student, str]
         without=("text_encoder", "vae"),
     )
     _check_epsilon(config.student or config.teacher, start)
-    for key in ("cross_attention_dim", "block_out_channels"):
-        got, wanted = start.unet.config[key], teacher.unet.config[key]
-        if got != wanted:
+    unet, wanted, fresh = start.unet, dict(teacher.unet.config), 0
+    if config.backbone is not None:
+        wanted = reduced_config(wanted, config.backbone)
+        if config.student is None:
+            unet, fresh = reduced_unet(unet, config.backbone, config.seed)
+    for key in _SHAPE_KEYS:
+        got, of_teacher = unet.config[key], wanted[key]
+        if got != of_teacher:
             raise UnsupportedModelError(
-                f"{config.student} has {key} {got}, its teacher {config.teacher} {wanted}",
-                "Student and teacher must be of one family.",
+                f"{config.student} has {key} {got}, its teacher {config.teacher} {of_teacher}"
+                + (f" as {config.backbone}" if config.backbone else ""),
+                "Student and teacher must be of one family; backbone says how much smaller the "
+                "student is.",
             )
     student = Student(
-        start.unet.float().requires_grad_(True),
+        unet.float().requires_grad_(True),
         one_pass_plan(scheduler, config.steps),
         source=teacher.source,
         scheduler_config=scheduler,
     )
-    return student, start.source.sha256
+    return student, start.source.sha256, fresh
