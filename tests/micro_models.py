@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
@@ -15,21 +16,28 @@ from tiue_export.sampling.ddim import DEFAULT_STEPS
 from tiue_export.student.pipeline_folder import write_model_index, write_scheduler
 
 
-def write_micro_unet(folder: Path) -> Path:
-    """A UNet of one level with K=2, seeded; returns `folder`."""
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(32,),
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        mid_block_type="UNetMidBlock2DCrossAttn",
-        norm_num_groups=8,
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        use_linear_projection=True,
-    )
+def micro_unet(**changes: Any) -> UNet2DConditionModel:
+    """A UNet of one level, seeded."""
+    shape = {
+        "sample_size": 8,
+        "layers_per_block": 1,
+        "block_out_channels": (32,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_num_groups": 8,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+        "use_linear_projection": True,
+    }
+    unet = UNet2DConditionModel(**(shape | changes))
     fill(unet, torch.Generator().manual_seed(0))
+    return unet
+
+
+def write_micro_unet(folder: Path, **changes: Any) -> Path:
+    """That UNet with K=2; returns `folder`."""
+    unet = micro_unet(**changes)
     unet.save_pretrained(folder / "unet")
     write_scheduler(folder, load_family("tiny").scheduler, 2)
     return folder

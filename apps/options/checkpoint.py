@@ -56,7 +56,7 @@ class FamilyOptions(OptionGroup):
     """What the weights cannot tell."""
 
     panel = "Checkpoint"
-    family: str | None = option(None, "sd15, sd21-base, sd21-v, tiny \\[default: recognised].")
+    family: str | None = option(None, "sd15, sd21-base, bk-sdm-tiny ... \\[default: recognised].")
 
 
 @dataclass(frozen=True)

@@ -291,6 +291,16 @@ def test_a_summary_averages_over_blocks_and_prompts_by_hand() -> None:
     assert summary.prompts_ordered == 0.5
 
 
+def test_a_unet_without_a_mid_block_has_none_in_table_and_plot(tmp_path) -> None:
+    low, high = [(0.2, 0.2, 0.2)], [(0.4, 0.4, 0.4)]
+    runs = [step_run(steps, down_blocks__0=high, up_blocks__0=low) for steps in (4, 8)]
+    summary = [words.summarise(measured) for measured in runs]
+    assert [row.mid for row in summary] == [None, None]
+    assert list(words.similarity_table(summary).columns[3].cells) == ["-", "-"]
+    words.save_plot(summary, tmp_path / "plot.png", "BK-SDM", "made up")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
 def test_a_run_survives_its_json() -> None:
     measured = step_run(2, down_blocks__0=[(0.25, 0.5, 1.0)], mid_block=[(0.1, 0.2, 0.3)])
     data = json.loads(json.dumps(asdict(measured)))

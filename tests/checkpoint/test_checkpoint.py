@@ -14,13 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from micro_models import micro_unet
 from safetensors.torch import load_file, save_file
 
 from tiue_export import load_student
 from tiue_export.benchmarks.synthetic import write_ldm_file
 from tiue_export.checkpoint.container import check_container
 from tiue_export.checkpoint.family import family_names, load_family
-from tiue_export.checkpoint.ldm_names import LDM_PREFIX, ldm_names
+from tiue_export.checkpoint.ldm_names import (
+    LDM_PREFIX,
+    ldm_module_names,
+    ldm_names,
+    ldm_spellings,
+)
 from tiue_export.errors import (
     CheckpointError,
     ScheduleError,
@@ -28,6 +34,7 @@ from tiue_export.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from tiue_export.sampling.ddim import one_pass_plan
 
 
 @pytest.fixture(scope="module")
@@ -501,7 +508,7 @@ def test_a_scheduler_that_breaks_the_formula_is_refused_on_loading(change, messa
 # --- families and names
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21-base", "tiny"])
+@pytest.mark.parametrize("family", ["sd15", "sd21-base", "bk-sdm-base", "tiny"])
 def test_ldm_names_agree_with_diffusers_own_converter(family):
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -516,15 +523,81 @@ def test_ldm_names_agree_with_diffusers_own_converter(family):
     assert converted == {name: name for name in names}
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21-base", "sd21-v", "tiny"])
+# Resnets and attentions of a UNet of three levels as diffusers' script names them, which counts two
+# resnets a level: "output_blocks.7.1" and the like are also what stable-diffusion.cpp looks for.
+_WITH_GAPS = {
+    "down_blocks.2.resnets.0.conv1": "input_blocks.7.0.in_layers.2",
+    "down_blocks.0.downsamplers.0.conv": "input_blocks.3.0.op",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.2.1.conv",
+    "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
+    "up_blocks.2.attentions.1": "output_blocks.7.1",
+}
+
+
+def test_ldm_names_of_one_resnet_a_level_may_have_gaps():
+    plain, gaps = ldm_spellings(load_family("bk-sdm-tiny").unet)
+    assert _WITH_GAPS.items() <= gaps.items()
+    assert gaps.keys() == plain.keys()
+    assert not any(name.startswith("mid_block") for name in gaps)
+    assert len(set(gaps.values())) == len(gaps)
+    assert ldm_spellings(load_family("sd15").unet) == [ldm_module_names(load_family("sd15").unet)]
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_an_ldm_file_without_a_middle_block_loads_in_either_spelling(gaps, tiny_pipeline, tmp_path):
+    unet = micro_unet(mid_block_type=None)
+    tensors, config = unet.state_dict(), json.loads(unet.to_json_string())
+    table = ldm_names(list(tensors), config, gaps=gaps)
+    file = tmp_path / "student.safetensors"
+    named = {LDM_PREFIX + ldm: tensors[own] for ldm, own in table.items()}
+    save_file(named, file, metadata={"unet_config": json.dumps(config)})
+    student = load_student(file, base=tiny_pipeline)
+    assert student.unet.mid_block is None
+    assert all(torch.equal(state(student)[name], tensors[name]) for name in tensors)
+
+
+def test_a_base_of_other_blocks_is_no_source_of_the_unets_configuration(tmp_path):
+    from tiue_export.checkpoint.family import config_fits
+
+    shapes = meta_shapes("bk-sdm-tiny")
+    assert config_fits(load_family("bk-sdm-tiny").unet, shapes)
+    assert not config_fits(load_family("sd15").unet, shapes)
+
+
+def test_a_family_that_is_like_another_holds_what_differs_alone():
+    base, small = load_family("sd15"), load_family("bk-sdm-small")
+    assert small.unet == base.unet | {"layers_per_block": 1, "mid_block_type": None}
+    assert (small.scheduler, small.text_encoder, small.vae) == (
+        base.scheduler,
+        base.text_encoder,
+        base.vae,
+    )
+
+
+def test_sdxs_dreamshapers_single_step_has_the_published_constants():
+    """As another project pinned them against the original: react-native-executorch, 2026."""
+    plan = one_pass_plan(load_family("sdxs-512-dreamshaper").scheduler, 1)
+    assert plan.timesteps == (999,)
+    # diffusers derives them in float32.
+    assert plan.latents.noise == pytest.approx(14.642591, rel=1e-6)
+    assert plan.latents.outputs == pytest.approx((-14.579279,), rel=1e-6)
+
+
+def meta_shapes(family: str) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(load_family(family).unet)
+    return {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", family_names())
 def test_families_are_recognised_from_the_shapes_of_their_own_unet(family):
     from tiue_export.checkpoint.family import families_of
 
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(load_family(family).unet)
-    shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    shapes = meta_shapes(family)
     expected = ("sd21-base", "sd21-v") if family.startswith("sd21") else (family,)
     assert families_of(shapes) == expected
+    del shapes["conv_out.weight"], shapes[next(n for n in shapes if n.endswith(".conv1.weight"))]
+    assert families_of(shapes) == expected, "a damaged file is still told what it lacks"
 
 
 def test_the_base_schedulers_prediction_type_tells_sd21_from_sd21_base(tmp_path):
@@ -593,7 +666,15 @@ def test_a_local_looking_path_is_never_asked_of_the_hub(tmp_path, monkeypatch):
 
 
 def test_sd_parameter_counts_are_the_published_ones():
-    for family, millions in (("sd15", 859.5), ("sd21-base", 865.9)):
+    # BK-SDM's model card; SDXS's UNet by the size of a half-precision copy, 631.8 MB.
+    for family, millions in (
+        ("sd15", 859.5),
+        ("sd21-base", 865.9),
+        ("bk-sdm-base", 579.4),
+        ("bk-sdm-small", 482.3),
+        ("bk-sdm-tiny", 323.4),
+        ("sdxs-512-dreamshaper", 315.7),
+    ):
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(load_family(family).unet)
         count = sum(p.numel() for p in unet.parameters())

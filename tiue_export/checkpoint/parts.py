@@ -66,7 +66,8 @@ def load_controlnet(folder: Path, unet_config: Mapping[str, Any]) -> Any:
         )
     if unet_config.get("mid_block_type", "") is None:
         raise UnsupportedModelError(
-            f"the ControlNet in {folder} adds to the output of a middle block, which this model lacks",
+            f"the ControlNet in {folder} adds to the output of a middle block, and this model has "
+            "none",
             "Leave --controlnet out, or give a model with a middle block.",
         )
     plain = {

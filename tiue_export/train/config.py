@@ -100,9 +100,9 @@ class DistillConfig:
         for kind, value, legal in (
             ("method", self.method, METHODS),
             ("precision", self.precision, PRECISIONS),
-            ("backbone", self.backbone, (None, *BACKBONES)),
+            ("backbone", self.backbone, BACKBONES),
         ):
-            if value not in legal:
+            if value is not None and value not in legal:
                 raise unknown_name(kind, value, legal)
         self._check_numbers()
         if self.method == "one-step":

@@ -64,8 +64,8 @@ class Networks:
 
 
 def load_networks(config: DistillConfig, device: torch.device) -> Networks:
-    """Teacher folder -> networks on `device`; the student starts as the teacher or as a smaller copy
-    (`backbone`), or as `student`.
+    """Teacher folder -> networks on `device`; the student starts as the teacher, as a smaller copy
+    of it (`backbone`), or as `student`.
 
     Raises `UnsupportedModelError` for a teacher or student that does not predict epsilon or that do
     not fit together, `UsageError` for a teacher without text encoder or VAE and for a size the UNet
