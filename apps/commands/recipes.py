@@ -10,9 +10,7 @@ from ..options.output import JsonOptions
 def recipes(output: JsonOptions) -> None:
     """List the few-step students that can be exported: SD-Turbo, LCM, Hyper-SD and others.
 
-    Example:  tiue-export recipes
-    Example:  tiue-export onnx --ckpt sd-turbo/ --recipe sd-turbo --steps 1
-    """
+    Example:  tiue-export recipes"""
     from ..recipes import run
 
     run(output.as_json)

@@ -31,6 +31,7 @@ from diffusers import (
     TCDScheduler,
     UNet2DConditionModel,
 )
+from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 from rich.table import Table
 
@@ -144,6 +145,7 @@ def reference(student: Student, folder: Path) -> tuple[Array, Array]:
     embeds = plan.embedded_guidance is not None
     kind: Any = LatentConsistencyModelPipeline if embeds else StableDiffusionPipeline
     with quiet_libraries():
+        disable_progress_bar()
         pipe = kind.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     if plan.scheduler not in _SCHEDULERS:

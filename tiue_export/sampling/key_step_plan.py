@@ -46,7 +46,7 @@ _REFUSED = {
     ),
     **dict.fromkeys(
         ("euler-a", "ddpm", "dpmpp-sde", "sde-dpmpp", "lcm", "tcd"),
-        "draws fresh noise at every step; a plan needs a deterministic sampler",
+        "draws fresh noise at every step; Faster Diffusion needs a deterministic sampler",
     ),
 }
 

@@ -11,11 +11,6 @@ from types import MappingProxyType
 
 from tiue_export.errors import unknown_name
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 # What a recipe's guidance can be; recipes.toml says what each means.
 NO_GUIDANCE, EMBEDDED, ROWS = "none", "embedded", "rows"
 
@@ -54,6 +49,10 @@ class Recipe:
 @functools.cache
 def recipes() -> Mapping[str, Recipe]:
     """All recipes by their names, in the table's order."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
     text = resources.files("tiue_export.sampling").joinpath("recipes.toml").read_text("utf-8")
     return MappingProxyType(
         {name: _recipe(name, fields) for name, fields in tomllib.loads(text).items()}
