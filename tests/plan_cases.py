@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiue_export.sampling.plan import Combination, Injection, Pass, Plan
 
 WEIGHT = st.floats(allow_nan=False, allow_infinity=False)
-TIMESTEP = st.integers(0, 999)
+TIMESTEP = st.integers(0, 999) | st.floats(0, 1000, width=32)
 NAME = st.text(max_size=12)
 
 
@@ -46,4 +46,7 @@ def plans(draw) -> Plan:
         injection=draw(st.none() | st.builds(Injection, WEIGHT, WEIGHT, NAME)),
         max_decoder_rows=draw(st.none() | st.integers(1, 64)),
         chosen_by=draw(NAME),
+        recipe=draw(NAME),
+        eta=draw(WEIGHT),
+        embedded_guidance=draw(st.none() | WEIGHT),
     )

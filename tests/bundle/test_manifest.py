@@ -337,7 +337,7 @@ def test_a_missing_field_deep_inside_is_named_with_its_place():
         (
             ["plan", "passes", 0, "timesteps", 1],
             "1",
-            ": plan: passes[0]: timesteps[1] is '1'; expected int",
+            ": plan: passes[0]: timesteps[1] is '1'; expected int | float",
         ),
         (["files"], [], ": files is '[]'; expected an object"),
         (["tools"], {"torch": 2}, ": tools.torch is '2'; expected str"),

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from transformers import CLIPTokenizer
 
-from tiue_export import open_bundle
+from tiue_export import load_student, open_bundle
 from tiue_export.benchmarks.synthetic import fill
 from tiue_export.errors import ScheduleError, UnsupportedModelError, UsageError
 from tiue_export.graphs.build import build_graphs, run_graph
@@ -167,6 +167,11 @@ def test_a_guidance_scale_needs_an_embedding_to_be_folded_into(model):
     with pytest.raises(UsageError, match="has no guidance embedding, into which recipe lcm"):
         student_of(model, "lcm", guidance=5.0)
     assert student_of(model, "lcm").plan.embedded_guidance is None
+
+
+def test_it_loads_in_python_by_its_recipe(model):
+    plan = load_student(model, recipe="sd-turbo", steps=2).plan
+    assert (plan.recipe, plan.steps) == ("sd-turbo", 2)
 
 
 def test_a_checkpoint_without_marks_needs_its_recipe(model):

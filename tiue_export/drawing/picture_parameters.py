@@ -28,6 +28,7 @@ def picture_parameters(
         **({} if not negative else {"negative_prompt": negative}),
         **({} if guidance is None else {"guidance": guidance}),
         "steps": plan.steps,
+        **({} if not plan.recipe else _recipe_parameters(plan)),
         **({} if plan.one_pass else _plan_parameters(plan)),
         "size": f"{manifest.width_px}x{manifest.height_px}",
         "model": manifest.source.name,
@@ -53,6 +54,15 @@ def _graphs_hash(manifest: Manifest, runtime: Runtime) -> str:
         ],
     }
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _recipe_parameters(plan: Plan) -> dict[str, object]:
+    scale = plan.embedded_guidance
+    return {
+        "recipe": plan.recipe,
+        **({} if plan.eta == 0 else {"eta": plan.eta}),
+        **({} if scale is None else {"embedded_guidance": scale}),
+    }
 
 
 def _plan_parameters(plan: Plan) -> dict[str, object]:

@@ -148,21 +148,24 @@ def load_student(
     family: str | None = None,
     steps: int | None = None,
     allow_other_steps: bool = False,
+    recipe: str | None = None,
     without: Collection[str] = (),
     vae: str | Path | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:
-    """Load a TiUE student in its checkpoint's own dtype, memory-mapped, in eval mode.
+    """Load a student in its checkpoint's own dtype, memory-mapped, in eval mode.
 
+    A TiUE student, or with `recipe` the few-step student of that name (`tiue-export recipes`).
     `steps` is K; a checkpoint that records its K (`tiue_steps` in scheduler_config.json or in the
-    safetensors metadata) refuses another unless `allow_other_steps`. The other arguments and the
-    errors are those of `load_model`.
+    safetensors metadata) refuses another unless `allow_other_steps`, as a recipe does. The other
+    arguments and the errors are those of `load_model`.
     """
-    options = SamplingOptions(steps=steps, allow_other_steps=allow_other_steps)
+    method = METHODS[DEFAULT_METHOD if recipe is None else METHOD]
+    options = SamplingOptions(steps=steps, allow_other_steps=allow_other_steps, recipe=recipe)
     return load_model(
         path,
         base,
-        lambda checkpoint: plan_choice(checkpoint, METHODS[DEFAULT_METHOD], options),
+        lambda checkpoint: plan_choice(checkpoint, method, options),
         family=family,
         without=without,
         vae=vae,
