@@ -135,7 +135,7 @@ def test_a_bounded_plan_never_decodes_more_rows_and_leaves_no_step_out(plan, ste
     assert replace(bounded, max_decoder_rows=plan.max_decoder_rows) == plan
     for one in bounded.passes:
         runs = list(pieces(one, bounded.max_decoder_rows, rows_per_step))
-        assert tuple(int(t) for run in runs for t in run) == one.timesteps
+        assert tuple(float(t) for run in runs for t in run) == one.timesteps
         longest = max(map(len, runs))
         assert steps is None or longest <= steps
         assert plan.max_decoder_rows is None or longest * rows_per_step <= plan.max_decoder_rows
