@@ -169,6 +169,15 @@ def test_a_guidance_scale_needs_an_embedding_to_be_folded_into(model):
     assert student_of(model, "lcm").plan.embedded_guidance is None
 
 
+def test_an_adapters_recipe_without_an_adapter_is_told(model):
+    (note,) = student_of(model, "hyper-sd-4").source.notes
+    assert note == (
+        "recipe hyper-sd-4 is of an adapter: none was given by --lora, so model must hold it "
+        "merged already"
+    )
+    assert student_of(model, "sd-turbo").source.notes == ()
+
+
 def test_it_loads_in_python_by_its_recipe(model):
     plan = load_student(model, recipe="sd-turbo", steps=2).plan
     assert (plan.recipe, plan.steps) == ("sd-turbo", 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,6 +21,7 @@ from tiue_export.methods.method import (
 from tiue_export.methods.recognition import recognition
 from tiue_export.methods.tiue import Tiue, check_assumed
 from tiue_export.sampling.few_step import METHOD
+from tiue_export.sampling.recipes import recipe_named
 from tiue_export.student.load import CheckpointFacts, PlanChoice, load_model
 from tiue_export.student.lora import merge_lora
 from tiue_export.student.model import Student
@@ -81,7 +82,9 @@ def load_for_method(
     student = load_model(
         request.ckpt,
         request.base,
-        lambda checkpoint: plan_choice(checkpoint, named, options),
+        lambda checkpoint: with_adapter_note(
+            plan_choice(checkpoint, named, options), request.lora, checkpoint.name
+        ),
         family=request.family,
         vae=request.vae,
         on_stage=on_stage,
@@ -117,6 +120,18 @@ def plan_choice(
             "NAME",
         )
     return PlanChoice(plan, notes)
+
+
+def with_adapter_note(choice: PlanChoice, lora: tuple[str, ...], name: str) -> PlanChoice:
+    """Say where a student that is an adapter was named and no adapter was given."""
+    recipe = choice.plan.recipe
+    if not recipe or lora or recipe_named(recipe).form != "lora":
+        return choice
+    note = (
+        f"recipe {recipe} is of an adapter: none was given by --lora, so {name} must hold it "
+        "merged already"
+    )
+    return replace(choice, notes=(*choice.notes, note))
 
 
 def check_additions(request: CheckpointRequest) -> None:
