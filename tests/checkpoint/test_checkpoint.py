@@ -98,13 +98,13 @@ def test_ema_weights_of_an_ldm_file_are_preferred_and_the_rest_is_noted(
         # LitEma drops the dots after "diffusion_model" too: diffusion_modelinput_blocks00weight.
         both["model_ema." + flat.replace("diffusion_model", "diffusion_model", 1)] = tensor
     both["model_ema.decay"] = torch.tensor(0.999)
-    both["first_stage_model.decoder.conv_in.weight"] = torch.zeros(1)
+    both["alphas_cumprod"] = torch.zeros(1)
     save_file(both, file)
     student = load_student(file, base=tiny_pipeline)
     assert_same_weights(student, tiny_student)
     assert student.source.ema
     assert "EMA" in student.source.notes[0]
-    assert "1 tensors outside the UNet were left" in student.source.notes[1]
+    assert "1 tensors of no part were left" in student.source.notes[1]
 
 
 def test_a_unet_folder_and_a_pipeline_folder_load_alike(tiny_pipeline, tiny_student):
@@ -209,7 +209,7 @@ def test_the_vae_of_a_pipeline_folder_can_be_taken_by_that_folders_name(pipeline
 
 def test_a_folder_without_a_vae_is_refused_with_what_to_give(tiny_pipeline, tmp_path):
     with pytest.raises(
-        CheckpointError, match=r"is no VAE folder, it has no config\.json"
+        CheckpointError, match=r"neither a file nor a folder with config\.json"
     ) as caught:
         load_student(tiny_pipeline, vae=f"tiny:{tmp_path}")
     assert "madebyollin/taesd" in str(caught.value.next_step)
@@ -607,14 +607,14 @@ def test_the_base_schedulers_prediction_type_tells_sd21_from_sd21_base(tmp_path)
     folder.mkdir()
     for prediction, expected in (("epsilon", "sd21-base"), ("v_prediction", "sd21-v")):
         (folder / "scheduler_config.json").write_text(json.dumps({"prediction_type": prediction}))
-        assert _by_prediction(("sd21-base", "sd21-v"), tmp_path) == expected
+        assert _by_prediction(("sd21-base", "sd21-v"), tmp_path, None) == expected
 
 
 def test_ambiguous_weights_without_a_scheduler_are_not_guessed():
     from tiue_export.student.load import _by_prediction
 
-    with pytest.raises(UsageError, match="--family sd21-base, or pass --base"):
-        _by_prediction(("sd21-base", "sd21-v"), None)
+    with pytest.raises(UsageError, match="--prediction v_prediction, or pass --base"):
+        _by_prediction(("sd21-base", "sd21-v"), None, None)
 
 
 def test_an_ldm_file_behind_a_wrapper_prefix_loads(tiny_pipeline, tiny_student, tmp_path):
@@ -629,7 +629,7 @@ def test_a_text_encoder_without_a_tokenizer_is_left_out_with_a_note(pipeline):
     assert student.text_encoder is None
     assert student.source.parts["text_encoder"] == "none"
     assert student.source.notes == (
-        "the text encoder was left out, because no tokenizer came with it",
+        "the text encoder was left out, because no tokenizer came with it; --base gives one",
     )
 
 

@@ -196,7 +196,7 @@ _FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     (".lora.", _LORA),
     ("add_embedding.", "an SDXL-style UNet (added conditions)"),
     ("label_emb.", "an SDXL-style UNet (added conditions)"),
-    ("conditioner.embedders.", "an SDXL checkpoint (added conditions)"),
+    ("conditioner.embedders.1.", "an SDXL checkpoint (added conditions)"),
     ("joint_blocks.", "a Stable Diffusion 3 transformer"),
     ("double_blocks.", "a Flux transformer"),
     ("single_transformer_blocks.", "a Flux transformer"),

@@ -1,14 +1,16 @@
-"""Text encoder and VAE from a pipeline folder: the libraries' own loaders, strict and quiet."""
+"""Text encoder and VAE of the libraries' own classes, strict and quiet: from folders or tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, ModelMixin
 from diffusers.utils import logging as diffusers_logging
+from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
@@ -40,18 +42,23 @@ def load_vae(folder: Path) -> Any:
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in VAES:
         raise UnsupportedModelError(f"{folder} holds a {name}; expected {' or '.join(VAES)}")
+    check_vae_config(config, str(folder))
+    return _from_pretrained(VAES[name], folder, WEIGHTS_STEM)
+
+
+def check_vae_config(config: Config, where: str) -> None:
+    """Refuse the configuration of a VAE for other latents; `where` names it in errors."""
     if config.get("latent_channels", 4) != 4 or config.get("shift_factor"):
         raise UnsupportedModelError(
-            f"the VAE in {folder} has {config.get('latent_channels')} latent channels and "
+            f"the VAE in {where} has {config.get('latent_channels')} latent channels and "
             f"shift_factor {config.get('shift_factor')}; expected 4 and none"
         )
     factor = config.get("scaling_factor", 1.0)
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < 1e6:
         raise CheckpointError(
-            f"the VAE in {folder} has scaling_factor {factor!r}; expected a positive number",
+            f"the VAE in {where} has scaling_factor {factor!r}; expected a positive number",
             "Stable Diffusion 1.x and 2.x have 0.18215, AutoencoderTiny has 1.0.",
         )
-    return _from_pretrained(VAES[name], folder, WEIGHTS_STEM)
 
 
 def load_controlnet(folder: Path, unet_config: Mapping[str, Any]) -> Any:
@@ -135,6 +142,26 @@ def _from_pretrained(kind: Any, folder: Path, stem: str) -> Any:
             raise CheckpointError(f"{folder} has {len(names)} {title} tensors: {shown}")
     check_state({name: tuple(t.shape) for name, t in state.items()}, state, str(folder))
     return model
+
+
+def build(make: Callable[[], Any], tensors: Mapping[str, Tensor], what: str) -> Any:
+    """The model that `make` builds, with these weights in their own dtype; `what` names it.
+
+    Raises `CheckpointError` for missing, unexpected, mis-shaped and non-finite tensors.
+    """
+    with quiet_libraries(), torch.device("meta"), at_most(len(tensors)):
+        model = make()
+    state = dict(tensors)
+    if isinstance(model, ModelMixin):  # before diffusers 0.15 its attention had other names
+        model._fix_state_dict_keys_on_load(state)
+    check_state({name: tuple(t.shape) for name, t in model.state_dict().items()}, state, what)
+    dtype = common_dtype(state.values())
+    model.load_state_dict({n: t.to(dtype) for n, t in state.items()}, strict=True, assign=True)
+    for name, buffer in model.named_buffers():  # CLIP's are in no state
+        if name.endswith("position_ids"):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            owner.position_ids = torch.arange(buffer.shape[-1])[None]
+    return model.eval()
 
 
 @contextmanager

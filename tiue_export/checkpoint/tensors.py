@@ -22,6 +22,8 @@ from tiue_export.system.json_file import read_json
 _WRAPPERS = ("_orig_mod.", "module.", "student.", "unet.", "diffusion_model.")
 _FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 _LISTED = 10
+# Tensors that say something and weigh nothing: the network predicts v, its schedule ends in noise.
+V_PREDICTION, ZERO_SNR = MARKS = ("v_pred", "ztsnr")
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,14 @@ def sha256_of_folder(folder: Path, stem: str) -> str:
 
 @dataclass(frozen=True)
 class UnetWeights:
-    """A UNet's tensors under the names of the file less wrappers; `layout` diffusers or ldm."""
+    """A UNet's tensors under the names of the file less wrappers; `layout` diffusers or ldm.
+
+    `others` are what lies beside the UNet, averaged copies left out.
+    """
 
     path: Path
     tensors: Mapping[str, Tensor]
+    others: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     layout: str
     ema: bool
@@ -111,17 +117,17 @@ def unet_weights(file: WeightFile) -> UnetWeights:
     Names stay in the file's own layout; `named_for_diffusers` needs the configuration to
     translate LDM names. Everything that is set aside is told in `notes`.
     """
-    names = list(file.tensors)
-    prefix = _common_wrapper(names)
-    if any(name.startswith(prefix + LDM_PREFIX) for name in names):
-        bare = {name[len(prefix) :]: tensor for name, tensor in file.tensors.items()}
-        return _ldm_weights(WeightFile(file.path, bare, file.metadata))
-    tensors = {n[len(prefix) :]: t for n, t in file.tensors.items() if n.startswith(prefix)}
+    marks = {name: tensor for name, tensor in file.tensors.items() if name in MARKS}
+    named = {name: tensor for name, tensor in file.tensors.items() if name not in MARKS}
+    prefix = _common_wrapper(list(named))
+    tensors = {name[len(prefix) :]: tensor for name, tensor in named.items()}
+    if any(name.startswith(LDM_PREFIX) for name in tensors):
+        return _ldm_weights(WeightFile(file.path, {**tensors, **marks}, file.metadata))
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
     check_tensor_names(shapes)
     layout = "ldm" if any(name.startswith("input_blocks.") for name in tensors) else "diffusers"
     notes = (f'names start with "{prefix}", which was removed',) if prefix else ()
-    return UnetWeights(file.path, tensors, file.metadata, layout, False, notes)
+    return UnetWeights(file.path, tensors, marks, file.metadata, layout, False, notes)
 
 
 def _common_wrapper(names: list[str]) -> str:
@@ -157,15 +163,16 @@ def _ldm_weights(file: WeightFile) -> UnetWeights:
         )
     if averaged:
         notes.append("the EMA weights were taken, the plain ones left")
-    others = [name for name in file.tensors if not name.startswith((LDM_PREFIX, "model_ema."))]
-    if others:
-        notes.append(
-            f"{len(others)} tensors outside the UNet were left, the first is {others[0]!r}: "
-            "text encoder and VAE come from --base"
-        )
+    others = {
+        name: tensor
+        for name, tensor in file.tensors.items()
+        if not name.startswith((LDM_PREFIX, "model_ema."))
+    }
     tensors = averaged or plain
     check_tensor_names({name: tuple(t.shape) for name, t in tensors.items()})
-    return UnetWeights(file.path, tensors, file.metadata, "ldm", bool(averaged), tuple(notes))
+    return UnetWeights(
+        file.path, tensors, others, file.metadata, "ldm", bool(averaged), tuple(notes)
+    )
 
 
 def named_for_diffusers(

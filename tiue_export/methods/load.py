@@ -42,6 +42,7 @@ class CheckpointRequest:
     base: str | None = None
     vae: str | None = None
     family: str | None = None
+    prediction: str | None = None
     lora: tuple[str, ...] = ()
     controlnet: str | None = None
 
@@ -87,6 +88,7 @@ def load_for_method(
         ),
         family=request.family,
         vae=request.vae,
+        prediction=request.prediction,
         on_stage=on_stage,
     )
     return completed(student, request, on_stage)
@@ -166,6 +168,7 @@ def load_student(
     recipe: str | None = None,
     without: Collection[str] = (),
     vae: str | Path | None = None,
+    prediction: str | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:
     """Load a student in its checkpoint's own dtype, memory-mapped, in eval mode.
@@ -184,5 +187,6 @@ def load_student(
         family=family,
         without=without,
         vae=vae,
+        prediction=prediction,
         on_stage=on_stage,
     )

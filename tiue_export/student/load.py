@@ -1,8 +1,8 @@
 """Checkpoint on disk -> Student. Strict: whatever does not fit is named, nothing is guessed.
 
 Accepted: a diffusers pipeline folder, a UNet folder, or one `.safetensors` file in diffusers or
-LDM names; the word "demo" is the student that ships. What a UNet alone lacks comes from `base`, a
-pipeline folder.
+LDM names, the latter with its own text encoder and VAE where it has them; the word "demo" is the
+student that ships. What a checkpoint lacks comes from `base`, a pipeline folder.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from diffusers import UNet2DConditionModel
 
 from tiue_export.bundle.manifest import Source
 from tiue_export.bundle.read import MANIFEST_FILE
+from tiue_export.checkpoint.clip_tokenizer import VOCABULARY_SIZE, write_clip_tokenizer
 from tiue_export.checkpoint.config_file import config_from, read_config
-from tiue_export.checkpoint.container import check_checkpoint_path, is_hub_id
+from tiue_export.checkpoint.container import check_checkpoint_path, is_hub_id, refuse_pickle
 from tiue_export.checkpoint.demo_student import checkpoint_place
 from tiue_export.checkpoint.family import (
     Config,
@@ -35,7 +36,15 @@ from tiue_export.checkpoint.parts import (
     load_text_encoder,
     load_vae,
 )
+from tiue_export.checkpoint.single_file import (
+    build_text_encoder,
+    build_vae,
+    file_parts,
+    said_prediction,
+    vae_from_file,
+)
 from tiue_export.checkpoint.tensors import (
+    ZERO_SNR,
     UnetWeights,
     check_state,
     common_dtype,
@@ -54,11 +63,14 @@ from tiue_export.errors import (
     UsageError,
     first_line,
     printable,
+    unknown_name,
 )
+from tiue_export.sampling.ddim import PREDICTION_TYPES
 from tiue_export.sampling.plan import Plan
 from tiue_export.student.guidance_embedding import GUIDANCE_WEIGHT, with_guidance
 from tiue_export.student.model import Student, time_embedding
 from tiue_export.system.command_line import command_line
+from tiue_export.system.owned_path import session_folder
 
 _PARTS = ("text_encoder", "vae", "tokenizer", "scheduler")
 STEPS_KEY = "tiue_steps"
@@ -105,13 +117,16 @@ def load_model(
     family: str | None = None,
     without: Collection[str] = (),
     vae: str | Path | None = None,
+    prediction: str | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:
     """Load a model in its checkpoint's own dtype, memory-mapped, in eval mode.
 
     `plan_of` derives its plan. `family` overrides what the weights suggest. `without` names parts
-    to leave out even where they are there, such as "vae". `vae` is a folder whose VAE replaces the
-    checkpoint's; "tiny:FOLDER" insists on AutoencoderTiny. `on_stage` hears what is being read.
+    to leave out even where they are there, such as "vae". `vae` is a folder or a file whose VAE
+    replaces the checkpoint's; "tiny:PATH" insists on AutoencoderTiny. `prediction` says what the
+    network of a single file predicts: "epsilon", "v_prediction" or "sample". `on_stage` hears what
+    is being read.
 
     Raises `CheckpointError`, `UnsupportedModelError`, `ScheduleError` or `UsageError`.
     """
@@ -119,18 +134,24 @@ def load_model(
     base_folder = None if base is None else _pipeline_folder(base)
     on_stage("UNet")
     weights = unet_weights(read_weights(checkpoint.unet_files))
-    family_name, config = _unet_config(checkpoint, weights, base_folder, family)
+    predicts = _prediction(prediction, weights, checkpoint)
+    family_name, config = _unet_config(checkpoint, weights, base_folder, family, predicts)
     unet, dtype = _build_unet(config, weights)
 
+    own = file_parts(weights.path, weights.others)
     folders = {
-        part: None if part in without else _part_folder(part, checkpoint.pipeline, base_folder)
+        part: None
+        if part in without or part in own.held
+        else _part_folder(part, checkpoint.pipeline, base_folder)
         for part in _PARTS
     }
     origins = {part: _origin(folder, checkpoint) for part, folder in folders.items()}
-    if vae is not None:
-        replacement = _vae_folder(str(vae))
-        folders["vae"], origins["vae"] = replacement, f"--vae {replacement.name}"
+    origins |= {part: "checkpoint" for part in own.held if part not in without}
     scheduler_config = _scheduler_config(folders["scheduler"], family_name)
+    if predicts is not None:
+        scheduler_config = {**scheduler_config, "prediction_type": predicts}
+    if ZERO_SNR in weights.others:
+        scheduler_config = {**scheduler_config, "rescale_betas_zero_snr": True}
     own_scheduler = folders["scheduler"] is not None and checkpoint.owns(folders["scheduler"])
     recorded = weights.metadata.get(
         STEPS_KEY, scheduler_config.get(STEPS_KEY) if own_scheduler else None
@@ -148,16 +169,34 @@ def load_model(
 
     text_encoder = decoder = None
     part_sha256: dict[str, str] = {}
-    notes = weights.notes
-    if folders["text_encoder"] is not None and folders["tokenizer"] is None:
-        notes += ("the text encoder was left out, because no tokenizer came with it",)
-        folders["text_encoder"], origins["text_encoder"] = None, _origin(None, checkpoint)
-    if folders["text_encoder"] is not None:
+    notes = (*weights.notes, *own.notes)
+    own_sha256 = sha256_of_files(checkpoint.unet_files, checkpoint.root_folder)
+    if own.text_encoder and "text_encoder" not in without:
+        on_stage("text encoder")
+        text_encoder, part_sha256["text_encoder"] = build_text_encoder(own), own_sha256
+        _check_text_width(text_encoder, config, weights.path)
+        if folders["tokenizer"] is None and text_encoder.config.vocab_size == VOCABULARY_SIZE:
+            folder, origins["tokenizer"] = session_folder(), "CLIP's own"
+            write_clip_tokenizer(folder, own.pad_token)
+            folders["tokenizer"] = folder
+    elif folders["text_encoder"] is not None and folders["tokenizer"] is not None:
         on_stage("text encoder")
         text_encoder = load_text_encoder(folders["text_encoder"])
         _check_text_width(text_encoder, config, folders["text_encoder"])
         part_sha256["text_encoder"] = sha256_of_folder(folders["text_encoder"], "model")
-    if folders["vae"] is not None:
+    if folders["tokenizer"] is None and origins["text_encoder"] != "none":
+        notes += (
+            "the text encoder was left out, because no tokenizer came with it; --base gives one",
+        )
+        text_encoder, origins["text_encoder"] = None, "none"
+        part_sha256.pop("text_encoder", None)
+    if vae is not None:
+        on_stage("VAE")
+        decoder, part_sha256["vae"], origins["vae"] = _given_vae(str(vae))
+    elif own.vae and "vae" not in without:
+        on_stage("VAE")
+        decoder, part_sha256["vae"] = build_vae(own.vae, weights.path), own_sha256
+    elif folders["vae"] is not None:
         on_stage("VAE")
         decoder = load_vae(folders["vae"])
         part_sha256["vae"] = sha256_of_folder(folders["vae"], WEIGHTS_STEM)
@@ -165,7 +204,7 @@ def load_model(
 
     source = Source(
         name=printable(checkpoint.root.name),
-        sha256=sha256_of_files(checkpoint.unet_files, checkpoint.root_folder),
+        sha256=own_sha256,
         family=family_name,
         layout=weights.layout,
         dtype=str(dtype).removeprefix("torch."),
@@ -278,7 +317,11 @@ def _download(hub_id: str, *, with_unet: bool) -> Path:
 
 
 def _unet_config(
-    checkpoint: _Checkpoint, weights: UnetWeights, base: Path | None, family: str | None
+    checkpoint: _Checkpoint,
+    weights: UnetWeights,
+    base: Path | None,
+    family: str | None,
+    predicts: str | None,
 ) -> tuple[str, Config]:
     """Family name and UNet configuration: from the folder, the file's metadata, base or preset."""
     shapes = ldm_signature_shapes(weights.tensors)
@@ -303,7 +346,7 @@ def _unet_config(
             "Put the UNet's config.json beside it and pass the folder, or give a --base that has "
             "unet/config.json.",
         )
-    name = _by_prediction(families, base)
+    name = _by_prediction(families, base, predicts)
     embedding = shapes.get(GUIDANCE_WEIGHT)
     marks = {} if embedding is None else {"time_cond_proj_dim": embedding[1]}
     return name, {**load_family(name).unet, **marks}
@@ -318,24 +361,44 @@ def _same_family(config: Config, candidates: tuple[str, ...]) -> str:
     return "custom"
 
 
-def _by_prediction(families: tuple[str, ...], base: Path | None) -> str:
-    """Weights cannot tell SD 2.1-base from SD 2.1: the base pipeline's scheduler can.
+def _by_prediction(families: tuple[str, ...], base: Path | None, predicts: str | None) -> str:
+    """Weights cannot tell SD 2.1-base from SD 2.1: what the network predicts can.
 
-    Without it nothing can, and a wrong guess would draw wrong pictures through every gate.
+    The user, the file or the base pipeline's scheduler says it (`predicts`: the first two). Without
+    that nothing can, and a wrong guess would draw wrong pictures through every gate.
     """
     if len(families) == 1:
         return families[0]
-    if base is not None and (base / "scheduler" / "scheduler_config.json").is_file():
-        wanted = read_config(base / "scheduler" / "scheduler_config.json").get(
-            "prediction_type", "epsilon"
-        )
-        for name in families:
-            if load_family(name).scheduler["prediction_type"] == wanted:
-                return name
+    if predicts is None and base is not None:
+        scheduler = base / "scheduler" / "scheduler_config.json"
+        if scheduler.is_file():
+            predicts = read_config(scheduler).get("prediction_type", "epsilon")
+    for name in families:
+        if load_family(name).scheduler["prediction_type"] == predicts:
+            return name
+    if predicts in PREDICTION_TYPES:
+        return families[0]  # of another kind than either: they differ in nothing else
     raise UsageError(
         f"the weights fit {' and '.join(families)}, which differ in what the network predicts",
-        f"Say which: --family {families[0]}, or pass --base with its scheduler.",
+        "Say which: --prediction epsilon, --prediction v_prediction, or pass --base with its "
+        "scheduler.",
     )
+
+
+def _prediction(asked: str | None, weights: UnetWeights, checkpoint: _Checkpoint) -> str | None:
+    """What the network predicts, where the user or the file says it and no scheduler of its own."""
+    if asked is not None and asked not in PREDICTION_TYPES:
+        raise unknown_name("prediction", asked, PREDICTION_TYPES)
+    said, by = said_prediction(weights), str(weights.path)
+    place = checkpoint.pipeline and checkpoint.pipeline / "scheduler" / "scheduler_config.json"
+    if place is not None and place.is_file():
+        said, by = read_config(place).get("prediction_type", "epsilon"), str(place)
+    if asked is not None and said not in (None, asked):
+        raise UsageError(
+            f"--prediction is {asked}, but {by} says that the network predicts {said}",
+            "Leave --prediction out, or correct what is written there.",
+        )
+    return asked or said
 
 
 def _build_unet(config: Config, weights: UnetWeights) -> tuple[Any, torch.dtype]:
@@ -367,24 +430,28 @@ def _understood(path: Path) -> Iterator[None]:
 _TINY = "tiny:"
 
 
-def _vae_folder(given: str) -> Path:
-    """The folder of a VAE given by itself: it, or the vae/ of a pipeline folder."""
-    folder = Path(given.removeprefix(_TINY)).expanduser()
-    if (folder / "vae").is_dir():
-        folder = folder / "vae"
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"--vae {given}: {folder} is no VAE folder, it has no config.json",
-            "Give a folder with config.json and diffusion_pytorch_model.safetensors, such as a "
-            "download of madebyollin/taesd.",
-        )
-    kind = read_config(folder / "config.json").get("_class_name")
+def _given_vae(given: str) -> tuple[Any, str, str]:
+    """A VAE given by itself, its SHA-256 and its origin: a file, a folder, a pipeline's vae/."""
+    place = Path(given.removeprefix(_TINY)).expanduser()
+    if place.is_file():
+        model, digest = vae_from_file(place), sha256_of_files([place], place.parent)
+    else:
+        place = place / "vae" if (place / "vae").is_dir() else place
+        if not (place / "config.json").is_file():
+            refuse_pickle(place)
+            raise CheckpointError(
+                f"--vae {given}: {place} is no VAE, neither a file nor a folder with config.json",
+                "Give a .safetensors file, or a folder with config.json and "
+                "diffusion_pytorch_model.safetensors, such as a download of madebyollin/taesd.",
+            )
+        model, digest = load_vae(place), sha256_of_folder(place, WEIGHTS_STEM)
+    kind = type(model).__name__
     if given.startswith(_TINY) and kind != "AutoencoderTiny":
         raise UnsupportedModelError(
-            f"--vae {given}: {folder} holds a {kind}; tiny: expects an AutoencoderTiny",
-            f"Leave tiny: out to use it all the same: --vae {folder}",
+            f"--vae {given}: {place} holds a {kind}; tiny: expects an AutoencoderTiny",
+            f"Leave tiny: out to use it all the same: --vae {place}",
         )
-    return folder
+    return model, digest, f"--vae {place.name}"
 
 
 def _vae_class(folder: Path | None) -> str:
@@ -415,10 +482,10 @@ def _scheduler_config(folder: Path | None, family: str) -> Config:
     return load_family(family).scheduler
 
 
-def _check_text_width(text_encoder: Any, config: Config, folder: Path) -> None:
+def _check_text_width(text_encoder: Any, config: Config, place: Path) -> None:
     got, expected = text_encoder.config.hidden_size, config.get("cross_attention_dim")
     if got != expected:
         raise UnsupportedModelError(
-            f"the text encoder in {folder} is {got} wide; the student expects {expected}",
+            f"the text encoder in {place} is {got} wide; the student expects {expected}",
             "Stable Diffusion 1.x has 768, 2.x has 1024: pass the matching --base.",
         )

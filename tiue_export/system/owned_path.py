@@ -6,6 +6,7 @@ the next one works at the same target.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -67,13 +68,20 @@ def remove_temporary_leftovers(parent: Path | None = None) -> Path:
 @contextlib.contextmanager
 def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     """An empty folder in `parent` (the system's temporary one) that is gone after the block."""
-    target = remove_temporary_leftovers(parent)
-    folder = owned_path(target, "work")
+    folder = owned_path(remove_temporary_leftovers(parent), "work")
     folder.mkdir(mode=0o700)
     try:
         yield folder
     finally:
         remove(folder)
+
+
+def session_folder() -> Path:
+    """An empty folder in the system's temporary one that is gone when the process ends."""
+    folder = owned_path(remove_temporary_leftovers(), "work")
+    folder.mkdir(mode=0o700)
+    atexit.register(remove, folder)
+    return folder
 
 
 def _host() -> str:
