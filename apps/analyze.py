@@ -106,8 +106,9 @@ def run(request: AnalyzeRequest) -> None:
 
 def _export_line(request: AnalyzeRequest, key_steps: str) -> str:
     """The export of what was analyzed: the same model, sampled the same way."""
-    names = ("base", "vae", "family", "lora", "steps", "scheduler", "guidance", "height", "width")
-    words = ["--ckpt", request.ckpt, *typed(request, names), "--key-steps", key_steps]
+    names = ("base", "vae", "family", "prediction", "lora", "embedding", "steps", "scheduler")
+    sizes = ("guidance", "height", "width")
+    words = ["--ckpt", request.ckpt, *typed(request, (*names, *sizes)), "--key-steps", key_steps]
     return command_line("onnx", "--method", "faster", *words)
 
 

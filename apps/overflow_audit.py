@@ -55,6 +55,7 @@ def _audits(request: AuditRequest, prompts: list[str]) -> Iterator[GraphAudit]:
         steps=request.steps,
         allow_other_steps=request.allow_other_steps,
         vae=request.vae,
+        prediction=request.prediction,
     )
     tokenizer = None
     if student.tokenizer_folder is not None:

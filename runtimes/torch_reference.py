@@ -84,6 +84,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> TorchRuntime:
         options.base,
         options.vae,
         lora=options.lora,
+        embedding=options.embedding,
         controlnet=options.controlnet,
     )
     student = open_student(request, manifest)

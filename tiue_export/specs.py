@@ -92,8 +92,8 @@ class RuntimeOptions:
 
     `low_memory` gives memory back between operations where the runtime can; slower.
     `precision` is the arithmetic, for runtimes that can choose: fp32, bf16, fp16.
-    `checkpoint`, `base`, `vae`, `lora` and `controlnet` are for the torch reference, which runs the
-    student itself.
+    `checkpoint`, `base`, `vae`, `lora`, `embedding` and `controlnet` are for the torch reference,
+    which runs the student itself.
     `provider` is ONNX Runtime's: cpu, cuda, rtx (None: by `device`). `cuda_graph` None records a
     run as a CUDA graph where the runtime does so by itself; True insists, False forbids it.
     """
@@ -106,6 +106,7 @@ class RuntimeOptions:
     base: str | None = None
     vae: str | None = None
     lora: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
     controlnet: str | None = None
     provider: str | None = None
     cuda_graph: bool | None = None

@@ -34,7 +34,7 @@ from tiue_export.system.tensorrt_flavor import this_device
 
 AUTO = "auto"
 # Options of the torch reference alone, which is never chosen.
-_OF_THE_STUDENT = ("checkpoint", "base", "vae", "lora", "controlnet")
+_OF_THE_STUDENT = ("checkpoint", "base", "vae", "lora", "embedding", "controlnet")
 _TIMED_DRAWINGS = 2
 # A drawing this long says enough by itself; loops of many steps are not drawn three times.
 _LONG_S = 20.0

@@ -76,7 +76,12 @@ def run(source: StudentSourceOptions, own: CoremlForm, export: ExportRequest) ->
             # The bundle of the export is kept: it took minutes too.
             own = replace(own, **instead)  # type: ignore[arg-type]
             again = command_line(
-                *("coreml", "--ckpt", source.ckpt, *typed(export, ("base", "vae", "lora"))),
+                *(
+                    "coreml",
+                    "--ckpt",
+                    source.ckpt,
+                    *typed(export, ("base", "vae", "lora", "embedding")),
+                ),
                 *("--bundle", found[0].root, *typed(own, [each.name for each in fields(own)])),
             )
             raise ParityError(error.message, again) from error

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # What a command still means when the bundle is there already, and when a student is loaded too.
 _OF_ANY_SOURCE = ("allow_parity_loss", "dry_run", "force", "as_json")
 _BASE = ("--base", "PIPELINE_FOLDER")
-OF_A_STUDENT = (*_OF_ANY_SOURCE, "base", "vae", "lora")
+OF_A_STUDENT = (*_OF_ANY_SOURCE, "base", "vae", "lora", "embedding")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,9 @@ def student_bundle_of(
         raise BundleError(
             f"{bundle.root} has {VERBS[form.command]} already", "Pass --force to make them again."
         )
-    request = CheckpointRequest(source.ckpt, export.base, export.vae, lora=export.lora)
+    request = CheckpointRequest(
+        source.ckpt, export.base, export.vae, lora=export.lora, embedding=export.embedding
+    )
     with stage_bar(quiet=export.as_json) as bar, stage(bar.observer(), "load student"):
         student = open_student(request, bundle.manifest, lambda part: bar.begin(f"load {part}"))
     return bundle, student

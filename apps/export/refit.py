@@ -26,7 +26,7 @@ _OF_ANY_SOURCE = ("dry_run", "as_json")
 # What an export of the new checkpoint needs to be told; all else is as the bundle has it.
 _OF_A_CHECKPOINT = (
     *_OF_ANY_SOURCE,
-    *("base", "vae", "family", "lora", "allow_other_steps"),
+    *("base", "vae", "family", "prediction", "lora", "embedding", "allow_other_steps"),
     *("no_audit", "audit_prompts", "allow_parity_loss", "out", "force"),
 )
 

@@ -47,7 +47,7 @@ class PartOptions(OptionGroup):
     panel = "Checkpoint"
     base: str | None = option(None, "Pipeline folder or hub id for what the checkpoint lacks.")
     vae: str | None = option(
-        None, "Folder of another VAE, such as TAESD; tiny:FOLDER insists on one."
+        None, "Another VAE, folder or .safetensors, such as TAESD; tiny:PATH insists on one."
     )
 
 
@@ -57,6 +57,9 @@ class FamilyOptions(OptionGroup):
 
     panel = "Checkpoint"
     family: str | None = option(None, "sd15, sd21-base, bk-sdm-tiny ... \\[default: recognised].")
+    prediction: str | None = option(
+        None, "What a single file's network predicts: epsilon, v_prediction or sample."
+    )
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class LoraOptions(OptionGroup):
     panel = "Checkpoint"
     lora: tuple[str, ...] = option(
         (), "FILE[:SCALE] to merge first, diffusers or kohya; repeatable."
+    )
+    embedding: tuple[str, ...] = option(
+        (), "FILE[:TOKEN] of textual inversion, or Custom Diffusion's weights; repeatable."
     )
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _NAMES = ", ".join(BACKENDS)
 _OF_BUNDLES = ", ".join(name for name in BACKENDS if name != "torch")
-_OF_THE_STUDENT = ("base", "vae", "lora", "controlnet")
+_OF_THE_STUDENT = ("base", "vae", "lora", "embedding", "controlnet")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class ReferenceOptions(OptionGroup):
     base: str | None = option(None, "torch: pipeline for what the student lacks.")
     vae: str | None = option(None, "torch: folder of another VAE.")
     lora: tuple[str, ...] = option((), "torch: FILE[:SCALE] merged at the export; repeatable.")
+    embedding: tuple[str, ...] = option((), "torch: FILE[:TOKEN] of the export; repeatable.")
     controlnet: str | None = option(None, "torch: the bundle's ControlNet folder.")
 
 

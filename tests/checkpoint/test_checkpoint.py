@@ -293,6 +293,7 @@ def test_a_pickled_part_of_a_pipeline_is_converted_to_what_the_loader_reads(pipe
     weights = pipeline / "text_encoder" / "model.safetensors"
     torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
     weights.unlink()
+    torch.save({}, weights.with_name("optimizer.bin"))
     message = refused(CheckpointError, pipeline, "pytorch_model.bin is a pickle")
     program, _, code, *arguments = shlex.split(message.splitlines()[-1])
     assert program == "python"

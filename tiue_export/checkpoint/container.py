@@ -140,6 +140,8 @@ def _pickle_error(path: Path, converted: str | None) -> CheckpointError:
         "import sys, torch, safetensors.torch as s; "
         "d = torch.load(open(sys.argv[1], 'rb'), map_location='cpu', weights_only=True); "
         "d = d.get('state_dict', d); "
+        # A1111's textual inversion, whose file is named like its token.
+        "d = {'emb_params': d['string_to_param']['*']} if 'string_to_param' in d else d; "
         "d = {k: v.contiguous().clone() for k, v in d.items() if hasattr(v, 'shape')}; "
         "s.save_file(d, sys.argv[2])"
     )

@@ -73,7 +73,8 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
                 f"{index} names {foreign[0]!r} as a shard; expected a file beside it"
             )
         return [folder / shard for shard in shards]
-    for path in sorted(folder.iterdir()):
+    # What a training run left beside the weights, such as optimizer.bin, is not what is missed.
+    for path in sorted(folder.iterdir(), key=lambda path: ("model" not in path.name, path.name)):
         refuse_pickle(path, f"{stem}.safetensors")
     raise CheckpointError(
         f"{folder} holds no {stem}.safetensors",

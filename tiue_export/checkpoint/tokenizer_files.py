@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import CLIPTokenizer
 
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
-from tiue_export.errors import CheckpointError, first_line
+from tiue_export.errors import CheckpointError, UsageError, first_line
 from tiue_export.system.json_file import read_object
 from tiue_export.system.owned_path import temporary_folder
 
@@ -24,25 +26,13 @@ def write_tokenizer(source: Path, folder: Path, length: int) -> None:
     read from the checkpoint. transformers 5 saves only tokenizer.json, which Apple's Swift code
     and stable-diffusion.cpp cannot read.
     """
-    if not any((source / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        # transformers would make up an empty vocabulary.
-        raise CheckpointError(
-            f"{source} cannot be read as a CLIP tokenizer: it holds no vocabulary",
-            "It needs tokenizer.json, or vocab.json and merges.txt.",
-        )
-    _check_ids(source)
-    try:
+    with _readable(source):
         tokenizer: Any = CLIPTokenizer.from_pretrained(source, local_files_only=True)
         backend = tokenizer.backend_tokenizer
         backend.enable_truncation(max_length=length)
         backend.enable_padding(
             length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token
         )
-    except Exception as error:
-        raise CheckpointError(
-            f"{source} cannot be read as a CLIP tokenizer: {str(error) or type(error).__name__}",
-            "It needs tokenizer.json, or vocab.json and merges.txt.",
-        ) from error
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"), pretty=False)
     model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
@@ -59,6 +49,45 @@ def write_tokenizer(source: Path, folder: Path, length: int) -> None:
         "pad_token": tokenizer.pad_token,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def write_with_tokens(source: Path, folder: Path, tokens: Sequence[str]) -> list[int]:
+    """Write the tokenizer of `source` with more tokens, as transformers does; their ids.
+
+    Raises `UsageError` for a token that it has already.
+    """
+    with _readable(source):
+        tokenizer: Any = CLIPTokenizer.from_pretrained(source, local_files_only=True)
+    known = {name.lower() for name in tokenizer.added_tokens_encoder} | set(tokenizer.get_vocab())
+    taken = [token for token in tokens if token in known or token.lower() in known]
+    if taken:
+        raise UsageError(
+            f"the token {taken[0]!r} is in the vocabulary already",
+            "Give it another name: --embedding FILE:TOKEN",
+        )
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save_pretrained(folder)
+    ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
+    return ids
+
+
+@contextmanager
+def _readable(source: Path) -> Iterator[None]:
+    """Raise `CheckpointError` for a folder that is no CLIP tokenizer."""
+    if not any((source / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        # transformers would make up an empty vocabulary.
+        raise CheckpointError(
+            f"{source} cannot be read as a CLIP tokenizer: it holds no vocabulary",
+            "It needs tokenizer.json, or vocab.json and merges.txt.",
+        )
+    _check_ids(source)
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(
+            f"{source} cannot be read as a CLIP tokenizer: {str(error) or type(error).__name__}",
+            "It needs tokenizer.json, or vocab.json and merges.txt.",
+        ) from error
 
 
 def _check_ids(source: Path) -> None:

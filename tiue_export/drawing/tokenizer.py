@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +28,36 @@ class Tokenizer:
         """Token ids (B, L) int64: start, the words, end, padding; what is too long is cut."""
         for prompt in prompts:
             check_prompt(prompt)
-        rows = [encoding.ids for encoding in self.backend.encode_batch(list(prompts))]
+        texts = [self._written_out(prompt) for prompt in prompts]
+        rows = [encoding.ids for encoding in self.backend.encode_batch(texts)]
         return np.asarray(rows, dtype=np.int64).reshape(len(rows), self.length)
 
     def token_count(self, prompt: str) -> int:
         """Tokens of the whole prompt with start and end, before any cut or padding."""
         check_prompt(prompt)
-        encoding = self.backend.encode(prompt)
+        encoding = self.backend.encode(self._written_out(prompt))
         overflow = sum(sum(part.attention_mask) - 2 for part in encoding.overflowing)
         count: int = sum(encoding.attention_mask) + overflow
         return count
+
+    @cached_property
+    def _several(self) -> dict[str, str]:
+        """Tokens of several vectors, as diffusers names them: "cat" is "cat cat_1 cat_2"."""
+        names = {str(each.content) for each in self.backend.get_added_tokens_decoder().values()}
+        found = {}
+        for name in names:
+            rest = itertools.takewhile(names.__contains__, (f"{name}_{i}" for i in count(1)))
+            if len(whole := [name, *rest]) > 1:
+                found[name.lower()] = " ".join(whole)
+        return found
+
+    def _written_out(self, prompt: str) -> str:
+        """The prompt with every vector of its textual inversions named."""
+        if not self._several:
+            return prompt
+        longest_first = sorted(self._several, key=len, reverse=True)
+        pattern = rf"({'|'.join(map(re.escape, longest_first))})(?!_\d)"
+        return re.sub(pattern, lambda m: self._several[m[0].lower()], prompt, flags=re.IGNORECASE)
 
 
 def check_prompt(prompt: str) -> None:

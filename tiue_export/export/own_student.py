@@ -10,6 +10,7 @@ from tiue_export.errors import CheckpointError
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.methods.load import CheckpointRequest, completed
 from tiue_export.specs import CONTROLNET, TEXT_ENCODER, VAE_DECODER
+from tiue_export.student.embedding import embedding_options
 from tiue_export.student.load import PlanChoice, load_model
 from tiue_export.student.lora import lora_options
 from tiue_export.student.model import Student
@@ -87,7 +88,8 @@ def _check_same(student: Student, manifest: Manifest, place: str) -> None:
 def _as_exported(manifest: Manifest) -> str:
     source = manifest.source
     controlnet = source.parts.get("controlnet")
-    more = [*lora_options(source), *([controlnet] if controlnet else [])]
+    added = (*lora_options(source), *embedding_options(source))
+    more = [*added, *([controlnet] if controlnet else [])]
     return (
         f"Give the checkpoint named {source.name}"
         + (f" with {' '.join(more)} as at the export" if more else "")

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from tiue_export.checkpoint.container import check_container
+from tiue_export.checkpoint.embedding_file import embedding_from
 from tiue_export.checkpoint.lora_file import lora_from
 from tiue_export.methods.faster import FasterDiffusion, check_controlnet, with_controlnet
 from tiue_export.methods.few_step import FewStep
@@ -22,6 +23,7 @@ from tiue_export.methods.recognition import recognition
 from tiue_export.methods.tiue import Tiue, check_assumed
 from tiue_export.sampling.few_step import METHOD
 from tiue_export.sampling.recipes import recipe_named
+from tiue_export.student.embedding import add_embedding
 from tiue_export.student.load import CheckpointFacts, PlanChoice, load_model
 from tiue_export.student.lora import merge_lora
 from tiue_export.student.model import Student
@@ -36,7 +38,7 @@ _RECOGNISED = (DEFAULT_METHOD, METHOD)
 
 @dataclass(frozen=True)
 class CheckpointRequest:
-    """What is loaded: the checkpoint, what replaces or completes its parts, adapters."""
+    """What is loaded: the checkpoint, what replaces or completes its parts, adapters, tokens."""
 
     ckpt: str
     base: str | None = None
@@ -44,6 +46,7 @@ class CheckpointRequest:
     family: str | None = None
     prediction: str | None = None
     lora: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
     controlnet: str | None = None
 
 
@@ -73,7 +76,7 @@ def load_for_method(
     options: SamplingOptions,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Student:
-    """The checkpoint as a method wants it, adapters merged, a ControlNet added.
+    """The checkpoint as a method wants it, adapters merged, tokens and a ControlNet added.
 
     Without a `method` its own marks tell: a few-step student by its scheduler, else a TiUE student,
     unless its scheduler says that it is none.
@@ -137,9 +140,11 @@ def with_adapter_note(choice: PlanChoice, lora: tuple[str, ...], name: str) -> P
 
 
 def check_additions(request: CheckpointRequest) -> None:
-    """Refuse adapters and a ControlNet that are not there, before the model is loaded."""
+    """Refuse adapters, tokens and a ControlNet that are not there, before the model is loaded."""
     for text in request.lora:
         check_container(lora_from(text)[0])
+    for text in request.embedding:
+        check_container(embedding_from(text)[0])
     if request.controlnet is not None:
         check_controlnet(Path(request.controlnet))
 
@@ -147,11 +152,15 @@ def check_additions(request: CheckpointRequest) -> None:
 def completed(
     student: Student, request: CheckpointRequest, on_stage: Callable[[str], None]
 ) -> Student:
-    """A loaded model with the request's adapters merged and its ControlNet added."""
+    """A loaded model with the request's adapters merged, its tokens and its ControlNet added."""
     for text in request.lora:
         path, scale = lora_from(text)
         on_stage(f"LoRA {path.name}")
         student = merge_lora(student, path, scale)
+    for text in request.embedding:
+        path, token = embedding_from(text)
+        on_stage(f"embedding {path.name}")
+        student = add_embedding(student, path, token)
     if request.controlnet is not None:
         on_stage("ControlNet")
         student = with_controlnet(student, Path(request.controlnet))
