@@ -24,6 +24,7 @@ from tiue_export.drawing.pipeline import (
     picture_to_follow,
     replanned,
 )
+from tiue_export.drawing.prompt_weights import without_weights
 from tiue_export.errors import UsageError, printable
 from tiue_export.sampling.noise import check_picture_count, check_seeds, noise_from_file
 from tiue_export.sampling.plan_change import PlanChange
@@ -58,7 +59,7 @@ def run(draw: DrawOptions) -> dict[str, object]:
     written: list[Path] = []
     name, chosen = resolved_runtime(bundle, draw.runtime, options, quiet=quiet, control=control)
     with Pipeline.open(bundle, name, options) as pipeline:
-        _warn_of_cut_prompts(pipeline, prompts)
+        _warn_of_cut_prompts(pipeline, prompts, weighted=draw.prompt_weights)
         opened = time.perf_counter()
         if there:
             expected = _expected(draw, prompts, pipeline)
@@ -83,6 +84,7 @@ def run(draw: DrawOptions) -> dict[str, object]:
                 latents=noise,
                 guidance=draw.guidance,
                 negative_prompt=draw.negative,
+                prompt_weights=draw.prompt_weights,
                 control=control,
                 control_scale=1.0 if draw.control_scale is None else draw.control_scale,
                 on_picture=write,
@@ -221,7 +223,7 @@ def _expected(draw: DrawOptions, prompts: list[str], pipeline: Pipeline) -> list
     scale = usual if usual is None or draw.guidance is None else draw.guidance
     return [
         picture_parameters(
-            *(prompt, (draw.seed or 0) + i, draw.negative or "", scale),
+            *(prompt, (draw.seed or 0) + i, draw.negative or "", scale, draw.prompt_weights),
             pipeline.bundle.manifest,
             pipeline.runtime,
         )
@@ -234,9 +236,10 @@ def _refuse_others(there: list[Path], expected: Mapping[Path, Mapping[str, objec
     """Refuse to replace pictures that another request or bundle has drawn."""
     for path in there:
         found, wanted = _parameters_of(path), expected[path]
-        for name in wanted:
-            if found.get(name) != wanted[name]:
-                was = f"{found[name]}, here {wanted[name]}" if name in found else "not told"
+        for name in (*wanted, *found):
+            if found.get(name) != wanted.get(name):
+                here = wanted.get(name, "none")
+                was = f"{found[name]}, here {here}" if name in found else "not told"
                 raise _in_the_way(there, f"of another request: its {name} is {was}")
 
 
@@ -305,10 +308,11 @@ def slug(prompt: str) -> str:
     return words[:_SLUG_LENGTH].strip("-") or "prompt"
 
 
-def _warn_of_cut_prompts(pipeline: Pipeline, prompts: list[str]) -> None:
+def _warn_of_cut_prompts(pipeline: Pipeline, prompts: list[str], *, weighted: bool) -> None:
     length = pipeline.tokenizer.length
     for prompt in prompts:
-        tokens = pipeline.tokenizer.token_count(prompt)
+        words = without_weights(prompt) if weighted else prompt
+        tokens = pipeline.tokenizer.token_count(words)
         if tokens > length:
             from rich.console import Console
 

@@ -24,6 +24,9 @@ class PromptOptions(BundleOptions):
     latents: Path | None = option(None, "Initial noise as .npy, instead of a seed.")
     negative: str | None = option(None, "faster: what the picture shall not show.")
     guidance: float | None = option(None, "faster: scale, 1 is none \\[default: the bundle's].")
+    prompt_weights: bool = option(
+        False, "Read (word:1.3), ((word)) and \\[word] as weights; else they are letters."
+    )
     control: Path | None = option(None, "Picture a ControlNet follows (edges, depth).")
     control_scale: float | None = option(None, "How strongly \\[default: 1].")
 

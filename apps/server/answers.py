@@ -92,6 +92,10 @@ def image_request_model(
             _integer(0, limits.max_seed),
             Field(None, description="Picture i is drawn from seed + i; left out, by chance."),
         ),
+        "prompt_weights": (
+            bool | None,
+            Field(False, description="Read (word:1.3), ((word)) and [word] as weights."),
+        ),
         "output_format": (Literal["png"] | None, Field("png")),
         "quality": (Literal["auto", "standard"] | None, Field("auto")),
         "background": (Literal["auto", "opaque"] | None, Field("auto")),

@@ -20,7 +20,8 @@ from starlette.exceptions import HTTPException
 from tiue_export._version import __version__
 from tiue_export.drawing.picture import png_bytes
 from tiue_export.drawing.pipeline import Job, Picture
-from tiue_export.errors import TiueError
+from tiue_export.drawing.prompt_weights import without_weights
+from tiue_export.errors import TiueError, UsageError
 
 from ..web.api_error import ApiError, ErrorAnswer
 from ..web.hosts import TrustedHosts
@@ -125,7 +126,11 @@ class ImagesApi:
         # Only bundles with a plan of Faster Diffusion have these fields.
         negative = getattr(asked, "negative_prompt", None) or ""
         guidance = getattr(asked, "guidance", None)
-        jobs = [Job(asked.prompt, seed + i, negative, guidance) for i in range(count)]
+        weighted = bool(asked.prompt_weights)
+        words = _words(asked.prompt, "prompt") if weighted else asked.prompt
+        if weighted:
+            _words(negative, "negative_prompt")
+        jobs = [Job(asked.prompt, seed + i, negative, guidance, weighted) for i in range(count)]
         pictures = await self._drawn(jobs, request)
         files = await asyncio.to_thread(self._files, pictures)
         if asked.response_format == "url":
@@ -144,7 +149,7 @@ class ImagesApi:
             data=data,
             model=self.names[0],
             size=self.size,
-            warnings=self._warnings(asked.prompt),
+            warnings=self._warnings(words),
         )
 
     async def _drawn(self, jobs: list[Job], request: Request) -> list[Picture]:
@@ -207,6 +212,14 @@ class ImagesApi:
 
     def _count_unserved(self, reason: str) -> None:
         self.worker.metrics.refused.labels(reason).inc()
+
+
+def _words(weighted: str, param: str) -> str:
+    """A prompt without its weights; those that are refused are the client's mistake."""
+    try:
+        return without_weights(weighted)
+    except UsageError as error:
+        raise ApiError(400, error.message, code="invalid_value", param=param) from error
 
 
 def create_app(worker: DrawingWorker, settings: ServerSettings) -> FastAPI:

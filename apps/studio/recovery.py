@@ -54,6 +54,8 @@ def recover(path: Path, offer: Offer) -> Recovered:
         notes.append(f"drawn by {model}, {parameters.get('size')}: none of the bundles here")
     elif choice.precision != parameters.get("precision"):
         notes.append(f"drawn in {parameters.get('precision')}, here in {choice.precision}")
+    if parameters.get("prompt_weights"):
+        notes.append("its brackets were weights (--prompt-weights); here they are letters")
     return Recovered(prompt, seed, choice, parameters, tuple(notes), _steering(parameters))
 
 

@@ -761,6 +761,17 @@ def test_a_student_has_no_guidance_to_choose(live) -> None:
     assert (error["param"], error["code"]) == ("guidance", "unknown_parameter")
 
 
+def test_prompt_weights_are_read_where_they_are_asked_for(live, tiny_bundle) -> None:
+    body = {"prompt": "a (red:1.5) fox", "seed": 3, "prompt_weights": True}
+    answer = live.post(GENERATIONS, json=body).json()
+    with Pipeline.open(tiny_bundle) as pipeline:
+        picture = pipeline(body["prompt"], seed=3, prompt_weights=True).images[0]
+    assert np.array_equal(pixels(base64.b64decode(answer["data"][0]["b64_json"])), picture)
+    error = live.post(GENERATIONS, json={**body, "prompt": "(a:99)"}).json()["error"]
+    assert (error["param"], error["code"]) == ("prompt", "invalid_value")
+    assert "expected at most 20" in error["message"]
+
+
 @pytest.mark.slow
 def test_the_same_application_answers_on_ray_serve(tiny_bundle, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -154,7 +154,8 @@ def build(make: Callable[[], Any], tensors: Mapping[str, Tensor], what: str) -> 
     state = dict(tensors)
     if isinstance(model, ModelMixin):  # before diffusers 0.15 its attention had other names
         model._fix_state_dict_keys_on_load(state)
-    check_state({name: tuple(t.shape) for name, t in model.state_dict().items()}, state, what)
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    check_state(expected, state, what, "Download the file again, or save the model as a folder.")
     dtype = common_dtype(state.values())
     model.load_state_dict({n: t.to(dtype) for n, t in state.items()}, strict=True, assign=True)
     for name, buffer in model.named_buffers():  # CLIP's are in no state

@@ -197,7 +197,12 @@ def ldm_signature_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, 
     return shapes
 
 
-def check_state(expected: Shapes, tensors: Mapping[str, Tensor], what: str) -> None:
+_WHOLE_UNET = "Check --family and --base, or that the file holds a whole UNet."
+
+
+def check_state(
+    expected: Shapes, tensors: Mapping[str, Tensor], what: str, next_step: str = _WHOLE_UNET
+) -> None:
     """Raise `CheckpointError` listing missing, unexpected, mis-shaped and non-finite tensors."""
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
@@ -218,7 +223,7 @@ def check_state(expected: Shapes, tensors: Mapping[str, Tensor], what: str) -> N
     if problems:
         raise CheckpointError(
             f"{what} does not fit the model: " + "; ".join(problems),
-            "Check --family and --base, or that the file holds a whole UNet.",
+            next_step,
         )
     strange = [f"{n} ({t.dtype})" for n, t in tensors.items() if t.dtype not in _FLOATS]
     if strange:

@@ -17,6 +17,7 @@ def picture_parameters(
     seed: int | None,
     negative: str,
     guidance: float | None,
+    weighted: bool,
     manifest: Manifest,
     runtime: Runtime,
 ) -> dict[str, object]:
@@ -27,6 +28,7 @@ def picture_parameters(
         **({} if seed is None else {"seed": seed}),
         **({} if not negative else {"negative_prompt": negative}),
         **({} if guidance is None else {"guidance": guidance}),
+        **({"prompt_weights": True} if weighted else {}),
         "steps": plan.steps,
         **({} if not plan.recipe else _recipe_parameters(plan)),
         **({} if plan.one_pass else _plan_parameters(plan)),

@@ -20,6 +20,7 @@ from tiue_export.bundle.chain import SCALED_LATENTS, TOKENS, scaled_latents
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample, save_png
 from tiue_export.drawing.picture_parameters import picture_parameters
+from tiue_export.drawing.prompt_weights import parse_weights, weighted_text, weighted_tokens
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import UsageError
@@ -75,12 +76,16 @@ class Picture:
 
 
 class Job(NamedTuple):
-    """One picture to draw; `negative` and `guidance` (None: the plan's) where it has guidance."""
+    """One picture to draw; `negative` and `guidance` (None: the plan's) where it has guidance.
+
+    `weighted`: brackets in its prompts are weights (`prompt_weights.py`).
+    """
 
     prompt: str
     seed: int
     negative: str = ""
     guidance: float | None = None
+    weighted: bool = False
 
 
 def _no_step(done: int, total: int) -> None:
@@ -152,6 +157,7 @@ class Pipeline:
         latents: Array | None = None,
         guidance: float | Sequence[float] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
+        prompt_weights: bool = False,
         control: Array | None = None,
         control_scale: float = 1.0,
         on_picture: Callable[[Picture], None] = lambda picture: None,
@@ -165,6 +171,7 @@ class Pipeline:
 
         Where guidance is not distilled in: `guidance` and `negative_prompt` for all prompts or one
         for each. `on_step(done, total)` is called while a batch of pictures is drawn in passes.
+        `prompt_weights` reads "(word:1.3)" as a weight (`prompt_weights.py`); else it is letters.
         `control` (3, 8H, 8W) float in [0, 1] and its strength are for bundles with a ControlNet.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -182,7 +189,7 @@ class Pipeline:
         check_picture_count(len(prompts) * count)
         scales, negatives = self._steering(guidance, negative_prompt, len(prompts))
         jobs = [
-            Job(text, seed + i, negatives[number], scales[number])
+            Job(text, seed + i, negatives[number], scales[number], prompt_weights)
             for number, text in enumerate(prompts)
             for i in range(count)
         ]
@@ -263,6 +270,9 @@ class Pipeline:
         on_picture: Callable[[Picture], None],
         loop: Loop,
     ) -> Result:
+        for job in jobs:
+            for text in (job.prompt, job.negative) if job.weighted else ():
+                parse_weights(text)  # refuses before anything is drawn
         smallest, largest = self.batch_range()
         pictures: list[Picture] = []
         stages: dict[str, list[float]] = {}
@@ -308,7 +318,7 @@ class Pipeline:
             seed = job.seed if latents is None else None
             steering = job.negative, self._guidance(job)
             parameters = picture_parameters(
-                job.prompt, seed, *steering, self.bundle.manifest, self.runtime
+                job.prompt, seed, *steering, job.weighted, self.bundle.manifest, self.runtime
             )
             image = image_from_pixels(pixels[row])
             pictures.append(Picture(image, job.prompt, seed, result[row], *steering, parameters))
@@ -323,30 +333,46 @@ class Pipeline:
         self, jobs: list[Job], noises: Array, stages: dict[str, list[float]], loop: Loop
     ) -> tuple[Array, Array]:
         """Latents (B, 4, H, W) and picture (B, 3, 8H, 8W), in one go where the runtime can."""
-        prompts = [job.prompt for job in jobs]
-        # A chain hands the latents on inside the device: it cannot cut them into tiles.
+        tokens, weights = self._tokens([(job.prompt, job.weighted) for job in jobs])
+        # A chain hands text and latents on inside the device: it cannot weigh or tile them.
         if (
-            self.bundle.manifest.plan.one_pass
+            weights is None
+            and self.bundle.manifest.plan.one_pass
             and isinstance(self.runtime, ChainRuntime)
             and not is_tiled(self.bundle.spec(VAE_DECODER), noises[0])
         ):
-            chained = self.runtime.run_chain(self.tokenizer(prompts), noises[0])
+            chained = self.runtime.run_chain(tokens, noises[0])
             if chained is not None:
                 for stage, latency_ms in chained.stage_latency_ms.items():
                     stages.setdefault(stage, []).append(latency_ms)
                 return chained.latents, chained.picture
-        text = self.embed(prompts, stages)  # (B, L, D)
+        text = self._embedded(tokens, weights, stages)  # (B, L, D)
         scales = [scale for job in jobs if (scale := self._guidance(job)) is not None]
         if scales:
-            negative = self.embed([job.negative for job in jobs], stages)
+            asked = self._tokens([(job.negative, job.weighted) for job in jobs])
+            negative = self._embedded(*asked, stages)
             text = np.concatenate([negative, text])  # (2B, L, D)
         latents = self._sample(noises, text, stages, scales or None, loop)
         return latents, self.decode(latents, stages)
 
     def embed(self, prompts: Sequence[str], stages: dict[str, list[float]] | None = None) -> Array:
-        """Prompts -> text embedding (B, L, D)."""
-        (text,) = self._run(TEXT_ENCODER, {TOKENS: self.tokenizer(prompts)}, stages).values()
-        return text
+        """Prompts -> text embedding (B, L, D); brackets are letters."""
+        return self._embedded(self.tokenizer(prompts), None, stages)
+
+    def _tokens(self, prompts: Sequence[tuple[str, bool]]) -> tuple[Array, Array | None]:
+        """Token ids (B, L) of prompts, and their weights (None: all 1) where brackets are some."""
+        ids = self.tokenizer([prompt for prompt, _ in prompts])
+        weights = np.ones(ids.shape, np.float32)
+        for row, (prompt, weighted) in enumerate(prompts):
+            if weighted:
+                (ids[row],), (weights[row],) = weighted_tokens(self.tokenizer, [prompt])
+        return ids, None if (weights == 1).all() else weights
+
+    def _embedded(
+        self, tokens: Array, weights: Array | None, stages: dict[str, list[float]] | None
+    ) -> Array:
+        (text,) = self._run(TEXT_ENCODER, {TOKENS: tokens}, stages).values()
+        return text if weights is None else weighted_text(text, weights)
 
     def latents_from_noise(self, noises: Array, text: Array) -> Array:
         """Noises (N, B, 4, H, W) and text (B, L, D) -> latents (B, 4, H, W).

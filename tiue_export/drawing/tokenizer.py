@@ -40,6 +40,16 @@ class Tokenizer:
         count: int = sum(encoding.attention_mask) + overflow
         return count
 
+    def words(self, text: str) -> list[int]:
+        """The ids of a text alone, without start, end and padding; at most `length`."""
+        check_prompt(text)
+        encoding = self.backend.encode(self._written_out(text), add_special_tokens=False)
+        return [
+            number
+            for number, real in zip(encoding.ids, encoding.attention_mask, strict=True)
+            if real
+        ]
+
     @cached_property
     def _several(self) -> dict[str, str]:
         """Tokens of several vectors, as diffusers names them: "cat" is "cat cat_1 cat_2"."""

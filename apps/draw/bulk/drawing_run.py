@@ -47,6 +47,7 @@ _DIFFERENCES = {
 # What of a request for pictures a bulk run honours.
 _USABLE = (
     *("bundle", "prompts_file", "seed", "count", "negative", "guidance", "out", "as_json"),
+    "prompt_weights",
     *("runtime", "device", "threads", "precision", "provider", "cuda_graph", "low_memory"),
     *("ckpt", "base", "vae"),
 )
@@ -140,7 +141,8 @@ def _jobs(draw: DrawOptions, bundle: Bundle, rows: Sequence[PromptRow]) -> tuple
         check_steering(bundle, draw.guidance is not None)
     if draw.guidance is not None:
         check_guidance(draw.guidance)
-    return plan_jobs(rows, draw.count, draw.seed or 0, draw.negative or "", draw.guidance)
+    steering = draw.negative or "", draw.guidance, draw.prompt_weights
+    return plan_jobs(rows, draw.count, draw.seed or 0, *steering)
 
 
 def _drawn(

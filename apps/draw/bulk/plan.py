@@ -16,6 +16,7 @@ from typing import Any
 from tiue_export._version import __version__
 from tiue_export.bundle.read import Bundle
 from tiue_export.drawing.pipeline import DYNAMIC_BATCH, Job
+from tiue_export.drawing.prompt_weights import parse_weights
 from tiue_export.errors import UsageError
 from tiue_export.registry.backends import BACKENDS
 from tiue_export.sampling.noise import MAX_SEED, check_picture_count
@@ -71,6 +72,7 @@ class BulkPlan:
         for each in self.jobs:
             job = each.job
             record = [each.key, job.prompt, job.seed, each.columns, job.negative, job.guidance]
+            record += ["weighted"] if job.weighted else []
             digest.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
 
@@ -81,6 +83,7 @@ def plan_jobs(
     seed: int,
     negative: str = "",
     guidance: float | None = None,
+    weighted: bool = False,
 ) -> tuple[TableJob, ...]:
     """`count` pictures a row. A row's own seed counts on from itself, else picture i of all from
     `seed` + i: no two rows start from the same noise, which would tie an evaluation's pictures.
@@ -90,6 +93,8 @@ def plan_jobs(
     check_picture_count(len(rows) * count)
     jobs = []
     for number, row in enumerate(rows):
+        if weighted:
+            parse_weights(row.prompt)
         first = seed + number * count if row.seed is None else row.seed
         if not 0 <= first <= MAX_SEED - (count - 1):
             raise UsageError(
@@ -97,7 +102,7 @@ def plan_jobs(
             )
         for i in range(count):
             key = row.key if count == 1 else f"{row.key}-{i}"
-            job = Job(row.prompt, first + i, negative, guidance)
+            job = Job(row.prompt, first + i, negative, guidance, weighted)
             jobs.append(TableJob(key, job, row.columns))
     seen: set[str] = set()
     for each in jobs:
