@@ -764,7 +764,7 @@ def test_a_student_has_no_guidance_to_choose(live) -> None:
 def test_prompt_weights_are_read_where_they_are_asked_for(live, tiny_bundle) -> None:
     body = {"prompt": "a (red:1.5) fox", "seed": 3, "prompt_weights": True}
     answer = live.post(GENERATIONS, json=body).json()
-    with Pipeline.open(tiny_bundle) as pipeline:
+    with Pipeline.open(tiny_bundle, "ort", ONE_THREAD) as pipeline:
         picture = pipeline(body["prompt"], seed=3, prompt_weights=True).images[0]
     assert np.array_equal(pixels(base64.b64decode(answer["data"][0]["b64_json"])), picture)
     error = live.post(GENERATIONS, json={**body, "prompt": "(a:99)"}).json()["error"]
