@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from rich.console import Console
 
+from tiue_export.checkpoint.clip_tokenizer import VOCABULARY_SIZE
 from tiue_export.checkpoint.container import check_checkpoint_path, is_hub_id, refuse_pickle
 from tiue_export.checkpoint.demo_student import NAME, checkpoint_place
 from tiue_export.errors import TiueError, UsageError, unknown_name
@@ -30,12 +31,16 @@ DEVICES: Mapping[str, str] = {
     for _, entry in sorted(BACKENDS.items(), key=lambda item: not item[1].folders)
     for device, label in entry.devices.items()
 }
-# Names in single files of whole pipelines: original Stable Diffusion, and diffusers' own.
-_OTHER_PARTS = ("cond_stage_model.", "text_encoder.", "first_stage_model.", "vae.")
+# Names in single files of whole pipelines, and of OpenCLIP's text encoder among them (SD 2.x).
+_TEXT, _VAE = ("cond_stage_model.", "conditioner.embedders.0."), "first_stage_model."
+_OPEN_CLIP = tuple(f"{place}model." for place in _TEXT)
 _UNET_ALONE = "It holds a UNet alone: text encoder, VAE and tokenizer come from a pipeline folder."
-_UNET_READ = (
-    "Of a single file only the UNet is read, though this one holds more: text encoder, VAE and "
-    "tokenizer come from a pipeline folder."
+_VAE_ALONE = "It holds no text encoder: that and its tokenizer come from a pipeline folder."
+_NO_VAE = "It holds no VAE: that comes from a pipeline folder."
+_OTHER_WORDS = "Its text encoder is not CLIP's: the tokenizer comes from a pipeline folder."
+_EITHER = (
+    "Stable Diffusion 2.1 comes in two kinds that weights do not tell apart: what the network "
+    "predicts is read from a pipeline folder (or pass --prediction to the commands)."
 )
 _SUFFIX = ".safetensors"
 _DEMO_BUNDLE = "emoji"
@@ -106,16 +111,27 @@ def look_at(ckpt: str, base: str | None) -> Checkpoint:
         return Checkpoint(ckpt, base, whole, "" if whole else _UNET_ALONE, there=False)
     if base is not None or is_hub_id(str(place)) or (place / "model_index.json").is_file():
         return Checkpoint(ckpt, base, whole=True)
-    return Checkpoint(ckpt, None, whole=False, lacks=_lacks(place))
+    lacks = _lacks(place)
+    return Checkpoint(ckpt, None, whole=not lacks, lacks=lacks)
 
 
 def _lacks(path: Path) -> str:
-    """Why a base is needed: the loader takes a single file's UNet alone, whatever else it holds."""
+    """Why a base is needed; "": it is not, as a single file holds all that is not CLIP's."""
     if not path.is_file():
         return _UNET_ALONE
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return _UNET_READ if any(name.startswith(_OTHER_PARTS) for name in header) else _UNET_ALONE
+    said = header.pop("__metadata__", {})
+    has_vae = any(name.startswith(_VAE) for name in header)
+    words = [n for n in header if n.startswith(_TEXT) and n.endswith("token_embedding.weight")]
+    if not words:
+        return _VAE_ALONE if has_vae else _UNET_ALONE
+    if header[words[0]].get("shape", [])[:1] != [VOCABULARY_SIZE]:
+        return _OTHER_WORDS
+    if not has_vae:
+        return _NO_VAE
+    told = "v_pred" in header or "modelspec.prediction_type" in said
+    return _EITHER if words[0].startswith(_OPEN_CLIP) and not told else ""
 
 
 def steps_for(device: str, found: Checkpoint, commands: Collection[str]) -> list[Step]:

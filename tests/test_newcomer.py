@@ -11,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from original_names import write_whole_file
 from safetensors.numpy import save_file
 from test_docs import PROGRAM, mistakes
 
@@ -258,25 +260,42 @@ def test_the_demo_as_json_is_one_object_its_files_exist_and_are_not_overwritten(
 def test_the_first_command_of_init_works_as_typed_for_a_single_file_of_a_whole_pipeline(
     run, tiny_pipeline, tmp_path
 ):
-    """Text encoder and VAE lie in such a file, but its UNet alone is read."""
-    from safetensors.torch import load_file, save_file
-
-    from tiue_export.benchmarks.synthetic import write_ldm_file
-
-    torch = importlib.import_module("torch")
-    file = write_ldm_file(tiny_pipeline, tmp_path / "whole.safetensors")
-    more = {"cond_stage_model.transformer.x": torch.zeros(1), "first_stage_model.y": torch.zeros(1)}
-    save_file({**load_file(file), **more}, file)
+    file = tmp_path / "whole.safetensors"
+    write_whole_file(tiny_pipeline, file)
     code, out, _ = run("init", "--device", "cpu", "--ckpt", file)
     assert code == 0
     assert "--base PIPELINE_FOLDER" in out
-    assert "Of a single file only the UNet is read, though this one holds more" in out
+    assert "Its text encoder is not CLIP's: the tokenizer comes from a pipeline folder" in out
     code, out, _ = run("init", "--device", "cpu", "--ckpt", file, "--base", tiny_pipeline, "--json")
     line = json.loads(out)["steps"][1]["command"]
     code, out, err = run(*shlex.split(line)[1:], "--dry-run")
     assert code == 0, err
     assert "text_encoder" in out
     assert "vae_decoder" in out
+
+
+CLIP_WORDS = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+OPEN_CLIP_WORDS = "conditioner.embedders.0.model.token_embedding.weight"
+
+
+@pytest.mark.parametrize(
+    ("names", "lacks"),
+    [
+        (["first_stage_model.x", CLIP_WORDS], ""),
+        (["first_stage_model.x", OPEN_CLIP_WORDS, "v_pred"], ""),
+        (["first_stage_model.x", OPEN_CLIP_WORDS], "Stable Diffusion 2.1 comes in two kinds"),
+        (["first_stage_model.x"], "It holds no text encoder"),
+        ([CLIP_WORDS], "It holds no VAE"),
+        ([], "It holds a UNet alone"),
+    ],
+)
+def test_init_asks_for_a_base_only_where_a_single_file_needs_one(run, tmp_path, names, lacks):
+    tensors = {name: np.zeros((49408, 1), np.float16) for name in names}
+    save_file({"model.diffusion_model.x": np.zeros(1), **tensors}, tmp_path / "a.safetensors")
+    code, out, _ = run("init", "--device", "cpu", "--ckpt", "a.safetensors")
+    assert code == 0
+    assert ("--base PIPELINE_FOLDER" in out) == bool(lacks)
+    assert lacks in out
 
 
 def test_the_same_request_to_the_same_bundle_finds_its_pictures(run, tiny_bundle, half_bundle):

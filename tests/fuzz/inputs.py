@@ -16,6 +16,7 @@ import pyarrow
 import torch
 from fake_runtime import FakeRuntime
 from micro_models import write_micro_pipeline, write_micro_unet
+from original_names import part, save, vae_names, write_whole_file
 from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,7 @@ from tiue_export.bundle.read import (
 )
 from tiue_export.checkpoint.config_file import read_config
 from tiue_export.checkpoint.lora_file import read_adapters
+from tiue_export.checkpoint.single_file import vae_from_file
 from tiue_export.checkpoint.tokenizer_files import tokenizer_of
 from tiue_export.drawing.picture import picture_from_file
 from tiue_export.drawing.pipeline import Pipeline
@@ -49,6 +51,7 @@ from tiue_export.proof.parity import load_reference
 from tiue_export.proof.quantization_plan import read_plan
 from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.sampling.noise import noise_from_file
+from tiue_export.student.embedding import add_embedding
 from tiue_export.train.config import read_config as read_training
 from tiue_export.train.prompts import read_prompts
 
@@ -94,6 +97,9 @@ def write_valid(root: Path) -> None:
     _write_bundle(root / "bundle")
     pack_bundle(open_bundle(root / "bundle"), root / "bundle.tar")
     _write_lora(root / "lora")
+    write_whole_file(root / "tiny", root / "whole.safetensors", form="open_clip")
+    save(vae_names(part(root / "tiny", "vae")), root / "vae.safetensors")
+    save_file({"<cat-toy>": torch.ones(2, 32)}, root / "learned_embeds.safetensors")
     _write_tables(root)
     noise = np.zeros((1, 4, 8, 8), np.float32)
     np.save(root / "latents.npy", noise)
@@ -356,6 +362,26 @@ INPUTS = (
         "single.safetensors",
         changes.single_file,
         lambda root: load_student(root / "single.safetensors", root / "pipeline"),
+    ),
+    Input(
+        "whole file",
+        "whole.safetensors",
+        changes.safetensors_file,
+        lambda root: load_student(root / "whole.safetensors", root / "tiny"),
+    ),
+    Input(
+        "VAE in one file",
+        "vae.safetensors",
+        changes.safetensors_file,
+        lambda root: vae_from_file(root / "vae.safetensors"),
+    ),
+    Input(
+        "learned words",
+        "learned_embeds.safetensors",
+        changes.safetensors_file,
+        lambda root: add_embedding(
+            load_student(root / "tiny"), root / "learned_embeds.safetensors"
+        ),
     ),
     Input("shard index", f"sharded/unet/{WEIGHTS}.index.json", CONFIG, _student("sharded")),
     *(

@@ -6,8 +6,6 @@ import json
 from importlib import resources
 from pathlib import Path
 
-from tokenizers import pre_tokenizers
-
 VOCABULARY_SIZE = 49_408
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # OpenAI's tokenizer (SD 1.x) pads with end-of-text, OpenCLIP's (SD 2.x) with token 0.
@@ -16,6 +14,8 @@ OPENAI_PAD, OPENCLIP_PAD = _END, "!"
 
 def write_clip_tokenizer(folder: Path, pad: str) -> None:
     """Write vocab.json, merges.txt and tokenizer_config.json, as CLIPTokenizer reads them."""
+    from tokenizers import pre_tokenizers
+
     merges = (resources.files("tiue_export.checkpoint") / "clip" / "merges.txt").read_text("utf-8")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(letter + "</w>" for letter in alphabet)]
