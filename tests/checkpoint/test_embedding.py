@@ -190,6 +190,14 @@ def test_what_is_no_learned_word_is_named(tensors, token, kind, said, tiny_pipel
         add_embedding(load_student(tiny_pipeline), tmp_path / "word.safetensors", token)
 
 
+@pytest.mark.parametrize("name", ["emb_params", "a.attn2.processor.to_k_custom_diffusion.weight"])
+def test_learned_words_given_as_a_checkpoint_are_told_their_option(name, tmp_path):
+    save_file({name: VECTORS}, tmp_path / "word.safetensors")
+    with pytest.raises(UnsupportedModelError, match="a file of learned words") as caught:
+        load_student(tmp_path / "word.safetensors")
+    assert "this file with --embedding" in str(caught.value.next_step)
+
+
 def test_a_token_is_added_once(tiny_pipeline, words):
     student = add_embedding(load_student(tiny_pipeline), words[0])
     for token in (None, "<CAT-toy>", "<cat-toy>_1"):

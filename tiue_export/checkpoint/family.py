@@ -187,6 +187,7 @@ _INPUT_CHANNELS = {
     9: "9 input channels, as inpainting has",
 }
 _LORA = "a LoRA adapter, not a whole UNet"
+_WORDS = "a file of learned words, not a whole UNet"
 # (mark in a tensor's name, what it is)
 _FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     ("controlnet_", "a ControlNet"),
@@ -194,6 +195,8 @@ _FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     ("input_hint_block.", "a ControlNet"),
     ("lora_", _LORA),
     (".lora.", _LORA),
+    ("emb_params", _WORDS),
+    ("_custom_diffusion.", _WORDS),
     ("add_embedding.", "an SDXL-style UNet (added conditions)"),
     ("label_emb.", "an SDXL-style UNet (added conditions)"),
     ("conditioner.embedders.1.", "an SDXL checkpoint (added conditions)"),
@@ -221,7 +224,10 @@ def check_tensor_names(shapes: Shapes) -> None:
 
 
 _OF_A_FAMILY = "TiUE students are distilled from Stable Diffusion 1.5, 2.1-base or 2.1."
-_NEXT_STEPS = {_LORA: "Name its model with --ckpt, and this file with --lora."}
+_NEXT_STEPS = {
+    _LORA: "Name its model with --ckpt, and this file with --lora.",
+    _WORDS: "Name its model with --ckpt, and this file with --embedding.",
+}
 
 
 def _not_plain(

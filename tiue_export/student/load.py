@@ -432,19 +432,19 @@ _TINY = "tiny:"
 
 def _given_vae(given: str) -> tuple[Any, str, str]:
     """A VAE given by itself, its SHA-256 and its origin: a file, a folder, a pipeline's vae/."""
-    place = Path(given.removeprefix(_TINY)).expanduser()
+    path = Path(given.removeprefix(_TINY)).expanduser()
+    place = path / "vae" if (path / "vae").is_dir() else path
     if place.is_file():
         model, digest = vae_from_file(place), sha256_of_files([place], place.parent)
-    else:
-        place = place / "vae" if (place / "vae").is_dir() else place
-        if not (place / "config.json").is_file():
-            refuse_pickle(place)
-            raise CheckpointError(
-                f"--vae {given}: {place} is no VAE, neither a file nor a folder with config.json",
-                "Give a .safetensors file, or a folder with config.json and "
-                "diffusion_pytorch_model.safetensors, such as a download of madebyollin/taesd.",
-            )
+    elif (place / "config.json").is_file():
         model, digest = load_vae(place), sha256_of_folder(place, WEIGHTS_STEM)
+    else:
+        refuse_pickle(place)
+        raise CheckpointError(
+            f"--vae {given}: {place} is no VAE, neither a file nor a folder with config.json",
+            "Give a .safetensors file, or a folder with config.json and "
+            "diffusion_pytorch_model.safetensors, such as a download of madebyollin/taesd.",
+        )
     kind = type(model).__name__
     if given.startswith(_TINY) and kind != "AutoencoderTiny":
         raise UnsupportedModelError(
