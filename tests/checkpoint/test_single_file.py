@@ -348,3 +348,22 @@ def test_the_prediction_decides_between_families_of_equal_weights():
     assert load._by_prediction(families, None, "v_prediction") == "sd21-v"
     assert load._by_prediction(families, None, "epsilon") == "sd21-base"
     assert load._by_prediction(families, None, "sample") == "sd21-base"
+
+
+# --- from the command line
+
+
+def test_the_options_of_the_loader_are_taken_and_refused_by_the_commands(
+    run, tiny_pipeline, vae_tensors, file
+):
+    unet_file(tiny_pipeline, file)
+    original.save(original.vae_names(vae_tensors), file.with_name("vae.safetensors"))
+    save_file({"<cat-toy>": torch.zeros(2, 32)}, file.with_name("cat.safetensors"))
+    line = ("onnx", "--ckpt", file, "--base", tiny_pipeline, "--dry-run", "--out", "b")
+    vae = ("--vae", file.with_name("vae.safetensors"))
+    word = ("--embedding", f"{file.with_name('cat.safetensors')}:<my-cat>")
+    code, _, err = run(*line, *vae, *word, "--prediction", "v_prediction")
+    assert code == 0, err
+    assert run(*line, "--prediction", "v")[0] == 2
+    assert run(*line, "--vae", "nowhere.safetensors")[0] == 3
+    assert run(*line, "--embedding", "nowhere.safetensors")[0] == 3

@@ -49,7 +49,7 @@ _USABLE = (
     *("bundle", "prompts_file", "seed", "count", "negative", "guidance", "out", "as_json"),
     "prompt_weights",
     *("runtime", "device", "threads", "precision", "provider", "cuda_graph", "low_memory"),
-    *("ckpt", "base", "vae"),
+    *("ckpt", "base", "vae", "lora", "embedding"),
 )
 _FORMAT = "png"
 _SHARD_PICTURES = 1000
