@@ -6,9 +6,9 @@ what came through is compared with what was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +54,11 @@ class FileParts:
     def held(self) -> tuple[str, ...]:
         """The parts that it has."""
         return tuple(name for name in ("text_encoder", "vae") if getattr(self, name))
+
+    def without(self, parts: Collection[str]) -> FileParts:
+        """The same less the parts that are not wanted."""
+        text = {} if "text_encoder" in parts else self.text_encoder
+        return replace(self, text_encoder=text, vae={} if "vae" in parts else self.vae)
 
     @property
     def pad_token(self) -> str:

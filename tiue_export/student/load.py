@@ -37,6 +37,7 @@ from tiue_export.checkpoint.parts import (
     load_vae,
 )
 from tiue_export.checkpoint.single_file import (
+    FileParts,
     build_text_encoder,
     build_vae,
     file_parts,
@@ -138,7 +139,7 @@ def load_model(
     family_name, config = _unet_config(checkpoint, weights, base_folder, family, predicts)
     unet, dtype = _build_unet(config, weights)
 
-    own = file_parts(weights.path, weights.others)
+    own = file_parts(weights.path, weights.others).without(without)
     folders = {
         part: None
         if part in without or part in own.held
@@ -146,12 +147,11 @@ def load_model(
         for part in _PARTS
     }
     origins = {part: _origin(folder, checkpoint) for part, folder in folders.items()}
-    origins |= {part: "checkpoint" for part in own.held if part not in without}
-    scheduler_config = _scheduler_config(folders["scheduler"], family_name)
-    if predicts is not None:
-        scheduler_config = {**scheduler_config, "prediction_type": predicts}
-    if ZERO_SNR in weights.others:
-        scheduler_config = {**scheduler_config, "rescale_betas_zero_snr": True}
+    scheduler_config = {
+        **_scheduler_config(folders["scheduler"], family_name),
+        **({} if predicts is None else {"prediction_type": predicts}),
+        **({"rescale_betas_zero_snr": True} if ZERO_SNR in weights.others else {}),
+    }
     own_scheduler = folders["scheduler"] is not None and checkpoint.owns(folders["scheduler"])
     recorded = weights.metadata.get(
         STEPS_KEY, scheduler_config.get(STEPS_KEY) if own_scheduler else None
@@ -167,39 +167,26 @@ def load_model(
     plan = choice.plan
     unet = with_guidance(unet, plan.embedded_guidance)
 
-    text_encoder = decoder = None
-    part_sha256: dict[str, str] = {}
     notes = (*weights.notes, *own.notes)
     own_sha256 = sha256_of_files(checkpoint.unet_files, checkpoint.root_folder)
-    if own.text_encoder and "text_encoder" not in without:
+    if own.text_encoder or folders["text_encoder"] is not None:
         on_stage("text encoder")
-        text_encoder, part_sha256["text_encoder"] = build_text_encoder(own), own_sha256
-        _check_text_width(text_encoder, config, weights.path)
-        if folders["tokenizer"] is None and text_encoder.config.vocab_size == VOCABULARY_SIZE:
-            folder, origins["tokenizer"] = session_folder(), "CLIP's own"
-            write_clip_tokenizer(folder, own.pad_token)
-            folders["tokenizer"] = folder
-    elif folders["text_encoder"] is not None and folders["tokenizer"] is not None:
-        on_stage("text encoder")
-        text_encoder = load_text_encoder(folders["text_encoder"])
-        _check_text_width(text_encoder, config, folders["text_encoder"])
-        part_sha256["text_encoder"] = sha256_of_folder(folders["text_encoder"], "model")
-    if folders["tokenizer"] is None and origins["text_encoder"] != "none":
+    text = _text_encoder(own, folders["text_encoder"], config, own_sha256)
+    tokenizer = folders["tokenizer"]
+    if tokenizer is None and own.text_encoder and text.model.config.vocab_size == VOCABULARY_SIZE:
+        tokenizer, origins["tokenizer"] = session_folder(), "CLIP's own"
+        write_clip_tokenizer(tokenizer, own.pad_token)
+    if tokenizer is None and text.model is not None:
+        text = _NO_PART
         notes += (
             "the text encoder was left out, because no tokenizer came with it; --base gives one",
         )
-        text_encoder, origins["text_encoder"] = None, "none"
-        part_sha256.pop("text_encoder", None)
-    if vae is not None:
+    if vae is not None or own.vae or folders["vae"] is not None:
         on_stage("VAE")
-        decoder, part_sha256["vae"], origins["vae"] = _given_vae(str(vae))
-    elif own.vae and "vae" not in without:
-        on_stage("VAE")
-        decoder, part_sha256["vae"] = build_vae(own.vae, weights.path), own_sha256
-    elif folders["vae"] is not None:
-        on_stage("VAE")
-        decoder = load_vae(folders["vae"])
-        part_sha256["vae"] = sha256_of_folder(folders["vae"], WEIGHTS_STEM)
+    decoder = _vae(own, folders["vae"], vae, own_sha256)
+    for name, part in (("text_encoder", text), ("vae", decoder)):
+        folder = None if part.model is None else folders[name]
+        origins[name] = part.origin or _origin(folder, checkpoint)
     notes += choice.notes
 
     source = Source(
@@ -208,7 +195,11 @@ def load_model(
         family=family_name,
         layout=weights.layout,
         dtype=str(dtype).removeprefix("torch."),
-        part_sha256=part_sha256,
+        part_sha256={
+            name: part.sha256
+            for name, part in (("text_encoder", text), ("vae", decoder))
+            if part.model is not None
+        },
         ema=weights.ema,
         parts=origins,
         licence=weights.metadata.get("license") or weights.metadata.get("modelspec.license"),
@@ -222,11 +213,48 @@ def load_model(
             **scheduler_config,
             **({STEPS_KEY: plan.steps} if plan.one_pass and not plan.recipe else {}),
         },
-        text_encoder=text_encoder,
-        vae=decoder,
-        tokenizer_folder=folders["tokenizer"] if text_encoder is not None else None,
+        text_encoder=text.model,
+        vae=decoder.model,
+        tokenizer_folder=tokenizer if text.model is not None else None,
     )
     return student.eval()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Text encoder or VAE as it was loaded; `origin` "" where its folder says it."""
+
+    model: Any = None
+    sha256: str = ""
+    origin: str = ""
+
+
+_NO_PART = _Part()
+
+
+def _text_encoder(
+    own: FileParts, folder: Path | None, unet_config: Config, own_sha256: str
+) -> _Part:
+    """The file's own text encoder, else the folder's, once it fits the UNet."""
+    if own.text_encoder:
+        part, place = _Part(build_text_encoder(own), own_sha256, "checkpoint"), own.path
+    elif folder is not None:
+        part, place = _Part(load_text_encoder(folder), sha256_of_folder(folder, "model")), folder
+    else:
+        return _NO_PART
+    _check_text_width(part.model, unet_config, place)
+    return part
+
+
+def _vae(own: FileParts, folder: Path | None, given: str | Path | None, own_sha256: str) -> _Part:
+    """The VAE that was given by itself, else the file's own, else the folder's."""
+    if given is not None:
+        return _given_vae(str(given))
+    if own.vae:
+        return _Part(build_vae(own.vae, own.path), own_sha256, "checkpoint")
+    if folder is not None:
+        return _Part(load_vae(folder), sha256_of_folder(folder, WEIGHTS_STEM))
+    return _NO_PART
 
 
 @dataclass(frozen=True)
@@ -430,8 +458,8 @@ def _understood(path: Path) -> Iterator[None]:
 _TINY = "tiny:"
 
 
-def _given_vae(given: str) -> tuple[Any, str, str]:
-    """A VAE given by itself, its SHA-256 and its origin: a file, a folder, a pipeline's vae/."""
+def _given_vae(given: str) -> _Part:
+    """A VAE given by itself: a file, a folder, a pipeline's vae/."""
     path = Path(given.removeprefix(_TINY)).expanduser()
     place = path / "vae" if (path / "vae").is_dir() else path
     if place.is_file():
@@ -451,7 +479,7 @@ def _given_vae(given: str) -> tuple[Any, str, str]:
             f"--vae {given}: {place} holds a {kind}; tiny: expects an AutoencoderTiny",
             f"Leave tiny: out to use it all the same: --vae {place}",
         )
-    return model, digest, f"--vae {place.name}"
+    return _Part(model, digest, f"--vae {place.name}")
 
 
 def _vae_class(folder: Path | None) -> str:
