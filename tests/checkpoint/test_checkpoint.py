@@ -406,7 +406,6 @@ def test_other_kinds_of_model_are_refused_by_name(name, shape, what, unet_tensor
     [
         ({"addition_embed_type": "text_time"}, "added conditions, as in SDXL"),
         ({"in_channels": 9}, "9 input channels, as inpainting has"),
-        ({"time_cond_proj_dim": 256}, "a guidance embedding, as in LCM"),
         ({"class_embed_type": "timestep"}, "class conditions"),
         ({"down_block_types": ["DownBlock3D"]}, "blocks of type DownBlock3D"),
         ({"resnet_time_scale_shift": "scale_shift"}, "scale-and-shift time conditioning"),
