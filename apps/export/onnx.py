@@ -271,14 +271,18 @@ def _print_proof(bundle: Bundle) -> None:
 
 def _remedy(hop: str) -> str:
     """What to change where a loss that no gate judges can be seen."""
-    known = {"merged": "Lower --merge-below.", "tiled": "Raise --vae-tile, or leave it out."}
+    known = {
+        "merged": "Lower --merge-below.",
+        "tiled": "Raise --vae-tile, or leave it out.",
+        "shared encoder": "Give more --key-steps, or leave them out.",
+    }
     return next((f" {remedy}" for name, remedy in known.items() if hop.startswith(name)), "")
 
 
 def _steps(bundle: Bundle) -> str:
     plan = bundle.manifest.plan
     if plan.one_pass:
-        return f"K={plan.steps}"
+        return f"{plan.recipe}, one pass" if plan.recipe else f"K={plan.steps}"
     return f"{plan.rows} {plan.scheduler} steps, encoder at {len(plan.passes)} of them"
 
 
@@ -299,7 +303,8 @@ def _print_plan(
         at = ", ".join(map(str, plan.key_steps))
         what = f"{len(plan.timesteps)} steps, the encoder runs at steps {at}"
     else:
-        what = f"K={plan.steps}, decoder rows at t = {', '.join(map(str, plan.timesteps))}"
+        name = plan.recipe or f"K={plan.steps}"
+        what = f"{name}, decoder rows at t = {', '.join(map(str, plan.timesteps))}"
     console.print(f"latents {plan.latent_shape}, {what}")
     weights = "disk" if onnx else "float32 weights"
     console.print(

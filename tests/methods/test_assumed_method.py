@@ -18,12 +18,15 @@ SD = {
 }
 # As the models' own folders have them, and what each is taken for.
 RECOGNISED = {
-    "sd-turbo": ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, 1),
-    "lcm": ({"_class_name": "LCMScheduler", "timestep_spacing": "leading"}, 4),
-    "tcd": ({"_class_name": "TCDScheduler", "timestep_spacing": "leading"}, 4),
+    "sd-turbo": (
+        {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"},
+        "one step",
+    ),
+    "lcm": ({"_class_name": "LCMScheduler", "timestep_spacing": "leading"}, "4 steps"),
+    "tcd": ({"_class_name": "TCDScheduler", "timestep_spacing": "leading"}, "4 steps"),
     "euler-ancestral": (
         {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
-        1,
+        "one step",
     ),
 }
 DENYING = {
@@ -69,7 +72,7 @@ def test_a_few_step_student_is_taken_for_what_its_scheduler_says_and_that_is_sai
     code, out, err = run("onnx", "--ckpt", ckpt, "--dry-run")
     said = " ".join((out + err).split())
     assert code == 0
-    assert f"taken for recipe {recipe} in {steps} steps by its scheduler" in said
+    assert f"taken for recipe {recipe} in {steps} by its scheduler" in said
     assert "else say --recipe NAME, or --method tiue or faster" in said
 
 

@@ -30,6 +30,7 @@ class ExportPlan:
 
     graphs: tuple[GraphPlan, ...]
     latent_shape: tuple[int, ...]
+    recipe: str
     steps: int
     timesteps: tuple[Timestep, ...]
     size_bytes: int
@@ -51,6 +52,7 @@ def plan_export(student: Student, options: ExportOptions) -> ExportPlan:
             for g in graphs
         ),
         shapes_of(student, options).latents,
+        plan.recipe,
         plan.steps,
         plan.timesteps,
         size_bytes,

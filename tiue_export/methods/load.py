@@ -114,8 +114,9 @@ def plan_choice(
     plan = method.plan(checkpoint, options)
     notes: tuple[str, ...] = ()
     if mark is not None:
+        count = "one step" if plan.steps == 1 else f"{plan.steps} steps"
         notes = (
-            f"taken for recipe {plan.recipe} in {plan.steps} steps by {mark}; else say --recipe "
+            f"taken for recipe {plan.recipe} in {count} by {mark}; else say --recipe "
             f"NAME, or --method {' or '.join(name for name in METHODS if name != METHOD)}",
         )
     if plan.one_pass and not plan.recipe and checkpoint.recorded_steps is None:
