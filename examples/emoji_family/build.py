@@ -118,6 +118,10 @@ class Family:
         """The one-step baseline, same teacher and budget."""
         return self._distill("one-step.toml", "one-step")
 
+    def lcm(self) -> Path:
+        """The latent consistency student of the same teacher, for few steps."""
+        return self._distill("lcm.toml", "lcm")
+
     def feature_network(self) -> FeatureNetwork:
         """What pictures are measured with; it sees drawings only."""
         return train_feature_network(told_apart(), self.out / "feature-network", FeatureSettings())
@@ -216,6 +220,7 @@ _STAGES: dict[str, Callable[[Family], object]] = {
     "teacher": Family.teacher,
     "student": Family.student,
     "one-step": Family.one_step,
+    "lcm": Family.lcm,
     "feature-network": Family.feature_network,
     "demo": Family.demo,
 }

@@ -357,9 +357,9 @@ def test_a_student_of_another_k_is_started_from_a_trained_one(
     assert all(torch.equal(started[name], value.float()) for name, value in trained.items())
     assert loaded.student.plan.timesteps == (501, 1)
     # Its teacher stays the teacher.
-    with without_adapters(loaded.scores):
+    with without_adapters(loaded.teacher):
         assert torch.equal(
-            loaded.scores.conv_in.weight,
+            loaded.teacher.conv_in.weight,
             load_student(tiny_distillation.teacher).unet.conv_in.weight,
         )
     student = distill(replace(config, iterations=1, save_every=1, sample_every=1))

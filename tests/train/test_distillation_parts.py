@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from tiue_export import load_student
@@ -28,9 +29,11 @@ from tiue_export.graphs.shapes import shapes_of
 from tiue_export.train.clip_term import load_clip_term
 from tiue_export.train.config import DistillConfig
 from tiue_export.train.distill import distill
-from tiue_export.train.distillation import add_noise, draw, learning_rate_factor
+from tiue_export.train.learner import learning_rate_factor
+from tiue_export.train.losses import add_noise
 from tiue_export.train.networks import Networks, load_networks
 from tiue_export.train.sample_grid import draw_grid
+from tiue_export.train.score_distillation import draw
 from tiue_export.train.score_networks import (
     adapter_parameters,
     add_adapters,
@@ -52,9 +55,12 @@ def networks(tiny_distillation: DistillConfig) -> Networks:
 
 
 def test_pictures_come_from_fixed_noise_whatever_the_batch(networks):
-    grid = draw_grid(networks, ["an owl", "a cat"], seeds=3, batch=2)
+    def sample(noises: Tensor, text: Tensor) -> Tensor:
+        return networks.student.sample(noises[0], text)
+
+    grid = draw_grid(networks, sample, ["an owl", "a cat"], seeds=3, batch=2)
     assert (tuple(grid.shape), grid.dtype) == ((2, 3, 64, 64, 3), torch.uint8)
-    alone = draw_grid(networks, ["a cat"], seeds=3, batch=8)
+    alone = draw_grid(networks, sample, ["a cat"], seeds=3, batch=8)
     assert int((grid[1].int() - alone[0].int()).abs().max()) <= 1
 
 
@@ -158,7 +164,7 @@ def test_adapters_start_as_the_identity_and_off_they_are_the_teacher_bit_for_bit
 
 
 def test_adapters_are_on_all_attentions_and_all_that_is_trainable(networks):
-    names = [name for name, p in networks.scores.named_parameters() if p.requires_grad]
+    names = [name for name, p in networks.teacher.named_parameters() if p.requires_grad]
     assert names
     assert all(".to_q.lora_" in name or ".to_v.lora_" in name for name in names)
     attentions = {name.split(".to_")[0] for name in names}
@@ -184,24 +190,24 @@ def test_both_scores_are_guided_with_the_null_prompt(networks):
     noisy = torch.randn(2, *networks.latent_shape, generator=generator)
     text, null = networks.embed(["an owl", "a cat"]), networks.embed([""])
     timesteps = torch.tensor([100, 700])
-    both = guided_scores(networks.scores, noisy, timesteps, text, null, 4.5)
+    both = guided_scores(networks.teacher, noisy, timesteps, text, null, 4.5)
     with torch.no_grad():
         conditional, unconditional = (
-            networks.scores(noisy, timesteps, embedded).sample
+            networks.teacher(noisy, timesteps, embedded).sample
             for embedded in (text, null.expand_as(text))
         )
     wanted = unconditional + 4.5 * (conditional - unconditional)
     for score in both:
         torch.testing.assert_close(score, wanted, atol=1e-4, rtol=1e-4)
         assert not score.requires_grad
-    assert all(p.grad is None for p in networks.scores.parameters())
-    assert len(adapter_parameters(networks.scores)) > 0
+    assert all(p.grad is None for p in networks.teacher.parameters())
+    assert len(adapter_parameters(networks.teacher)) > 0
 
 
 def test_an_error_inside_leaves_the_adapters_on(networks):
-    with pytest.raises(ZeroDivisionError), without_adapters(networks.scores):
+    with pytest.raises(ZeroDivisionError), without_adapters(networks.teacher):
         _ = 1 / 0
-    layer = next(m for m in networks.scores.modules() if hasattr(m, "lora_A"))
+    layer = next(m for m in networks.teacher.modules() if hasattr(m, "lora_A"))
     assert layer.disable_adapters is False
 
 
@@ -214,7 +220,7 @@ def test_unknown_adapter_targets_are_refused(tiny_distillation):
 def test_a_teacher_in_half_precision_trains_in_float32_on_a_cpu(tiny_distillation, tmp_path):
     half = write_synthetic_pipeline(tmp_path / "half", "tiny", dtype=torch.float16)
     loaded = load_networks(replace(tiny_distillation, teacher=str(half)), CPU)
-    for model in (loaded.student, loaded.scores, loaded.text_encoder, loaded.vae):
+    for model in (loaded.student, loaded.teacher, loaded.text_encoder, loaded.vae):
         assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert loaded.embed(["an owl"]).dtype == torch.float32
 
@@ -391,12 +397,12 @@ def test_a_student_of_another_family_than_its_teacher_is_refused(tiny_distillati
 def test_a_batch_that_the_processes_cannot_share_is_refused(
     tiny_distillation, networks, monkeypatch
 ):
-    distillation = importlib.import_module("tiue_export.train.distillation")
+    score_distillation = importlib.import_module("tiue_export.train.score_distillation")
     accelerator = Accelerator(cpu=True)
     try:
         monkeypatch.setattr(type(accelerator), "num_processes", 3)
         with pytest.raises(UsageError) as caught:
-            distillation.Distillation(tiny_distillation, networks, PROMPTS, accelerator)
+            score_distillation.ScoreDistillation(tiny_distillation, networks, PROMPTS, accelerator)
     finally:
         monkeypatch.undo()
         accelerator.state._reset_state(reset_partial_state=True)
@@ -409,7 +415,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
 
 def test_without_a_size_a_run_trains_at_the_teachers_own(tiny_distillation):
     networks = load_networks(replace(tiny_distillation, height=None, width=None), CPU)
-    own = networks.scores.config.sample_size
+    own = networks.teacher.config.sample_size
     assert networks.latent_shape == (4, own, own)
     scale = 2 ** (len(networks.vae.config.block_out_channels) - 1)
     assert networks.size_px == (scale * own, scale * own)

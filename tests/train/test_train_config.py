@@ -160,7 +160,7 @@ def test_an_unknown_setting_gets_the_nearest_one(tmp_path):
 
 def test_an_unknown_preset_gets_the_nearest_one(tmp_path):
     message = file_refusal(toml(tmp_path, preset='"sd21_base"'))
-    assert message.startswith("unknown preset 'sd21_base'; there are: sd15, sd21-base, ")
+    assert message.startswith("unknown preset 'sd21_base'; there are: lcm, sd15, sd21-base, ")
     assert message.endswith("Did you mean 'sd21-base'?")
     assert "unknown preset '4'" in file_refusal(toml(tmp_path, preset="4"))
 
@@ -195,7 +195,7 @@ def test_a_whole_number_is_a_number_too_and_lists_become_tuples(tmp_path):
 # Values that are refused
 
 
-@pytest.mark.parametrize(("kind", "wrong"), [("method", "lcm"), ("precision", "fp8")])
+@pytest.mark.parametrize(("kind", "wrong"), [("method", "lcd"), ("precision", "fp8")])
 def test_an_unknown_method_or_precision_is_refused(kind, wrong):
     assert refusal(**{kind: wrong}).startswith(f"unknown {kind} {wrong!r}; there are: ")
 
@@ -235,6 +235,27 @@ def test_the_one_step_method_takes_one_step_and_no_kl_term():
     message = refusal(method="one-step", steps=1)
     assert message.startswith("method one-step has kl_weight 0.8; expected 0\n")
     assert message.endswith('Set it, or start from preset = "swiftbrush".')
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kl_weight": 0.1}, "method lcm has no kl_weight\nRemove kl_weight."),
+        ({"lora_targets": ("to_k",)}, "method lcm has no lora_targets\nRemove lora_targets."),
+        ({"clip_model": "c"}, "method lcm has no clip_model\nRemove clip_model."),
+        ({"solver_steps": 3}, "solver_steps is 3; expected steps (4) or more, up to 1000"),
+        ({"solver_steps": 1001}, "solver_steps is 1001; expected steps (4) or more, up to 1000"),
+        ({"teacher_pictures": 0}, "teacher_pictures is 0; expected more than 0"),
+        ({"huber_width": 0.0}, "huber_width is 0.0; expected more than 0"),
+    ],
+)
+def test_the_lcm_method_takes_its_own_settings_alone(settings, message):
+    assert refusal(method="lcm", **settings) == message
+
+
+@pytest.mark.parametrize("name", ["solver_steps", "teacher_pictures", "huber_width"])
+def test_what_is_set_for_lcm_alone_is_refused_elsewhere(name):
+    assert refusal(**{name: 7}) == f"method tiue has no {name}\nRemove {name}."
 
 
 def test_saves_fall_on_journal_lines_and_pictures_on_saves():
@@ -282,6 +303,13 @@ def test_where_files_lie_and_how_the_work_is_cut_decide_nothing():
 )
 def test_what_changes_the_weights_changes_the_outcome(change):
     assert config(**change).outcome != config().outcome
+
+
+def test_what_a_method_has_not_decides_nothing_and_lcm_draws_samples_in_any_number_of_steps():
+    assert "solver_steps" not in config().outcome
+    assert "kl_weight" not in config(method="lcm").outcome
+    assert config(method="lcm", steps=1).outcome == config(method="lcm").outcome
+    assert config(method="lcm", solver_steps=20).outcome != config(method="lcm").outcome
 
 
 def test_a_run_may_be_made_longer_unless_its_learning_rate_looks_ahead():

@@ -1,1 +1,1 @@
-"""The reference path that trains: TiUE distillation in PyTorch (extra [train])."""
+"""The reference path that trains: distillation in PyTorch (extra [train])."""

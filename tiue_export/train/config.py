@@ -18,8 +18,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-METHODS = ("tiue", "one-step")
+METHODS = ("tiue", "one-step", "lcm")
 PRECISIONS = ("fp32", "fp16", "bf16")
+_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class DistillConfig:
     out: str
     prompt_column: str | None = None
     # tiue: one encoder pass, K decoder rows, KL. one-step: SwiftBrush, one pass at t=999, no KL.
+    # lcm: latent consistency, any number of passes; `steps` of them draw the samples.
     method: str = "tiue"
     steps: int = 4
     # Start from this student instead of from the teacher: how K = 2, 8, 16, 32 are trained.
@@ -84,6 +86,11 @@ class DistillConfig:
     clip_threshold: float = 0.35
     clip_weight: float = 0.1
     clip_decay_steps: int = 177_341
+    # Of lcm alone: the teacher's DDIM steps that it skips (1000 / the paper's k), how many pictures
+    # the teacher draws to learn on, and where the loss goes from squares to distances.
+    solver_steps: int = 50
+    teacher_pictures: int = 20_000
+    huber_width: float = 0.001
     ema_decay: float = 0.9999
     gradient_checkpointing: bool = True
     channels_last: bool = True
@@ -107,6 +114,7 @@ class DistillConfig:
         self._check_numbers()
         if self.method == "one-step":
             self._check_one_step()
+        self._check_own()
         for name, other in (("save_every", "log_every"), ("sample_every", "save_every")):
             if getattr(self, name) % getattr(self, other):
                 raise UsageError(
@@ -138,6 +146,26 @@ class DistillConfig:
                     'Set it, or start from preset = "swiftbrush".',
                 )
 
+    def _check_own(self) -> None:
+        for name in self._foreign:
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise UsageError(f"method {self.method} has no {name}", f"Remove {name}.")
+        if self.method == "lcm" and not self.steps <= self.solver_steps <= _TIMESTEPS:
+            raise UsageError(
+                f"solver_steps is {self.solver_steps}; expected steps ({self.steps}) or more, up "
+                f"to {_TIMESTEPS}"
+            )
+
+    @property
+    def has_fake_score(self) -> bool:
+        """Whether a fake score learns beside the student."""
+        return self.method != "lcm"
+
+    @property
+    def _foreign(self) -> tuple[str, ...]:
+        """The settings that mean nothing to the method."""
+        return _CONSISTENCY if self.has_fake_score else _SCORES
+
     @property
     def outcome(self) -> dict[str, Any]:
         """The settings that decide the weights: a run may only be resumed with equal ones.
@@ -146,6 +174,9 @@ class DistillConfig:
         """
         free = {*_PLACES, "prompt_column", "log_every", "save_every", "sample_every"}
         free |= {"sample_prompts", "samples_per_prompt", "gradient_checkpointing", "channels_last"}
+        free |= {*self._foreign}
+        if self.method == "lcm":
+            free.add("steps")
         if self.clip_model is None:
             # The CLIP term alone is not a mean over samples: see `losses.clip_loss`.
             free.add("micro_batch")
@@ -155,6 +186,22 @@ class DistillConfig:
         return {key: value for key, value in asdict(self).items() if key not in free}
 
 
+_DEFAULTS = {field.name: field.default for field in fields(DistillConfig)}
+_CONSISTENCY = ("solver_steps", "teacher_pictures", "huber_width")
+_SCORES = (
+    "lora_learning_rate",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "lora_warmup_steps",
+    "null_share",
+    "kl_weight",
+    "clip_model",
+    "clip_decoder",
+    "clip_threshold",
+    "clip_weight",
+    "clip_decay_steps",
+)
 _PLACES = ("teacher", "prompts", "out", "student", "clip_model", "clip_decoder")
 _POSITIVE = (
     "steps",
@@ -167,6 +214,7 @@ _POSITIVE = (
     "lora_alpha",
     "gradient_clip",
     "clip_decay_steps",
+    *_CONSISTENCY,
     "log_every",
     "save_every",
     "sample_every",

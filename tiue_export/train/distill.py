@@ -18,13 +18,14 @@ from tiue_export.system.disk_errors import disk_errors
 
 from .clip_term import clip_sha256
 from .config import DistillConfig
+from .consistency import ConsistencyDistillation
 from .cpu_precision import has_native_bf16
-from .distillation import Distillation
 from .loop import train
 from .networks import Networks, load_networks
 from .prompts import read_prompts
 from .run_folder import CONFIG_FILE, STATE_FILE, RunFolder
 from .sample_grid import draw_grid, save_grid
+from .score_distillation import ScoreDistillation
 
 _MIXED = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}
 
@@ -62,8 +63,10 @@ def distill(config: DistillConfig, on_stage: Callable[[str], None] = lambda stag
                     "shape in the teacher and start at random"
                 )
             on_stage(f"training at {width}x{height} px")
-        distillation = Distillation(config, networks, prompts, accelerator)
+        method = ScoreDistillation if config.has_fake_score else ConsistencyDistillation
+        distillation = method(config, networks, prompts, accelerator)
         run = _open_run(config, prompts, networks, accelerator)
+        distillation.prepare()
         shown = _SampleWriter(config, networks, prompts, distillation, out)
         try:
             train(
@@ -149,7 +152,7 @@ class _SampleWriter:
         config: DistillConfig,
         networks: Networks,
         prompts: Sequence[str],
-        distillation: Distillation,
+        distillation: ScoreDistillation | ConsistencyDistillation,
         out: Path,
     ) -> None:
         self._config, self._networks, self._distillation = config, networks, distillation
@@ -173,7 +176,7 @@ class _SampleWriter:
         """The averaged student as a folder, and its pictures every `sample_every` steps."""
         config, networks = self._config, self._networks
         parameters = list(networks.student.parameters())
-        average = self._distillation.average
+        average = self._distillation.average.weights
         average.store(parameters)
         try:
             average.copy_to(parameters)
@@ -184,12 +187,17 @@ class _SampleWriter:
                 vae=networks.vae,
                 tokenizer=networks.tokenizer_folder,
                 scheduler_config=networks.student.scheduler_config,
-                steps=config.steps,
+                # An LCM draws in any number of steps, and is known by its scheduler.
+                steps=config.steps if config.has_fake_score else None,
                 force=True,
             )
             if step % config.sample_every == 0 or step == config.iterations:
                 grid = draw_grid(
-                    networks, self._prompts, config.samples_per_prompt, config.micro_batch
+                    networks,
+                    self._distillation.sample,
+                    self._prompts,
+                    config.samples_per_prompt,
+                    config.micro_batch,
                 )
                 with disk_errors(self._out / "samples"):
                     save_grid(grid, self._prompts, self._out / "samples" / f"step-{step:06d}.png")

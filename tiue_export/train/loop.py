@@ -73,7 +73,7 @@ def train(
                 after_save(done)
         window = _Window()
         try:
-            with _Reporter(title, done, steps, visible=writes) as report:
+            with Reporter(title, done, steps, visible=writes) as report:
                 for step in range(done, steps):
                     figures = one_step(step)
                     _refuse_non_finite(figures, step, run)
@@ -143,7 +143,7 @@ class _Window:
         return means, self._began - began
 
 
-class _Reporter:
+class Reporter:
     """A progress bar with ETA on a terminal, a line now and then in a log file."""
 
     def __init__(self, title: str, done: int, steps: int, *, visible: bool) -> None:
@@ -162,7 +162,7 @@ class _Reporter:
         )
         self._task = self._progress.add_task(title, total=steps, completed=done, figures="")
 
-    def __enter__(self) -> _Reporter:
+    def __enter__(self) -> Reporter:
         self._progress.start()
         return self
 

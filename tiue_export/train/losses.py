@@ -15,6 +15,12 @@ def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tenso
     return unconditional.float() + guidance * (conditional.float() - unconditional.float())
 
 
+def add_noise(latents: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
+    """sqrt(a) * latents + sqrt(1 - a) * noise (DDPM's forward process), float32."""
+    root, sigma = alphas.float().sqrt(), (1 - alphas.float()).sqrt()
+    return _per_sample(root) * latents.float() + _per_sample(sigma) * noise.float()
+
+
 def vsd_gradient(teacher: Tensor, fake: Tensor, alphas: Tensor) -> Tensor:
     """(1 - alpha_bar) * (e_teacher - e_fake), the gradient of VSD with w(t) = sigma_t^2.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,14 @@ from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import Shapes, shapes_of
 from tiue_export.methods.load import load_student
 from tiue_export.sampling.ddim import DEFAULT_STEPS, alphas_cumprod, ddim_settings, one_pass_plan
+from tiue_export.sampling.few_step import FewStepOptions, few_step_plan
+from tiue_export.sampling.recipes import recipe_named
+from tiue_export.student.load import CheckpointFacts, PlanChoice, load_model
 from tiue_export.student.model import Student
 
 from .backbone import reduced_config, reduced_unet
 from .config import DistillConfig
+from .consistency_losses import TIMESTEP_SCALING
 from .score_networks import add_adapters
 
 _TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -31,11 +35,19 @@ _TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 _ONE_STEP_SCHEDULER = {"timestep_spacing": "trailing", "set_alpha_to_one": True}
 # What a student that is given must have in common with what its teacher would start.
 _SHAPE_KEYS = ("cross_attention_dim", "block_out_channels", "layers_per_block", "mid_block_type")
+_NOISE_SETTINGS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+)
 
 
 @dataclass(frozen=True)
 class Networks:
-    """`student` is trained; `scores` is the frozen teacher with the fake score's adapters.
+    """`student` is trained; `teacher` is frozen, and bears the fake score's adapters if it has one.
 
     `text_encoder`, `vae` are frozen. `alphas` (1000,) float32 are cumulative products of 1 - beta.
     `latent_shape` is (4, h, w), `size_px` the height and width of pictures. `sha256` names the
@@ -44,7 +56,7 @@ class Networks:
     """
 
     student: Student
-    scores: Any
+    teacher: Any
     text_encoder: Any
     vae: Any
     tokenizer: Tokenizer
@@ -90,18 +102,20 @@ def load_networks(config: DistillConfig, device: torch.device) -> Networks:
         text_encoder = teacher.text_encoder.to(device, **frozen).requires_grad_(False)
         vae = teacher.vae.to(device, **frozen).requires_grad_(False)
         base = teacher.unet.to(dtype=_TORCH_DTYPES[config.precision])
-    scores = add_adapters(
-        base,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        targets=config.lora_targets,
-        seed=config.seed,
-    )
-    for unet in (student.unet, scores):
+    base.requires_grad_(False)
+    if config.has_fake_score:
+        add_adapters(
+            base,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            targets=config.lora_targets,
+            seed=config.seed,
+        )
+    for unet in (student.unet, base):
         _apply_speed_settings(config, unet)
     return Networks(
         student=student.to(device).train(),
-        scores=scores.to(device).train(),
+        teacher=base.to(device).train(),
         text_encoder=text_encoder,
         vae=vae,
         tokenizer=tokenizer_of(
@@ -118,6 +132,24 @@ def load_networks(config: DistillConfig, device: torch.device) -> Networks:
         },
         fresh_tensors=fresh_tensors,
     )
+
+
+def _lcm_scheduler(teacher: Mapping[str, Any], solver_steps: int) -> dict[str, Any]:
+    """LCMScheduler's configuration over the teacher's noise, on the timesteps of the training."""
+    settings = ddim_settings(teacher)
+    return {
+        "_class_name": "LCMScheduler",
+        **{name: settings[name] for name in _NOISE_SETTINGS if settings[name] is not None},
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "clip_sample": False,
+        "original_inference_steps": solver_steps,
+        "timestep_scaling": TIMESTEP_SCALING,
+    }
+
+
+def _prediction_type(checkpoint: CheckpointFacts) -> str:
+    return str(checkpoint.scheduler_config.get("prediction_type", "epsilon"))
 
 
 def _check_epsilon(name: str, model: Student) -> None:
@@ -156,12 +188,18 @@ def _new_student(config: DistillConfig, teacher: Student) -> tuple[Student, str,
     scheduler = dict(teacher.scheduler_config)
     if config.method == "one-step":
         scheduler |= _ONE_STEP_SCHEDULER
+    if config.method == "lcm":
+        scheduler = _lcm_scheduler(scheduler, config.solver_steps)
+        options = FewStepOptions(steps=config.steps, allow_other_steps=True)
+        plan = few_step_plan(scheduler, recipe_named("lcm"), options)
+    else:
+        plan = one_pass_plan(scheduler, config.steps)
     # The teacher's UNet gets adapters; the student's weights are read again.
-    start = load_student(
+    start = load_model(
         config.teacher if config.student is None else config.student,
-        base=config.teacher,
-        steps=DEFAULT_STEPS,
-        allow_other_steps=True,
+        config.teacher,
+        # Whatever it was drawn by: from here on it is the plan of its new training.
+        lambda checkpoint: PlanChoice(replace(plan, prediction_type=_prediction_type(checkpoint))),
         without=("text_encoder", "vae"),
     )
     _check_epsilon(config.student or config.teacher, start)
@@ -181,7 +219,7 @@ def _new_student(config: DistillConfig, teacher: Student) -> tuple[Student, str,
             )
     student = Student(
         unet.float().requires_grad_(True),
-        one_pass_plan(scheduler, config.steps),
+        plan,
         source=teacher.source,
         scheduler_config=scheduler,
     )

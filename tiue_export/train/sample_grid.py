@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,33 +10,44 @@ import torch
 from torch import Tensor
 
 from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample, save_png
-from tiue_export.sampling.noise import noise_from_seed
+from tiue_export.sampling.noise import noises_from_seed
 
 from .networks import Networks
 
+# Noises (n, B, 4, h, w) and text (B, L, D) -> latents (B, 4, h, w).
+Sample = Callable[[Tensor, Tensor], Tensor]
+
 
 @torch.no_grad()
-def draw_grid(networks: Networks, prompts: Sequence[str], seeds: int, batch: int) -> Tensor:
-    """(len(prompts), seeds, H, W, 3) uint8; seed s draws from noise s whatever the prompt.
+def draw_grid(
+    networks: Networks,
+    sample: Sample,
+    prompts: Sequence[str],
+    seeds: int,
+    batch: int,
+) -> Tensor:
+    """(len(prompts), seeds, H, W, 3) uint8; seed s draws from its noises whatever the prompt.
 
-    At most `batch` pictures are drawn at once.
+    `sample` takes as many as the student's plan. At most `batch` pictures are drawn at once.
     """
-    device = networks.alphas.device
-    noise = torch.from_numpy(noise_from_seed(0, (seeds, *networks.latent_shape))).to(device)
+    shape = (seeds, *networks.latent_shape)
+    noise = torch.from_numpy(noises_from_seed(0, networks.student.plan.noises, shape)).to(
+        networks.alphas.device
+    )
     rows = []
     for prompt in prompts:
         text = networks.embed([prompt])  # (1, L, D)
         pictures = []
         for first in range(0, seeds, batch):
-            part = noise[first : first + batch]
-            pictures.append(_draw(networks, part, text.expand(len(part), -1, -1)))
+            part = noise[:, first : first + batch]
+            latents = sample(part, text.expand(part.shape[1], -1, -1))
+            pictures.append(_decode(networks, latents))
         rows.append(torch.cat(pictures))
     return torch.stack(rows)
 
 
-def _draw(networks: Networks, noise: Tensor, text: Tensor) -> Tensor:
-    """Noise (B, 4, h, w) and text (B, L, D) -> pictures (B, H, W, 3) uint8."""
-    latents = networks.student.sample(noise, text)  # (B, 4, h, w)
+def _decode(networks: Networks, latents: Tensor) -> Tensor:
+    """Latents (B, 4, h, w) -> pictures (B, H, W, 3) uint8."""
     scaled = latents / networks.vae.config.scaling_factor
     pictures = networks.vae.decode(scaled.to(networks.vae.dtype), return_dict=False)[0]
     return torch.from_numpy(pixels_from_sample(pictures.float().cpu().numpy()))

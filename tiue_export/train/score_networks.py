@@ -71,13 +71,14 @@ def guided_scores(
     (B, 4, H, W). Guidance applies to both, as in SwiftBrush and TiUE.
     """
     with without_adapters(unet):
-        teacher = _guided_score(unet, noisy, timesteps, text, null, guidance)
-    return teacher, _guided_score(unet, noisy, timesteps, text, null, guidance)
+        teacher = guided_score(unet, noisy, timesteps, text, null, guidance)
+    return teacher, guided_score(unet, noisy, timesteps, text, null, guidance)
 
 
-def _guided_score(
+def guided_score(
     unet: Any, noisy: Tensor, timesteps: Tensor, text: Tensor, null: Tensor, guidance: float
 ) -> Tensor:
+    """Noise prediction (B, 4, H, W) of `unet` with guidance; the shapes of `guided_scores`."""
     both = torch.cat([text, null.expand_as(text)])  # (2B, L, D)
     predicted = unet(
         torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps]), both, return_dict=False
