@@ -64,6 +64,14 @@ def _checkpoints(asked: Any, data: QualityData, opened: ExitStack) -> list[Conte
         # K=1 on the scheduler that a baseline's folder may carry is refused; its own is set below.
         baseline = checkpoints.open_checkpoint(asked.one_step, asked.precision, steps=2)
         contenders.append(checkpoints.one_step_contender(baseline))
+    if asked.few_step is not None:
+        named = [checkpoints.sampler_from(text)[0].name for text in asked.few_step_sampler]
+        few_step = checkpoints.open_few_step(
+            asked.few_step, asked.precision, recipe=named[0] if named else None
+        )
+        contenders += checkpoints.few_step_contenders(
+            few_step, asked.few_step_steps, asked.few_step_key_steps, asked.few_step_sampler
+        )
     if asked.student is not None:
         student = checkpoints.open_checkpoint(asked.student, asked.precision)
         contenders += (
@@ -72,7 +80,9 @@ def _checkpoints(asked: Any, data: QualityData, opened: ExitStack) -> list[Conte
             else checkpoints.other_rows(student, asked.student_rows)
         )
     if not contenders:
-        raise UsageError("nothing to compare", "Give --teacher, --one-step or --student.")
+        raise UsageError(
+            "nothing to compare", "Give --teacher, --one-step, --few-step or --student."
+        )
     return contenders
 
 
@@ -104,6 +114,22 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--teacher-steps", type=int, nargs="+", default=[50, 4])
     verb.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0])
     verb.add_argument("--one-step", type=Path, help="pipeline folder of the one-step baseline")
+    verb.add_argument("--few-step", type=Path, help="pipeline folder of an LCM or its like")
+    verb.add_argument("--few-step-steps", type=int, nargs="+", default=[4, 1])
+    verb.add_argument(
+        "--few-step-sampler",
+        action="append",
+        default=[],
+        metavar="RECIPE[:ETA]",
+        help="another recipe than its own, such as tcd:0; repeatable",
+    )
+    verb.add_argument(
+        "--few-step-key-steps",
+        action="append",
+        default=[],
+        metavar="LIST",
+        help="also with the encoder at these steps alone, such as 0,2; repeatable",
+    )
     verb.add_argument("--student", type=Path, help="pipeline folder of the TiUE student")
     verb.add_argument("--student-rows", type=int, nargs="+", help="its weights at these K instead")
     verb.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import LCMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -483,6 +484,60 @@ def test_the_one_step_student_follows_swiftbrush(pipeline_128px):
     np.testing.assert_allclose(draws.latents, expected.numpy(), rtol=1e-3, atol=1e-2)
 
 
+@pytest.fixture(scope="module")
+def lcm_128px(pipeline_128px: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as a student that LCMScheduler draws with."""
+    folder = Path(shutil.copytree(pipeline_128px, tmp_path_factory.mktemp("lcm") / "pipeline"))
+    scheduler = LCMScheduler(set_alpha_to_one=False, original_inference_steps=20)
+    scheduler.save_pretrained(folder / "scheduler")
+    return folder
+
+
+def test_a_few_step_student_is_drawn_by_its_scheduler_from_one_stream_of_noise(
+    lcm_128px, monkeypatch
+):
+    checkpoint = checkpoints.open_few_step(lcm_128px)
+    four, one = checkpoints.few_step_contenders(checkpoint, [4, 1])
+    assert (four.name, one.name) == ("lcm, 4 steps", "lcm, 1 step")
+    for contender, steps in ((four, 4), (one, 1)):
+        scheduler = LCMScheduler.from_pretrained(lcm_128px / "scheduler")
+        scheduler.set_timesteps(steps)
+        stream = np.random.RandomState(7)
+        noises = [
+            torch.from_numpy(stream.standard_normal((1, 4, 16, 16)).astype(np.float32))
+            for _ in range(steps)
+        ]
+        latents, fresh = noises[0], iter(noises[1:])
+        monkeypatch.setattr(
+            "diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *a, f=fresh, **k: next(f)
+        )
+        with torch.no_grad():
+            text = checkpoint.embed(["an owl"])
+            for timestep in scheduler.timesteps:
+                output = checkpoint.student.unet(latents, timestep, text).sample
+                latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+        drawn = contender.draw(["a cup", "an owl"], [3, 7]).latents[1:]
+        np.testing.assert_allclose(drawn, latents.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_few_step_student_shares_its_encoder_and_takes_other_samplers(lcm_128px):
+    checkpoint = checkpoints.open_few_step(lcm_128px)
+    listed = checkpoints.few_step_contenders(checkpoint, [4], ["0,2"], ["lcm", "tcd:0"])
+    assert [one.name for one in listed] == [
+        "lcm, 4 steps",
+        "lcm, 4 steps, encoder at 0,2",
+        "tcd:0, 4 steps",
+        "tcd:0, 4 steps, encoder at 0,2",
+    ]
+    latents = [one.draw(["an owl"], [7]).latents for one in listed]
+    assert len({array.tobytes() for array in latents}) == 4
+    named = checkpoints.open_few_step(lcm_128px, recipe="tcd")
+    assert checkpoints.few_step_contenders(named, [1])[0].name == "tcd, 1 step"
+    for wrong in ("tcd:x", "lcm:0.3"):
+        with pytest.raises(UsageError, match=r"-step-sampler is tcd:x; expected|--eta is for rec"):
+            checkpoints.few_step_contenders(checkpoint, [4], [], [wrong])
+
+
 def test_half_precision_is_near_full_precision(pipeline_128px):
     latents = [
         checkpoints.student_contenders(checkpoints.open_checkpoint(pipeline_128px, precision))[0]
@@ -534,9 +589,12 @@ def test_bundles_are_held_against_the_first_in_table_json_and_picture(
     assert (record["prompts"], record["data"]["family"]) == (6, "tiny")
 
 
-def test_the_command_for_checkpoints_compares_all_kinds(pipeline_128px, data_folder, tmp_path):
+def test_the_command_for_checkpoints_compares_all_kinds(
+    pipeline_128px, lcm_128px, data_folder, tmp_path
+):
     out = tmp_path / "scores.json"
     kinds = [("--teacher", pipeline_128px), ("--one-step", pipeline_128px)]
+    kinds += [("--few-step", lcm_128px), ("--few-step-steps", 2)]
     kinds += [("--student", pipeline_128px), ("--teacher-steps", 2), ("--guidance", 1)]
     options = [word for pair in kinds for word in pair]
     run_main("checkpoints", *options, "--data", data_folder, "--prompts", 5, "--json", out)
@@ -545,6 +603,7 @@ def test_the_command_for_checkpoints_compares_all_kinds(pipeline_128px, data_fol
         "real pictures",
         "teacher, 2 steps, guidance 1",
         "one step",
+        "lcm, 2 steps",
         "TiUE K=4",
         "TiUE K=4, 3 rows",
     ]
@@ -556,7 +615,7 @@ def test_the_student_at_another_k_is_that_k_of_its_own_schedule(pipeline_128px):
     assert (two.name, four.name) == ("student, K=2", "student, K=4, as trained")
     other = checkpoints.open_checkpoint(pipeline_128px, steps=2).student
     drawn = two.draw(["a red apple"], [3])
-    noise = torch.from_numpy(checkpoints.noise_from_seed(3, (1, 4, 16, 16)))
+    noise = torch.from_numpy(checkpoints.noises_from_seed(3, 1, (1, 4, 16, 16))[0])
     expected = other.sample(noise, checkpoint.embed(["a red apple"])).detach()
     np.testing.assert_allclose(drawn.latents, expected.numpy(), atol=1e-4)
     assert drawn.row_norms.shape == (1, 2)
@@ -630,7 +689,7 @@ def test_nothing_to_compare_is_refused(data_folder, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_main("checkpoints", "--data", data_folder, "--prompts", 6)
     assert stopped.value.code == 2
-    assert "Give --teacher, --one-step or --student." in capsys.readouterr().err
+    assert "Give --teacher, --one-step, --few-step or --student." in capsys.readouterr().err
 
 
 def test_a_comparison_sheet_has_a_row_per_prompt_and_a_column_per_contender(data, tmp_path):
