@@ -329,6 +329,14 @@ def test_every_setting_has_its_line_in_the_manual():
         assert f"`{field.name}`" in manual, field.name
 
 
+@pytest.mark.parametrize(
+    ("name", "method"), [("student", "tiue"), ("one-step", "one-step"), ("lcm", "lcm")]
+)
+def test_the_emoji_familys_recipes_are_whole_configurations(name, method):
+    folder = PRESETS.parents[2] / "examples" / "emoji_family"
+    assert read_config(folder / f"{name}.toml").method == method
+
+
 def test_the_example_of_a_minute_finds_its_teacher_and_its_prompts():
     example = read_config(PRESETS.parents[2] / "examples" / "quick-student.toml")
     assert Path(example.teacher, "model_index.json").is_file()
