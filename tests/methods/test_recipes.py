@@ -178,6 +178,14 @@ def test_an_adapters_recipe_without_an_adapter_is_told(model):
     assert student_of(model, "sd-turbo").source.notes == ()
 
 
+def test_an_encoder_that_is_shared_across_fresh_noise_is_warned_of(model):
+    shared = student_of(model, "dmd2", key_steps="0,2")
+    assert "share an encoder that never saw it" in shared.source.notes[0]
+    assert not any("share" in note for note in student_of(model, "dmd2").source.notes)
+    without = student_of(model, "tcd", eta=0.0, key_steps="0,2").source.notes
+    assert not any("share" in note for note in without)
+
+
 def test_it_loads_in_python_by_its_recipe(model):
     plan = load_student(model, recipe="sd-turbo", steps=2).plan
     assert (plan.recipe, plan.steps) == ("sd-turbo", 2)
