@@ -79,14 +79,16 @@ class Analyser:
         self.bundle, self.data, self.options = bundle, data, options
         self._observer = observer or Observer()
         self._ranged, self._judged = choose_runs(data, options.held_out)
+        # Every pass runs both graphs once; the decoder on so many rows, or fewer.
+        steps = max(one.rows for one in bundle.manifest.plan.passes)
         batch = bundle.manifest.batch or 1
         self.layers: dict[str, list[Layer]] = {}
         self.folds: dict[str, list[Fold]] = {}
         for graph in UNET_GRAPHS:
-            self.layers[graph] = find_layers(bundle.graph_path(graph), graph, batch)
+            self.layers[graph] = find_layers(bundle.graph_path(graph), graph, batch, steps)
             self.folds[graph] = find_folds(bundle.graph_path(graph), self.layers[graph])
         self.total_flops = sum(
-            count_flops(bundle.graph_path(graph), batch).total for graph in UNET_GRAPHS
+            count_flops(bundle.graph_path(graph), batch, steps).total for graph in UNET_GRAPHS
         )
         self._factors: dict[str, dict[str, Array]] = {graph: {} for graph in UNET_GRAPHS}
         self.scales: dict[tuple[str, str], float] = {}
@@ -285,7 +287,7 @@ class Analyser:
             student=student_identity(self.bundle.manifest),
             calibration=self.data.sha256,
             ranges="none" if self.options.kind == WEIGHTS else str(self.options.ranges),
-            samples=len(self._ranged) * self.data.index.batch,
+            samples=len(self._ranged) // self.data.index.passes * self.data.index.batch,
             target_psnr_db=self.options.target_psnr_db,
             total_flops=self.total_flops,
             layers=tuple(layers),

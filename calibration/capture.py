@@ -1,7 +1,8 @@
-"""Prompts -> calibration data: real text embeddings, noise and encoder features of a bundle.
+"""Prompts -> calibration data: real text embeddings, samples and encoder features of a bundle.
 
-The text encoder and the UNet's encoder run on any runtime, one run at a time; the decoder is not
-needed. Memory is those two graphs and one shard.
+The graphs run on any runtime, one drawing at a time, as drawing does; a drawing's last decoder run
+feeds nothing and is left out, so that of a plan of one pass the decoder is not needed. Memory is
+the graphs and one shard.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tiue_export.bundle.chain import NOISE, ONE_PASS, TOKENS
+from tiue_export.bundle.chain import TOKENS
 from tiue_export.bundle.read import Bundle
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
 from tiue_export.errors import BundleError, ResourceError, UsageError
@@ -25,6 +26,7 @@ from tiue_export.proof.calibration import (
     CalibrationIndex,
     CaptureOptions,
     CapturePlan,
+    drawing_noises,
     new_index,
     open_calibration,
     prompts_sha256,
@@ -36,13 +38,17 @@ from tiue_export.proof.calibration import (
 )
 from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.support import require_support
-from tiue_export.sampling.noise import check_seeds, noise_from_seed
+from tiue_export.sampling.noise import check_seeds
+from tiue_export.sampling.sampler import combined, encoder_feeds, sampled_outputs
 from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_ENCODER,
+    UNET_GRAPHS,
     Array,
+    Feeds,
     Runtime,
     check_finite,
+    step_limit,
 )
 from tiue_export.system.command_line import command_line
 from tiue_export.system.disk_errors import disk_errors
@@ -92,7 +98,7 @@ def _capture(
     _check_space(root, (wanted - index.captured_runs) * size_bytes)
     on_run(index.captured_runs, wanted)
     if index.captured_runs < wanted:
-        per_shard = max(1, options.shard_bytes // size_bytes)
+        per_shard = max(1, options.shard_bytes // (size_bytes * index.passes))
         runtime = open_runtime(options.runtime, bundle, options.runtime_options)
         try:
             while index.captured_runs < wanted:
@@ -121,7 +127,7 @@ def plan_capture(bundle: Bundle, options: CaptureOptions) -> CapturePlan:
                 f"the prompt {prompt[:40]!r} holds control characters: the file is no text",
                 "Write one prompt a line, in UTF-8.",
             )
-    runs = -(-count // batch)
+    runs = -(-count // batch) * len(bundle.manifest.plan.passes)
     return CapturePlan(prompts[:count], runs, runs * run_bytes(bundle))
 
 
@@ -204,30 +210,44 @@ def _next_shard(
 ) -> CalibrationIndex:
     length = int(bundle.manifest.text_shape[1])
     tokenizer = open_tokenizer(bundle.file("tokenizer/tokenizer.json"), length)
-    first = index.captured_runs
-    runs = []
-    for number in range(first, min(first + per_shard, index.wanted_runs)):
-        runs.append(_run(bundle, runtime, tokenizer, index, number))
-        on_run(number + 1, index.wanted_runs)
-    return _with_disk_errors(root, first, index.wanted_runs, lambda: write_shard(root, index, runs))
+    done, wanted = index.captured_runs, index.wanted_runs
+    drawings = range(index.captured_drawings, wanted // index.passes)[:per_shard]
+    runs: list[dict[str, Array]] = []
+    for number in drawings:
+        runs += _drawing(bundle, runtime, tokenizer, index, number)
+        on_run(done + len(runs), wanted)
+    return _with_disk_errors(root, done, wanted, lambda: write_shard(root, index, runs))
 
 
-def _run(
+def _drawing(
     bundle: Bundle, runtime: Runtime, tokenizer: Tokenizer, index: CalibrationIndex, number: int
-) -> dict[str, Array]:
-    """Text encoder and UNet encoder on one batch: all that the decoder is fed, in float32."""
+) -> list[dict[str, Array]]:
+    """A batch of pictures up to its last encoder run: what both graphs are fed in each pass."""
     start = number * index.batch
     chosen = list(index.prompts[start : start + index.batch])
     chosen += chosen[-1:] * (index.batch - len(chosen))
-    shape = tuple(int(side) for side in bundle.manifest.latent_shape[1:])
-    values = {TOKENS: tokenizer(chosen)}
-    values[NOISE] = noise_from_seed(index.seed + start, (index.batch, *shape))
-    for graph in (TEXT_ENCODER, UNET_ENCODER):
-        outputs = runtime.run(graph, ONE_PASS.feeds(bundle.spec(graph), values))
+    wanted = {tensor.name for graph in UNET_GRAPHS for tensor in bundle.spec(graph).inputs}
+    plan = bundle.manifest.plan
+    runs: list[dict[str, Array]] = []
+
+    def run(graph: str, pool: Feeds) -> dict[str, Array]:
+        outputs = runtime.run(graph, bundle.spec(graph).select(pool))
         check_finite(graph, outputs)
-        values |= ONE_PASS.values(graph, outputs)
-    del values[TOKENS]
-    return {name: array.astype(np.float32) for name, array in values.items()}
+        if graph == UNET_ENCODER:
+            timesteps = np.array(plan.passes[len(runs)].timesteps, np.float32)
+            fed = {**pool, **outputs, "timesteps": timesteps}
+            runs.append({k: v.astype(np.float32) for k, v in fed.items() if k in wanted})
+        return outputs
+
+    (text,) = run(TEXT_ENCODER, {TOKENS: tokenizer(chosen)}).values()
+    noises = drawing_noises(bundle, index, number)
+    before = replace(plan, passes=plan.passes[:-1]).bounded(step_limit(runtime), len(text))
+    outputs = sampled_outputs(before, run, noises, text)
+    last = plan.passes[-1]
+    # The graphs of one pass scale the noise themselves.
+    sample = noises[0] if plan.one_pass else combined(last.input, noises, outputs)
+    run(UNET_ENCODER, encoder_feeds(last, sample, text))
+    return runs
 
 
 def _with_disk_errors(
@@ -247,16 +267,17 @@ def _with_disk_errors(
 
 
 def choose_runs(data: CalibrationData, held_out: int) -> tuple[Sequence[int], Sequence[int]]:
-    """Runs for the ranges, and the last `held_out` ones to judge by, which no range has seen."""
-    count = data.index.captured_runs
+    """Runs for ranges, and the last `held_out` drawings to judge by, which no range has seen."""
+    count = data.index.captured_drawings
     if count <= held_out:
         raise UsageError(
-            f"{data.root} has {count} run(s); expected more than the {held_out} held out to judge "
-            "by",
+            f"{data.root} has {count} drawing(s); expected more than the {held_out} held out to "
+            "judge by",
             "Capture more: "
             + command_line(
                 *("calibrate", "BUNDLE", "--out", "FOLDER"),
                 *("--count", 4 * held_out * data.index.batch),
             ),
         )
-    return range(count - held_out), range(count - held_out, count)
+    ranged = count - held_out
+    return range(ranged * data.index.passes), range(ranged, count)

@@ -2,7 +2,7 @@
 
 Each watched tensor gets a few reducing operations beside it, so that a run hands out vectors and a
 sample instead of every intermediate tensor: memory stays that of an ordinary run. The largest |x|
-of each row and channel is exact; histograms count an even sample of at most `SAMPLE` values a run.
+of each channel is exact; histograms count an even sample of at most `SAMPLE` values a run.
 """
 
 from __future__ import annotations
@@ -27,13 +27,9 @@ SAMPLE = 65_536
 
 @dataclass(frozen=True)
 class Observed:
-    """One tensor: `rows` (R,) and `channels` (C,) are the largest |x| of each, over all runs.
-
-    Rows are timestep by timestep in a decoder: row k*B + b.
-    """
+    """One tensor: `channels` (C,) has the largest |x| of each channel, over all runs."""
 
     histogram: Histogram
-    rows: Array
     channels: Array
 
 
@@ -74,21 +70,20 @@ def observe(
     for done, pool in enumerate(runs, 1):
         outputs = session.run(pool)
         for number, tensor in enumerate(tensors):
-            rows, channels, sample = (outputs[_name(number, part)] for part in _PARTS)
-            if not np.isfinite(rows).all():
+            channels, sample = (outputs[_name(number, part)] for part in _PARTS)
+            if not np.isfinite(channels).all():
                 raise RuntimeFailure(f"{tensor.name} holds non-finite values: it has no range")
             before = seen.get(tensor.name)
             histogram = Histogram() if before is None else before.histogram
-            histogram.add(sample, float(rows.max()))
+            histogram.add(sample, float(channels.max()))
             if before is not None:
-                rows = np.maximum(rows, before.rows)
                 channels = np.maximum(channels, before.channels)
-            seen[tensor.name] = Observed(histogram, rows, channels)
+            seen[tensor.name] = Observed(histogram, channels)
         on_run(done)
     return seen
 
 
-_PARTS = ("rows", "channels", "sample")
+_PARTS = ("channels", "sample")
 
 
 def _name(number: int, part: str) -> str:
@@ -127,9 +122,9 @@ def _watch(graph: Any, number: int, tensor: Watched) -> None:
         factor = constant("factor", spread, np.float32)
         source = add("Mul", [source, factor], _name(number, "divided"))
     source = add("Abs", [source], _name(number, "abs"))
-    for part, axis in (("rows", 0), ("channels", tensor.channel_axis)):
-        axes = constant(f"{part}.axes", [i for i in range(len(tensor.shape)) if i != axis], "int64")
-        add("ReduceMax", [source, axes], _name(number, part), keepdims=0)
+    others = [axis for axis in range(len(tensor.shape)) if axis != tensor.channel_axis]
+    axes = constant("channels.axes", others, "int64")
+    add("ReduceMax", [source, axes], _name(number, "channels"), keepdims=0)
     flat = add("Reshape", [source, constant("flat.shape", [-1], "int64")], _name(number, "flat"))
     bounds = [
         constant(part, [value], "int64")

@@ -84,9 +84,12 @@ class Fold:
     producers: tuple[Slice, ...]
 
 
-def find_layers(path: Path, graph: str, batch: int = 1) -> list[Layer]:
-    """Every `Conv` and every `MatMul` with a stored weight of rank 2, in running order."""
-    model, _ = shaped_model(path, batch)
+def find_layers(path: Path, graph: str, batch: int = 1, steps: int = 1) -> list[Layer]:
+    """Every `Conv` and every `MatMul` with a stored weight of rank 2, in running order.
+
+    `batch` and `steps` are taken for open axes.
+    """
+    model, _ = shaped_model(path, batch, steps)
     shapes = known_shapes(model.graph)
     stored = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     layers = []

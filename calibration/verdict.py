@@ -1,7 +1,7 @@
 """Is the quantized bundle worth having? Both are run side by side, in one process, on this machine.
 
-The latents of runs that no range has seen are held against the float bundle's, and the graphs are
-timed in turn, so that other work on the machine meets both alike.
+The latents of drawings that no range has seen are held against the float bundle's, and the graphs
+are timed in turn, so that other work on the machine meets both alike.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from tiue_export.proof.quantization_plan import (
     largest_losses,
 )
 from tiue_export.registry.backends import BACKENDS, open_runtime
+from tiue_export.sampling.sampler import sample
 from tiue_export.specs import (
-    BATCH,
-    UNET_DECODER,
     UNET_GRAPHS,
     Array,
+    Feeds,
     Runtime,
     RuntimeOptions,
-    axis_size,
     check_finite,
 )
 
@@ -47,31 +46,34 @@ def judge(
     numbers: Sequence[int],
     options: VerdictOptions,
 ) -> Verdict:
-    """Run both on captured runs, graph by graph; the graphs of one kind are open together."""
+    """Draw what was captured as `numbers` with each, then time the graphs, those of one kind open
+    together.
+    """
     contenders = _contenders(base, new, options)
-    pools: dict[str, list[dict[str, Array]]] = {
-        name: [dict(run) for run in data.runs(numbers)] for name in contenders
-    }
+    drawings = list(data.drawings(base, numbers))
+    drawn: dict[str, Array] = {}
+    for name in (next(iter(contenders)), CONTENDER):
+        bundle, runtime_options = contenders[name]
+        runtime = open_runtime(options.runtime, bundle, runtime_options)
+        try:
+            drawn[name] = _latents(bundle, runtime, drawings)
+            title = f"{runtime.name} {runtime.device}"
+        finally:
+            runtime.close()
+    reference, latents = drawn.values()
+    runs = list(data.runs(data.drawing_runs(numbers[0])))
     latency_ms: dict[str, dict[str, float]] = {name: {} for name in contenders}
-    titles: dict[str, str] = {}
     for graph in UNET_GRAPHS:
         runtimes = {
             name: open_runtime(options.runtime, bundle, runtime_options)
             for name, (bundle, runtime_options) in contenders.items()
         }
         try:
-            for name, runtime in runtimes.items():
-                _run_all(contenders[name][0], graph, runtime, pools[name])
-                titles[name] = f"{runtime.name} {runtime.device}"
-            for name, value in _time(contenders, graph, runtimes, options.rounds).items():
+            for name, value in _time(contenders, graph, runtimes, runs, options.rounds).items():
                 latency_ms[name][graph] = round(value, 3)
         finally:
             for runtime in runtimes.values():
                 runtime.close()
-    reference, latents = (
-        np.concatenate([pool["latents"] for pool in pools[name]])
-        for name in (next(iter(contenders)), CONTENDER)
-    )
     for times in latency_ms.values():
         times["unet"] = round(sum(times.values()), 3)
     floats = [times["unet"] for name, times in latency_ms.items() if name != CONTENDER]
@@ -79,7 +81,7 @@ def judge(
     gate = gate_of(kinds) if options.gate_psnr_db is None else options.gate_psnr_db
     psnr = psnr_db(reference, latents)
     return Verdict(
-        runtime=titles[CONTENDER],
+        runtime=title,
         inputs=f"{len(numbers) * data.index.batch} captured prompts held out of the ranges",
         latents_psnr_db=round(psnr, 2),
         max_abs_error=max_abs_error(reference, latents),
@@ -160,37 +162,38 @@ def _chosen_precision(bundle: Bundle, runtime: str, options: RuntimeOptions) -> 
         opened.close()
 
 
-def _run_all(bundle: Bundle, graph: str, runtime: Runtime, pool: list[dict[str, Array]]) -> None:
-    """Each contender goes on with the features that it made itself."""
-    for run in pool:
-        outputs = runtime.run(graph, with_dtypes(bundle.spec(graph), run))
+def _latents(bundle: Bundle, runtime: Runtime, drawings: Sequence[tuple[Array, Array]]) -> Array:
+    """Whole drawings, so that a bundle goes on with what it made itself in earlier passes."""
+
+    def run(graph: str, pool: Feeds) -> dict[str, Array]:
+        outputs = runtime.run(graph, with_dtypes(bundle.spec(graph), pool))
         check_finite(graph, outputs)
-        if graph == UNET_DECODER:
-            run.clear()
-        run.update({name: np.array(array, np.float32) for name, array in outputs.items()})
+        return outputs
+
+    plan = bundle.manifest.plan
+    return np.concatenate([sample(plan, run, noises, text) for noises, text in drawings])
 
 
 def _time(
     contenders: Mapping[str, tuple[Bundle, RuntimeOptions]],
     graph: str,
     runtimes: Mapping[str, Runtime],
+    runs: Sequence[Feeds],
     rounds: int,
 ) -> dict[str, float]:
-    """Median milliseconds of one run, the contenders taking turns; values do not matter to it."""
+    """Median milliseconds of a graph in all runs of one drawing, the contenders taking turns."""
     times: dict[str, list[float]] = {name: [] for name in runtimes}
-    feeds = {}
-    for name, (bundle, _) in contenders.items():
-        random, sizes = np.random.RandomState(0), {BATCH: 1}
-        feeds[name] = {
-            tensor.name: random.standard_normal(
-                [axis_size(side, sizes) for side in tensor.shape]
-            ).astype(tensor.dtype)
-            for tensor in bundle.spec(graph).inputs
-        }
+    feeds = {
+        name: [with_dtypes(bundle.spec(graph), run) for run in runs]
+        for name, (bundle, _) in contenders.items()
+    }
+    for name, runtime in runtimes.items():
+        runtime.run(graph, feeds[name][0])  # loads it
     for _ in range(rounds):
         for name, runtime in runtimes.items():
             start = time.perf_counter()
-            runtime.run(graph, feeds[name])
+            for one in feeds[name]:
+                runtime.run(graph, one)
             times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -34,7 +34,7 @@ class QuantizeRequest(WriteOptions, MemoryOptions, ThreadOptions, PrecisionOptio
     plan_only: bool = option(False, "Write no bundle; see --save-plan.")
     save_plan: Path | None = option(None, "Write the plan here too (.json).")
     scales: str = option("auto", "fp32: casts around Q/DQ in half graphs.")
-    held_out: int | None = option(None, "Runs kept for judging \\[default: 4].")
+    held_out: int | None = option(None, "Drawings kept for judging \\[default: 4].")
     runtime: str | None = option(None, "Judge on ort or openvino.")
     device: str = option("cpu", "Judge on cpu or cuda.")
     rounds: int | None = option(None, "Timed runs of each \\[default: 5].")

@@ -597,7 +597,7 @@ def test_pictures_of_what_is_not_measured_are_refused_before_any_work(
 
 
 def test_too_few_runs_to_hold_some_out_are_refused(tiny_bundle, data):
-    with pytest.raises(UsageError, match=r"has 3 run\(s\); expected more than the 4 held out"):
+    with pytest.raises(UsageError, match=r"has 3 drawing\(s\); expected more than the 4 held out"):
         analysis.Analyser(tiny_bundle, data, replace(BY_RULE, held_out=4))
 
 

@@ -50,7 +50,8 @@ def with_feature(manifest: Manifest, feature: str) -> Manifest:
         graphs[UNET_DECODER] = replace(decoder, outputs=outputs)
         return replace(manifest, plan=replace(plan, passes=passes), graphs=graphs)
     if feature == "guidance":
-        return replace(manifest, plan=replace(plan, guidance=7.5))
+        looped = with_feature(manifest, "passes")
+        return replace(looped, plan=replace(looped.plan, guidance=7.5))
     if feature == "fresh-noise":
         latents = replace(plan.latents, fresh=(0.5,))
         return replace(manifest, plan=replace(plan, latents=latents))

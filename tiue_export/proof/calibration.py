@@ -1,7 +1,10 @@
 """Captured calibration data: what is to be captured, and on disk what the UNet was fed, by run.
 
     calibration.json            what was captured from which bundle, and every shard with its hash
-    shard-00000.safetensors     tensors "RUN.NAME": noise, text embedding, encoder features
+    shard-00000.safetensors     tensors "RUN.NAME": sample, text embedding, encoder features
+
+A run is one pass of the plan; the runs of a drawing, which makes a batch of pictures, follow each
+other.
 
 A shard is written beside its place and renamed, then listed: a kill leaves what was finished.
 """
@@ -19,10 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from tiue_export._version import __version__
+from tiue_export.bundle.chain import TEXT
 from tiue_export.bundle.manifest import FileRecord, structured
 from tiue_export.bundle.read import Bundle, file_records
 from tiue_export.errors import BundleError, UsageError
 from tiue_export.proof.quantization_plan import student_identity
+from tiue_export.sampling.noise import noises_from_seed
 from tiue_export.specs import BATCH, UNET_ENCODER, UNET_GRAPHS, Array, RuntimeOptions, axis_size
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.command_line import command_line
@@ -53,7 +58,7 @@ class CaptureOptions:
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """What a capture will hold: `prompts` in `runs` runs of the bundle's batch."""
+    """What a capture will hold: `prompts` in `runs` runs, each a pass of the bundle's batch."""
 
     prompts: tuple[str, ...]
     runs: int
@@ -74,9 +79,10 @@ class Shard:
 class CalibrationIndex:
     """The content of calibration.json.
 
-    A run draws `batch` pictures: run i has prompts[i * batch : (i + 1) * batch] and the noise of
-    seeds seed + i * batch and up. `student` says which bundles the data fit; `graphs_sha256` is of
-    the graphs that made them.
+    A drawing makes `batch` pictures in `passes` runs: drawing i has prompts[i * batch :
+    (i + 1) * batch], the noises of seeds seed + i * batch and up, and runs i * passes and up.
+    `tensors` has the names of a run's tensors with the first one's shapes. `student` says which
+    bundles the data fit; `graphs_sha256` is of the graphs that made them.
     """
 
     format_version: int
@@ -91,14 +97,19 @@ class CalibrationIndex:
     prompts: tuple[str, ...]
     shards: tuple[Shard, ...] = ()
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    passes: int = 1
 
     @property
     def wanted_runs(self) -> int:
-        return -(-len(self.prompts) // self.batch)
+        return -(-len(self.prompts) // self.batch) * self.passes
 
     @property
     def captured_runs(self) -> int:
         return sum(shard.runs for shard in self.shards)
+
+    @property
+    def captured_drawings(self) -> int:
+        return self.captured_runs // self.passes
 
     @property
     def size_bytes(self) -> int:
@@ -130,6 +141,17 @@ class CalibrationData:
                     for name in self.index.tensors
                 }
 
+    def drawing_runs(self, drawing: int) -> range:
+        """The numbers of a drawing's runs, in the order of the passes."""
+        first = drawing * self.index.passes
+        return range(first, first + self.index.passes)
+
+    def drawings(self, bundle: Bundle, numbers: Sequence[int]) -> Iterator[tuple[Array, Array]]:
+        """What drawings start from: noises (N, B, 4, H, W) and text (B, L, D), float32."""
+        for number in numbers:
+            (run,) = self.runs(self.drawing_runs(number)[:1])
+            yield drawing_noises(bundle, self.index, number), run[TEXT]
+
 
 def run_bytes(bundle: Bundle) -> int:
     """The size of one captured run: the encoder's inputs and outputs in float32."""
@@ -137,6 +159,12 @@ def run_bytes(bundle: Bundle) -> int:
     tensors = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
     shapes = ([axis_size(side, {BATCH: batch}) for side in t.shape] for t in tensors.values())
     return sum(4 * math.prod(shape) for shape in shapes)
+
+
+def drawing_noises(bundle: Bundle, index: CalibrationIndex, number: int) -> Array:
+    """The noises that a bundle's plan draws for drawing `number`, (N, B, 4, H, W) float32."""
+    shape = (index.batch, *(int(side) for side in bundle.manifest.latent_shape[1:]))
+    return noises_from_seed(index.seed + number * index.batch, bundle.manifest.plan.noises, shape)
 
 
 def new_index(bundle: Bundle, prompts: Sequence[str], seed: int, runtime: str) -> CalibrationIndex:
@@ -153,6 +181,7 @@ def new_index(bundle: Bundle, prompts: Sequence[str], seed: int, runtime: str) -
         batch=manifest.batch or 1,
         prompts_sha256=prompts_sha256(prompts),
         prompts=tuple(prompts),
+        passes=len(manifest.plan.passes),
     )
 
 
@@ -223,8 +252,9 @@ def read_index(root: Path) -> CalibrationIndex:
             f"{path} has format version {version!r}; this program reads {FORMAT_VERSION}", _AGAIN
         )
     index: CalibrationIndex = structured(CalibrationIndex, data, str(path))
-    if index.batch < 1:
-        raise BundleError(f"{path}: batch is {index.batch}; expected 1 or more", _AGAIN)
+    for name, number in (("batch", index.batch), ("passes", index.passes)):
+        if number < 1:
+            raise BundleError(f"{path}: {name} is {number}; expected 1 or more", _AGAIN)
     for shard in index.shards:
         if not is_file_name(shard.file):
             raise BundleError(

@@ -45,8 +45,8 @@ class AnalysisOptions:
     """How a plan is made.
 
     `kind` w8a8; hybrid: convolutions w8a8, linear layers int8 weights; int8-weights: no range is
-    needed. `smoothing_alpha` None folds nothing. `held_out` runs judge sets of layers, `probed` of
-    them single layers. `curve_sets` further sets are measured for the curve of quality against
+    needed. `smoothing_alpha` None folds nothing. `held_out` drawings judge sets of layers, `probed`
+    of them single layers. `curve_sets` further sets are measured for the curve of quality against
     operations in int8.
     """
 
@@ -72,12 +72,12 @@ class AnalysisOptions:
                 "out.",
             )
         if not 1 <= self.probed <= self.held_out:
-            raise UsageError(f"{self.probed} probed runs; expected 1 to {self.held_out}")
+            raise UsageError(f"{self.probed} probed drawings; expected 1 to {self.held_out}")
 
 
 @dataclass(frozen=True)
 class VerdictOptions:
-    """Where to judge, on which captured runs, and what it takes to pass.
+    """Where to judge, and what it takes to pass.
 
     `must_be` faster or smaller; None: for a device that this machine is not, where speed is only
     reported. `gate_psnr_db` None takes the gate of what the graphs became.
@@ -131,7 +131,8 @@ class MeasuredPlan:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was measured. `latency_ms`: contender -> graph -> median; `unet` is their sum.
+    """What was measured. `latency_ms`: contender -> graph -> median of all its runs in one drawing;
+    `unet` is their sum.
 
     `speed_ratio` is the fastest float contender's time over the quantized one's: above 1 is a gain.
     Sizes are of the UNet's files in the form that ran, under "float" and `CONTENDER`.

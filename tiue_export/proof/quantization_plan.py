@@ -165,23 +165,28 @@ def student_identity(manifest: Manifest) -> str:
     """SHA-256 of what decides the numbers in the UNet beside precision: weights, schedule, hoisting
     and sizes. Captured data and plans fit every bundle that has the same.
     """
+    plan = manifest.plan
     decides: dict[str, Any] = {
         "source": manifest.source.sha256,
         "parts": {k: v for k, v in manifest.source.part_sha256.items() if k != "vae"},
         # As bundles of format 1 spelled it: data captured for them goes on to fit.
         "schedule": {
-            "steps": manifest.plan.steps,
-            "timesteps": manifest.plan.timesteps,
-            "prediction_type": manifest.plan.prediction_type,
-            "noise_coefficient": manifest.plan.latents.noise,
-            "output_coefficients": manifest.plan.latents.outputs,
-            "timestep_spacing": manifest.plan.timestep_spacing,
-            "merged_timesteps": manifest.plan.merged_timesteps,
+            "steps": plan.steps,
+            "timesteps": plan.timesteps,
+            "prediction_type": plan.prediction_type,
+            "noise_coefficient": plan.latents.noise,
+            "output_coefficients": plan.latents.outputs,
+            "timestep_spacing": plan.timestep_spacing,
+            "merged_timesteps": plan.merged_timesteps,
         },
         "hoisted": manifest.hoisted,
         "latents": manifest.latent_shape[1:],
         "text": manifest.text_shape[1:],
     }
+    if plan.recipe:  # bundles of format 1 had no recipe
+        decides["passes"] = [dataclasses.asdict(one) for one in plan.passes]
+        decides["fresh_coefficients"] = plan.latents.fresh
+        decides["embedded_guidance"] = plan.embedded_guidance
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 

@@ -153,10 +153,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         ("calibrate", "quantize"),
-        ("passes",),
-        "its decoder sees other timesteps each time; ranges are captured from distilled students, "
-        "which draw in one pass",
-        "Quantize the bundle of a distilled student.",
+        ("guidance",),
+        "guidance doubles the rows, and each scale feeds them another distribution; ranges are "
+        "captured from students, which draw without",
+        "Quantize the bundle of a student, in one pass or in a few.",
     ),
     Refusal(
         ("cuda-graph",),
