@@ -173,6 +173,9 @@ def test_an_index_of_another_version_or_with_a_wrong_field_is_refused(own):
     (own / "calibration.json").write_text(json.dumps({**index, "batch": 0}))
     with pytest.raises(BundleError, match="batch is 0; expected 1 or more"):
         dataset.open_calibration(own)
+    (own / "calibration.json").write_text(json.dumps({**index, "passes": 0}))
+    with pytest.raises(BundleError, match="passes is 0; expected 1 or more"):
+        dataset.open_calibration(own)
     shards = [{**index["shards"][0], "file": "/etc/passwd"}]
     (own / "calibration.json").write_text(json.dumps({**index, "shards": shards}))
     with pytest.raises(BundleError, match="names '/etc/passwd' as a shard; expected a file beside"):
