@@ -37,13 +37,8 @@ SIZE = 64
 
 
 @pytest.fixture(scope="module")
-def model(micro_pipeline, tmp_path_factory):
-    """An ordinary model: it records no K, and its scheduler is SD 1.5's."""
-    folder = shutil.copytree(micro_pipeline, tmp_path_factory.mktemp("recipes") / "model")
-    file = folder / "scheduler" / "scheduler_config.json"
-    kept = {k: v for k, v in json.loads(file.read_text()).items() if k != "tiue_steps"}
-    file.write_text(json.dumps({**kept, "_class_name": "PNDMScheduler", "clip_sample": False}))
-    return folder
+def model(ordinary_model):
+    return ordinary_model
 
 
 @pytest.fixture(scope="module")
