@@ -688,7 +688,7 @@ def test_what_packages_cannot_be_is_refused_before_the_student_is_run(
         (["--ckpt", "c", "--min-deployment-target", "iOS12"], "unknown deployment target 'iOS12'"),
         (["--ckpt", "c", "--compress", "w8a8"], "got no calibration prompts"),
         (["--ckpt", "c", "--calibration-prompts", "none.txt"], "cannot be read"),
-        (["--ckpt", "c", "--recipe", "none.json"], "--recipe none.json cannot be read"),
+        (["--ckpt", "c", "--bits", "none.json"], "--bits none.json cannot be read"),
     ],
 )
 def test_bad_input_is_one_clear_message(run, arguments, message):

@@ -283,7 +283,7 @@ def _check_together(plan: CoremlPlan, options: CoremlOptions) -> None:
     if compression.kind == "recipe" and not has_goal:
         raise UsageError(
             "--compress recipe says nothing of what the recipe should be",
-            "Add --target-psnr DB, --target-mb MB or --recipe FILE.",
+            "Add --target-psnr DB, --target-mb MB or --bits FILE.",
         )
     if compression.kind != "recipe" and has_goal:
         raise UsageError(

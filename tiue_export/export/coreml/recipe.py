@@ -57,7 +57,7 @@ class MixedRecipe:
     sensitivity_db: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write as JSON, for `--recipe`."""
+        """Write as JSON, for `--bits`."""
         data = {
             "format": FORMAT,
             "measured_db": self.measured_db,
@@ -73,20 +73,20 @@ def read_recipe(path: Path) -> Mapping[str, Mapping[str, int]]:
     try:
         data = read_json(path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--recipe {path} cannot be read: {error}") from error
+        raise UsageError(f"--bits {path} cannot be read: {error}") from error
     bits = data.get("bits") if isinstance(data, dict) else None
     if not isinstance(bits, dict) or data.get("format") != FORMAT:
         raise UsageError(
-            f"--recipe {path} is no recipe of format {FORMAT}",
+            f"--bits {path} is no recipe of format {FORMAT}",
             f"An export with --target-psnr or --target-mb writes one, as coreml/{path.name}.",
         )
     for graph, weights in bits.items():
         if not isinstance(weights, dict):
-            raise UsageError(f"--recipe {path}: {graph} is no object of weights and their bits")
+            raise UsageError(f"--bits {path}: {graph} is no object of weights and their bits")
         wrong = {name: n for name, n in weights.items() if n not in BITS}
         if graph not in UNET_GRAPHS or wrong:
             raise UsageError(
-                f"--recipe {path}: {graph} {wrong or ''} is not of {UNET_GRAPHS} with bits {BITS}"
+                f"--bits {path}: {graph} {wrong or ''} is not of {UNET_GRAPHS} with bits {BITS}"
             )
     return bits
 
