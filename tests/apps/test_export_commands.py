@@ -123,14 +123,14 @@ def test_an_option_that_means_nothing_to_a_form_is_refused_by_name(
 def test_a_file_that_fits_two_families_is_told_apart_by_the_option_the_message_names(
     run, tiny_pipeline, tmp_path, monkeypatch, command
 ):
-    """SD 2.1-base and SD 2.1 have equal weights: every command takes the --family it asks for."""
+    """SD 2.1-base and SD 2.1 have equal weights: every command takes the option it asks for."""
     loading = importlib.import_module("tiue_export.student.load")
     parts = importlib.import_module("tiue_export.export.load")
     monkeypatch.setattr(loading, "families_of", lambda shapes: ("tiny", "sd21-v"))
     real, asked = parts.load_to_export, []
 
     def load(request, *rest):
-        asked.append(request.family)
+        asked.append(request.prediction)
         return real(request, *rest)
 
     monkeypatch.setattr(parts, "load_to_export", load)
@@ -138,11 +138,11 @@ def test_a_file_that_fits_two_families_is_told_apart_by_the_option_the_message_n
     single = Path(shutil.copy(file, tmp_path / "student.safetensors"))
     arguments = [command, "--ckpt", single, "--dry-run", *_on_rtx(command)]
     err = refused(run, tmp_path, *arguments)
-    assert "Say which: --family tiny" in err
-    code, out, err = run(*arguments, "--family", "tiny")
+    assert "Say which: --prediction epsilon" in err
+    code, out, err = run(*arguments, "--prediction", "epsilon")
     assert code == 0, err
     assert "nothing was written" in out
-    assert asked == [None, "tiny"]
+    assert asked == [None, "epsilon"]
 
 
 def _on_rtx(command: str) -> list[str]:

@@ -210,7 +210,7 @@ def test_the_command_exports_a_loop_with_the_shared_part_in_the_encoder(run, mic
 def test_the_command_explains_what_it_cannot_do(run, own, micro_teacher):
     command = ["coreml", "--ckpt", micro_teacher]
     for arguments, part in (
-        (["--key-steps", "0,1"], "--key-steps is for --method faster"),
+        (["--key-steps", "0,1"], "--key-steps is for --method few-step and faster"),
         (
             ["--method", "faster", "--swift-bundle", "--out", "x"],
             "--swift-bundle is not for Core ML packages of what draws in a loop",

@@ -338,7 +338,7 @@ def test_a_dry_run_shows_the_plan(run, teacher_folder):
     ("arguments", "code", "message"),
     [
         (("--scheduler", "ddim"), 2, "--scheduler is for --method faster"),
-        (("--guidance", "3"), 2, "--guidance is for --method faster"),
+        (("--guidance", "3"), 2, "--guidance is for --method few-step and faster"),
         (("--method", "fast"), 2, "unknown method 'fast'"),
         (("--method", "faster", "--scheduler", "euler"), 5, "scales the network's input"),
         (("--method", "faster", "--key-steps", "3,5"), 2, "does not start at 0"),
