@@ -672,15 +672,20 @@ def test_a_server_told_to_stop_answers_what_it_accepted(tiny_bundle, tmp_path: P
         assert process.stderr.read() == ""
 
 
+def printed_object(process: subprocess.Popen[str]) -> dict[str, object]:
+    """The JSON object that a server prints when it listens."""
+    lines = [""]
+    assert process.stdout
+    while lines[-1] != "}\n":
+        lines.append(process.stdout.readline())
+        assert lines[-1], "the server ended before it listened"
+    return json.loads("".join(lines))
+
+
 def test_whoever_reads_the_announcement_may_connect_or_stop_the_server_at_once(tiny_bundle) -> None:
     command = [sys.executable, "-m", "tiue_export", "serve", str(tiny_bundle.root), "--json"]
     with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout and process.stderr
-        lines: list[str] = []
-        while not lines or lines[-1] != "}\n":
-            lines.append(process.stdout.readline())
-            assert lines[-1], process.stderr.read()  # it ended without a word
-        told = json.loads("".join(lines))
+        told = printed_object(process)
         socket.create_connection(told["url"].removeprefix("http://").split(":")).close()
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
@@ -787,12 +792,7 @@ def test_the_same_application_answers_on_ray_serve(tiny_bundle, tmp_path: Path) 
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout and process.stderr
-        lines: list[str] = []
-        while not lines or lines[-1] != "}\n":
-            lines.append(process.stdout.readline())
-            assert lines[-1], process.stderr.read()  # it ended without a word
-        told = json.loads("".join(lines))
+        told = printed_object(process)
         with httpx.Client(base_url=told["url"], timeout=60) as client:
             body = {"prompt": "a red fox", "seed": 7}
             answers = [client.post(GENERATIONS, json=body).json() for _ in range(2)]
