@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tiue_export.checkpoint.parts import quiet_libraries
 from tiue_export.methods.scheduler import diffusers_scheduler
-from tiue_export.sampling.few_step import METHOD, schedule_settings
+from tiue_export.sampling.few_step import schedule_settings
 from tiue_export.sampling.key_step_plan import SCHEDULERS
 from tiue_export.sampling.plan import Plan
 from tiue_export.sampling.recipes import recipe_named
@@ -40,7 +40,7 @@ _FEW_STEP: Mapping[str, Any] = MappingProxyType(
 
 def plan_scheduler(config: Mapping[str, Any], plan: Plan) -> Any | None:
     """diffusers' scheduler for a plan, its timesteps set; None where it has none."""
-    if plan.method != METHOD:
+    if not plan.recipe:
         known = plan.scheduler in SCHEDULERS
         return diffusers_scheduler(config, plan.scheduler, plan.steps) if known else None
     if plan.scheduler not in _FEW_STEP:
