@@ -176,6 +176,7 @@ def test_steps_that_share_an_encoder_are_rows_of_one_pass():
         ("pcm-cfg", {"guidance": 0.5}, "guidance is 0.5; expected 1"),
         ("lcm", {"steps": 60, "allow_other_steps": True}, "--steps is 60; the student was dist"),
         ("lcm", {"key_steps": "1,2"}, "does not start at 0"),
+        ("dmd2", {"steps": 2, "allow_other_steps": True}, "names its timesteps, and for 1 and 4"),
     ],
 )
 def test_what_a_recipe_does_not_take_is_refused(name, options, said):

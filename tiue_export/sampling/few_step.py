@@ -281,6 +281,12 @@ def _consistency_timesteps(settings: Settings, recipe: Recipe, steps: int) -> tu
     """Evenly spaced among the timesteps of the distillation; see diffusers' set_timesteps."""
     if steps in recipe.timesteps:
         return recipe.timesteps[steps]
+    if recipe.timesteps:
+        known = " and ".join(map(str, recipe.timesteps))
+        raise UsageError(
+            f"--steps is {steps}; recipe {recipe.name} names its timesteps, and for {known} alone",
+            f"Type --steps {recipe.usual_steps}",
+        )
     count = int(settings["num_train_timesteps"])
     original = int(settings.get("original_inference_steps", _ORIGINAL_STEPS))
     if not 1 <= steps <= original <= count:
