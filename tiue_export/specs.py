@@ -33,7 +33,8 @@ CONTROLNET = "controlnet"
 RUNNING_ORDER = (TEXT_ENCODER, CONTROLNET, UNET_ENCODER, UNET_DECODER, VAE_DECODER)
 
 BATCH = "batch"
-# The open axis of Faster Diffusion's decoder; an axis may be a product, such as "2*steps".
+# The open axis of a decoder whose timesteps are an input and that takes several of them at once; an
+# axis may be a product, such as "2*steps".
 STEPS = "steps"
 
 
