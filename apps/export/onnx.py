@@ -40,10 +40,12 @@ from ..report.tables import (
     print_json,
     titled,
 )
+from .fan_out import check_fan_out, curve_facts, curve_table, measured_fan_out
 
 if TYPE_CHECKING:
     from tiue_export.export.dry_run import ExportPlan
     from tiue_export.graphs.options import ExportOptions
+    from tiue_export.reference.fan_out_loss import FanOutCurve
     from tiue_export.student.model import Student
     from tiue_export.system.progress import StageReport
 
@@ -57,13 +59,15 @@ _LARGEST = 3
 class Exported:
     """A bundle that was just made: how long it took, and each stage as JSON tells it.
 
-    `student` is what it was made from, where more will be made from it.
+    `student` is what it was made from, where more will be made from it; `curve` what `--fan-out
+    auto` measured.
     """
 
     bundle: Bundle
     seconds: float
     stages: list[dict[str, object]]
     student: Student | None = None
+    curve: FanOutCurve | None = None
 
 
 def export_checkpoint(
@@ -86,6 +90,7 @@ def export_checkpoint(
     from tiue_export.export.load import check_request, load_to_export
 
     export.check_audit(precision)
+    check_fan_out(export)
     options, quiet = graph_options(export, precision), export.as_json
     method, sampling = export.method, export.sampling()
     check_request(verb, export.checkpoint(ckpt), method, sampling, options)
@@ -108,6 +113,12 @@ def export_checkpoint(
             student = load_to_export(
                 request, method, sampling, options, lambda part: bar.begin(f"load {part}")
             )
+        curve = None
+        if (target_db := export.fan_out_target_db) is not None:
+            with stage(observer, name := "measure fan-out"):
+                student, options, curve = measured_fan_out(
+                    student, options, target_db, export.fan_out_curve, observer.steps_of(name)
+                )
         # Said now: the work takes minutes.
         for text in student.source.notes:
             bar.note(f"note: {text}")
@@ -116,12 +127,14 @@ def export_checkpoint(
             _warn_of_missing(ckpt, missing)
         if export.dry_run:
             plan = plan_export(student, options)
-            told = {"missing": missing, "notes": student.source.notes}
+            told = {"missing": missing, "notes": student.source.notes, **_told(curve)}
+            if not quiet:
+                _print_curve(curve)
             _print_plan(plan, out, told, as_json=quiet, onnx=from_student is None)
             return None
         written = {"force": export.force, "allow_parity_loss": export.allow_parity_loss}
         if from_student is not None:
-            bar.expect(2)  # load, reference
+            bar.expect(2 + bool(curve))  # load, fan-out, reference
             bundle = export_contract(
                 student,
                 out,
@@ -130,11 +143,11 @@ def export_checkpoint(
                 observer=observer,
                 **written,
             )
-            return _exported(bundle, start, reports, student)
+            return _exported(bundle, start, reports, student, curve)
         graphs = 2 + (student.text_encoder is not None) + (student.vae is not None)
         loop = not student.plan.one_pass
-        # Load, reference, audit, export each, verify each, verify the loop.
-        bar.expect(2 + bool(prompts) + 2 * graphs + loop)
+        # Load, fan-out, reference, audit, export each, verify each, verify the loop.
+        bar.expect(2 + bool(curve) + bool(prompts) + 2 * graphs + loop)
         bundle = export_onnx(
             student,
             out,
@@ -144,14 +157,18 @@ def export_checkpoint(
             observer=observer,
             **written,
         )
-    return _exported(bundle, start, reports)
+    return _exported(bundle, start, reports, curve=curve)
 
 
 def _exported(
-    bundle: Bundle, start: float, reports: list[StageReport], student: Student | None = None
+    bundle: Bundle,
+    start: float,
+    reports: list[StageReport],
+    student: Student | None = None,
+    curve: FanOutCurve | None = None,
 ) -> Exported:
     stages = [dataclasses.asdict(report) for report in reports]
-    return Exported(bundle, time.perf_counter() - start, stages, student)
+    return Exported(bundle, time.perf_counter() - start, stages, student, curve)
 
 
 def graph_options(export: ExportRequest, precision: str) -> ExportOptions:
@@ -160,7 +177,12 @@ def graph_options(export: ExportRequest, precision: str) -> ExportOptions:
 
     batch, dynamic_batch = export.graph_batch()
     return picked(
-        ExportOptions, export, precision=precision, batch=batch, dynamic_batch=dynamic_batch
+        ExportOptions,
+        export,
+        precision=precision,
+        batch=batch,
+        dynamic_batch=dynamic_batch,
+        fan_out=export.given_fan_out(),
     )
 
 
@@ -207,10 +229,12 @@ def print_exported(exported: Exported, *, as_json: bool, is_last: bool = True) -
                 "missing": [name for name in GRAPH_NAMES if name not in manifest.graphs],
                 "seconds": round(exported.seconds, 2),
                 "stages": exported.stages,
+                **_told(exported.curve),
                 "manifest": dataclasses.asdict(manifest),
             }
         )
         return
+    _print_curve(exported.curve)
     console.print(graph_table(manifest))
     _print_proof(bundle)
     console.print(
@@ -225,8 +249,18 @@ def print_exported(exported: Exported, *, as_json: bool, is_last: bool = True) -
 def print_contract(exported: Exported) -> None:
     """What PyTorch proved of a bundle whose graphs will be made from the student."""
     manifest = exported.bundle.manifest
+    _print_curve(exported.curve)
     console.print(parity_table(manifest.parity))
     _print_missing(manifest)
+
+
+def _print_curve(curve: FanOutCurve | None) -> None:
+    if curve is not None:
+        console.print(curve_table(curve))
+
+
+def _told(curve: FanOutCurve | None) -> dict[str, object]:
+    return {} if curve is None else {"fan_out_curve": curve_facts(curve)}
 
 
 def _missing(student: Student) -> list[str]:

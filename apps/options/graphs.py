@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiue_export.errors import UsageError
+from tiue_export.sampling.fan_out import FanOut
 
 from .checkpoint import FamilyOptions, MethodOptions, PartOptions
 from .group import OptionGroup, option, picked, refuse
@@ -14,6 +16,9 @@ from .output import BundleOutput
 
 if TYPE_CHECKING:
     from tiue_export.methods.load import CheckpointRequest
+
+
+_FAN_OUT_TARGET_DB = 35.0
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,44 @@ class GraphOptions(OptionGroup):
 
     panel = "Graphs"
     merge_below: float | None = option(None, "Merge decoder rows weighing less (try 0.02).")
+    fan_out: str | None = option(
+        None,
+        "Up blocks that run once for all rows: 2, or 1.2 (and two resnets); auto:35, as many as "
+        "keep the latents at 35 dB, measured first.",
+    )
+    fan_out_curve: Path | None = option(None, "auto: write what was measured, .png or .json.")
     vae_precision: str | None = option(
         None, "fp16, fp32 or bf16 \\[default: as the other graphs, by the audit]."
     )
     vae_tile: int | None = option(None, "Decode in tiles of so many pixels, for less memory.")
+
+    @property
+    def fan_out_target_db(self) -> float | None:
+        """What `--fan-out auto` must keep of the latents; None where the place was given."""
+        word, colon, number = (self.fan_out or "").partition(":")
+        if word != "auto":
+            return None
+        try:
+            target_db = float(number) if colon else _FAN_OUT_TARGET_DB
+        except ValueError:
+            target_db = math.nan
+        if not math.isfinite(target_db):
+            raise UsageError(
+                f"--fan-out is {self.fan_out}; expected auto, or auto:35 for latents at 35 dB"
+            )
+        return target_db
+
+    def given_fan_out(self) -> FanOut | None:
+        """Where rows part as it was typed; None for the student's own place, and for auto."""
+        if self.fan_out_target_db is not None:
+            return None
+        refuse(
+            "for --fan-out auto, which measures it",
+            "Add --fan-out auto, or leave it out.",
+            self,
+            only=("fan_out_curve",),
+        )
+        return None if self.fan_out is None else FanOut.parse(self.fan_out)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from tiue_export.registry.support import (
     features_of,
     refusal_of,
 )
+from tiue_export.sampling.fan_out import FanOut
 from tiue_export.sampling.plan import Combination, Pass
 from tiue_export.specs import (
     CONTROLNET,
@@ -62,6 +63,8 @@ def with_feature(manifest: Manifest, feature: str) -> Manifest:
         graphs[CONTROLNET] = replace(encoder, inputs=(*encoder.inputs, steering))
     if feature == "merged":
         return replace(manifest, plan=replace(plan, merged_timesteps=(1,)))
+    if feature == "fan-out":
+        return replace(manifest, plan=replace(plan, fan_out=FanOut(1)))
     if feature in ("naive", "hoisted-into-encoder"):
         return replace(manifest, hoisted={"naive": "none"}.get(feature, "encoder"))
     if feature == "dynamic-batch":

@@ -55,16 +55,7 @@ def as_exported(student: Student, manifest: Manifest, place: str | None = None) 
                 f"{place} has no {part}; the bundle's {name} came from elsewhere",
                 "Give --base (or --vae) as when the bundle was exported.",
             )
-    return Student(
-        student.unet,
-        manifest.plan,
-        source=student.source,
-        scheduler_config=student.scheduler_config,
-        text_encoder=student.text_encoder,
-        vae=student.vae,
-        tokenizer_folder=student.tokenizer_folder,
-        controlnet=student.controlnet,
-    )
+    return student.by_plan(manifest.plan)
 
 
 def _check_same(student: Student, manifest: Manifest, place: str) -> None:

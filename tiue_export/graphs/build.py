@@ -46,6 +46,7 @@ from tiue_export.specs import (
     axis_size,
 )
 from tiue_export.student.model import Student
+from tiue_export.student.up_path import shares_all
 
 _EXAMPLE_STEPS = 3  # not 2: with one image that is the number of rows too
 
@@ -71,8 +72,14 @@ class Graph:
 
 
 def exported_plan(student: Student, options: ExportOptions) -> Plan:
-    """The student's plan with rows merged as the options ask."""
-    return student.plan.merged(options.merge_below)
+    """The student's plan with rows merged, and parted, as the options ask.
+
+    Rows that part behind the last block differ in nothing: one is left of them.
+    """
+    plan = student.plan.merged(options.merge_below)
+    if options.fan_out is not None:
+        plan = plan.parting_at(options.fan_out)
+    return plan.collapsed() if shares_all(student.unet.up_blocks, plan.fan_out) else plan
 
 
 def gaussian_text(shape: tuple[int, int, int], seed: int = 0) -> Array:
@@ -195,6 +202,7 @@ def student_features(student: Student) -> frozenset[str]:
         "guidance": student.plan.guidance is not None,
         "fresh-noise": student.plan.noises > 1,
         "controlnet": student.controlnet is not None,
+        "fan-out": bool(student.plan.fan_out),
     }
     return frozenset(name for name, there in present.items() if there)
 

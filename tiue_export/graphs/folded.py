@@ -24,8 +24,10 @@ from tiue_export.graphs.lowering import (
     time_embedding_float64,
     with_plain_attention,
 )
+from tiue_export.sampling.fan_out import FanOut
 from tiue_export.sampling.plan import Combination, Plan
-from tiue_export.student.model import output_head, text_for
+from tiue_export.student.model import output_head
+from tiue_export.student.up_path import UpPath, cut_up_path, run_up_blocks, skip_count, text_for
 
 
 class TextEncoder(nn.Module):
@@ -73,7 +75,7 @@ class UNetEncoder(nn.Module):
             {"conv_in": unet.conv_in, "down_blocks": unet.down_blocks, "mid_block": unet.mid_block}
         )
         embedding = time_embedding_float64(unet, plan.timesteps[:1])
-        self.unet: Any = fold_time(lowered(body, dtype, below(float32, "unet")), embedding)
+        self.unet: Any = folded(body, embedding, dtype, below(float32, "unet"))
         with_plain_attention(self.unet, bool(unet.config.upcast_attention))
         fold_input_scale(self.unet["conv_in"], plan.passes[0].input.noise)
         self.dtype = dtype
@@ -111,9 +113,16 @@ def mid_and_skips(features: Sequence[Tensor], skip_count: int) -> tuple[Tensor, 
     return features[0] if len(features) > skip_count else skips[-1], skips
 
 
-def skip_count(up_blocks: Any) -> int:
-    """How many skips the up blocks take: one a resnet."""
-    return sum(len(block.resnets) for block in up_blocks)
+def folded(
+    body: nn.Module, embedding: Tensor, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
+) -> Any:
+    """A copy of a UNet's part in `dtype` with the timesteps' embedding (K, D_t) folded in."""
+    return in_precision(fold_time(copied(body), embedding), dtype, float32)
+
+
+def parted(unet: Any, plan: Plan) -> UpPath:
+    """The up path cut where the plan's rows part; of a single row there is nothing to part."""
+    return cut_up_path(unet.up_blocks, plan.fan_out if plan.rows > 1 else FanOut())
 
 
 class NaiveDecoder(nn.Module):
@@ -127,23 +136,27 @@ class NaiveDecoder(nn.Module):
         self, unet: Any, plan: Plan, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
     ) -> None:
         super().__init__()
-        body = nn.ModuleDict({"up_blocks": unet.up_blocks, "head": OutputHead(unet)})
+        trunk, rows = parted(unet, plan)
         embedding = time_embedding_float64(unet, plan.timesteps)
-        self.unet: Any = fold_time(lowered(body, dtype, below(float32, "unet")), embedding)
-        with_plain_attention(self.unet, bool(unet.config.upcast_attention))
+        body = nn.ModuleDict({"up_blocks": nn.ModuleList(rows), "head": OutputHead(unet)})
+        self.unet: Any = folded(body, embedding, dtype, below(float32, "unet"))
+        blocks = nn.ModuleList(trunk)
+        self.trunk: Any = folded(blocks, embedding[:1], dtype, below(float32, "trunk"))
+        with_plain_attention(self, bool(unet.config.upcast_attention))
         self.combine = Combine(plan.latents)
         self.steps = plan.rows
 
     def forward(
         self, sample: Tensor, encoder_hidden_states: Tensor, *features: Tensor
     ) -> tuple[Tensor, ...]:
-        text = encoder_hidden_states.repeat(self.steps, 1, 1)  # (K*B, L, D)
-        repeated = [feature.repeat(self.steps, 1, 1, 1) for feature in features]
-        hidden, skips = mid_and_skips(repeated, skip_count(self.unet["up_blocks"]))
-        for block in self.unet["up_blocks"]:
-            count = len(block.resnets)
-            block_skips, skips = tuple(skips[-count:]), skips[:-count]
-            hidden = block(hidden, block_skips, text[:, 0, :1], **text_for(block, text))
+        left = skip_count(self.unet["up_blocks"])
+        hidden, skips = mid_and_skips(features, left + skip_count(self.trunk))
+        text = encoder_hidden_states
+        hidden = run_up_blocks(self.trunk, hidden, skips[left:], text[:, 0, :1], text)
+        hidden = hidden.repeat(self.steps, 1, 1, 1)  # (K*B, C, h, w)
+        skips = [skip.repeat(self.steps, 1, 1, 1) for skip in skips[:left]]
+        text = text.repeat(self.steps, 1, 1)  # (K*B, L, D)
+        hidden = run_up_blocks(self.unet["up_blocks"], hidden, skips, text[:, 0, :1], text)
         return (self.combine(sample, self.unet["head"](hidden)),)
 
 

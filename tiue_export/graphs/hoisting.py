@@ -9,6 +9,8 @@ for all of them. In each resnet of the up blocks, of conv1(silu(norm1(cat(hidden
 - the time projection at fixed timesteps is a constant per row and channel.
 In each text attention the keys and values are computed for B rows, and the K rows of queries
 attend to them as one longer sequence: no copy of the keys is made.
+With a fan-out the up path before it is shared whole: it runs on B rows, at the first timestep, and
+the first resnet behind it sees what the first resnet of all sees otherwise.
 
 `SharedDecoder` computes the time-independent part; `RowDecoder` the rest. Either graph can hold the
 first: in the decoder it keeps the boundary small, in the encoder it moves weights out of the
@@ -17,19 +19,26 @@ decoder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tiue_export.graphs.folded import Combine, OutputHead, is_single, mid_and_skips
+from tiue_export.graphs.folded import (
+    Combine,
+    OutputHead,
+    is_single,
+    mid_and_skips,
+    parted,
+)
 from tiue_export.graphs.lowering import (
     NO_PATHS,
     Attention,
     ModulePaths,
     below,
     copied,
+    fold_time,
     in_precision,
     project_out,
     split_heads,
@@ -37,7 +46,9 @@ from tiue_export.graphs.lowering import (
     time_embedding_float64,
     with_plain_attention,
 )
+from tiue_export.sampling.fan_out import FanOut
 from tiue_export.sampling.plan import Plan
+from tiue_export.student.up_path import run_up_blocks, skip_count
 
 Shared = dict[str, Tensor]
 R = TypeVar("R", bound="RowBody")
@@ -58,9 +69,16 @@ def hoist(
     `rows_dtype` is for rows that lie in another graph of another precision.
     """
     embedding = time_embedding_float64(unet, plan.timesteps)
-    biases = [[time_bias(resnet, embedding) for resnet in b.resnets] for b in unet.up_blocks]
+    trunk, blocks = parted(unet, plan)
+    path = _Path(
+        fold_time(copied(nn.ModuleList(trunk)), embedding[:1]),
+        copied(nn.ModuleList(blocks)),
+        plan.fan_out if trunk else FanOut(),
+        [[time_bias(resnet, embedding) for resnet in block.resnets] for block in blocks],
+        plan.rows,
+    )
     precision = _CutPrecision(dtype, rows_dtype or dtype, float32)
-    shared, rows = _cut(unet, RowDecoder, biases, plan.rows, precision)
+    shared, rows = _cut(unet, RowDecoder, path, precision)
     rows.combine = Combine(plan.latents)
     return shared, rows.eval()
 
@@ -76,8 +94,8 @@ def hoist_any_time(
     The rows return their outputs (g*B, 4, H, W) float32, without the closed formula.
     """
     biases = [[None for _ in block.resnets] for block in unet.up_blocks]
-    precision = _CutPrecision(dtype, rows_dtype or dtype, float32)
-    return _cut(unet, RowBody, biases, None, precision)
+    path = _Path(nn.ModuleList(), copied(unet.up_blocks), FanOut(), biases, None)
+    return _cut(unet, RowBody, path, _CutPrecision(dtype, rows_dtype or dtype, float32))
 
 
 class _CutPrecision(NamedTuple):
@@ -88,19 +106,38 @@ class _CutPrecision(NamedTuple):
     float32: ModulePaths
 
 
+class _Path(NamedTuple):
+    """The up path that is cut, in copies: its trunk with the first timestep folded in, and the
+    blocks that rows run, which begin at `start`.
+
+    `biases` are what the rows' resnets add for their timesteps, None where these are an input;
+    `steps` is K, None where it is known by the embedding alone.
+    """
+
+    trunk: nn.ModuleList
+    blocks: nn.ModuleList
+    start: FanOut
+    biases: Sequence[Sequence[Tensor | None]]
+    steps: int | None
+
+    def numbered(self) -> Iterator[tuple[int, int, Any]]:
+        """Each block of the rows with its own number and its first resnet's in the up path."""
+        for i, block in enumerate(self.blocks):
+            yield self.start.blocks + i, 0 if i else self.start.resnets, block
+
+
 def _cut(
-    unet: Any,
-    kind: type[R],
-    biases: Sequence[Sequence[Tensor | None]],
-    steps: int | None,
-    precision: _CutPrecision,
+    unet: Any, kind: type[R], path: _Path, precision: _CutPrecision
 ) -> tuple[SharedDecoder, R]:
-    up_blocks = copied(unet.up_blocks)
+    upcast = bool(unet.config.upcast_attention)
     channels = int(unet.config.block_out_channels[-1])
+    block: Any
+    for block in path.trunk:
+        channels = block.resnets[-1].out_channels
     islands = precision.float32
-    shared = SharedDecoder(up_blocks, channels)
+    shared = SharedDecoder(path, channels, upcast)
     in_precision(shared, precision.shared, below(islands, "shared"))
-    rows = kind(up_blocks, channels, biases, bool(unet.config.upcast_attention), steps)
+    rows = kind(path, channels, upcast)
     rows.head = copied(OutputHead(unet))
     in_precision(rows, precision.rows, below(islands, "rows"), border=torch.float32)
     return shared.eval(), rows.eval()
@@ -109,25 +146,28 @@ def _cut(
 class SharedDecoder(nn.Module):
     """text (B, 77, D), mid and skips -> named tensors that every row uses, batch B."""
 
-    def __init__(self, up_blocks: Any, mid_channels: int) -> None:
+    def __init__(self, path: _Path, channels: int, upcast: bool) -> None:
         super().__init__()
+        self.trunk = with_plain_attention(path.trunk, upcast)
         self.resnets = nn.ModuleDict()
         self.text = nn.ModuleDict()
-        channels = mid_channels
-        for i, block in enumerate(up_blocks):
-            for j, resnet in enumerate(block.resnets):
-                share = FirstShare(resnet) if i == j == 0 else SkipShare(resnet, channels)
+        for i, first, block in path.numbered():
+            for j, resnet in enumerate(block.resnets, first):
+                share = SkipShare(resnet, channels) if self.resnets else FirstShare(resnet)
                 self.resnets[f"up{i}_resnet{j}"] = share
                 channels = resnet.out_channels
-            for name, attention in _text_attentions(block, i):
+            for name, attention in _text_attentions(block, i, first):
                 self.text[f"{name}_key"] = attention.to_k
                 self.text[f"{name}_value"] = attention.to_v
 
     def forward(self, text: Tensor, *features: Tensor) -> Shared:
-        mid, skips = mid_and_skips(features, len(self.resnets))
+        left = len(self.resnets)
+        mid, skips = mid_and_skips(features, left + skip_count(self.trunk))
+        rows = text[:, 0, :1]  # (B, 1): folded time asks only for the row count
+        hidden = run_up_blocks(self.trunk, mid, skips[left:], rows, text)
         shared: Shared = {}
-        for (name, share), skip in zip(self.resnets.items(), reversed(skips), strict=True):
-            parts = share(mid, skip) if isinstance(share, FirstShare) else share(skip)
+        for (name, share), skip in zip(self.resnets.items(), reversed(skips[:left]), strict=True):
+            parts = share(hidden, skip) if isinstance(share, FirstShare) else share(skip)
             shared.update({f"{name}_{part}": value for part, value in parts.items()})
         for name, projection in self.text.items():
             shared[name] = projection(text)  # (B, L, heads * d)
@@ -135,41 +175,29 @@ class SharedDecoder(nn.Module):
 
 
 class RowBody(nn.Module):
-    """The shared tensors -> outputs (K*B, 4, H, W): what differs between the K rows.
-
-    `biases` are the time projections' values, None where timesteps are an input; `steps` is K, None
-    where it is known by the embedding alone.
-    """
+    """The shared tensors -> outputs (K*B, 4, H, W): what differs between the K rows."""
 
     head: nn.Module
 
-    def __init__(
-        self,
-        up_blocks: Any,
-        mid_channels: int,
-        biases: Sequence[Sequence[Tensor | None]],
-        upcast: bool,
-        steps: int | None,
-    ) -> None:
+    def __init__(self, path: _Path, channels: int, upcast: bool) -> None:
         super().__init__()
-        with_plain_attention(up_blocks, upcast)
-        channels = mid_channels
+        with_plain_attention(path.blocks, upcast)
         self.up_blocks = nn.ModuleList()
-        for i, block in enumerate(up_blocks):
+        for (i, first, block), biases in zip(path.numbered(), path.biases, strict=True):
             resnets: list[nn.Module] = []
-            for j, resnet in enumerate(block.resnets):
-                name, bias = f"up{i}_resnet{j}", biases[i][j]
+            for j, (resnet, bias) in enumerate(zip(block.resnets, biases, strict=True), first):
+                name = f"up{i}_resnet{j}"
                 resnets.append(
-                    FirstRows(name, resnet, bias)
-                    if i == j == 0
-                    else Rows(name, resnet, channels, bias)
+                    Rows(name, resnet, channels, bias)
+                    if resnets or self.up_blocks
+                    else FirstRows(name, resnet, bias)
                 )
                 channels = resnet.out_channels
-            for name, attention in _text_attentions(block, i):
+            for name, attention in _text_attentions(block, i, first):
                 attention.set_processor(
                     TimedTextAttention(name, upcast)
-                    if steps is None
-                    else SharedTextAttention(name, steps, upcast)
+                    if path.steps is None
+                    else SharedTextAttention(name, path.steps, upcast)
                 )
                 attention.to_k = attention.to_v = None
             self.up_blocks.append(RowBlock(block, resnets))
@@ -219,7 +247,7 @@ class RowBlock(nn.Module):
 
 
 class FirstShare(nn.Module):
-    """The first resnet up to conv1, and its shortcut: its input has no timestep in it."""
+    """The rows' first resnet up to conv1, and its shortcut: its input is the same for all rows."""
 
     def __init__(self, resnet: Any) -> None:
         super().__init__()
@@ -452,14 +480,14 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-def _text_attentions(block: Any, i: int) -> list[tuple[str, Any]]:
-    """The text attentions of one up block with their names.
+def _text_attentions(block: Any, i: int, first: int) -> list[tuple[str, Any]]:
+    """The text attentions of up block `i` from attention `first` on, with their names.
 
     With diffusers' `only_cross_attention` what is self-attention elsewhere reads the text too.
     """
     return [
         (f"up{i}_{kind}{j}_{layer}", part)
-        for j, attention in enumerate(getattr(block, "attentions", ()))
+        for j, attention in enumerate(getattr(block, "attentions", ()), first)
         for layer, transformer in enumerate(attention.transformer_blocks)
         for kind, part in (("first", transformer.attn1), ("text", transformer.attn2))
         if kind == "text" or transformer.only_cross_attention

@@ -225,13 +225,12 @@ def time_bias(resnet: Any, embedding: Tensor) -> Tensor:
 def fold_time(module: M, embedding: Tensor) -> M:
     """Replace each resnet's time projection below `module` by its values at the fixed timesteps.
 
-    They take the dtype of the projection that they stand for.
+    They are float32: `in_precision` rounds them with the weights, once.
     """
     resnet: Any
     for resnet in module.modules():
         if getattr(resnet, "time_emb_proj", None) is not None:
-            dtype = resnet.time_emb_proj.weight.dtype
-            resnet.time_emb_proj = FoldedTime(time_bias(resnet, embedding).to(dtype))
+            resnet.time_emb_proj = FoldedTime(time_bias(resnet, embedding))
     return module
 
 

@@ -10,6 +10,7 @@ import torch
 
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.proof.half_range import WHOLE_GRAPH, Float32Parts
+from tiue_export.sampling.fan_out import FanOut
 from tiue_export.specs import VAE_DECODER
 
 PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
@@ -23,10 +24,11 @@ class ExportOptions:
     """What the user chose. `height` and `width` in pixels, None for the model's own size.
 
     `hoist` says which graph computes the decoder's time-independent part, or "none" for the naive
-    decoder. `batch` is the static batch, or the example batch when `dynamic_batch`.
-    `vae_precision` "auto" is `precision`; `float32` names what a half-precision graph computes in
-    float32, as an overflow audit finds it. `vae_tile`: the side in pixels of what the VAE decoder's
-    graph draws at once, None for the whole picture.
+    decoder. `fan_out` is where rows part, None for where the student's own do. `batch` is the
+    static batch, or the example batch when `dynamic_batch`. `vae_precision` "auto" is `precision`;
+    `float32` names what a half-precision graph computes in float32, as an overflow audit finds it.
+    `vae_tile`: the side in pixels of what the VAE decoder's graph draws at once, None for the whole
+    picture.
     """
 
     precision: str = "fp32"
@@ -36,6 +38,7 @@ class ExportOptions:
     dynamic_batch: bool = False
     hoist: str = "decoder"
     merge_below: float = 0.0
+    fan_out: FanOut | None = None
     vae_precision: str = "auto"
     float32: Float32Parts = field(default_factory=Float32Parts)
     vae_tile: int | None = None
@@ -60,6 +63,7 @@ class ExportOptions:
         present = {
             "dynamic-batch": self.dynamic_batch,
             "merged": self.merge_below > 0,
+            "fan-out": bool(self.fan_out),
             "naive": self.hoist == "none",
             "hoisted-into-encoder": self.hoist == "encoder",
             "tiles": self.vae_tile is not None,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tiue_export.graphs.folded import OutputHead, encoder_features, mid_and_skips, skip_count
+from tiue_export.graphs.folded import OutputHead, encoder_features, mid_and_skips
 from tiue_export.graphs.hoisting import TIME, RowBody, Shared, SharedDecoder
 from tiue_export.graphs.lowering import (
     NO_PATHS,
@@ -21,7 +21,7 @@ from tiue_export.graphs.lowering import (
     lowered,
     with_plain_attention,
 )
-from tiue_export.student.model import text_for
+from tiue_export.student.up_path import run_up_blocks, skip_count
 
 
 class TimeEmbedding(nn.Module):
@@ -118,10 +118,7 @@ class TimedNaiveDecoder(nn.Module):
         text = encoder_hidden_states.repeat(steps, 1, 1)  # (g*N, L, D)
         repeated = [feature.repeat(steps, 1, 1, 1) for feature in features]
         hidden, skips = mid_and_skips(repeated, skip_count(self.unet["up_blocks"]))
-        for block in self.unet["up_blocks"]:
-            count = len(block.resnets)
-            block_skips, skips = tuple(skips[-count:]), skips[:-count]
-            hidden = block(hidden, block_skips, time, **text_for(block, text))
+        hidden = run_up_blocks(self.unet["up_blocks"], hidden, skips, time, text)
         return (self.unet["head"](hidden).float(),)
 
 

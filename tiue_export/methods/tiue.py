@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tiue_export.errors import CheckpointError, ScheduleError
+from tiue_export.errors import CheckpointError, ScheduleError, UsageError
 from tiue_export.methods.method import SamplingOptions
 from tiue_export.sampling.ddim import DEFAULT_STEPS, one_pass_plan
+from tiue_export.sampling.fan_out import FanOut
 from tiue_export.sampling.plan import Plan
-from tiue_export.student.load import STEPS_KEY, CheckpointFacts
+from tiue_export.student.load import FAN_OUT_KEY, STEPS_KEY, CheckpointFacts
 
 # What a TiUE student's scheduler_config.json can say.
 _SCHEDULERS = ("DDIMScheduler", "PNDMScheduler", "DDPMScheduler")
@@ -31,7 +32,9 @@ class Tiue:
     def plan(self, checkpoint: CheckpointFacts, options: SamplingOptions) -> Plan:
         """Raises `ScheduleError` for a K that the student was not trained for."""
         steps = _steps(checkpoint.recorded_steps, options.steps, options.allow_other_steps)
-        return one_pass_plan(checkpoint.scheduler_config, steps)
+        plan = one_pass_plan(checkpoint.scheduler_config, steps)
+        recorded = checkpoint.recorded_fan_out
+        return plan if recorded is None else plan.parting_at(_fan_out(recorded))
 
 
 def check_assumed(checkpoint: CheckpointFacts) -> None:
@@ -53,6 +56,13 @@ def check_assumed(checkpoint: CheckpointFacts) -> None:
             "Add --method faster for an ordinary model, --method tiue to take it for a student all "
             "the same, or --recipe NAME for a few-step student out of: tiue-export recipes",
         )
+
+
+def _fan_out(recorded: object) -> FanOut:
+    try:
+        return FanOut.parse(str(recorded), FAN_OUT_KEY)
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _steps(recorded: object, wanted: int | None, allow_other: bool) -> int:

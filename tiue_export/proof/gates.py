@@ -22,6 +22,7 @@ GATES_PSNR_DB = {
     "lut6": 40.0,
     "w8a8": 30.0,
     "4-bit": 30.0,
+    "fan-out": 30.0,
 }
 
 IDENTICAL_DB = 300.0

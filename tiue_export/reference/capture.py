@@ -34,6 +34,7 @@ from tiue_export.graphs.lowering import copied
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.parity import PROMPTS, Reference, parity_record, with_dtypes
+from tiue_export.reference.fan_out_loss import fan_out_record
 from tiue_export.reference.half_audit import HALVES, RangeRecorder, float32_options, score_blocks
 from tiue_export.reference.loop_capture import GraphIO, capture_loop, hops_of_diffusers
 from tiue_export.sampling.noise import noises_from_seed
@@ -75,11 +76,11 @@ def capture(
     run = _Run(student, options, recorder, {"sample": noises[0]})
     inputs = run.text(tokenizer)
     if student.plan.one_pass:
-        run.unet(inputs)
+        run.unet(inputs, tokenizer)
     else:
         run.known["sample"] = noises
         control = None if student.controlnet is None else copied_unet(student.controlnet)
-        wide = _part_of(student, unet=copied_unet(student.unet), controlnet=control)
+        wide = student.of_parts(unet=copied_unet(student.unet), controlnet=control)
         run.hops.extend(
             capture_loop(wide, options, run.known, run.graph_io, inputs, recorder, on_step)
         )
@@ -110,7 +111,7 @@ class _Run:
             return "Gaussian text embedding (the checkpoint has no text encoder), seeded noise"
         prompts = [PROMPTS[row % len(PROMPTS)] for row in range(batch)]
         known["input_ids"] = tokenizer(prompts)
-        part = _part_of(student, text_encoder=student.text_encoder)
+        part = student.of_parts(text_encoder=student.text_encoder)
         (graph,) = build_graphs(part, self.options, only=(TEXT_ENCODER,))
         outputs = self._watched(graph, known)
         known.update(chain_of(student.plan).values(TEXT_ENCODER, outputs))
@@ -127,10 +128,10 @@ class _Run:
         self.hops.append(_lowered(TEXT_ENCODER, plain, outputs["last_hidden_state"], inputs))
         return inputs
 
-    def unet(self, inputs: str) -> None:
+    def unet(self, inputs: str, tokenizer: Tokenizer | None) -> None:
         """The UNet of a plan of one pass, its graphs held against it and against the DDIM loop."""
         student, known = self.student, self.known
-        wide = _part_of(student, unet=copied_unet(student.unet))
+        wide = student.of_parts(unet=copied_unet(student.unet))
         noise = torch.from_numpy(known["sample"])
         text = torch.from_numpy(known["encoder_hidden_states"])
         with torch.no_grad():
@@ -142,26 +143,34 @@ class _Run:
         self._hold("split", "row 0 / unsplit UNet", _np(unsplit), _np(by_step[0]), inputs)
         arrays = known["sample"][None], known["encoder_hidden_states"], _np(by_step)
         self.hops.extend(hops_of_diffusers(wide, *arrays, latents, inputs))
-        plan = exported_plan(student, self.options)
+        plan, merged = (
+            exported_plan(student, self.options),
+            student.plan.merged(self.options.merge_below),
+        )
         pool = dict(known)
         for graph in build_graphs(wide, self.options, only=UNET_GRAPHS):
             pool.update(self._watched(graph, pool))
         # The exported rows of the naive student: with merging, the same rows and weights.
-        kept = [k for k, t in enumerate(student.plan.timesteps) if t in plan.timesteps]
-        expected = combine(plan.latents, noise, by_step[kept].flatten(0, 1))
+        kept = [k for k, t in enumerate(student.plan.timesteps) if t in merged.timesteps]
+        own = expected = _np(combine(merged.latents, noise, by_step[kept].flatten(0, 1)))
+        if plan.fan_out != student.plan.fan_out:
+            with torch.no_grad():
+                expected = _np(wide.by_plan(plan).sample(noise, text))
         hop = "lowered" if self.options.hoist == "none" else "hoisted"
         value = known[LATENTS] = self.graph_io[UNET_DECODER][1]["latents"]
-        self._hold(hop, "latents / naive student", _np(expected), value, inputs)
-        if plan.merged_timesteps:
-            hop = f"merged t={','.join(map(str, plan.merged_timesteps))}"
-            self._hold(hop, "latents / all rows", latents, value, inputs, kind=None)
+        self._hold(hop, "latents / naive student", expected, value, inputs)
+        if merged.rows < student.plan.rows:
+            hop = f"merged t={','.join(map(str, merged.merged_timesteps))}"
+            self._hold(hop, "latents / all rows", latents, own, inputs, kind=None)
+        if plan.fan_out != student.plan.fan_out:
+            self.hops.append(fan_out_record(student, self.options, tokenizer))
 
     def vae(self, inputs: str) -> None:
         """The VAE decoder on the latents, or on their first tile."""
         student, known = self.student, self.known
         if student.vae is None:
             return
-        part = _part_of(student, vae=student.vae)
+        part = student.of_parts(vae=student.vae)
         (graph,) = build_graphs(part, self.options, only=(VAE_DECODER,))
         whole, size = known["latent_sample"], tile_size(graph.spec)
         known["latent_sample"] = first_tile(whole, size)
@@ -312,19 +321,6 @@ def copied_unet(unet: Any) -> Any:
     """The UNet in float32; weights that are float32 already are shared."""
     # The plain diffusers modules are wanted here, with their own attention and upsampling.
     return unet if unet.dtype == torch.float32 else copied(unet, torch.float32, plain=False)
-
-
-def _part_of(student: Student, **parts: Any) -> Student:
-    """A student of some parts only, so that building its graphs costs only those."""
-    return Student(
-        parts.get("unet", student.unet),
-        student.plan,
-        source=student.source,
-        scheduler_config=student.scheduler_config,
-        text_encoder=parts.get("text_encoder"),
-        vae=parts.get("vae"),
-        controlnet=parts.get("controlnet"),
-    ).eval()
 
 
 def _np(tensor: Tensor) -> Array:

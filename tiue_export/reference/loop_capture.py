@@ -85,12 +85,7 @@ def _hops_of_rows(
     """The first row against the UNet itself, all rows against its own up blocks."""
     sample, text = (torch.from_numpy(known[k]) for k in ("sample", "encoder_hidden_states"))
     timesteps = tuple(float(t) for t in known["timesteps"])
-    naive = Student(
-        wide.unet,
-        _rows_only(wide.plan, timesteps),
-        source=wide.source,
-        scheduler_config=wide.scheduler_config,
-    )
+    naive = wide.by_plan(_rows_only(wide.plan, timesteps))
     with torch.no_grad():
         unsplit = wide.unet(sample, timesteps[0], text).sample.numpy()
         rows = naive.decode(naive.encode(sample, text), text).numpy()

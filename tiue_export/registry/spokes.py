@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tiue_export.proof.latency_request import LatencyOutcome, LatencyPlan
     from tiue_export.proof.quantization import MeasuredPlan, Point, Quantized, QuantizeOptions
     from tiue_export.proof.quantization_plan import QuantizationPlan
+    from tiue_export.reference.fan_out_loss import FanOutCurve
     from tiue_export.system.progress import Observer
 
 P = ParamSpec("P")
@@ -77,6 +78,12 @@ def capture(
     on_run: Callable[[int, int], None] = lambda done, wanted: None,
 ) -> CalibrationData:
     """Capture what prompts feed the UNet into `root`, or go on where an earlier capture stopped."""
+    raise NotImplementedError
+
+
+@_door("benchmarks.studies.fan_out_plot:save_fan_out_plot")
+def save_fan_out_plot(curve: FanOutCurve, path: Path, name: str) -> None:
+    """PSNR of the latents over the UNet's operations; whole up blocks are marked and named."""
     raise NotImplementedError
 
 

@@ -71,6 +71,11 @@ FEATURES: Mapping[str, Feature] = {
         "has merged rows",
         lambda manifest: bool(manifest.plan.merged_timesteps),
     ),
+    "fan-out": Feature(
+        "rows that part late (--fan-out)",
+        "has rows that part late",
+        lambda manifest: bool(manifest.plan.fan_out),
+    ),
     "naive": Feature(
         "naive decoder (--no-hoist)",
         "was exported with --no-hoist",
@@ -132,6 +137,12 @@ REFUSALS: tuple[Refusal, ...] = (
         ("passes", "merged"),
         "between passes every row counts",
         "Leave --merge-below out.",
+    ),
+    Refusal(
+        ("onnx",),
+        ("passes", "fan-out"),
+        "between passes every row counts",
+        "Leave --fan-out out.",
     ),
     Refusal(
         ("onnx",),

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tiue_export.errors import UsageError
+from tiue_export.sampling.fan_out import FanOut
 
 DEFAULT_GUIDANCE = 7.5
 GUIDANCE_RANGE = (1.0, 1000.0)
@@ -89,7 +90,8 @@ class Plan:
     dropped, their weight added to a neighbour. `max_decoder_rows` bounds the rows of one decoder
     run: a pass is then cut into exact pieces. `chosen_by` says where key steps come from. `recipe`
     names the few-step student's recipe (`recipes.py`), `eta` its share of fresh noise, and
-    `embedded_guidance` the scale that is folded into its time embedding.
+    `embedded_guidance` the scale that is folded into its time embedding. `fan_out` is where the
+    rows of one pass part.
     """
 
     method: str
@@ -107,6 +109,7 @@ class Plan:
     recipe: str = ""
     eta: float = 0.0
     embedded_guidance: float | None = None
+    fan_out: FanOut = field(default_factory=FanOut)
 
     @property
     def one_pass(self) -> bool:
@@ -176,6 +179,24 @@ class Plan:
             merged_timesteps=(*self.merged_timesteps, *dropped),
         )
 
+    def parting_at(self, fan_out: FanOut) -> Plan:
+        """Rows of one pass that part at `fan_out`; refused in several passes."""
+        if not self.one_pass:
+            raise UsageError(
+                "rows part late in one pass only: between passes every row counts",
+                "Leave --fan-out out.",
+            )
+        return replace(self, fan_out=fan_out)
+
+    def collapsed(self) -> Plan:
+        """Rows that differ in nothing as a single one, which weighs what all of them did."""
+        return replace(
+            self,
+            passes=(replace(self.passes[0], timesteps=self.timesteps[:1]),),
+            latents=replace(self.latents, outputs=(math.fsum(self.latents.outputs),)),
+            merged_timesteps=(*self.timesteps[1:], *self.merged_timesteps),
+        )
+
     def bounded(self, steps: int | None, rows_per_step: int) -> Plan:
         """The same plan for a decoder that takes at most `steps` steps at once; None is any number.
 
@@ -207,6 +228,8 @@ class Plan:
         only = self.passes[0]
         if self.one_pass and only.encoder_timestep != only.timesteps[0]:
             return "its only pass does not start at its first timestep"
+        if self.fan_out < FanOut() or (self.fan_out and not self.one_pass):
+            return f"its rows part at {self.fan_out}, in {len(self.passes)} passes"
         return None
 
 

@@ -70,17 +70,19 @@ from tiue_export.sampling.ddim import PREDICTION_TYPES
 from tiue_export.sampling.plan import Plan
 from tiue_export.student.guidance_embedding import GUIDANCE_WEIGHT, with_guidance
 from tiue_export.student.model import Student, time_embedding
+from tiue_export.student.up_path import check_place
 from tiue_export.system.command_line import command_line
 from tiue_export.system.owned_path import session_folder
 
 _PARTS = ("text_encoder", "vae", "tokenizer", "scheduler")
 STEPS_KEY = "tiue_steps"
+FAN_OUT_KEY = "tiue_fan_out"
 _HUB_KINDS = ("json", "txt", "safetensors")
 
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What a plan is derived from: configurations, and the K that a student records.
+    """What a plan is derived from: configurations, and the K and fan-out that a student records.
 
     `vae_class` is the class of the checkpoint's own VAE, "" where there is none.
     """
@@ -89,6 +91,7 @@ class CheckpointFacts:
     scheduler_config: Config
     unet_config: Config
     recorded_steps: object = None
+    recorded_fan_out: object = None
     vae_class: str = ""
 
     @property
@@ -153,18 +156,21 @@ def load_model(
         **({"rescale_betas_zero_snr": True} if ZERO_SNR in weights.others else {}),
     }
     own_scheduler = folders["scheduler"] is not None and checkpoint.owns(folders["scheduler"])
-    recorded = weights.metadata.get(
-        STEPS_KEY, scheduler_config.get(STEPS_KEY) if own_scheduler else None
-    )
+    recorded = {**(scheduler_config if own_scheduler else {}), **weights.metadata}
     facts = CheckpointFacts(
         checkpoint.root.name,
         scheduler_config,
         config,
-        recorded,
+        recorded.get(STEPS_KEY),
+        recorded.get(FAN_OUT_KEY),
         _vae_class(folders["vae"]),
     )
     choice = plan_of(facts)
     plan = choice.plan
+    try:
+        check_place(unet.up_blocks, plan.fan_out, FAN_OUT_KEY)
+    except UsageError as error:
+        raise CheckpointError(error.message, error.next_step) from error
     unet = with_guidance(unet, plan.embedded_guidance)
 
     notes = (*weights.notes, *own.notes)
@@ -212,6 +218,7 @@ def load_model(
         scheduler_config={
             **scheduler_config,
             **({STEPS_KEY: plan.steps} if plan.one_pass and not plan.recipe else {}),
+            **({FAN_OUT_KEY: str(plan.fan_out)} if plan.fan_out else {}),
         },
         text_encoder=text.model,
         vae=decoder.model,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tiue_export.bundle.manifest import Source
 from tiue_export.sampling.plan import Combination, Plan, Timestep
+from tiue_export.student.up_path import cut_up_path, run_up_blocks, skip_count, text_for
 
 
 class Features(NamedTuple):
@@ -66,6 +67,37 @@ class Student(nn.Module):
         self.plan = plan
         self.controlnet = controlnet
 
+    def by_plan(self, plan: Plan) -> Student:
+        """The same model drawn by another plan."""
+        return Student(
+            self.unet,
+            plan,
+            source=self.source,
+            scheduler_config=self.scheduler_config,
+            text_encoder=self.text_encoder,
+            vae=self.vae,
+            tokenizer_folder=self.tokenizer_folder,
+            controlnet=self.controlnet,
+        ).eval()
+
+    def of_parts(
+        self,
+        unet: Any | None = None,
+        text_encoder: Any | None = None,
+        vae: Any | None = None,
+        controlnet: Any | None = None,
+    ) -> Student:
+        """Some parts alone beside a UNet, so that building their graphs costs only those."""
+        return Student(
+            self.unet if unet is None else unet,
+            self.plan,
+            source=self.source,
+            scheduler_config=self.scheduler_config,
+            text_encoder=text_encoder,
+            vae=vae,
+            controlnet=controlnet,
+        ).eval()
+
     def encode(self, noise: Tensor, text: Tensor) -> Features:
         """Run conv_in, the down blocks and the mid block, if any, once, at the first timestep.
 
@@ -85,17 +117,21 @@ class Student(nn.Module):
         return Features(hidden, tuple(skips))
 
     def decode(self, features: Features, text: Tensor) -> Tensor:
-        """Run the up blocks once over all K timesteps; returns the outputs (K*B, 4, H, W)."""
+        """Run the up blocks once over all K timesteps; returns the outputs (K*B, 4, H, W).
+
+        With a fan-out those before it run on B rows, at the first timestep.
+        """
         unet, steps = self.unet, self.plan.rows
         batch = len(features.mid)
         time = self.time_embedding(self.plan.timesteps).repeat_interleave(batch, 0)
-        hidden = features.mid.repeat(steps, 1, 1, 1)  # (K*B, C, h, w)
-        skips = [skip.repeat(steps, 1, 1, 1) for skip in features.skips]
-        text = text.to(unet.dtype).repeat(steps, 1, 1)  # (K*B, L, D)
-        for block in unet.up_blocks:
-            count = len(block.resnets)
-            block_skips, skips = tuple(skips[-count:]), skips[:-count]
-            hidden = block(hidden, block_skips, time, **text_for(block, text))
+        text = text.to(unet.dtype)
+        trunk, rows = cut_up_path(unet.up_blocks, self.plan.fan_out)
+        left = skip_count(rows)
+        shared = features.skips[left:]
+        hidden = run_up_blocks(trunk, features.mid, shared, time[:batch], text)
+        hidden = hidden.repeat(steps, 1, 1, 1)  # (K*B, C, h, w)
+        skips = [skip.repeat(steps, 1, 1, 1) for skip in features.skips[:left]]
+        hidden = run_up_blocks(rows, hidden, skips, time, text.repeat(steps, 1, 1))
         return output_head(unet, hidden)
 
     def combine(self, noise: Tensor, outputs: Tensor) -> Tensor:
@@ -138,9 +174,3 @@ def combine(terms: Combination, noise: Tensor, outputs: Tensor) -> Tensor:
     rows = outputs.float().reshape(len(weights), *noise.shape)  # (K, B, 4, H, W)
     latents: Tensor = terms.noise * noise.float() + (weights.view(-1, 1, 1, 1, 1) * rows).sum(0)
     return latents
-
-
-def text_for(block: nn.Module, text: Tensor) -> dict[str, Tensor]:
-    """The text as a block of the UNet takes it: not at all where it has no text attention."""
-    attends = getattr(block, "has_cross_attention", False)
-    return {"encoder_hidden_states": text} if attends else {}

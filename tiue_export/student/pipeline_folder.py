@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 
 from tiue_export.checkpoint.parts import quiet_libraries
 from tiue_export.errors import UsageError
-from tiue_export.student.load import STEPS_KEY
+from tiue_export.sampling.fan_out import FanOut
+from tiue_export.student.load import FAN_OUT_KEY, STEPS_KEY
 from tiue_export.system.new_folder import new_folder
 
 
@@ -29,14 +30,15 @@ def write_pipeline(
     scheduler_config: dict[str, Any],
     dtype: torch.dtype = torch.float16,
     steps: int | None = None,
+    fan_out: FanOut | None = None,
     licence: str | None = None,
     force: bool = False,
 ) -> Path:
     """Write `folder` whole or not at all; returns it.
 
     Weights are stored as `dtype` safetensors. `tokenizer` is a tokenizer folder, copied. `steps`
-    records a student's K; a teacher has none. Raises `UsageError` when `folder` exists, unless
-    `force`, and `ResourceError` when the disk is full.
+    records a student's K, `fan_out` where its rows part; a teacher has neither. Raises `UsageError`
+    when `folder` exists, unless `force`, and `ResourceError` when the disk is full.
     """
 
     def check() -> None:
@@ -47,7 +49,7 @@ def write_pipeline(
         for part, model in (("unet", unet), ("text_encoder", text_encoder), ("vae", vae)):
             save_part(partial / part, model, dtype)
         shutil.copytree(tokenizer, partial / "tokenizer")
-        write_scheduler(partial, scheduler_config, steps)
+        write_scheduler(partial, scheduler_config, steps, fan_out)
         write_model_index(partial, scheduler_config, type(vae).__name__, licence)
     return folder
 
@@ -76,11 +78,15 @@ def _forget_origin(config: Path) -> None:
         write_json(config, content)
 
 
-def write_scheduler(folder: Path, config: dict[str, Any], steps: int | None) -> None:
-    """scheduler/scheduler_config.json, with K where the model has one."""
-    content = {key: value for key, value in config.items() if key != STEPS_KEY}
+def write_scheduler(
+    folder: Path, config: dict[str, Any], steps: int | None, fan_out: FanOut | None = None
+) -> None:
+    """scheduler/scheduler_config.json, with K and the fan-out where the model has them."""
+    content = {k: v for k, v in config.items() if k not in (STEPS_KEY, FAN_OUT_KEY)}
     if steps is not None:
         content[STEPS_KEY] = steps
+    if fan_out:
+        content[FAN_OUT_KEY] = str(fan_out)
     write_json(folder / "scheduler" / "scheduler_config.json", content)
 
 

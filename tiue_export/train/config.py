@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 from tiue_export.checkpoint.container import is_hub_id
 from tiue_export.errors import UsageError, first_line, unknown_name
+from tiue_export.sampling.fan_out import FanOut
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -55,6 +56,8 @@ class DistillConfig:
     # lcm: latent consistency, any number of passes; `steps` of them draw the samples.
     method: str = "tiue"
     steps: int = 4
+    # tiue: where the K rows part, "2" behind two up blocks; None: as `student` does, else at once.
+    fan_out: str | None = None
     # Start from this student instead of from the teacher: how K = 2, 8, 16, 32 are trained.
     student: str | None = None
     # The student's UNet: None, as the teacher's; else a smaller one, which starts as its copy.
@@ -114,6 +117,10 @@ class DistillConfig:
         self._check_numbers()
         if self.method == "one-step":
             self._check_one_step()
+        if self.fan_out is not None:
+            FanOut.parse(self.fan_out, "fan_out")
+            if self.method != "tiue":
+                raise UsageError(f"method {self.method} has no fan_out", "Remove fan_out.")
         self._check_own()
         for name, other in (("save_every", "log_every"), ("sample_every", "save_every")):
             if getattr(self, name) % getattr(self, other):
@@ -180,6 +187,8 @@ class DistillConfig:
         if self.clip_model is None:
             # The CLIP term alone is not a mean over samples: see `losses.clip_loss`.
             free.add("micro_batch")
+        if self.fan_out is None:
+            free.add("fan_out")  # it follows from the student, whose hash is compared
         if self.final_rate == 1:
             # The learning rate does not look ahead, so a run may be made longer.
             free.add("iterations")

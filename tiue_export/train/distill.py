@@ -189,6 +189,7 @@ class _SampleWriter:
                 scheduler_config=networks.student.scheduler_config,
                 # An LCM draws in any number of steps, and is known by its scheduler.
                 steps=config.steps if config.has_fake_score else None,
+                fan_out=networks.student.plan.fan_out,
                 force=True,
             )
             if step % config.sample_every == 0 or step == config.iterations:

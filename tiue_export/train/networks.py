@@ -19,6 +19,7 @@ from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import Shapes, shapes_of
 from tiue_export.methods.load import load_student
 from tiue_export.sampling.ddim import DEFAULT_STEPS, alphas_cumprod, ddim_settings, one_pass_plan
+from tiue_export.sampling.fan_out import FanOut
 from tiue_export.sampling.few_step import FewStepOptions, few_step_plan
 from tiue_export.sampling.recipes import recipe_named
 from tiue_export.student.load import CheckpointFacts, PlanChoice, load_model
@@ -152,6 +153,14 @@ def _prediction_type(checkpoint: CheckpointFacts) -> str:
     return str(checkpoint.scheduler_config.get("prediction_type", "epsilon"))
 
 
+def _fan_out(config: DistillConfig, checkpoint: CheckpointFacts) -> FanOut:
+    """Where rows part: as configured, else as the student that training goes on from."""
+    if config.method != "tiue":
+        return FanOut()
+    chosen = checkpoint.recorded_fan_out if config.fan_out is None else config.fan_out
+    return FanOut() if chosen is None else FanOut.parse(str(chosen), "fan_out")
+
+
 def _check_epsilon(name: str, model: Student) -> None:
     if model.plan.prediction_type != "epsilon":
         raise UnsupportedModelError(
@@ -199,7 +208,13 @@ def _new_student(config: DistillConfig, teacher: Student) -> tuple[Student, str,
         config.teacher if config.student is None else config.student,
         config.teacher,
         # Whatever it was drawn by: from here on it is the plan of its new training.
-        lambda checkpoint: PlanChoice(replace(plan, prediction_type=_prediction_type(checkpoint))),
+        lambda checkpoint: PlanChoice(
+            replace(
+                plan,
+                prediction_type=_prediction_type(checkpoint),
+                fan_out=_fan_out(config, checkpoint),
+            )
+        ),
         without=("text_encoder", "vae"),
     )
     _check_epsilon(config.student or config.teacher, start)
@@ -219,7 +234,7 @@ def _new_student(config: DistillConfig, teacher: Student) -> tuple[Student, str,
             )
     student = Student(
         unet.float().requires_grad_(True),
-        plan,
+        replace(plan, fan_out=start.plan.fan_out),
         source=teacher.source,
         scheduler_config=scheduler,
     )

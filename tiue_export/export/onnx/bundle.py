@@ -19,6 +19,7 @@ from tiue_export.bundle.write import check_target, new_bundle
 from tiue_export.drawing.vae_tiles import first_tile, tile_size
 from tiue_export.export.contract import (
     GRAPH_GROUPS,
+    gentler_options,
     new_manifest,
     write_parts,
     write_reference,
@@ -97,8 +98,7 @@ def export_onnx(
         bundle = Bundle(folder, new_manifest(student, options, graphs, folder, _TOOLS))
         records = [*captured.hops, *_measure(bundle, captured, modules, observer)]
         if not allow_parity_loss:
-            half = options.precision != "fp32"
-            require_passed(records, accept_loss("--precision fp32" if half else ""))
+            require_passed(records, accept_loss(gentler_options(options)))
         lost = any(not record.passed for record in records)
         manifest = replace(bundle.manifest, parity=tuple(records), parity_loss_allowed=lost)
         (folder / MANIFEST_FILE).write_text(manifest.to_json(), "utf-8")
