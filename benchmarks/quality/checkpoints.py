@@ -8,7 +8,6 @@ in some. All from the same noise, in PyTorch on the CPU.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -135,8 +134,7 @@ def student_contender(
     mark: str = "",
 ) -> Contender:
     """One encoder pass, one batched decoder pass over `plan`'s rows, the closed formula."""
-    student = copy.copy(checkpoint.student)  # the same modules
-    student.plan = plan
+    student = checkpoint.student.by_plan(plan)
     weights = torch.tensor(plan.latents.outputs).abs()
 
     def sample(noise: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,14 +213,13 @@ def _few_step_contender(
     checkpoint: Checkpoint, recipe: Recipe, asked: FewStepOptions, sampler: str
 ) -> Contender:
     """Pass by pass through the graphs that are exported, run by torch."""
-    student = copy.copy(checkpoint.student)  # the same modules
-    own = student.plan
+    own = checkpoint.student.plan
     plan = replace(
-        few_step_plan(student.scheduler_config, recipe, asked),
+        few_step_plan(checkpoint.student.scheduler_config, recipe, asked),
         guidance=own.guidance,
         embedded_guidance=own.embedded_guidance,
     )
-    student.plan = plan
+    student = checkpoint.student.by_plan(plan)
     name, mark = f"{sampler}, {plan.steps} step" + "s" * (plan.steps > 1), ""
     if asked.key_steps != ALL_STEPS:
         mark = f"encoder at {asked.key_steps}"
