@@ -102,6 +102,10 @@ def compiled_rows(manifest: Manifest) -> Rows:
     return Rows("Compiled forms", columns, rows)
 
 
+def _chosen(plan: Plan) -> str:
+    return f" ({plan.chosen_by})" if plan.chosen_by else ""
+
+
 def plan_rows(plan: Plan, digits: int = 9) -> Rows:
     """The terms of Eq. 11, or one row for each run of the encoder, whose terms are in tiue.json."""
     if plan.one_pass:
@@ -111,9 +115,10 @@ def plan_rows(plan: Plan, digits: int = 9) -> Rows:
         for row, timestep in enumerate(plan.timesteps):
             weight = f"{plan.latents.outputs[row]:+.{digits}f}"
             rows.append((f"decoder row {row}", str(timestep), weight))
+        if plan.fan_out:
+            rows.append(("fan-out", "", f"{plan.fan_out} up blocks{_chosen(plan)}"))
         rows += [("merged", str(t), "into its neighbour") for t in plan.merged_timesteps]
         return Rows(title, fixed("term") + numbers("timestep", "coefficient"), rows)
-    chosen = f" ({plan.chosen_by})" if plan.chosen_by else ""
     guidance = "" if plan.guidance is None else f", guidance {plan.guidance:g}"
     if plan.embedded_guidance is not None:
         guidance = f", guidance {plan.embedded_guidance:g} folded in"
@@ -121,7 +126,7 @@ def plan_rows(plan: Plan, digits: int = 9) -> Rows:
         guidance += f", {plan.noises - 1} fresh noises"
     title = (
         f"{plan.recipe or plan.method}: {plan.rows} {plan.scheduler} steps, "
-        f"{len(plan.passes)} encoder runs{chosen}{guidance}"
+        f"{len(plan.passes)} encoder runs{_chosen(plan)}{guidance}"
     )
     cells = [(p.first_row, p.encoder_timestep, p.rows, p.timesteps[-1]) for p in plan.passes]
     note = "no noise injected"

@@ -286,7 +286,8 @@ def _bundle_what(bundle: Bundle) -> str:
     hoisted = "naive decoder" if manifest.hoisted == "none" else f"hoisted ({manifest.hoisted})"
     merged = len(manifest.plan.merged_timesteps)
     rows = f"{manifest.plan.rows} rows" + (f" ({merged} merged)" if merged else "")
-    return f"TiUE K={manifest.plan.steps}, {rows}, {hoisted}"
+    parts = f", fan-out {manifest.plan.fan_out}" if manifest.plan.fan_out else ""
+    return f"TiUE K={manifest.plan.steps}, {rows}{parts}, {hoisted}"
 
 
 def _torch(method: str, lane: Lane, asked: ContenderRequest) -> Contender:

@@ -99,10 +99,14 @@ def make(asked: MadeBundle, folder: Path) -> None:
 
 
 def measured_student(checkpoint: str, asked: MadeBundle | TorchSettings) -> Student:
-    """The checkpoint at the K that is asked for, with no more parts than are measured."""
-    from tiue_export.methods.load import load_student
+    """The checkpoint at the K that is asked for, with no more parts than are measured.
 
-    return load_student(
+    Its rows part at once, wherever it learned to part: that is the official path.
+    """
+    from tiue_export.methods.load import load_student
+    from tiue_export.sampling.fan_out import FanOut
+
+    student = load_student(
         checkpoint,
         asked.base,
         steps=asked.steps,
@@ -110,6 +114,7 @@ def measured_student(checkpoint: str, asked: MadeBundle | TorchSettings) -> Stud
         vae=None if asked.unet_only else asked.vae,
         without=("text_encoder", "vae") if asked.unet_only else (),
     )
+    return student.by_plan(student.plan.parting_at(FanOut()))
 
 
 def _student(asked: MadeBundle) -> Student:

@@ -183,6 +183,8 @@ def student_identity(manifest: Manifest) -> str:
         "latents": manifest.latent_shape[1:],
         "text": manifest.text_shape[1:],
     }
+    if plan.fan_out:
+        decides["fan_out"] = str(plan.fan_out)
     if plan.recipe:  # bundles of format 1 had no recipe
         decides["passes"] = [dataclasses.asdict(one) for one in plan.passes]
         decides["fresh_coefficients"] = plan.latents.fresh

@@ -88,10 +88,10 @@ class Plan:
     sampler was asked for (K of a TiUE student). `guidance` is the default scale; None: it is
     distilled in, and the network runs on B rows, not 2B. `merged_timesteps` names rows that were
     dropped, their weight added to a neighbour. `max_decoder_rows` bounds the rows of one decoder
-    run: a pass is then cut into exact pieces. `chosen_by` says where key steps come from. `recipe`
-    names the few-step student's recipe (`recipes.py`), `eta` its share of fresh noise, and
-    `embedded_guidance` the scale that is folded into its time embedding. `fan_out` is where the
-    rows of one pass part.
+    run: a pass is then cut into exact pieces. `recipe` names the few-step student's recipe
+    (`recipes.py`), `eta` its share of fresh noise, and `embedded_guidance` the scale that is folded
+    into its time embedding. `fan_out` is where the rows of one pass part. `chosen_by` says what
+    chose the key steps or the fan-out.
     """
 
     method: str
