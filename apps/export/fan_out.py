@@ -21,7 +21,7 @@ from ..report.tables import fixed, numbers, titled
 
 if TYPE_CHECKING:
     from tiue_export.graphs.options import ExportOptions
-    from tiue_export.reference.fan_out_loss import FanOutCurve
+    from tiue_export.proof.fan_out_curve import FanOutCurve
     from tiue_export.student.model import Student
 
 _ENDINGS = (".png", ".json")

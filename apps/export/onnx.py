@@ -45,7 +45,7 @@ from .fan_out import check_fan_out, curve_facts, curve_table, measured_fan_out
 if TYPE_CHECKING:
     from tiue_export.export.dry_run import ExportPlan
     from tiue_export.graphs.options import ExportOptions
-    from tiue_export.reference.fan_out_loss import FanOutCurve
+    from tiue_export.proof.fan_out_curve import FanOutCurve
     from tiue_export.student.model import Student
     from tiue_export.system.progress import StageReport
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tiue_export.reference.fan_out_loss import FanOutCurve
+from tiue_export.proof.fan_out_curve import FanOutCurve
 
 from ..figure import new_figure, save_figure
 

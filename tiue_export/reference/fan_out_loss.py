@@ -7,7 +7,7 @@ the loss belongs to a checkpoint, and is measured on real prompts before graphs 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tiue_export.graphs.build import build_graphs, gaussian_text, meta_twin
 from tiue_export.graphs.lowering import copied
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
+from tiue_export.proof.fan_out_curve import FanOutCurve, FanOutPoint
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.half_range import Float32Parts
 from tiue_export.proof.parity import PROMPTS, parity_record
@@ -33,34 +34,6 @@ from tiue_export.student.up_path import places
 
 _PICTURES = 4
 _INPUTS = f"{_PICTURES} pictures of {len(PROMPTS)} real prompts, seeded noise"
-
-
-@dataclass(frozen=True)
-class FanOutPoint:
-    """Rows that part at `fan_out`: operations of encoder and decoder for one picture, and the
-    latents' PSNR against the student's own (`IDENTICAL_DB` where nothing changes)."""
-
-    fan_out: FanOut
-    gflop: float
-    psnr_db: float
-
-
-@dataclass(frozen=True)
-class FanOutCurve:
-    """Every place where a student's rows can part, in order; `inputs` says what was drawn.
-
-    `target_psnr_db` is what the place that is taken must keep of the latents.
-    """
-
-    points: tuple[FanOutPoint, ...]
-    inputs: str
-    target_psnr_db: float
-
-    @property
-    def taken(self) -> FanOutPoint:
-        """The deepest place that keeps the target; the student's own loses nothing."""
-        own, *others = self.points
-        return [own, *(point for point in others if point.psnr_db >= self.target_psnr_db)][-1]
 
 
 def fan_out_record(

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
     from tiue_export.bundle.read import Bundle
     from tiue_export.proof.calibration import CalibrationData, CaptureOptions, CapturePlan
+    from tiue_export.proof.fan_out_curve import FanOutCurve
     from tiue_export.proof.key_step_results import Candidate, PromptResult
     from tiue_export.proof.latency_change import Change, Comparison
     from tiue_export.proof.latency_record import Record
     from tiue_export.proof.latency_request import LatencyOutcome, LatencyPlan
     from tiue_export.proof.quantization import MeasuredPlan, Point, Quantized, QuantizeOptions
     from tiue_export.proof.quantization_plan import QuantizationPlan
-    from tiue_export.reference.fan_out_loss import FanOutCurve
     from tiue_export.system.progress import Observer
 
 P = ParamSpec("P")
