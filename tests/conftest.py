@@ -7,6 +7,7 @@ import fcntl
 import functools
 import gc
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -213,6 +214,25 @@ def micro_pipeline(micro_folder, tiny_pipeline, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("micro") / "pipeline"
     return write_micro_pipeline(folder, micro_folder, tiny_pipeline / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def ordinary_model(micro_pipeline, tmp_path_factory) -> Path:
+    """The micro pipeline as an ordinary model: it records no K, and its scheduler is SD 1.5's."""
+    folder = shutil.copytree(micro_pipeline, tmp_path_factory.mktemp("ordinary") / "model")
+    file = folder / "scheduler" / "scheduler_config.json"
+    kept = {k: v for k, v in json.loads(file.read_text()).items() if k != "tiue_steps"}
+    file.write_text(json.dumps({**kept, "_class_name": "PNDMScheduler", "clip_sample": False}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few_step_bundle(ordinary_model, made_once):
+    """That model drawn by LCM in three steps, with fresh noise between them. Shared."""
+    from tiue_export import export_onnx, load_student, open_bundle
+
+    student = load_student(ordinary_model, recipe="lcm-lora", steps=3)
+    return open_bundle(made_once("few-step", lambda folder: export_onnx(student, folder)))
 
 
 @pytest.fixture(scope="session")

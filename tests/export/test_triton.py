@@ -20,14 +20,21 @@ from tiue_export import Pipeline, RuntimeOptions
 from tiue_export.bundle.manifest import Compiled, CompiledGraph
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.errors import UsageError
+from tiue_export.export.triton.between import Between, guided
+from tiue_export.export.triton.between import combined as combination
+from tiue_export.export.triton.config import TritonModel, TritonTensor
 from tiue_export.export.triton.repository import (
     TritonOptions,
     TritonRepository,
-    plan_models,
+    plan_parts,
     write_triton_repository,
 )
-from tiue_export.sampling.noise import noise_from_seed
-from tiue_export.specs import GRAPH_NAMES
+from tiue_export.proof.gates import psnr_db
+from tiue_export.sampling.noise import noise_from_seed, noises_from_seed
+from tiue_export.sampling.plan import Combination
+from tiue_export.sampling.sampler import by_step
+from tiue_export.sampling.sampler import combined as sampler_sum
+from tiue_export.specs import GRAPH_NAMES, TensorSpec
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +43,14 @@ def dynamic_bundle(tiny_bundle: Bundle) -> Bundle:
     return with_open_batch(tiny_bundle)
 
 
-@pytest.fixture(scope="module", params=["dynamic", "static"])
-def repository(request, dynamic_bundle, tiny_bundle, tmp_path_factory) -> TritonRepository:
-    """The repository of a bundle of either kind. Shared."""
-    bundle = dynamic_bundle if request.param == "dynamic" else tiny_bundle
+# Open and fixed batch; fresh noise between the passes; guidance, and passes of several rows.
+KINDS = ("dynamic_bundle", "tiny_bundle", "few_step_bundle", "faster_bundle")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def repository(request, tmp_path_factory) -> TritonRepository:
+    """The repository of a bundle of each kind. Shared."""
+    bundle = request.getfixturevalue(request.param)
     return write_triton_repository(bundle, tmp_path_factory.mktemp("triton") / "repo")
 
 
@@ -65,16 +76,21 @@ def schema() -> Any:
     return module
 
 
+def plan_of(bundle: Bundle, options: TritonOptions) -> list[TritonModel]:
+    return [part.model for part in plan_parts(bundle, options)]
+
+
 def run_ensemble(repository: TritonRepository, given: dict[str, np.ndarray]) -> dict[str, Any]:
     """Do what Triton does: run the ensemble's steps on ONNX Runtime, tensors by the maps' names."""
     models = {model.name: model for model in repository.models}
     ensemble = repository.models[-1]
     pool = dict(given)
+    opened: dict[str, ort.InferenceSession] = {}
     for step in ensemble.steps:
-        model = models[step.model]
-        file = repository.root / model.name / "1" / model.file
-        session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
-        outputs = session.run(
+        if step.model not in opened:
+            file = repository.root / step.model / "1" / models[step.model].file
+            opened[step.model] = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
+        outputs = opened[step.model].run(
             list(step.outputs), {own: pool[shared] for own, shared in step.inputs.items()}
         )
         pool.update(zip(step.outputs.values(), outputs, strict=True))
@@ -91,6 +107,73 @@ def test_the_ensemble_draws_what_the_pipeline_draws(tiny_bundle, tmp_path) -> No
     drawn = run_ensemble(repository, {"input_ids": tokens, "noise": noise})
     assert np.array_equal(drawn["latents"], latents)
     assert np.array_equal(drawn["image"], image)
+
+
+def sent(pipeline: Pipeline, batch: int = 1) -> dict[str, np.ndarray]:
+    """What a client sends: every noise of a picture in the one axis, and what guidance needs."""
+    plan = pipeline.bundle.manifest.plan
+    noises = noises_from_seed(7, plan.noises, (batch, 4, 8, 8))
+    given = {
+        "input_ids": pipeline.tokenizer(["a red fox"] * batch),
+        "noise": noises.reshape(-1, *noises.shape[2:]),
+    }
+    if plan.guidance is not None:
+        given["negative_input_ids"] = pipeline.tokenizer(["blue"] * batch)
+        given["guidance"] = np.full(batch, 3.0, np.float32)
+    return given
+
+
+@pytest.mark.parametrize("max_rows", [None, 4])
+@pytest.mark.parametrize("kind", KINDS[2:])
+def test_the_ensemble_of_a_plan_in_passes_draws_what_the_pipeline_draws(
+    kind, max_rows, request, tmp_path
+) -> None:
+    bundle = request.getfixturevalue(kind)
+    plan = replace(bundle.manifest.plan, max_decoder_rows=max_rows)
+    bundle = replace(bundle, manifest=replace(bundle.manifest, plan=plan))
+    steering = {} if plan.guidance is None else {"guidance": 3.0, "negative_prompt": "blue"}
+    with Pipeline.open(bundle, "ort", RuntimeOptions(threads=1)) as pipeline:
+        picture = pipeline("a red fox", seed=7, **steering).pictures[0]
+        image = pipeline.decode(picture.latents[None])
+        given = sent(pipeline)
+    repository = write_triton_repository(bundle, tmp_path / "repo")
+    drawn = run_ensemble(repository, given)
+    assert psnr_db(picture.latents, drawn["latents"][0]) > 140
+    assert psnr_db(image, drawn["image"]) > 140
+    decoders = [step.model for step in repository.models[-1].steps if "decoder" in step.model]
+    groups = sum(-(-one.rows // ((max_rows or 99) // plan.copies)) for one in plan.passes)
+    assert decoders.count(f"{repository.models[-1].name}_unet_decoder") == groups
+
+
+def ran(between: Between, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    """The one output of a model between graphs, on ONNX Runtime."""
+    session = ort.InferenceSession(
+        between.onnx_model().SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, feeds)[0]
+
+
+def test_sums_and_guidance_of_two_pictures_are_the_samplers() -> None:
+    noises, outputs = noises_from_seed(7, 3, (2, 4, 8, 8)), noises_from_seed(9, 3, (2, 4, 8, 8))
+    terms = Combination(0.3, (14.6, 0.0, -2.5), (0.7,))
+    rows = [TensorSpec("one", "float32", (4, 4, 8, 8)), TensorSpec("two", "float32", (2, 4, 8, 8))]
+    latents = TensorSpec("latents", "float32", (2, 4, 8, 8))
+    flat = {"one": outputs[:2].reshape(4, 4, 8, 8), "two": outputs[2]}
+    noise = TensorSpec("noise", "float32", (6, 4, 8, 8))
+    total = ran(
+        combination("latents", terms, noise, rows, latents),
+        {"noise": noises.reshape(6, 4, 8, 8), **flat},
+    )
+    assert psnr_db(sampler_sum(terms, noises, outputs), total) > 140
+
+    both = noises_from_seed(5, 6, (2, 4, 8, 8)).reshape(12, 4, 8, 8)  # 3 steps, 2 halves, B = 2
+    scales = np.array((1.0, 7.5), np.float32)
+    of = TensorSpec("outputs", "float32", ("2*steps", 4, 8, 8))
+    mixed = ran(
+        guided(of, TensorSpec("guidance", "float32", (2,)), replace(of, name="guided")),
+        {"outputs": both, "guidance": scales},
+    )
+    assert np.array_equal(mixed.reshape(3, 2, 4, 8, 8), by_step(both, 3, scales))
 
 
 def test_every_configuration_follows_tritons_own_schema(repository: TritonRepository) -> None:
@@ -119,7 +202,7 @@ def test_every_configuration_is_what_onnx_runtime_finds_in_the_file(
     repository: TritonRepository,
 ) -> None:
     for model in repository.models[:-1]:
-        if model.max_batch and "latent_scale" not in model.name:
+        if model.max_batch and not model.name.endswith("latent_scale"):
             continue  # the files of this fixture have a fixed batch
         file = repository.root / model.name / "1" / model.file
         session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -127,30 +210,49 @@ def test_every_configuration_is_what_onnx_runtime_finds_in_the_file(
             (model.inputs, session.get_inputs()),
             (model.outputs, session.get_outputs()),
         ):
-            shapes = {t.name: tuple(t.shape[1:] if model.max_batch else t.shape) for t in found}
+            shapes = {
+                t.name: tuple(
+                    -1 if isinstance(side, str) else side
+                    for side in (t.shape[1:] if model.max_batch else t.shape)
+                )
+                for t in found
+            }
             assert {t.name: t.dims for t in tensors} == shapes
 
 
-def test_every_tensor_of_a_step_comes_from_somewhere(repository: TritonRepository) -> None:
+def test_every_tensor_of_a_step_is_made_once_before_it_and_used(
+    repository: TritonRepository,
+) -> None:
+    """What Triton's core checks when it loads an ensemble (ensemble_utils.cc)."""
     models = {model.name: model for model in repository.models}
     ensemble = repository.models[-1]
     known = {tensor.name: tensor for tensor in ensemble.inputs}
+    used = {tensor.name for tensor in ensemble.outputs}
     for step in ensemble.steps:
         model = models[step.model]
         assert set(step.inputs) == {tensor.name for tensor in model.inputs}
         for tensor in model.inputs:
-            source = known[step.inputs[tensor.name]]
-            assert (source.data_type, source.dims) == (tensor.data_type, tensor.dims)
-        known.update({step.outputs[t.name]: t for t in model.outputs if t.name in step.outputs})
+            assert fits(known[step.inputs[tensor.name]], tensor)
+        used.update(step.inputs.values())
+        assert not known.keys() & set(step.outputs.values())
+        known.update({step.outputs[t.name]: t for t in model.outputs})
+    assert used == known.keys()
     for tensor in ensemble.outputs:
-        assert known[tensor.name].dims == tensor.dims
+        assert fits(known[tensor.name], tensor)
+
+
+def fits(source: TritonTensor, tensor: TritonTensor) -> bool:
+    """Whether one may be handed on as the other; a side of -1 is any."""
+    return source.data_type == tensor.data_type and all(
+        -1 in sides or sides[0] == sides[1] for sides in zip(source.dims, tensor.dims, strict=True)
+    )
 
 
 def test_the_batch_is_tritons_where_it_is_open_and_in_the_dims_where_it_is_not(
     tiny_bundle, dynamic_bundle
 ) -> None:
-    fixed = plan_models(tiny_bundle, TritonOptions())
-    open_ = plan_models(dynamic_bundle, TritonOptions(max_batch=8))
+    fixed = plan_of(tiny_bundle, TritonOptions())
+    open_ = plan_of(dynamic_bundle, TritonOptions(max_batch=8))
     assert {model.max_batch for model in fixed} == {0}
     assert {model.max_batch for model in open_} == {8}
     assert (fixed[0].inputs[0].dims, open_[0].inputs[0].dims) == ((1, 77), (77,))
@@ -190,21 +292,21 @@ def with_engines(bundle: Bundle, folder: Path, batch: str) -> Bundle:
 def test_engines_that_take_no_single_picture_are_refused(dynamic_bundle, tmp_path: Path) -> None:
     bundle = with_engines(dynamic_bundle, tmp_path, batch="2:2:4")
     with pytest.raises(UsageError, match="the engines take 2 pictures or more"):
-        plan_models(bundle, TritonOptions("tensorrt"))
+        plan_of(bundle, TritonOptions("tensorrt"))
 
 
 def test_what_no_ensemble_could_draw_is_refused(tiny_bundle) -> None:
     with pytest.raises(UsageError, match="holds no TensorRT engines"):
-        plan_models(tiny_bundle, TritonOptions("tensorrt"))
+        plan_of(tiny_bundle, TritonOptions("tensorrt"))
     with pytest.raises(UsageError, match="unknown backend 'onnx'"):
-        plan_models(tiny_bundle, TritonOptions("onnx"))
+        plan_of(tiny_bundle, TritonOptions("onnx"))
     with pytest.raises(UsageError, match="--max-batch is 0"):
-        plan_models(tiny_bundle, TritonOptions(max_batch=0))
+        plan_of(tiny_bundle, TritonOptions(max_batch=0))
     with pytest.raises(UsageError, match=r"with an open batch; those of .* take 1") as fixed:
-        plan_models(tiny_bundle, TritonOptions(max_batch=2))
+        plan_of(tiny_bundle, TritonOptions(max_batch=2))
     assert fixed.value.next_step == "Leave it out, or export again with --dynamic-batch."
     with pytest.raises(UsageError, match="--name is 'a b'"):
-        plan_models(tiny_bundle, TritonOptions(name="a b"))
+        plan_of(tiny_bundle, TritonOptions(name="a b"))
 
 
 def test_the_command_writes_a_repository_and_never_over_something_else(

@@ -45,8 +45,8 @@ def student(ordinary_model):
 
 
 @pytest.fixture(scope="module")
-def bundle(student, tmp_path_factory):
-    return export_onnx(student, tmp_path_factory.mktemp("few") / "bundle")
+def bundle(few_step_bundle):
+    return few_step_bundle
 
 
 def test_the_plan_agrees_with_itself_and_draws_three_noises_of_one_stream(student):

@@ -158,9 +158,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         ("triton",),
-        ("passes",),
-        "an ensemble runs each model once",
-        "Serve it with: tiue-export serve BUNDLE",
+        ("controlnet",),
+        "nothing there adds its residuals to the encoder's features",
+        'Draw one by one: tiue-export generate BUNDLE "a red fox" --control PICTURE',
     ),
     Refusal(
         ("calibrate", "quantize"),
