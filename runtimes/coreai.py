@@ -64,6 +64,10 @@ class CoreaiRuntime:
         check_finite(graph, fresh)
         return fresh
 
+    def step_limit(self) -> int | None:
+        """The decoder's asset takes one step of a loop at once."""
+        return None if self._bundle.manifest.plan.one_pass else 1
+
     def close(self) -> None:
         """Drop all models and their memory."""
         if self._closed:

@@ -98,7 +98,7 @@ class CoremlRuntime:
     def batch_range(self) -> tuple[int, int]:
         """Packages are made for one batch."""
         rows = int(self._package(UNET_ENCODER).inputs["sample"].shape[0])
-        batch = rows if self.step_limit() is None else rows // 2
+        batch = rows // self._bundle.manifest.plan.copies
         return batch, batch
 
     def step_limit(self) -> int | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from teachers import load_teacher
 
 from tiue_export import load_student
 from tiue_export.bundle.read import open_bundle
@@ -22,11 +23,13 @@ from tiue_export.errors import (
 )
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
 from tiue_export.registry.backends import open_runtime
-from tiue_export.specs import GRAPH_NAMES, UNET_DECODER, UNET_GRAPHS, RuntimeOptions
+from tiue_export.sampling.key_step_options import FasterOptions
+from tiue_export.specs import GRAPH_NAMES, UNET_DECODER, UNET_GRAPHS, RuntimeOptions, step_limit
 from tiue_export.system.install import install_line
 
 pytest.importorskip("coreai", reason="coreai-core is not installed")
 
+from tiue_export.export.contract import export_contract
 from tiue_export.export.coreai import (
     FOLDER,
     CoreaiOptions,
@@ -67,6 +70,22 @@ def test_it_draws_the_picture_that_onnx_runtime_draws(made):
     assert psnr_db(expected.latents, found.latents) > 100
     difference = np.asarray(expected.image, np.int16) - np.asarray(found.image, np.int16)
     assert np.abs(difference).max() <= 1
+
+
+def test_a_loop_takes_one_step_at_once_and_is_proven_whole(bare_teacher, tmp_path):
+    options = FasterOptions(steps=4, key_steps=(0, 2), guidance=3.0)
+    teacher = load_teacher(bare_teacher, options=options)
+    bundle = export_contract(teacher, tmp_path / "loop")
+    bundle = compile_coreai(bundle, teacher, CoreaiOptions("fp32"))
+    compiled = bundle.manifest.compiled[FOLDER]
+    assert [(r.subject, r.gate) for r in compiled.parity] == [
+        ("outputs", GATES_PSNR_DB["fp32"]),
+        ("latents", GATES_PSNR_DB["fp32-loop"]),
+    ]
+    assert all(record.passed for record in compiled.parity)
+    runtime = open_runtime("coreai", bundle, RuntimeOptions())
+    assert step_limit(runtime) == 1
+    runtime.close()
 
 
 @pytest.mark.slow

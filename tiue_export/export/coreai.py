@@ -123,7 +123,8 @@ class CoreaiBackend(Backend):
         options = replace(exported, precision=self.options.precision)
         graphs = build_graphs(self.student, options, only=only)
         asset = f"{name}.aimodel"
-        _write(next(graph for graph in graphs if graph.spec.name == name), workshop.folder / asset)
+        graph = next(graph for graph in graphs if graph.spec.name == name)
+        _write(graph if manifest.plan.one_pass else graph.at_steps(1), workshop.folder / asset)
         return_freed_memory()
         return GraphForm(f"{asset}/metadata.json", files_below(workshop.folder, asset))
 

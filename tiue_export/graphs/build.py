@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -69,6 +69,25 @@ class Graph:
         """Size of all weights and constants, each counted once."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+    def at_steps(self, steps: int) -> Graph:
+        """The graph with a loop's open axis closed, for formats that take one number of steps."""
+
+        def closed(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+            sizes = {STEPS: steps}
+            return tuple(
+                replace(each, shape=tuple(axis_size(side, sizes) for side in each.shape))
+                for each in tensors
+            )
+
+        spec = replace(
+            self.spec, inputs=closed(self.spec.inputs), outputs=closed(self.spec.outputs)
+        )
+        example = tuple(
+            tensor.new_zeros(steps) if each.name == "timesteps" else tensor
+            for each, tensor in zip(spec.inputs, self.example, strict=True)
+        )
+        return replace(self, spec=spec, example=example)
 
 
 def exported_plan(student: Student, options: ExportOptions) -> Plan:

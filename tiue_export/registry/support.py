@@ -151,12 +151,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "Leave --hoist-into out.",
     ),
     Refusal(
-        ("coreai",),
-        ("passes",),
-        "assets hold one pass of a distilled student",
-        "ONNX Runtime, OpenVINO, TensorRT and Core ML run it: see docs/faster-diffusion.md.",
-    ),
-    Refusal(
         ("triton",),
         ("controlnet",),
         "nothing there adds its residuals to the encoder's features",
@@ -176,7 +170,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "Leave --cuda-graph out.",
     ),
     Refusal(
-        ("coreml",),
+        ("coreml", "coreai"),
         ("controlnet",),
         "packages of a loop come without one",
         "ONNX Runtime, OpenVINO and TensorRT run it.",

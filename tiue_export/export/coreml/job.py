@@ -40,15 +40,12 @@ from tiue_export.proof.half_range import HALF_MAX
 from tiue_export.proof.parity import for_gain, parity_record
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.specs import (
-    STEPS,
     TEXT_ENCODER,
     UNET_DECODER,
     UNET_ENCODER,
     UNET_GRAPHS,
     VAE_DECODER,
     Array,
-    TensorSpec,
-    axis_size,
 )
 from tiue_export.student.model import Student
 from tiue_export.system.memory import return_freed_memory
@@ -213,25 +210,7 @@ def _graph(job: GraphJob, size: Size) -> Graph:
     only = UNET_GRAPHS if job.graph in UNET_GRAPHS else (job.graph,)
     graphs = build_graphs(job.student, fp32_options(job.manifest, size), only=only)
     graph = next(graph for graph in graphs if graph.spec.name == job.graph)
-    return graph if job.manifest.plan.one_pass else _at_steps(graph, job.plan.decoder_batch)
-
-
-def _at_steps(graph: Graph, steps: int) -> Graph:
-    """A loop's graph with its open axis closed: a package takes one number of steps."""
-
-    def closed(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        sizes = {STEPS: steps}
-        return tuple(
-            replace(each, shape=tuple(axis_size(side, sizes) for side in each.shape))
-            for each in tensors
-        )
-
-    spec = replace(graph.spec, inputs=closed(graph.spec.inputs), outputs=closed(graph.spec.outputs))
-    example = tuple(
-        tensor.new_zeros(steps) if each.name == "timesteps" else tensor
-        for each, tensor in zip(spec.inputs, graph.example, strict=True)
-    )
-    return replace(graph, spec=spec, example=example)
+    return graph if job.manifest.plan.one_pass else graph.at_steps(job.plan.decoder_batch)
 
 
 # ---- arrays that pass between graphs
