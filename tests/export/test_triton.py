@@ -274,7 +274,17 @@ def test_engines_take_the_place_of_onnx_files(dynamic_bundle, tmp_path: Path) ->
     assert 'backend: "tensorrt"' in config
 
 
-def with_engines(bundle: Bundle, folder: Path, batch: str) -> Bundle:
+def test_a_pass_is_cut_where_the_engine_of_the_decoder_takes_fewer_steps(
+    faster_bundle, tmp_path: Path
+) -> None:
+    bundle = with_engines(faster_bundle, tmp_path, batch="1:1:1", decoder_steps="1:2:2")
+    ensemble = plan_of(bundle, TritonOptions("tensorrt", "fox"))[-1]
+    decoders = [step for step in ensemble.steps if step.model == "fox_unet_decoder"]
+    assert [one.rows for one in bundle.manifest.plan.passes] == [1, 2, 3]
+    assert len(decoders) == 4
+
+
+def with_engines(bundle: Bundle, folder: Path, **flags: str) -> Bundle:
     """The bundle with files in the place of engines: what is in them is not read here."""
     root = Path(shutil.copytree(bundle.root, folder / "engines"))
     (root / "trt").mkdir()
@@ -285,7 +295,7 @@ def with_engines(bundle: Bundle, folder: Path, batch: str) -> Bundle:
         graphs[graph] = CompiledGraph(
             name, "", {name: bundle.manifest.graphs[graph].files[f"{graph}/model.onnx"]}
         )
-    compiled = Compiled("tensorrt", "10.3", {}, {"batch": batch}, graphs)
+    compiled = Compiled("tensorrt", "10.3", {}, flags, graphs)
     return Bundle(root, replace(bundle.manifest, compiled={"trt": compiled}))
 
 

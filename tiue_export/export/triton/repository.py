@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import onnx
@@ -18,6 +18,7 @@ from tiue_export.errors import UsageError, unknown_name
 from tiue_export.export.triton.config import TritonModel
 from tiue_export.export.triton.ensemble import Part, ensemble_parts
 from tiue_export.registry.support import check_support, features_of
+from tiue_export.sampling.plan import Plan
 from tiue_export.specs import GRAPH_NAMES, GraphSpec
 from tiue_export.system.command_line import command_line
 from tiue_export.system.new_folder import new_folder
@@ -95,7 +96,8 @@ def plan_parts(bundle: Bundle, options: TritonOptions) -> tuple[Part, ...]:
         graph: PurePosixPath(_graph_path(bundle, graph, options.backend)).name
         for graph in GRAPH_NAMES
     }
-    return ensemble_parts(bundle.manifest, specs, prefix, max_batch, options.backend, files)
+    manifest = replace(bundle.manifest, plan=_plan(bundle, options))
+    return ensemble_parts(manifest, specs, prefix, max_batch, options.backend, files)
 
 
 def _check(bundle: Bundle, options: TritonOptions) -> None:
@@ -132,6 +134,17 @@ def _max_batch(bundle: Bundle, options: TritonOptions) -> int:
             command_line("trt", "--bundle", bundle.root, "--batch", f"1:2:{largest}"),
         )
     return int(largest)
+
+
+def _plan(bundle: Bundle, options: TritonOptions) -> Plan:
+    """The bundle's plan, its passes cut where the decoder's engine takes fewer steps at once."""
+    plan, batch = bundle.manifest.plan, bundle.manifest.batch
+    steps = None
+    if options.backend == "tensorrt":
+        steps = bundle.manifest.compiled[_TENSORRT].flags.get("decoder_steps")
+    if steps is None or batch is None:
+        return plan
+    return plan.bounded(int(str(steps).rpartition(":")[2]), plan.copies * batch)
 
 
 def _batch_of(bundle: Bundle, options: TritonOptions) -> str:
