@@ -17,7 +17,7 @@ class PromptOptions(BundleOptions):
     panel = "Pictures"
     prompts: tuple[str, ...] = argument((), "One or more.", metavar="PROMPTS")
     prompts_file: Path | None = option(
-        None, "One prompt a line; .tsv, .jsonl or .parquet: in bulk.", "--prompts"
+        None, "One prompt a line; .tsv, .csv, .jsonl or .parquet: in bulk.", "--prompts"
     )
     seed: int | None = option(None, "Picture i uses seed + i \\[default: 0].")
     count: int = option(1, "Pictures per prompt.")

@@ -30,6 +30,7 @@ from tiue_export.system.lock import sole_process
 BULK = "tiue_export.apps.draw.bulk"
 plan_module = importlib.import_module(f"{BULK}.plan")
 table_module = importlib.import_module(f"{BULK}.prompt_table")
+prompts_in = importlib.import_module("tiue_export.apps.draw.prompt_file").prompts_in
 drawing = importlib.import_module(f"{BULK}.drawing")
 progress = importlib.import_module(f"{BULK}.progress")
 png_folder = importlib.import_module(f"{BULK}.png_folder")
@@ -97,6 +98,32 @@ def test_jsonl_and_parquet_give_the_same_rows_as_tsv(tmp_path: Path) -> None:
         assert read_rows(tmp_path / name, "caption") == expected
 
 
+def test_a_csv_has_a_header_and_quotes_its_cells(tmp_path: Path) -> None:
+    path = tmp_path / "p.CSV"
+    path.write_bytes(
+        b'\xef\xbb\xbfId,Prompt,note\r\na1,"a ""red"" fox, asleep",x\r\n\r\nb2,"two\nlines",\r\n'
+    )
+    assert read_rows(path) == [
+        PromptRow("a1", 'a "red" fox, asleep', None, {"note": "x"}),
+        PromptRow("b2", "two\nlines", None, {"note": ""}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.csv", "prompt\na fox\n"),
+        ("p.tsv", "prompt\na fox\n"),
+        ("p.jsonl", '{"prompt": "a fox"}\n'),
+        ("p.txt", "a fox\n"),
+    ],
+)
+def test_the_header_of_a_table_is_a_prompt_nowhere(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert prompts_in(tmp_path / name) == ["a fox"]
+    assert [row.prompt for row in read_rows(tmp_path / name)] == ["a fox"]
+
+
 def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a fox\n\nan owl\n")
     rows = read_rows(tmp_path / "p.txt")
@@ -117,6 +144,9 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
         ("p.tsv", "prompt\tseed\na\t-1\n", "seed is '-1'; expected a whole number"),
         ("p.tsv", "prompt\n", "holds no prompt"),
         ("p.tsv", b"prompt\n\xff\n", "cannot be read"),
+        ("p.csv", 'prompt,id\n"a fox', "cannot be read: unexpected end of data"),
+        ("p.csv", "prompt,id\na fox\n", "line 2 has 1 cells; the header has 2"),
+        ("p.txt", "\n \n", "holds no prompt"),
         ("p.jsonl", "{", "line 1 is not JSON"),
         ("p.jsonl", '{"prompt": "a"}\n["b"]\n', "line 2 is ['b']; expected an object"),
         ("p.jsonl", '{"prompt": null}', "prompt is None; expected a text"),

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import tempfile
+import warnings
 from contextlib import closing
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tiue_export.errors import (
     ParityError,
     ResourceError,
     RuntimeFailure,
+    TiueWarning,
     UsageError,
 )
 from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
@@ -602,6 +604,20 @@ def test_the_checkpoint_of_another_student_is_refused(own, tiny_pipeline):
 def test_swift_resources_need_a_tokenizer(made):
     with pytest.raises(BundleError, match=r"has no tokenizer/vocab\.json"):
         made(swift_bundle=True)
+
+
+def test_words_that_a_swift_program_would_not_know_are_warned_of(tiny_bundle, tmp_path):
+    from tiue_export.checkpoint.tokenizer_files import write_tokenizer, write_with_tokens
+    from tiue_export.export.coreml.swift import check_swift
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_swift(tiny_bundle)
+    root = Path(shutil.copytree(tiny_bundle.root, tmp_path / "fox"))
+    write_with_tokens(root / "tokenizer", tmp_path / "words", ["<cat-toy>", "<cat-toy>_1"])
+    write_tokenizer(tmp_path / "words", root / "tokenizer", 77)
+    with pytest.warns(TiueWarning, match="cannot hold the added words <cat-toy>, <cat-toy>_1"):
+        check_swift(dataclasses.replace(tiny_bundle, root=root))
 
 
 def test_w8a8_needs_a_text_encoder_to_calibrate_on(made):

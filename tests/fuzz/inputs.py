@@ -429,6 +429,7 @@ INPUTS = (
     ),
     Input("prompts", "prompts.txt", changes.text_file, _drawn_from("prompts.txt")),
     Input("table .tsv", "table.tsv", changes.text_file, _drawn_from("table.tsv")),
+    Input("table .csv", "table.csv", changes.text_file, _drawn_from("table.csv")),
     Input("table .jsonl", "table.jsonl", changes.json_lines, _drawn_from("table.jsonl")),
     Input("table .parquet", "table.parquet", changes.changed_bytes, _drawn_from("table.parquet")),
     *(

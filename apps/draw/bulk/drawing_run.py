@@ -26,11 +26,12 @@ from ...options.generate import BulkOptions, DrawOptions
 from ...options.group import given
 from ...report.tables import console, print_json
 from ..fastest_runtime import resolved_runtime
+from ..prompt_file import PROMPT_COLUMN, TABLES
 from .drawing import PipelineSource, Sample
 from .plan import BulkPlan, Chunk, TableJob, chunk_pictures, plan_jobs, run_identity
 from .png_folder import PngFolder
 from .progress import Pace, duration, shown
-from .prompt_table import TABLES, PromptRow, read_rows
+from .prompt_table import PromptRow, read_rows
 from .tar_shards import TarShards
 from .worker_pool import draw_here, draw_in_processes
 
@@ -53,7 +54,6 @@ _USABLE = (
 )
 _FORMAT = "png"
 _SHARD_PICTURES = 1000
-_PROMPT_COLUMN = "prompt"
 
 
 def in_bulk(draw: DrawOptions, bulk: BulkOptions) -> bool:
@@ -65,7 +65,7 @@ def in_bulk(draw: DrawOptions, bulk: BulkOptions) -> bool:
 def run(draw: DrawOptions, bulk: BulkOptions) -> None:
     """Draw every picture of the table that is not there yet."""
     table, out, quiet = _check(draw, bulk), draw.out, draw.as_json
-    rows = read_rows(table, bulk.prompt_column or _PROMPT_COLUMN)
+    rows = read_rows(table, bulk.prompt_column or PROMPT_COLUMN)
     bundle = open_bundle(draw.bundle)
     require_support("bulk", bundle)
     plan = BulkPlan(
@@ -115,7 +115,7 @@ def _check(draw: DrawOptions, bulk: BulkOptions) -> Path:
         verb = "is" if len(given(bulk)) == 1 else "are"
         raise UsageError(
             f"{', '.join(given(bulk))} {verb} for drawing a file of prompts",
-            "Add --prompts prompts.tsv (or .jsonl, .parquet, .txt).",
+            "Add --prompts prompts.tsv (or .csv, .jsonl, .parquet, .txt).",
         )
     if refused := given(draw, usable=_USABLE):
         raise UsageError(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 from tiue_export.bundle.read import Bundle
-from tiue_export.errors import BundleError
+from tiue_export.errors import BundleError, TiueWarning
 from tiue_export.export.coreml.profiles import CoremlPlan
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER
 
@@ -42,13 +43,27 @@ def write_swift_resources(
 
 
 def check_swift(bundle: Bundle) -> None:
-    """Refuse a bundle without a vocabulary."""
+    """Refuse a bundle without a vocabulary; warn of words that a Swift program will not know.
+
+    Apple's tokenizer knows merges of letters alone. A word that was added whole has none, and
+    merges that led to it would change how other words are cut.
+    """
     for name in _VOCABULARY:
         if f"tokenizer/{name}" not in bundle.manifest.files:
             raise BundleError(
                 f"{bundle.root} has no tokenizer/{name}, which a Swift program needs",
                 "Export the bundle with --base and the pipeline folder that holds the tokenizer.",
             )
+    known = bundle.json_object("tokenizer/vocab.json")
+    added = bundle.json_object("tokenizer/tokenizer.json").get("added_tokens") or []
+    if words := [token["content"] for token in added if token["content"] not in known]:
+        warnings.warn(
+            f"Swift programs read {' and '.join(_VOCABULARY)}, which cannot hold the added "
+            f"{'words' if len(words) > 1 else 'word'} {', '.join(words)}: there they are read as "
+            "letters",
+            TiueWarning,
+            stacklevel=2,
+        )
 
 
 def _constants(bundle: Bundle, plan: CoremlPlan) -> dict[str, object]:
