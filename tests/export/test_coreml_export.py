@@ -608,16 +608,20 @@ def test_swift_resources_need_a_tokenizer(made):
 
 def test_words_that_a_swift_program_would_not_know_are_warned_of(tiny_bundle, tmp_path):
     from tiue_export.checkpoint.tokenizer_files import write_tokenizer, write_with_tokens
-    from tiue_export.export.coreml.swift import check_swift
+    from tiue_export.export.coreml.swift import write_swift_resources
 
+    plan = plan_coreml(CoremlOptions("iphone"))
+    for name in ("plain", "with-words"):
+        (tmp_path / name).mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_swift(tiny_bundle)
+        write_swift_resources(tiny_bundle, list(GRAPH_NAMES), plan, tmp_path / "plain")
     root = Path(shutil.copytree(tiny_bundle.root, tmp_path / "fox"))
     write_with_tokens(root / "tokenizer", tmp_path / "words", ["<cat-toy>", "<cat-toy>_1"])
     write_tokenizer(tmp_path / "words", root / "tokenizer", 77)
+    bundle = dataclasses.replace(tiny_bundle, root=root)
     with pytest.warns(TiueWarning, match="cannot hold the added words <cat-toy>, <cat-toy>_1"):
-        check_swift(dataclasses.replace(tiny_bundle, root=root))
+        write_swift_resources(bundle, list(GRAPH_NAMES), plan, tmp_path / "with-words")
 
 
 def test_w8a8_needs_a_text_encoder_to_calibrate_on(made):

@@ -31,7 +31,11 @@ _VOCABULARY = ("vocab.json", "merges.txt")
 def write_swift_resources(
     bundle: Bundle, graphs: list[str], plan: CoremlPlan, folder: Path
 ) -> list[str]:
-    """Write Resources/ and compile.sh into `folder`; the files written, relative to it."""
+    """Write Resources/ and compile.sh into `folder`; the files written, relative to it.
+
+    Warns of words that the Swift program will not know.
+    """
+    _warn_of_added_words(bundle)
     resources = folder / RESOURCES
     resources.mkdir()
     for name in _VOCABULARY:
@@ -43,17 +47,20 @@ def write_swift_resources(
 
 
 def check_swift(bundle: Bundle) -> None:
-    """Refuse a bundle without a vocabulary; warn of words that a Swift program will not know.
-
-    Apple's tokenizer knows merges of letters alone. A word that was added whole has none, and
-    merges that led to it would change how other words are cut.
-    """
+    """Refuse a bundle without a vocabulary."""
     for name in _VOCABULARY:
         if f"tokenizer/{name}" not in bundle.manifest.files:
             raise BundleError(
                 f"{bundle.root} has no tokenizer/{name}, which a Swift program needs",
                 "Export the bundle with --base and the pipeline folder that holds the tokenizer.",
             )
+
+
+def _warn_of_added_words(bundle: Bundle) -> None:
+    """Apple's tokenizer knows merges of letters alone.
+
+    A word that was added whole has none, and merges that led to it would cut other words otherwise.
+    """
     known = bundle.json_object("tokenizer/vocab.json")
     added = bundle.json_object("tokenizer/tokenizer.json").get("added_tokens") or []
     if words := [token["content"] for token in added if token["content"] not in known]:
