@@ -18,7 +18,7 @@ import numpy as np
 
 from tiue_export.bundle.chain import TOKENS
 from tiue_export.bundle.read import Bundle
-from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
+from tiue_export.drawing.tokenizer import Tokenizer, tokenizer_of_bundle
 from tiue_export.errors import BundleError, ResourceError, UsageError
 from tiue_export.proof.calibration import (
     INDEX_FILE,
@@ -208,8 +208,7 @@ def _next_shard(
     per_shard: int,
     on_run: Callable[[int, int], None],
 ) -> CalibrationIndex:
-    length = int(bundle.manifest.text_shape[1])
-    tokenizer = open_tokenizer(bundle.file("tokenizer/tokenizer.json"), length)
+    tokenizer = tokenizer_of_bundle(bundle)
     done, wanted = index.captured_runs, index.wanted_runs
     drawings = range(index.captured_drawings, wanted // index.passes)[:per_shard]
     runs: list[dict[str, Array]] = []

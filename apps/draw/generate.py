@@ -309,17 +309,13 @@ def slug(prompt: str) -> str:
 
 
 def _warn_of_cut_prompts(pipeline: Pipeline, prompts: list[str], *, weighted: bool) -> None:
-    length = pipeline.tokenizer.length
     for prompt in prompts:
         words = without_weights(prompt) if weighted else prompt
-        tokens = pipeline.tokenizer.token_count(words)
-        if tokens > length:
+        note = pipeline.tokenizer.cut_note(words)
+        if note is not None:
             from rich.console import Console
 
-            Console(stderr=True).print(
-                f"[yellow]note:[/] a prompt has {tokens} tokens, the last {tokens - length} are "
-                f"cut: {escape(repr(prompt[:50]))}..."
-            )
+            Console(stderr=True).print(f"[yellow]note:[/] {note}: {escape(repr(prompt[:50]))}...")
 
 
 def _time_table(stages: Mapping[str, list[float]], device: str) -> Table:

@@ -77,6 +77,7 @@ def options_of(manifest: Manifest, export: ExportRequest) -> ExportRequest:
         no_hoist=naive,
         vae_precision=vae_precision,
         vae_tile=vae_tile,
+        max_prompt_tokens=manifest.max_prompt_tokens,
     )
 
 

@@ -110,6 +110,9 @@ class GraphOptions(OptionGroup):
         None, "fp16, fp32 or bf16 \\[default: as the other graphs, by the audit]."
     )
     vae_tile: int | None = option(None, "Decode in tiles of so many pixels, for less memory.")
+    max_prompt_tokens: int | None = option(
+        None, "Take longer prompts: 150, 225 ... tokens \\[default: 75]."
+    )
 
     @property
     def fan_out_target_db(self) -> float | None:

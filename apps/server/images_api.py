@@ -204,11 +204,8 @@ class ImagesApi:
         return [png_bytes(picture.image, picture.parameters) for picture in pictures]
 
     def _warnings(self, prompt: str) -> list[str] | None:
-        tokenizer = self.worker.pipeline.tokenizer
-        cut = tokenizer.token_count(prompt) - tokenizer.length
-        if cut <= 0:
-            return None
-        return [f"the prompt has {cut + tokenizer.length} tokens; the last {cut} were cut"]
+        note = self.worker.pipeline.tokenizer.cut_note(prompt)
+        return None if note is None else [note]
 
     def _count_unserved(self, reason: str) -> None:
         self.worker.metrics.refused.labels(reason).inc()

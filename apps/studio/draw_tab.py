@@ -264,7 +264,7 @@ class DrawTab:
             choice = self._studio.offer.choice(asked.label)
             steering = asked.steering if self._takes_guidance(asked.label) else NOT_STEERED
             yield drawn, (gr.skip(), markup.message("Drawing ...", "busy"), gr.skip(), gr.skip())
-            cut = drawer.tokens_cut(choice, prompt)
+            cut = drawer.cut_note(choice, prompt)
             for picture in drawer.draw(choice, prompt, asked.seed, wanted, is_stale, steering):
                 drawn = [*drawn, picture]
                 if is_stale():
@@ -275,7 +275,7 @@ class DrawTab:
         except TiueError as error:
             yield [], (gr.skip(), markup.problem(error), gr.skip(), gr.skip())
 
-    def _shown_as(self, drawn: list[Drawn], wanted: int, cut: int) -> tuple[Any, ...]:
+    def _shown_as(self, drawn: list[Drawn], wanted: int, cut: str | None) -> tuple[Any, ...]:
         items = [(str(p.path), f"seed {p.parameters['seed']}") for p in drawn]
         columns = 1 if wanted == 1 else 2 if wanted <= 4 else 4
         return (

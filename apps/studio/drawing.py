@@ -113,11 +113,10 @@ class Drawer:
             result = pipeline(prompt, seed=seed)
         return {stage: sum(times) for stage, times in result.stage_latency_ms.items()}
 
-    def tokens_cut(self, choice: Choice, prompt: str) -> int:
-        """How many tokens of the prompt the text encoder will not see."""
+    def cut_note(self, choice: Choice, prompt: str) -> str | None:
+        """What of the prompt the text encoder will not see; None: it sees all."""
         with self._pipeline(choice, never) as pipeline:
-            tokenizer = pipeline.tokenizer
-        return max(0, tokenizer.token_count(prompt) - tokenizer.length)
+            return pipeline.tokenizer.cut_note(prompt)
 
     def keep(self, drawn: Sequence[Drawn]) -> list[Path]:
         """Copy drafts into the history, under names that tell prompt and seed."""

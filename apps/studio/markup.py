@@ -37,8 +37,8 @@ def problem(error: TiueError) -> str:
     return message(f"{error.message}. {error.next_step or ''}".strip(), "error")
 
 
-def drawn_line(drawn: Sequence[Drawn], wanted: int, cut: int) -> str:
-    """How many pictures, on what, and the time of the run of the last one."""
+def drawn_line(drawn: Sequence[Drawn], wanted: int, cut: str | None) -> str:
+    """How many pictures, on what, the time of the run of the last one, what of a prompt was cut."""
     last = drawn[-1]
     stages = last.stage_latency_ms
     parts = ", ".join(f"{_title(stage)} {_ms(latency)}" for stage, latency in stages.items())
@@ -48,8 +48,8 @@ def drawn_line(drawn: Sequence[Drawn], wanted: int, cut: int) -> str:
         f"{pictures} · {run} ({parts}) · {last.parameters['runtime']}, "
         f"{last.parameters['precision']}"
     )
-    if cut:
-        text += f" · the last {cut} tokens of the prompt were cut"
+    if cut is not None:
+        text += f" · {cut}"
     return message(text)
 
 

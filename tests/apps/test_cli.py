@@ -350,7 +350,7 @@ def test_an_internal_error_is_reported_without_a_traceback(run, monkeypatch, tin
 def test_a_prompt_that_is_too_long_is_cut_with_a_note(run, tiny_bundle):
     code, _, err = run("generate", tiny_bundle.root, "word " * 200, "--out", "long.png")
     assert code == 0
-    assert re.search(r"a prompt has \d+ tokens, the last \d+ are cut", err)
+    assert re.search(r"the prompt has \d+ tokens, the last \d+ are cut", err)
 
 
 # For each line a copy of itself runs the command: its number, then how it ended.

@@ -200,7 +200,10 @@ def test_a_whole_number_may_be_written_as_json_writes_numbers(live) -> None:
 
 def test_a_prompt_that_was_cut_is_told(live) -> None:
     answer = live.post(GENERATIONS, json={"prompt": "fox " * 100}).json()
-    assert re.fullmatch(r"the prompt has \d+ tokens; the last \d+ were cut", answer["warnings"][0])
+    assert answer["warnings"] == [
+        "the prompt has 100 tokens, the last 25 are cut: the bundle takes 75; exported with "
+        "--max-prompt-tokens 150 it takes more"
+    ]
     assert "warnings" not in live.post(GENERATIONS, json={"prompt": "a fox"}).json()
 
 

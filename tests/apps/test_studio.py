@@ -177,8 +177,8 @@ def test_the_history_holds_what_was_kept_once_and_newest_first(offer, drawer):
 
 
 def test_prompts_too_long_for_the_encoder_are_noticed(offer, drawer):
-    assert drawer.tokens_cut(offer.choices[0], "fox") == 0
-    assert drawer.tokens_cut(offer.choices[0], "fox " * 200) > 100
+    assert drawer.cut_note(offer.choices[0], "fox") is None
+    assert "the last 125 are cut" in drawer.cut_note(offer.choices[0], "fox " * 200)
 
 
 def test_the_newest_request_of_a_window_makes_the_older_ones_stale():

@@ -313,7 +313,7 @@ def _drawn_from(name: str) -> Callable[[Path], object]:
         bulk_plan.BulkPlan(jobs, 8, 8).sha256()
         tokenize = open_tokenizer(FORMAT1 / "tokenizer" / "tokenizer.json", TOKENS)
         for each in jobs:
-            tokenize.token_count(each.job.prompt)
+            tokenize.cut_note(each.job.prompt)
             tokenize([each.job.prompt])
             json.dumps({"columns": dict(each.columns)}, default=str, ensure_ascii=False).encode()
 

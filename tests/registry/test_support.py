@@ -75,6 +75,10 @@ def with_feature(manifest: Manifest, feature: str) -> Manifest:
         (picture,) = graphs[VAE_DECODER].outputs
         pixels = replace(picture, shape=(*picture.shape[:2], 16, 16))
         graphs[VAE_DECODER] = replace(graphs[VAE_DECODER], inputs=(tile,), outputs=(pixels,))
+    if feature == "long-prompts":
+        batch, length, width = manifest.text_shape
+        text = (batch, 2 * length, width)
+        return replace(manifest, text_shape=text, text_chunks=2)
     if feature == "islands":
         graphs[UNET_DECODER] = replace(graphs[UNET_DECODER], float32_modules=("up_blocks.0",))
     if feature == "bf16":

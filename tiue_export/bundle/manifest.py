@@ -158,6 +158,8 @@ class Manifest:
     files: Mapping[str, FileRecord]
     parity: tuple[ParityRecord, ...] = ()
     parity_loss_allowed: bool = False
+    # How many times the text encoder's positions a prompt may fill (`--max-prompt-tokens`).
+    text_chunks: int = 1
     tools: Mapping[str, str] = field(default_factory=dict)
     # By the name of the folder that holds them, such as "trt" or "openvino".
     compiled: Mapping[str, Compiled] = field(default_factory=dict)
@@ -166,6 +168,12 @@ class Manifest:
     def has_onnx(self) -> bool:
         """Whether the bundle holds the ONNX files of all its graphs."""
         return all(record.has_onnx for record in self.graphs.values())
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """`--max-prompt-tokens` of the export; None: what the text encoder reads at once."""
+        tokens = int(self.text_shape[1]) - 2 * self.text_chunks  # without start and end
+        return tokens if self.text_chunks > 1 else None
 
     @property
     def height_px(self) -> int:
@@ -239,6 +247,8 @@ class Manifest:
         sides = (*self.latent_shape, *self.text_shape)
         if any(side < 1 for side in sides if isinstance(side, int)):
             return f"latents {self.latent_shape} and text {self.text_shape} need sides of 1 or more"
+        if self.text_chunks < 1 or int(self.text_shape[1]) % self.text_chunks:
+            return f"text {self.text_shape} cannot be {self.text_chunks} chunks"
         for graph, tensor, own in (
             (UNET_ENCODER, "sample", self.latent_shape),
             (TEXT_ENCODER, "last_hidden_state", self.text_shape),

@@ -21,7 +21,7 @@ from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample, save_png
 from tiue_export.drawing.picture_parameters import picture_parameters
 from tiue_export.drawing.prompt_weights import parse_weights, weighted_text, weighted_tokens
-from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
+from tiue_export.drawing.tokenizer import Tokenizer, tokenizer_of_bundle
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import UsageError
 from tiue_export.registry.backends import open_runtime
@@ -134,8 +134,7 @@ class Pipeline:
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         for graph in (TEXT_ENCODER, VAE_DECODER):
             opened.spec(graph)
-        length = int(opened.manifest.text_shape[1])
-        tokenizer = open_tokenizer(opened.file("tokenizer/tokenizer.json"), length)
+        tokenizer = tokenizer_of_bundle(opened)
         if isinstance(runtime, str):
             runtime = open_runtime(runtime, opened, options or RuntimeOptions())
         return Pipeline(opened, runtime, tokenizer)

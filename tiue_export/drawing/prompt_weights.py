@@ -82,10 +82,9 @@ def weighted_tokens(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[Array
             ids[row] = tokenizer(["".join(text for text, _ in pieces)])[0]
             continue
         words = [(token, w) for text, w in pieces for token in tokenizer.words(text)]
-        words = words[: tokenizer.length - 2]
-        end = ids[row, 1]  # of an empty prompt, start and end alone
-        ids[row, 1 : 2 + len(words)] = [*(token for token, _ in words), end]
-        weights[row, 1 : 1 + len(words)] = [weight for _, weight in words]
+        words = words[: tokenizer.capacity]
+        ids[row] = tokenizer.framed([token for token, _ in words])
+        weights[row, tokenizer.word_positions[: len(words)]] = [weight for _, weight in words]
     return ids, weights
 
 

@@ -13,42 +13,79 @@ from typing import Any
 
 import numpy as np
 
+from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError, MissingExtraError, UsageError
 from tiue_export.specs import Array
+
+_SHORTEST = 3  # start, a word, end
+MAX_CHUNKS = 20  # 1500 tokens; prompts are limited elsewhere to fewer letters than that takes
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A CLIP tokenizer whose file already carries truncation and padding to the text length."""
+    """A CLIP tokenizer whose file carries padding to one chunk: what a text encoder reads at once.
+
+    `length` is the text length L, of all chunks.
+    """
 
     backend: Any
     length: int
+    chunks: int = 1
 
     def __call__(self, prompts: Sequence[str]) -> Array:
-        """Token ids (B, L) int64: start, the words, end, padding; what is too long is cut."""
-        for prompt in prompts:
-            check_prompt(prompt)
-        texts = [self._written_out(prompt) for prompt in prompts]
-        rows = [encoding.ids for encoding in self.backend.encode_batch(texts)]
+        """Token ids (B, L) int64: chunks of start, words, end, padding; what is too long is cut."""
+        rows = [self.framed(self.words(prompt)) for prompt in prompts]
         return np.asarray(rows, dtype=np.int64).reshape(len(rows), self.length)
 
-    def token_count(self, prompt: str) -> int:
-        """Tokens of the whole prompt with start and end, before any cut or padding."""
-        check_prompt(prompt)
-        encoding = self.backend.encode(self._written_out(prompt))
-        overflow = sum(sum(part.attention_mask) - 2 for part in encoding.overflowing)
-        count: int = sum(encoding.attention_mask) + overflow
-        return count
+    @property
+    def capacity(self) -> int:
+        """The most words' tokens of a prompt, without start and end: 75 in each chunk of 77."""
+        return self.length - 2 * self.chunks
+
+    @cached_property
+    def word_positions(self) -> Array:
+        """Where words lie in a row of ids, (capacity,): all but each chunk's first and last."""
+        return np.arange(self.length).reshape(self.chunks, -1)[:, 1:-1].ravel()
+
+    def framed(self, words: Sequence[int]) -> Array:
+        """The row of ids (L,) int64 of these words, in chunks as Stable Diffusion web UI cuts them.
+
+        A chunk without words is an empty prompt.
+        """
+        rows = np.tile(self._empty, (self.chunks, 1))
+        size = self.capacity // self.chunks
+        for number, row in enumerate(rows):
+            part = words[number * size : (number + 1) * size]
+            row[1 : len(part) + 2] = [*part, row[1]]  # which is the end
+        return rows.ravel()
+
+    @cached_property
+    def _empty(self) -> Array:
+        """The chunk of an empty prompt: start, end, padding."""
+        return np.array(self.backend.encode("").ids, np.int64)
 
     def words(self, text: str) -> list[int]:
-        """The ids of a text alone, without start, end and padding; at most `length`."""
+        """The ids of a whole text alone, without start, end and padding."""
         check_prompt(text)
         encoding = self.backend.encode(self._written_out(text), add_special_tokens=False)
         return [
             number
-            for number, real in zip(encoding.ids, encoding.attention_mask, strict=True)
+            for part in (encoding, *encoding.overflowing)
+            for number, real in zip(part.ids, part.attention_mask, strict=True)
             if real
         ]
+
+    def cut_note(self, prompt: str) -> str | None:
+        """What of a prompt is cut, and how to keep it; None where it fits."""
+        tokens, size = len(self.words(prompt)), self.capacity // self.chunks
+        if tokens <= self.capacity:
+            return None
+        enough = min(-(-tokens // size), MAX_CHUNKS) * size
+        return (
+            f"the prompt has {tokens} tokens, the last {tokens - self.capacity} are cut: the "
+            f"bundle takes {self.capacity}; exported with --max-prompt-tokens {enough} it takes "
+            "more"
+        )
 
     @cached_property
     def _several(self) -> dict[str, str]:
@@ -81,8 +118,8 @@ def check_prompt(prompt: str) -> None:
         ) from error
 
 
-def open_tokenizer(path: Path, length: int) -> Tokenizer:
-    """Read tokenizer.json and check that it pads and cuts to `length` tokens."""
+def open_tokenizer(path: Path, length: int, chunks: int = 1) -> Tokenizer:
+    """Read tokenizer.json and check that it pads and cuts to a chunk of `length` tokens."""
     try:
         import tokenizers
     except ImportError as error:
@@ -97,10 +134,18 @@ def open_tokenizer(path: Path, length: int) -> Tokenizer:
     except Exception as error:  # tokenizers raises a bare Exception for every fault
         raise BundleError(f"{path} cannot be read as a tokenizer: {error}") from error
     padding, truncation = backend.padding or {}, backend.truncation or {}
-    if padding.get("length") != length or truncation.get("max_length") != length:
+    size = length // chunks
+    if padding.get("length") != size or truncation.get("max_length") != size or size < _SHORTEST:
         raise BundleError(
             f"{path} pads to {padding.get('length')} and cuts at {truncation.get('max_length')}; "
-            f"the text encoder takes {length} tokens",
+            f"the text encoder takes {size} tokens",
             "Export the bundle again.",
         )
-    return Tokenizer(backend, length)
+    return Tokenizer(backend, length, chunks)
+
+
+def tokenizer_of_bundle(bundle: Bundle) -> Tokenizer:
+    """The tokenizer that a bundle holds. Raises `BundleError` where it has none."""
+    manifest = bundle.manifest
+    path = bundle.file("tokenizer/tokenizer.json")
+    return open_tokenizer(path, int(manifest.text_shape[1]), manifest.text_chunks)

@@ -119,11 +119,12 @@ def write_parts(student: Student, options: ExportOptions, folder: Path) -> Token
         config = student.text_encoder.config.to_diff_dict()
         config.pop("_name_or_path", None)
         _write_json(folder / "text_encoder" / "config.json", config)
-        length = shapes_of(student, options).text[1]
-        write_tokenizer(student.tokenizer_folder, folder / "tokenizer", length)
+        shapes = shapes_of(student, options)
+        length, chunks = shapes.text[1], shapes.text_chunks
+        write_tokenizer(student.tokenizer_folder, folder / "tokenizer", length // chunks)
         index["text_encoder"] = ["transformers", "CLIPTextModel"]
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
-        tokenizer = open_tokenizer(folder / "tokenizer" / "tokenizer.json", length)
+        tokenizer = open_tokenizer(folder / "tokenizer" / "tokenizer.json", length, chunks)
     _write_json(folder / "model_index.json", index)
     return tokenizer
 
@@ -166,6 +167,7 @@ def new_manifest(
         plan=exported_plan(student, options),
         latent_shape=latents,
         text_shape=text,
+        text_chunks=shapes.text_chunks,
         vae_scale=shapes.vae_scale,
         vae_scaling_factor=shapes.vae_scaling_factor,
         precision=options.precision,

@@ -97,4 +97,5 @@ def fp32_options(manifest: Manifest, size: Size) -> ExportOptions:
         batch=manifest.batch or 1,
         hoist=manifest.hoisted,
         vae_tile=vae_tile_px(manifest),
+        max_prompt_tokens=manifest.max_prompt_tokens,
     )

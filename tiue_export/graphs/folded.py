@@ -26,12 +26,12 @@ from tiue_export.graphs.lowering import (
 )
 from tiue_export.sampling.fan_out import FanOut
 from tiue_export.sampling.plan import Combination, Plan
-from tiue_export.student.model import output_head
+from tiue_export.student.model import output_head, text_embedding
 from tiue_export.student.up_path import UpPath, cut_up_path, run_up_blocks, skip_count, text_for
 
 
 class TextEncoder(nn.Module):
-    """input_ids (B, 77) -> last_hidden_state (B, 77, D)."""
+    """input_ids (B, L) -> last_hidden_state (B, L, D)."""
 
     def __init__(
         self, text_encoder: Any, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
@@ -40,7 +40,7 @@ class TextEncoder(nn.Module):
         self.text_encoder = lowered(text_encoder, dtype, below(float32, "text_encoder"))
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        return (self.text_encoder(input_ids).last_hidden_state,)
+        return (text_embedding(self.text_encoder, input_ids),)
 
 
 class VaeDecoder(nn.Module):
@@ -62,7 +62,7 @@ class VaeDecoder(nn.Module):
 
 
 class UNetEncoder(nn.Module):
-    """sample (B, 4, H, W), encoder_hidden_states (B, 77, D) -> mid, if any, and all skips.
+    """sample (B, 4, H, W), encoder_hidden_states (B, L, D) -> mid, if any, and all skips.
 
     conv_in, down blocks and mid block, if any, at the first timestep, whose embedding is folded in.
     """

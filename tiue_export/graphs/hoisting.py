@@ -144,7 +144,7 @@ def _cut(
 
 
 class SharedDecoder(nn.Module):
-    """text (B, 77, D), mid and skips -> named tensors that every row uses, batch B."""
+    """text (B, L, D), mid and skips -> named tensors that every row uses, batch B."""
 
     def __init__(self, path: _Path, channels: int, upcast: bool) -> None:
         super().__init__()

@@ -28,7 +28,8 @@ class ExportOptions:
     static batch, or the example batch when `dynamic_batch`. `vae_precision` "auto" is `precision`;
     `float32` names what a half-precision graph computes in float32, as an overflow audit finds it.
     `vae_tile`: the side in pixels of what the VAE decoder's graph draws at once, None for the whole
-    picture.
+    picture. `max_prompt_tokens`: a multiple of the 75 that the text encoder reads at once, None for
+    those.
     """
 
     precision: str = "fp32"
@@ -42,6 +43,7 @@ class ExportOptions:
     vae_precision: str = "auto"
     float32: Float32Parts = field(default_factory=Float32Parts)
     vae_tile: int | None = None
+    max_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -68,6 +70,7 @@ class ExportOptions:
             "hoisted-into-encoder": self.hoist == "encoder",
             "tiles": self.vae_tile is not None,
             "bf16": self.vae_precision == "bf16",
+            "long-prompts": (self.max_prompt_tokens or 0) > 75,
         }
         return frozenset(name for name, asked in present.items() if asked)
 

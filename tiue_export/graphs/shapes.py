@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tiue_export.drawing.tokenizer import MAX_CHUNKS
 from tiue_export.errors import UsageError
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.student.model import Student
@@ -17,7 +18,7 @@ class Shapes:
     """`latents` (B, 4, H, W), `text` (B, L, D), `vae_input` (B, 4, h, w): all latents or one tile.
 
     `vae_scale` is pixels per latent along one side; latents are divided by `vae_scaling_factor`
-    before the VAE (1.0 for AutoencoderTiny).
+    before the VAE (1.0 for AutoencoderTiny). L is `text_chunks` times what the text encoder reads.
     """
 
     latents: tuple[int, int, int, int]
@@ -25,6 +26,7 @@ class Shapes:
     vae_input: tuple[int, int, int, int]
     vae_scale: int
     vae_scaling_factor: float
+    text_chunks: int
 
 
 def shapes_of(student: Student, options: ExportOptions | None = None) -> Shapes:
@@ -34,13 +36,30 @@ def shapes_of(student: Student, options: ExportOptions | None = None) -> Shapes:
     latents = _latents(student, options, scale)
     text_encoder, vae = student.text_encoder, student.vae
     length = 77 if text_encoder is None else int(text_encoder.config.max_position_embeddings)
+    chunks = _text_chunks(options.max_prompt_tokens, length - 2)
     return Shapes(
         latents=latents,
-        text=(latents[0], length, int(student.unet.config.cross_attention_dim)),
+        text=(latents[0], chunks * length, int(student.unet.config.cross_attention_dim)),
         vae_input=_vae_input(latents, options.vae_tile, scale),
         vae_scale=scale,
         vae_scaling_factor=0.18215 if vae is None else float(vae.config.scaling_factor),
+        text_chunks=chunks,
     )
+
+
+def _text_chunks(tokens: int | None, size: int) -> int:
+    """How many chunks of `size` words' tokens a prompt of the longest kind fills."""
+    if tokens is None:
+        return 1
+    chunks, rest = divmod(tokens, size)
+    if rest or not 1 <= chunks <= MAX_CHUNKS:
+        near = min(max(1, -(-tokens // size)), MAX_CHUNKS) * size
+        raise UsageError(
+            f"--max-prompt-tokens is {tokens}; expected a multiple of {size}, which the text "
+            f"encoder reads at once, up to {MAX_CHUNKS * size}",
+            f"Write --max-prompt-tokens {near}.",
+        )
+    return chunks
 
 
 def _vae_scale(student: Student) -> int:

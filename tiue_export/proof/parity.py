@@ -49,6 +49,13 @@ JUDGED_VALUES = (LATENTS, PICTURE)
 CHECKED_ROWS = 8
 
 
+def reference_prompts(batch: int, chunks: int) -> list[str]:
+    """A prompt for each row; where a text is several chunks long, repeated until all have words."""
+    # The shorter one is of 10 tokens with its comma: 8 of them are more than a chunk's 75.
+    repeated = 1 if chunks == 1 else 8 * chunks
+    return [", ".join([PROMPTS[row % len(PROMPTS)]] * repeated) for row in range(batch)]
+
+
 @dataclass(frozen=True)
 class Reference:
     """What the fp32 student made of real prompts; keys are tensor names, `inputs` describes them.

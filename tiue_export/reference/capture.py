@@ -33,7 +33,13 @@ from tiue_export.graphs.build import Graph, build_graphs, exported_plan, gaussia
 from tiue_export.graphs.lowering import copied
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
-from tiue_export.proof.parity import PROMPTS, Reference, parity_record, with_dtypes
+from tiue_export.proof.parity import (
+    PROMPTS,
+    Reference,
+    parity_record,
+    reference_prompts,
+    with_dtypes,
+)
 from tiue_export.reference.fan_out_loss import fan_out_record
 from tiue_export.reference.half_audit import HALVES, RangeRecorder, float32_options, score_blocks
 from tiue_export.reference.loop_capture import GraphIO, capture_loop, hops_of_diffusers
@@ -46,7 +52,7 @@ from tiue_export.specs import (
     VAE_DECODER,
     Array,
 )
-from tiue_export.student.model import Student, combine
+from tiue_export.student.model import Student, combine, text_embedding
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,7 @@ class _Run:
             rows = student.plan.copies * batch
             known["encoder_hidden_states"] = gaussian_text((rows, rest[0], rest[1]))
             return "Gaussian text embedding (the checkpoint has no text encoder), seeded noise"
-        prompts = [PROMPTS[row % len(PROMPTS)] for row in range(batch)]
-        known["input_ids"] = tokenizer(prompts)
+        known["input_ids"] = tokenizer(reference_prompts(batch, tokenizer.chunks))
         part = student.of_parts(text_encoder=student.text_encoder)
         (graph,) = build_graphs(part, self.options, only=(TEXT_ENCODER,))
         outputs = self._watched(graph, known)
@@ -124,7 +129,7 @@ class _Run:
         inputs = f"{min(batch, len(PROMPTS))} real prompt(s), seeded noise"
         own = copied(student.text_encoder, torch.float32, plain=False)
         with torch.no_grad():
-            plain = own(torch.from_numpy(known["input_ids"])).last_hidden_state
+            plain = text_embedding(own, torch.from_numpy(known["input_ids"]))
         self.hops.append(_lowered(TEXT_ENCODER, plain, outputs["last_hidden_state"], inputs))
         return inputs
 

@@ -96,6 +96,11 @@ FEATURES: Mapping[str, Feature] = {
         "decodes its pictures in tiles",
         lambda manifest: vae_tile_px(manifest) is not None,
     ),
+    "long-prompts": Feature(
+        "long prompts (--max-prompt-tokens)",
+        "takes long prompts",
+        lambda manifest: manifest.text_chunks > 1,
+    ),
     "islands": Feature(
         "float32 islands of an fp16 audit",
         "keeps modules in float32, which half precision cannot hold",
@@ -235,6 +240,12 @@ OPTION_REFUSALS: tuple[OptionRefusal, ...] = (
             ("--target-mb", "bits are chosen by the latents of one pass"),
             ("--swift-bundle", "the Swift program draws in one pass"),
         )
+    ),
+    OptionRefusal(
+        ("coreml",),
+        "--swift-bundle",
+        "the Swift program lays a prompt out in one chunk",
+        ("long-prompts",),
     ),
 )
 

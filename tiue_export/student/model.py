@@ -101,7 +101,7 @@ class Student(nn.Module):
     def encode(self, noise: Tensor, text: Tensor) -> Features:
         """Run conv_in, the down blocks and the mid block, if any, once, at the first timestep.
 
-        `noise` (B, 4, H, W), each side a multiple of 2 ** (levels - 1); `text` (B, 77, D).
+        `noise` (B, 4, H, W), each side a multiple of 2 ** (levels - 1); `text` (B, L, D).
         """
         unet = self.unet
         scaled = self.plan.passes[0].input.noise * noise
@@ -139,7 +139,7 @@ class Student(nn.Module):
         return combine(self.plan.latents, noise, outputs)
 
     def sample(self, noise: Tensor, text: Tensor) -> Tensor:
-        """Noise (B, 4, H, W), text (B, 77, D) -> latents (B, 4, H, W), float32, differentiable."""
+        """Noise (B, 4, H, W), text (B, L, D) -> latents (B, 4, H, W), float32, differentiable."""
         return self.predict(noise, text).latents
 
     def predict(self, noise: Tensor, text: Tensor) -> Prediction:
@@ -174,3 +174,16 @@ def combine(terms: Combination, noise: Tensor, outputs: Tensor) -> Tensor:
     rows = outputs.float().reshape(len(weights), *noise.shape)  # (K, B, 4, H, W)
     latents: Tensor = terms.noise * noise.float() + (weights.view(-1, 1, 1, 1, 1) * rows).sum(0)
     return latents
+
+
+def text_embedding(text_encoder: Any, input_ids: Tensor) -> Tensor:
+    """Token ids (B, L) -> the last layer's output (B, L, D).
+
+    Where L is several times what the encoder reads, its rows are the chunks, put together again.
+    """
+    positions = int(text_encoder.config.max_position_embeddings)
+    length = input_ids.shape[1]
+    if length > positions:
+        input_ids = input_ids.reshape(-1, positions)
+    embedding: Tensor = text_encoder(input_ids).last_hidden_state
+    return embedding if length == positions else embedding.reshape(-1, length, embedding.shape[2])

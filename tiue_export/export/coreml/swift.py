@@ -14,6 +14,7 @@ from pathlib import Path
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError, TiueWarning
 from tiue_export.export.coreml.profiles import CoremlPlan
+from tiue_export.registry.support import check_options, features_of
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER
 
 RESOURCES = "Resources"
@@ -47,7 +48,8 @@ def write_swift_resources(
 
 
 def check_swift(bundle: Bundle) -> None:
-    """Refuse a bundle without a vocabulary."""
+    """Refuse a bundle without a vocabulary, and what the Swift program does not know."""
+    check_options("coreml", ("--swift-bundle",), features_of(bundle.manifest))
     for name in _VOCABULARY:
         if f"tokenizer/{name}" not in bundle.manifest.files:
             raise BundleError(
