@@ -70,10 +70,12 @@ def bundle_facts(bundle: Bundle) -> list[tuple[str, str]]:
     hoisting = {"none": "none (naive decoder)"}.get(
         manifest.hoisted, f"into the {manifest.hoisted}"
     )
+    longest = manifest.max_prompt_tokens
     rows = [
         ("student", f"{source.name} ({source.family}; {weights})"),
         ("weights sha256", source.sha256),
         ("picture", f"{manifest.width_px}x{manifest.height_px} px, batch {batch}"),
+        ("prompts", "" if longest is None else f"up to {longest} tokens"),
         ("precision", manifest.precision),
         ("hoisting", hoisting),
         ("VAE scaling", str(manifest.vae_scaling_factor)),

@@ -103,6 +103,7 @@ class LoopSession:
             batch=len(self._known["noise"]),
             threads=settings.threads,
             weights_sha256=manifest.source.sha256,
+            text_tokens=int(manifest.text_shape[1]),
             notes=()
             if self._plan.recipe
             else (

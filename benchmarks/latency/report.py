@@ -164,6 +164,9 @@ def standing_warnings(record: Record) -> list[str]:
         found.append("the contenders do not run the same weights")
     if len(sizes) > 1 and not record.settings.unet_only:
         found.append("the contenders do not draw pictures of one size and batch")
+    texts = {e.facts.text_tokens for e in measured if e.facts and e.facts.text_tokens}
+    if len(texts) > 1:
+        found.append("the contenders do not attend to texts of one length (--max-prompt-tokens)")
     return found
 
 

@@ -244,6 +244,7 @@ def test_a_dry_run_of_a_refit_writes_nothing(run, refittable, tiny_pipeline, bun
         (["--optimization-level", "1"], "--optimization-level is no part of --refit-from"),
         (["--batch", "2"], "--batch is decided by"),
         (["--vae-tile", "64"], "--vae-tile is decided by"),
+        (["--max-prompt-tokens", "150"], "--max-prompt-tokens is decided by"),
         (["--method", "faster"], "--method is decided by"),
     ],
 )
@@ -265,7 +266,7 @@ def test_a_refit_from_a_bundle_takes_it_as_it_is(run, refittable, bundle_copy, t
     [
         ExportOptions(vae_tile=32, height=64, width=96, hoist="encoder"),
         ExportOptions(vae_precision="fp16", hoist="none", batch=2),
-        ExportOptions(dynamic_batch=True),
+        ExportOptions(dynamic_batch=True, max_prompt_tokens=150),
     ],
 )
 def test_graphs_for_a_refit_are_exported_as_those_of_the_engines_were(

@@ -581,11 +581,12 @@ def test_progress_is_told_turn_by_turn(outcome):
 
 
 def test_a_record_whose_sizes_or_weights_differ_says_so():
-    rows = [measured("a", [1.0], facts=facts(weights_sha256="1", batch=2))]
-    rows += [measured("b", [1.0], facts=facts(weights_sha256="2"))]
+    rows = [measured("a", [1.0], facts=facts(weights_sha256="1", batch=2, text_tokens=77))]
+    rows += [measured("b", [1.0], facts=facts(weights_sha256="2", text_tokens=154))]
     warnings = report.standing_warnings(made_record(*rows))
     assert "the contenders do not run the same weights" in warnings
     assert "the contenders do not draw pictures of one size and batch" in warnings
+    assert any("texts of one length (--max-prompt-tokens)" in warning for warning in warnings)
 
 
 def test_a_busy_machine_is_named():

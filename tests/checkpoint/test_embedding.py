@@ -62,7 +62,10 @@ def test_learned_words_mean_what_they_mean_in_diffusers(tmp_path):
     # diffusers writes a word's vectors out only where its letters are of the same case.
     expected, _ = theirs.encode_prompt([p.lower() for p in PROMPTS], "cpu", 1, False)
     torch.testing.assert_close(text_of(ours, PROMPTS), expected)
-    assert len(tokenizer_of(ours.tokenizer_folder, 77).words("<cat-toy>")) == 3
+    tokenizer = tokenizer_of(ours.tokenizer_folder, 77)
+    assert len(words := tokenizer.words("<cat-toy>")) == 3
+    (long,) = replace(tokenizer, length=154, chunks=2)(["," + " ," * 73 + " <cat-toy>"])
+    assert long[[75, 78, 79]].tolist() == words  # over the end of the first chunk
 
 
 def test_the_source_says_which_words_were_added_and_how_to_type_it(tiny_pipeline, words):

@@ -66,7 +66,8 @@ class Settings:
 class Facts:
     """What a contender says of itself once it is loaded.
 
-    `weights_sha256` is the UNet's, where it is known; `size_px` is (width, height).
+    `weights_sha256` is the UNet's, where it is known; `size_px` is (width, height); `text_tokens`
+    is the length of the text that the UNet attends to.
     """
 
     device: str
@@ -76,6 +77,7 @@ class Facts:
     batch: int
     threads: int | None = None
     weights_sha256: str | None = None
+    text_tokens: int | None = None
     notes: tuple[str, ...] = ()
 
 
