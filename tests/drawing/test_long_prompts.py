@@ -120,6 +120,8 @@ def test_what_is_beyond_the_limit_is_cut_and_the_option_is_named(pipeline, tiny_
         "the prompt has 1700 tokens, the last 1550 are cut: the bundle takes 150; exported with "
         "--max-prompt-tokens 1500 it takes more"
     )
+    longest = replace(pipeline.tokenizer, length=20 * 77, chunks=20)
+    assert longest.cut_note(longer).endswith("the last 200 are cut: the bundle takes 1500")
     with Pipeline.open(tiny_bundle) as plain:
         assert "the last 1 are cut: the bundle takes 75" in plain.tokenizer.cut_note(short)
         assert "--max-prompt-tokens 150" in plain.tokenizer.cut_note(short)

@@ -81,10 +81,10 @@ class Tokenizer:
         if tokens <= self.capacity:
             return None
         enough = min(-(-tokens // size), MAX_CHUNKS) * size
+        more = f"; exported with --max-prompt-tokens {enough} it takes more"
         return (
             f"the prompt has {tokens} tokens, the last {tokens - self.capacity} are cut: the "
-            f"bundle takes {self.capacity}; exported with --max-prompt-tokens {enough} it takes "
-            "more"
+            f"bundle takes {self.capacity}{more if enough > self.capacity else ''}"
         )
 
     @cached_property
