@@ -87,7 +87,11 @@ def test_wrong_words_are_refused_before_anything_is_loaded(
     assert message in refused(run, tmp_path, "openvino", "--ckpt", tiny_pipeline, *options)
 
 
-# Each option of the table as it would be typed.
+# What makes a feature of the table, and each of its options, as they would be typed.
+_TYPED_FOR = {
+    "passes": ("--method", "faster"),
+    "long-prompts": ("--max-prompt-tokens", "150"),
+}
 _TYPED = {
     "--vae-precision": ["--vae-precision", "fp32"],
     "--no-audit": ["--no-audit"],
@@ -113,8 +117,8 @@ def test_an_option_that_means_nothing_to_a_form_is_refused_by_name(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red fox")
     words = [word.format(prompts=prompts) for word in _TYPED[refusal.option]]
-    loop = ["--method", "faster"] if refusal.features else []
-    err = refused(run, tmp_path, verb, "--ckpt", tiny_pipeline, *loop, *words)
+    having = [word for feature in refusal.features for word in _TYPED_FOR[feature]]
+    err = refused(run, tmp_path, verb, "--ckpt", tiny_pipeline, *having, *words)
     assert f"{refusal.option} is not for {VERBS[verb]}" in err
     assert refusal.reason in err
 
