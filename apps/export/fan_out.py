@@ -59,8 +59,8 @@ def measured_fan_out(
     from tiue_export.reference.fan_out_loss import fan_out_curve
 
     folder = student.tokenizer_folder
-    length = shapes_of(student, options).text[1]
-    tokenizer = None if folder is None else tokenizer_of(folder, length)
+    shapes = shapes_of(student, options)
+    tokenizer = None if folder is None else tokenizer_of(folder, shapes.text[1], shapes.text_chunks)
     curve = fan_out_curve(student, options, tokenizer, target_psnr_db, on_step)
     if path is not None:
         if path.suffix == ".png":

@@ -15,6 +15,7 @@ from transformers import CLIPTokenizer
 from tiue_export import Pipeline, RuntimeOptions, export_onnx
 from tiue_export.bundle.read import Bundle
 from tiue_export.checkpoint.family import load_family
+from tiue_export.checkpoint.tokenizer_files import tokenizer_of
 from tiue_export.drawing.prompt_weights import weighted_tokens
 from tiue_export.errors import BundleError, UsageError
 from tiue_export.export.coreml.swift import check_swift
@@ -22,6 +23,8 @@ from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import load_reference
+from tiue_export.reference.fan_out_loss import fan_out_record
+from tiue_export.sampling.fan_out import FanOut
 from tiue_export.sampling.key_step_options import FasterOptions
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.student.pipeline_folder import write_scheduler
@@ -143,6 +146,12 @@ def test_a_limit_that_is_no_number_of_chunks_is_refused(tiny_student, tokens, ne
 def test_75_tokens_are_what_is_taken_without_the_option(tiny_student):
     asked, plain = ExportOptions(max_prompt_tokens=75), ExportOptions()
     assert shapes_of(tiny_student, asked) == shapes_of(tiny_student, plain)
+
+
+def test_rows_that_part_late_are_measured_on_long_prompts(tiny_student):
+    options = ExportOptions(max_prompt_tokens=150, fan_out=FanOut(1))
+    tokenizer = tokenizer_of(tiny_student.tokenizer_folder, 154, 2)
+    assert 10 < fan_out_record(tiny_student, options, tokenizer).value < 120
 
 
 def test_the_swift_program_refuses_a_bundle_of_long_prompts(tiny_bundle):

@@ -121,11 +121,12 @@ def _object_in(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def tokenizer_of(source: Path, length: int) -> Tokenizer:
+def tokenizer_of(source: Path, length: int, chunks: int = 1) -> Tokenizer:
     """The checkpoint's tokenizer giving the very ids that an exported bundle gives.
 
-    `source` is the tokenizer's folder, `length` the text encoder's number of positions.
+    `source` is the tokenizer's folder, `length` the text's: `chunks` times the text encoder's
+    number of positions.
     """
     with temporary_folder() as folder:
-        write_tokenizer(source, folder, length)
-        return open_tokenizer(folder / "tokenizer.json", length)
+        write_tokenizer(source, folder, length // chunks)
+        return open_tokenizer(folder / "tokenizer.json", length, chunks)

@@ -22,14 +22,14 @@ from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.fan_out_curve import FanOutCurve, FanOutPoint
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.half_range import Float32Parts
-from tiue_export.proof.parity import PROMPTS, parity_record
+from tiue_export.proof.parity import PROMPTS, parity_record, reference_prompts
 from tiue_export.reference.sharing_cost import unet_flops
 from tiue_export.sampling.fan_out import FanOut
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.sampling.plan import Plan
 from tiue_export.sampling.sampler import OnStep
 from tiue_export.specs import UNET_GRAPHS, Array
-from tiue_export.student.model import Student
+from tiue_export.student.model import Student, text_embedding
 from tiue_export.student.up_path import places
 
 _PICTURES = 4
@@ -110,8 +110,8 @@ def _texts(student: Student, options: ExportOptions, tokenizer: Tokenizer | None
         return torch.from_numpy(gaussian_text((len(PROMPTS), length, width)))
     encoder = copied(student.text_encoder, torch.float32, plain=False)
     with torch.no_grad():
-        embedded: Tensor = encoder(torch.from_numpy(tokenizer(PROMPTS))).last_hidden_state
-    return embedded
+        prompts = reference_prompts(len(PROMPTS), tokenizer.chunks)
+        return text_embedding(encoder, torch.from_numpy(tokenizer(prompts)))
 
 
 def _gflop(student: Student, options: ExportOptions, place: FanOut) -> float:
