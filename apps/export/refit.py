@@ -68,7 +68,7 @@ def options_of(manifest: Manifest, export: ExportRequest) -> ExportRequest:
     return replace(
         export,
         steps=manifest.plan.steps,
-        fan_out=str(manifest.plan.fan_out) if manifest.plan.one_pass else None,
+        fan_out=str(manifest.plan.fan_out) if manifest.plan.fan_out else None,
         height=manifest.height_px,
         width=manifest.width_px,
         batch=str(manifest.batch or 1),

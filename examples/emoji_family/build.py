@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer
 
 from tiue_export.benchmarks.quality.yardstick import FeatureNetwork, save_quality_data
 from tiue_export.benchmarks.vocabulary import write_tokenizer
+from tiue_export.checkpoint.demo_student import demo_student
 from tiue_export.checkpoint.family import load_family
 from tiue_export.checkpoint.parts import load_vae, quiet_libraries
 from tiue_export.student.pipeline_folder import write_pipeline
@@ -122,6 +123,17 @@ class Family:
         """The latent consistency student of the same teacher, for few steps."""
         return self._distill("lcm.toml", "lcm")
 
+    def fan_outs(self) -> list[Path]:
+        """The student that ships, trained on with rows that part behind 0 to 3 up blocks."""
+        shipped = {
+            "teacher": str(_HERE.parent / "emoji-teacher"),
+            "student": str(demo_student()),
+        }
+        return [
+            self._distill("fan-out.toml", f"fan-out-{blocks}", fan_out=str(blocks), **shipped)
+            for blocks in range(4)
+        ]
+
     def feature_network(self) -> FeatureNetwork:
         """What pictures are measured with; it sees drawings only."""
         return train_feature_network(told_apart(), self.out / "feature-network", FeatureSettings())
@@ -164,7 +176,7 @@ class Family:
         folder = self.out / name
         return train_teacher(data, tokenizer, folder, settings, start_from, after_save)
 
-    def _distill(self, config: str, name: str) -> Path:
+    def _distill(self, config: str, name: str, **changes: str) -> Path:
         prompts = self.out / "prompts.txt"
         grounds = [None, *BACKGROUNDS]
         lines = [caption(name, ground) for name in sorted(demo_names()) for ground in grounds]
@@ -175,6 +187,7 @@ class Family:
             "out": str(self.out / name),
             "sample_prompts": _SHOWN_PROMPTS,
             "precision": cpu_precision(),
+            **changes,
         }
         return distill(replace(read_config(_HERE / config, settings)), print)
 
@@ -221,6 +234,7 @@ _STAGES: dict[str, Callable[[Family], object]] = {
     "student": Family.student,
     "one-step": Family.one_step,
     "lcm": Family.lcm,
+    "fan-out": Family.fan_outs,
     "feature-network": Family.feature_network,
     "demo": Family.demo,
 }

@@ -13,6 +13,7 @@ import pytest
 
 from tiue_export import ExportOptions, export_onnx, load_student, open_bundle
 from tiue_export.registry.support import OPTION_REFUSALS, VERBS
+from tiue_export.sampling.fan_out import FanOut
 
 refit = importlib.import_module("tiue_export.apps.export.refit")
 ExportRequest = importlib.import_module("tiue_export.apps.options.graphs").ExportRequest
@@ -269,7 +270,7 @@ def test_a_refit_from_a_bundle_takes_it_as_it_is(run, refittable, bundle_copy, t
     "options",
     [
         ExportOptions(vae_tile=32, height=64, width=96, hoist="encoder"),
-        ExportOptions(vae_precision="fp16", hoist="none", batch=2),
+        ExportOptions(vae_precision="fp16", hoist="none", batch=2, fan_out=FanOut(0, 1)),
         ExportOptions(dynamic_batch=True, max_prompt_tokens=150),
     ],
 )

@@ -29,6 +29,7 @@ from tiue_export.errors import (
     UsageError,
 )
 from tiue_export.system.install import install_line
+from tiue_export.sampling.fan_out import FanOut
 from tiue_export.train.config import DistillConfig
 from tiue_export.train.distill import distill
 from tiue_export.train.networks import load_networks
@@ -362,8 +363,12 @@ def test_a_student_of_another_k_is_started_from_a_trained_one(
             loaded.teacher.conv_in.weight,
             load_student(tiny_distillation.teacher).unet.conv_in.weight,
         )
-    student = distill(replace(config, iterations=1, save_every=1, sample_every=1))
+    student = distill(replace(config, iterations=1, save_every=1, sample_every=1, fan_out="1"))
     assert load_student(student).plan.steps == 2
+    # What it learned is recorded, and kept by a training that goes on from it.
+    assert load_student(student).plan.fan_out == FanOut(1)
+    again = load_networks(replace(config, student=str(student)), torch.device("cpu"))
+    assert again.student.plan.fan_out == FanOut(1)
 
 
 # What cannot be trained

@@ -330,7 +330,8 @@ def test_every_setting_has_its_line_in_the_manual():
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("student", "tiue"), ("one-step", "one-step"), ("lcm", "lcm")]
+    ("name", "method"),
+    [("student", "tiue"), ("one-step", "one-step"), ("lcm", "lcm"), ("fan-out", "tiue")],
 )
 def test_the_emoji_familys_recipes_are_whole_configurations(name, method):
     folder = PRESETS.parents[2] / "examples" / "emoji_family"
@@ -341,3 +342,18 @@ def test_the_example_of_a_minute_finds_its_teacher_and_its_prompts():
     example = read_config(PRESETS.parents[2] / "examples" / "quick-student.toml")
     assert Path(example.teacher, "model_index.json").is_file()
     assert Path(example.prompts).is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('fan_out = "two"', "fan_out is 'two'; expected a number of up blocks"),
+        ('fan_out = "1"\nmethod = "one-step"\nsteps = 1\nkl_weight = 0', "has no fan_out"),
+        ('fan_out = "1"\nmethod = "lcm"', "method lcm has no fan_out"),
+    ],
+)
+def test_a_fan_out_is_for_rows_that_there_are(tmp_path, settings, message):
+    file = tmp_path / "c.toml"
+    file.write_text(f'teacher = "t"\nprompts = "p"\nout = "o"\n{settings}\n', "utf-8")
+    with pytest.raises(UsageError, match=message):
+        read_config(file)
