@@ -28,8 +28,8 @@ from tiue_export.errors import (
     ScheduleError,
     UsageError,
 )
-from tiue_export.system.install import install_line
 from tiue_export.sampling.fan_out import FanOut
+from tiue_export.system.install import install_line
 from tiue_export.train.config import DistillConfig
 from tiue_export.train.distill import distill
 from tiue_export.train.networks import load_networks
