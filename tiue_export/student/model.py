@@ -78,7 +78,7 @@ class Student(nn.Module):
             vae=self.vae,
             tokenizer_folder=self.tokenizer_folder,
             controlnet=self.controlnet,
-        ).eval()
+        ).train(self.training)
 
     def of_parts(
         self,
