@@ -201,8 +201,8 @@ def test_a_student_without_a_middle_block_and_with_a_tiny_vae_is_sdxs(model):
     from tiue_export.student.load import CheckpointFacts
 
     config = {"mid_block_type": None}
-    assert recipe_of(CheckpointFacts("x", {}, config, None, "AutoencoderTiny")) == "sdxs"
-    assert recipe_of(CheckpointFacts("x", {}, config, None, "AutoencoderKL")) is None
+    assert recipe_of(CheckpointFacts("x", {}, config, None, vae_class="AutoencoderTiny")) == "sdxs"
+    assert recipe_of(CheckpointFacts("x", {}, config, None, vae_class="AutoencoderKL")) is None
 
 
 def test_a_bundle_is_drawn_in_other_steps_and_says_what_it_is(run, model):
