@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from tiue_export.registry.packages import require
 from tiue_export.registry.spokes import save_fan_out_plot
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.progress import Observer, stage
 
 from ..options.graphs import GraphOptions
 from ..report.tables import fixed, numbers, titled
@@ -44,35 +44,40 @@ def check_fan_out(request: GraphOptions) -> None:
 
 
 def measured_fan_out(
-    student: Student,
-    options: ExportOptions,
-    target_psnr_db: float,
-    path: Path | None,
-    on_step: Callable[[int, int], None],
-) -> tuple[Student, ExportOptions, FanOutCurve]:
-    """The deepest place that keeps the target: the student that says so, options, the curve.
+    student: Student, options: ExportOptions, request: GraphOptions, observer: Observer
+) -> tuple[Student, ExportOptions, FanOutCurve | None]:
+    """With `--fan-out auto` the student that says what chose, the options with the deepest place
+    that keeps the target, and the curve, which is written where it was asked for.
 
-    The curve is written to `path`, if any.
+    Else what was given, and no curve.
     """
+    if (target_psnr_db := request.fan_out_target_db) is None:
+        return student, options, None
     from tiue_export.checkpoint.tokenizer_files import tokenizer_of
     from tiue_export.graphs.shapes import shapes_of
     from tiue_export.reference.fan_out_loss import fan_out_curve
 
-    folder = student.tokenizer_folder
-    shapes = shapes_of(student, options)
+    folder, shapes = student.tokenizer_folder, shapes_of(student, options)
     tokenizer = None if folder is None else tokenizer_of(folder, shapes.text[1], shapes.text_chunks)
-    curve = fan_out_curve(student, options, tokenizer, target_psnr_db, on_step)
-    if path is not None:
-        if path.suffix == ".png":
-            save_fan_out_plot(curve, path, student.source.name)
-        else:
-            text = json.dumps(curve_facts(curve), indent=2) + "\n"
-            with disk_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, text.encode())
+    with stage(observer, name := "measure fan-out"):
+        told = observer.steps_of(name)
+        curve = fan_out_curve(student, options, tokenizer, target_psnr_db, told)
+    if request.fan_out_curve is not None:
+        _write_curve(curve, request.fan_out_curve, student.source.name)
     how = f"auto, at least {curve.target_psnr_db:g} dB on {curve.inputs}"
-    told = student.by_plan(dataclasses.replace(student.plan, chosen_by=how))
-    return told, dataclasses.replace(options, fan_out=curve.taken.fan_out), curve
+    student = student.by_plan(dataclasses.replace(student.plan, chosen_by=how))
+    return student, dataclasses.replace(options, fan_out=curve.taken.fan_out), curve
+
+
+def _write_curve(curve: FanOutCurve, path: Path, name: str) -> None:
+    """As its ending says: a picture, or JSON."""
+    if path.suffix == ".png":
+        save_fan_out_plot(curve, path, name)
+        return
+    text = json.dumps(curve_facts(curve), indent=2) + "\n"
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
 
 
 def curve_facts(curve: FanOutCurve) -> dict[str, object]:

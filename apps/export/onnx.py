@@ -113,12 +113,7 @@ def export_checkpoint(
             student = load_to_export(
                 request, method, sampling, options, lambda part: bar.begin(f"load {part}")
             )
-        curve = None
-        if (target_db := export.fan_out_target_db) is not None:
-            with stage(observer, name := "measure fan-out"):
-                student, options, curve = measured_fan_out(
-                    student, options, target_db, export.fan_out_curve, observer.steps_of(name)
-                )
+        student, options, curve = measured_fan_out(student, options, export, observer)
         # Said now: the work takes minutes.
         for text in student.source.notes:
             bar.note(f"note: {text}")

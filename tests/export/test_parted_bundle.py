@@ -103,7 +103,7 @@ def copied_pipeline(micro_pipeline, tmp_path):
     ("recorded", "message"),
     [
         ("two", "tiue_fan_out is 'two'; expected a number of up blocks"),
-        ("7", "tiue_fan_out is 7; this UNet has"),
+        ("7", "the fan-out is 7; this UNet has"),
     ],
 )
 def test_a_checkpoint_that_records_nonsense_is_refused(copied_pipeline, recorded, message):

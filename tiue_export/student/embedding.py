@@ -36,7 +36,8 @@ def add_embedding(student: Student, path: Path, token: str | None = None) -> Stu
     source, parts = student.source, dict(student.source.part_sha256)
     if isinstance(read, Embedding):
         _add_words(student, read, path)
-        note += f" as {read.token}, {len(read.vectors)} vectors"
+        count = len(read.vectors)
+        note += f" as {read.token}, {count} vector{'s' * (count > 1)}"
         parts["text_encoder"] = _digest(parts["text_encoder"], digest, read.token)
     else:
         _replace_layers(student.unet, read, path)

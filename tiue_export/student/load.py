@@ -168,7 +168,7 @@ def load_model(
     choice = plan_of(facts)
     plan = choice.plan
     try:
-        check_place(unet.up_blocks, plan.fan_out, FAN_OUT_KEY)
+        check_place(unet.up_blocks, plan.fan_out, "the fan-out")
     except UsageError as error:
         raise CheckpointError(error.message, error.next_step) from error
     unet = with_guidance(unet, plan.embedded_guidance)

@@ -69,7 +69,7 @@ class Student(nn.Module):
 
     def by_plan(self, plan: Plan) -> Student:
         """The same model drawn by another plan."""
-        return Student(
+        twin = Student(
             self.unet,
             plan,
             source=self.source,
@@ -78,7 +78,9 @@ class Student(nn.Module):
             vae=self.vae,
             tokenizer_folder=self.tokenizer_folder,
             controlnet=self.controlnet,
-        ).train(self.training)
+        )
+        twin.training = self.training  # its parts are the same modules: they keep their own mode
+        return twin
 
     def of_parts(
         self,
