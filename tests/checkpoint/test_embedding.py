@@ -74,7 +74,7 @@ def test_the_source_says_which_words_were_added_and_how_to_type_it(tiny_pipeline
     add_embedding(student, words[1])
     assert student.source.notes == (
         "embedding learned_embeds.safetensors added as my-cat, 3 vectors",
-        "embedding MyStyle.safetensors added as MyStyle, 1 vectors",
+        "embedding MyStyle.safetensors added as MyStyle, 1 vector",
     )
     assert embedding_options(student.source) == (
         "--embedding learned_embeds.safetensors:my-cat",

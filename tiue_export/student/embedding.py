@@ -20,7 +20,7 @@ from tiue_export.errors import UnsupportedModelError, UsageError
 from tiue_export.student.model import Student
 from tiue_export.system.owned_path import session_folder
 
-_NOTE = re.compile(r"embedding (?P<file>.+) added(?: as (?P<token>\S+), \d+ vectors)?")
+_NOTE = re.compile(r"embedding (?P<file>.+) added(?: as (?P<token>\S+), \d+ vectors?)?")
 
 
 def add_embedding(student: Student, path: Path, token: str | None = None) -> Student:
