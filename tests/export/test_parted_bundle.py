@@ -149,6 +149,7 @@ def test_auto_tells_the_curve_and_takes_the_deepest_place_that_keeps_the_target(
     pytest.importorskip("matplotlib")
     picture = ("--fan-out-curve", "pictures/curve.png")
     code, out, err = run(*line[:-2], *picture, "--fan-out", "auto:250", "--json")
+    assert code == 0, err
     told = json.loads(out)["fan_out_curve"]
     assert (code, told["taken"], told["target_psnr_db"]) == (0, "0", 250)
     np.testing.assert_allclose([p["gflop"] for p in told["points"]], gflop)
