@@ -68,7 +68,8 @@ def test_every_runtime_draws_what_the_parted_student_draws(student, bundle):
         assert all(record.passed for record in records), runtime
 
 
-def test_it_goes_with_merged_rows_and_into_the_encoder(student, tmp_path):
+def test_it_goes_with_merged_rows_and_into_the_encoder(micro_pipeline, tmp_path):
+    student = load_student(micro_pipeline, without=("vae", "text_encoder"))
     options = ExportOptions(fan_out=PLACE, hoist="encoder", merge_below=0.02)
     bundle = export_onnx(student, tmp_path / "bundle", options, allow_parity_loss=True)
     assert bundle.manifest.plan.rows == student.plan.rows - 1
@@ -77,12 +78,12 @@ def test_it_goes_with_merged_rows_and_into_the_encoder(student, tmp_path):
 
 
 def test_a_student_that_learned_it_is_exported_so_without_a_loss_to_judge(
-    micro_pipeline, tmp_path, copied_pipeline
+    tmp_path, copied_pipeline
 ):
     folder = copied_pipeline
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     write_scheduler(folder, config, 4, PLACE)
-    taught = load_student(folder, without=("vae",))
+    taught = load_student(folder, without=("vae", "text_encoder"))
     assert taught.plan.fan_out == PLACE
     bundle = export_onnx(taught, tmp_path / "bundle")
     assert bundle.manifest.plan.fan_out == PLACE
@@ -173,9 +174,9 @@ def test_a_fan_out_that_cannot_be_is_refused_in_words(run, micro_pipeline, optio
     assert message in " ".join(err.split())
 
 
-def test_a_loss_that_fails_the_gate_names_a_smaller_fan_out(run, micro_pipeline, monkeypatch):
+def test_a_loss_that_fails_the_gate_names_a_smaller_fan_out(run, micro_folder, monkeypatch):
     monkeypatch.setitem(GATES_PSNR_DB, "fan-out", 200.0)
-    code, _, err = run("onnx", "--ckpt", micro_pipeline, "--out", "b", "--fan-out", "1")
+    code, _, err = run("onnx", "--ckpt", micro_folder, "--out", "b", "--fan-out", "1")
     assert code == 7
     assert "fan-out 1" in err
     assert "a smaller --fan-out" in err

@@ -253,15 +253,14 @@ def test_scores_that_the_model_upcasts_are_no_risk(tiny_student):
     assert parts == Float32Parts()
 
 
-def test_without_a_hot_value_the_bundle_is_the_same_as_without_an_audit(
-    tiny_pipeline, half_bundle, tmp_path
-):
-    student = load_student(tiny_pipeline / "unet")
+def test_without_a_hot_value_the_bundle_is_the_same_as_without_an_audit(micro_folder, tmp_path):
+    student = load_student(micro_folder)
     options = ExportOptions(precision="fp16")
     plain = export_onnx(student, tmp_path / "plain", options, audit=False)
+    audited = export_onnx(student, tmp_path / "audited", options)
     assert load_audit(plain) is None
     for name, before in plain.manifest.graphs.items():
-        graph = half_bundle.manifest.graphs[name]
+        graph = audited.manifest.graphs[name]
         assert (graph.files, graph.inputs) == (before.files, before.inputs)
         assert (graph.float32_modules, before.max_abs_in_half) == ((), None)
         assert 1 < graph.max_abs_in_half < HOT_ABOVE
