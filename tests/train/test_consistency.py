@@ -35,10 +35,9 @@ from tiue_export.train.consistency_losses import (
     Solver,
     consistency,
     predicted_picture,
-    pseudo_huber,
 )
 from tiue_export.train.distill import distill
-from tiue_export.train.losses import add_noise
+from tiue_export.train.losses import add_noise, pseudo_huber
 from tiue_export.train.networks import Networks, load_networks
 from tiue_export.train.prompts import read_prompts
 

@@ -254,8 +254,24 @@ def test_the_lcm_method_takes_its_own_settings_alone(settings, message):
 
 
 @pytest.mark.parametrize("name", ["solver_steps", "teacher_pictures", "huber_width"])
-def test_what_is_set_for_lcm_alone_is_refused_elsewhere(name):
-    assert refusal(**{name: 7}) == f"method tiue has no {name}\nRemove {name}."
+def test_what_is_set_for_lcm_and_regression_is_refused_elsewhere(name):
+    assert refusal(**{name: 7}) == (
+        f"method tiue has no {name} without regression_weight\n"
+        f"Remove {name}, or set regression_weight = 0.25."
+    )
+
+
+def test_regression_takes_the_settings_of_the_teachers_pictures():
+    taken = DistillConfig(
+        **NEEDED, regression_weight=0.25, solver_steps=20, teacher_pictures=8, huber_width=0.01
+    )
+    assert {"regression_weight", "solver_steps", "teacher_pictures"} <= set(taken.outcome)
+    assert "teacher_pictures" not in DistillConfig(**NEEDED).outcome
+    message = refusal(regression_weight=0.25, solver_steps=1001)
+    assert message == "solver_steps is 1001; expected 1 or more, up to 1000"
+    message = refusal(method="lcm", regression_weight=0.25)
+    assert message == "method lcm has no regression_weight\nRemove regression_weight."
+    assert "regression_weight is -1; expected 0 or more" in refusal(regression_weight=-1)
 
 
 def test_saves_fall_on_journal_lines_and_pictures_on_saves():

@@ -89,8 +89,11 @@ class DistillConfig:
     clip_threshold: float = 0.35
     clip_weight: float = 0.1
     clip_decay_steps: int = 177_341
-    # Of lcm alone: the teacher's DDIM steps that it skips (1000 / the paper's k), how many pictures
-    # the teacher draws to learn on, and where the loss goes from squares to distances.
+    # tiue, one-step: how much a picture is pulled to the teacher's own of the same noise (DMD's
+    # regression, arXiv 2311.18828). Off in the paper.
+    regression_weight: float = 0.0
+    # Of lcm and of regression: the teacher's DDIM steps (lcm skips one: 1000 / the paper's k), how
+    # many pictures it draws to learn on, and where the loss goes from squares to distances.
     solver_steps: int = 50
     teacher_pictures: int = 20_000
     huber_width: float = 0.001
@@ -155,12 +158,22 @@ class DistillConfig:
 
     def _check_own(self) -> None:
         for name in self._foreign:
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise UsageError(f"method {self.method} has no {name}", f"Remove {name}.")
-        if self.method == "lcm" and not self.steps <= self.solver_steps <= _TIMESTEPS:
+            if getattr(self, name) == _DEFAULTS[name]:
+                continue
+            if name in _PICTURES:
+                raise UsageError(
+                    f"method {self.method} has no {name} without regression_weight",
+                    f"Remove {name}, or set regression_weight = 0.25.",
+                )
+            raise UsageError(f"method {self.method} has no {name}", f"Remove {name}.")
+        if not self.learns_on_pictures:
+            return
+        # An LCM skips steps of the solver, and cannot draw in more than there are.
+        least, what = (self.steps, "steps (%d)") if self.method == "lcm" else (1, "%d")
+        if not least <= self.solver_steps <= _TIMESTEPS:
             raise UsageError(
-                f"solver_steps is {self.solver_steps}; expected steps ({self.steps}) or more, up "
-                f"to {_TIMESTEPS}"
+                f"solver_steps is {self.solver_steps}; expected {what % least} or more, up to "
+                f"{_TIMESTEPS}"
             )
 
     @property
@@ -169,9 +182,16 @@ class DistillConfig:
         return self.method != "lcm"
 
     @property
+    def learns_on_pictures(self) -> bool:
+        """Whether the teacher draws pictures to learn on before the first step."""
+        return self.method == "lcm" or self.regression_weight > 0
+
+    @property
     def _foreign(self) -> tuple[str, ...]:
         """The settings that mean nothing to the method."""
-        return _CONSISTENCY if self.has_fake_score else _SCORES
+        if not self.has_fake_score:
+            return _SCORES
+        return () if self.regression_weight else _PICTURES
 
     @property
     def outcome(self) -> dict[str, Any]:
@@ -196,7 +216,7 @@ class DistillConfig:
 
 
 _DEFAULTS = {field.name: field.default for field in fields(DistillConfig)}
-_CONSISTENCY = ("solver_steps", "teacher_pictures", "huber_width")
+_PICTURES = ("solver_steps", "teacher_pictures", "huber_width")
 _SCORES = (
     "lora_learning_rate",
     "lora_rank",
@@ -210,6 +230,7 @@ _SCORES = (
     "clip_threshold",
     "clip_weight",
     "clip_decay_steps",
+    "regression_weight",
 )
 _PLACES = ("teacher", "prompts", "out", "student", "clip_model", "clip_decoder")
 _POSITIVE = (
@@ -223,7 +244,7 @@ _POSITIVE = (
     "lora_alpha",
     "gradient_clip",
     "clip_decay_steps",
-    *_CONSISTENCY,
+    *_PICTURES,
     "log_every",
     "save_every",
     "sample_every",
@@ -236,6 +257,7 @@ _NOT_NEGATIVE = (
     "kl_weight",
     "clip_weight",
     "clip_threshold",
+    "regression_weight",
     "seed",
 )
 _SHARES = ("null_share", "final_rate", "ema_decay")

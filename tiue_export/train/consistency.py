@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .config import DistillConfig
-from .consistency_losses import Solver, consistency, pseudo_huber
+from .consistency_losses import Solver, consistency
 from .learner import (
     Average,
     Learner,
@@ -23,7 +23,7 @@ from .learner import (
     learning_rate_factor,
     mean_over_processes,
 )
-from .losses import add_noise
+from .losses import add_noise, pseudo_huber
 from .networks import Networks
 from .samples import Samples, epoch_indices, step_generator
 from .score_networks import guided_score

@@ -63,11 +63,5 @@ def consistency(noisy: Tensor, predicted: Tensor, timesteps: Tensor, alphas: Ten
     return _per_sample(skip) * noisy.float() + _per_sample(out) * picture
 
 
-def pseudo_huber(predicted: Tensor, target: Tensor, width: float) -> Tensor:
-    """Mean of sqrt(d^2 + width^2) - width: |d| beyond `width`, d^2 / (2 width) within it."""
-    difference = predicted.float() - target.float()
-    return ((difference.square() + width**2).sqrt() - width).mean()
-
-
 def _per_sample(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)

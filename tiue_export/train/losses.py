@@ -1,4 +1,4 @@
-"""The TiUE objective as pure functions (CVPR 2025, "One-Way Ticket", Sec. 3 and appendix).
+"""Losses as pure functions: TiUE's (CVPR 2025, "One-Way Ticket", Sec. 3 and appendix), Huber's.
 
 Latents are (B, 4, H, W), noise predictions too; `alphas` are cumulative products of 1 - beta at
 each sample's timestep, (B,). Everything is computed in float32 whatever the inputs' precision.
@@ -56,6 +56,12 @@ def noise_kl(outputs: Tensor, steps: int) -> Tensor:
     mean, variance = values.mean(1), values.var(1)
     divergence = 0.5 * (mean.square() + variance - 1 - variance.log())  # (K*B,)
     return divergence.reshape(steps, -1).sum(0).mean()
+
+
+def pseudo_huber(predicted: Tensor, target: Tensor, width: float) -> Tensor:
+    """Mean of sqrt(d^2 + width^2) - width: |d| beyond `width`, d^2 / (2 width) within it."""
+    difference = predicted.float() - target.float()
+    return ((difference.square() + width**2).sqrt() - width).mean()
 
 
 def clip_loss(images: Tensor, texts: Tensor, threshold: float) -> Tensor:

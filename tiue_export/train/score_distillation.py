@@ -24,10 +24,18 @@ from .learner import (
     learning_rate_factor,
     mean_over_processes,
 )
-from .losses import add_noise, fake_score_loss, noise_kl, vsd_gradient, vsd_loss
+from .losses import (
+    add_noise,
+    fake_score_loss,
+    noise_kl,
+    pseudo_huber,
+    vsd_gradient,
+    vsd_loss,
+)
 from .networks import Networks
 from .samples import Samples, epoch_indices, step_generator
-from .score_networks import adapter_parameters, guided_scores
+from .score_networks import adapter_parameters, guided_scores, without_adapters
+from .teacher_latents import starting_noise, teacher_latents
 
 # Published ranges: VSD leaves the ends of the schedule out, the fake score sees all of it.
 _VSD_TIMESTEPS = (20, 981)
@@ -39,7 +47,8 @@ class Draw(Samples):
     """All that is random in one step, for the samples of one process.
 
     Noises (B, 4, h, w) float32; timesteps (B,) int64; `null` (B,) marks samples whose fake score
-    learns without a prompt.
+    learns without a prompt. `teacher` (B, 4, h, w) is what the teacher drew from `noise`; without
+    regression nothing is known of it and it is (B, 0).
     """
 
     noise: Tensor
@@ -48,6 +57,7 @@ class Draw(Samples):
     fake_noise: Tensor
     fake_timesteps: Tensor
     null: Tensor
+    teacher: Tensor
 
 
 def draw(
@@ -57,18 +67,28 @@ def draw(
     step: int,
     rank: int = 0,
     world: int = 1,
+    pictures: Tensor | None = None,
 ) -> Draw:
-    """What process `rank` of `world` trains on at `step`; prompts go round epoch by epoch."""
+    """What process `rank` of `world` trains on at `step`; prompts go round epoch by epoch.
+
+    With the teacher's `pictures`, those go round, each with its prompt and its noise.
+    """
     generator = step_generator(config, step)
     shape = (config.batch, *latent_shape)
+    noise = torch.randn(shape, generator=generator)
+    teacher = torch.empty(config.batch, 0)
+    chosen = epoch_indices(config, len(prompts if pictures is None else pictures), step)
+    if pictures is not None:
+        noise, teacher = starting_noise(config, latent_shape, chosen), pictures[chosen].float()
     whole = Draw(
-        prompts=[prompts[index] for index in epoch_indices(config, len(prompts), step)],
-        noise=torch.randn(shape, generator=generator),
+        prompts=[prompts[index % len(prompts)] for index in chosen],
+        noise=noise,
         vsd_noise=torch.randn(shape, generator=generator),
         vsd_timesteps=torch.randint(*_VSD_TIMESTEPS, (config.batch,), generator=generator),
         fake_noise=torch.randn(shape, generator=generator),
         fake_timesteps=torch.randint(*_FAKE_TIMESTEPS, (config.batch,), generator=generator),
         null=torch.rand(config.batch, generator=generator) < config.null_share,
+        teacher=teacher,
     )
     return whole.share(rank, world)
 
@@ -103,9 +123,16 @@ class ScoreDistillation:
         self.average = Average(self._student, config.ema_decay, accelerator.device)
         self._null = networks.embed([""])  # (1, L, D)
         self._clip: ClipTerm | None = load_clip_term(config, accelerator.device)
+        self._pictures: Tensor | None = None
 
     def prepare(self) -> None:
-        """Prompts are all that it learns on."""
+        """Of regression, what the teacher draws; else prompts are all that it learns on."""
+        if not self.config.learns_on_pictures:
+            return
+        with without_adapters(self.networks.teacher):
+            self._pictures = teacher_latents(
+                self.config, self.networks, self.prompts, self.accelerator
+            )
 
     def sample(self, noises: Tensor, text: Tensor) -> Tensor:
         """Noises (1, B, 4, h, w), text (B, L, D) -> the student's latents (B, 4, h, w)."""
@@ -135,6 +162,7 @@ class ScoreDistillation:
             step,
             accelerator.process_index,
             accelerator.num_processes,
+            self._pictures,
         )
         parts = list(drawn.slices(config.micro_batch, accelerator.device))
         texts = [self.networks.embed(part.prompts) for part in parts]
@@ -163,7 +191,7 @@ class ScoreDistillation:
     def _student_loss(
         self, part: Draw, text: Tensor, predicted: Any, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """VSD on the latents, KL on the predictions, CLIP on the picture where it is asked for."""
+        """VSD on the latents and KL on the predictions; regression and CLIP where asked for."""
         config, networks = self.config, self.networks
         alphas = networks.alphas[part.vsd_timesteps]
         noisy = add_noise(predicted.latents.detach(), part.vsd_noise, alphas)
@@ -177,6 +205,10 @@ class ScoreDistillation:
             divergence = noise_kl(predicted.outputs, networks.student.plan.rows)
             loss = loss + config.kl_weight * divergence
             figures["noise_kl"] = divergence
+        if config.regression_weight:
+            distance = pseudo_huber(predicted.latents, part.teacher, config.huber_width)
+            loss = loss + config.regression_weight * distance
+            figures["regression"] = distance
         if self._clip is not None:
             term = self._clip(predicted.latents, part.prompts)
             loss = loss + self._clip.weight(step) * term
