@@ -33,6 +33,7 @@ from .commands.inspect import inspect
 from .commands.onnx import onnx
 from .commands.openvino import openvino
 from .commands.parity import parity
+from .commands.qnn import qnn
 from .commands.quantize import quantize
 from .commands.recipes import recipes
 from .commands.serve import serve
@@ -44,7 +45,7 @@ from .welcome import panel_of
 # In the order of --help.
 _COMMANDS = (
     *(init, demo, doctor, recipes),
-    *(onnx, openvino, coreml, coreai, trt, *form_commands()),
+    *(onnx, openvino, coreml, coreai, trt, qnn, *form_commands()),
     *(audit, analyze, calibrate, quantize),
     *(generate, studio, serve),
     *(inspect, parity, bench),

@@ -18,6 +18,8 @@ from tiue_export.system.install import install_line
 from tiue_export.system.kept_folder import limit_bytes
 from tiue_export.system.machine import describe_machine, installed_versions, nvidia_gpus
 from tiue_export.system.onnx_runtime import import_onnx_runtime
+from tiue_export.system.qnn_provider import NEEDS, has_npu, qnn_versions
+from tiue_export.system.snapdragon import SOCS, soc_here
 from tiue_export.system.tensorrt_flavor import (
     TITLES,
     flavor_install_line,
@@ -160,6 +162,24 @@ def _run_core_ml(name: str, title: str) -> Check:
     if not has_native_library("libcoremlpython"):
         return Check(name, False, f"{title} without libcoremlpython", _WHEEL)
     return Check(name, True, f"{title}, macOS {platform.mac_ver()[0]}")
+
+
+def check_snapdragon() -> list[Check]:
+    """Compiling, which x86-64 Linux can, and the processor itself or its emulator."""
+    compiles, runs = "compile for Snapdragon", "run: qnn"
+    missing = missing_modules(NEEDS)
+    if missing:
+        install = install_line("qnn")
+        return [
+            Check(n, False, f"missing: {', '.join(missing)}", install) for n in (compiles, runs)
+        ]
+    plug_in, sdk = qnn_versions()
+    title = f"onnxruntime-qnn {plug_in}, Qualcomm's SDK {sdk}"
+    soc = soc_here()
+    if has_npu():
+        named = SOCS[soc].title if soc else "a Snapdragon"
+        return [Check(compiles, True, title), Check(runs, True, f"the NPU of {named}")]
+    return [Check(compiles, True, title), Check(runs, True, "by Qualcomm's emulator, slow")]
 
 
 def check_tensorrt() -> list[Check]:

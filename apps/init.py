@@ -145,11 +145,13 @@ def steps_for(device: str, found: Checkpoint, commands: Collection[str]) -> list
     name = _DEMO_BUNDLE if found.ckpt == NAME else slug(Path(found.ckpt).name.removesuffix(_SUFFIX))
     if Path(name).exists():  # often the checkpoint's own folder
         name += "-bundle"
-    ways = {
+    ways: Mapping[str, Callable[[str, str], list[Step]]] = {
         "arm": _ort,
         "rtx": _rtx,
         "nvidia": _nvidia,
         "jetson": _jetson,
+        "snapdragon": functools.partial(_snapdragon, "on the phone"),
+        "snapdragon-pc": functools.partial(_snapdragon, "on the PC"),
         "mac": functools.partial(_coreml, "") if "coreml" in commands else _ort,
     }
     if device in ways:
@@ -222,6 +224,20 @@ def _jetson(source: str, name: str) -> list[Step]:
         Step(f"tiue-export bundle unpack {name}.tar --out {name}", "verified", there),
         Step(f"tiue-export trt --bundle {name}", "engines for this device", there),
         *(replace(step, where=there) for step in _draw(name, "trt")),
+    ]
+
+
+def _snapdragon(there: str, source: str, name: str) -> list[Step]:
+    wheel = wheel_line()
+    soc = "x-elite" if "PC" in there else "sm8650"
+    return [
+        Step(install_line("export,qnn"), "exporter, Qualcomm's compiler and emulator"),
+        Step(f"tiue-export qnn {source} --soc {soc} --out {name}", "contexts, proven"),
+        Step(f"tiue-export bundle pack {name} --runtime qnn --out {name}.tar", "one file"),
+        *([Step(wheel, "the program itself, as one file")] if wheel else []),
+        Step(f"pip install '{WHEEL if wheel else PACKAGE}[qnn]'", "no torch", there),
+        Step(f"tiue-export bundle unpack {name}.tar --out {name}", "verified", there),
+        *(replace(step, where=there) for step in _draw(name, "qnn")),
     ]
 
 

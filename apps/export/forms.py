@@ -218,19 +218,42 @@ def make_form(
 
     `start` is when the command began.
     """
+    bundle = made_form(export, make, stages)
+    seconds = time.perf_counter() - start
+    if export.as_json:
+        print_json({**form_record(form, bundle), "seconds": round(seconds, 1)})
+        return
+    print_form(form, bundle, seconds, table=table)
+
+
+def made_form(export: ExportRequest, make: Callable[..., Bundle], stages: int) -> Bundle:
+    """The bundle with a form that `make` adds, behind a bar of `stages`."""
     with stage_bar(quiet=export.as_json) as bar:
         bar.expect(stages)
-        bundle = make(
+        return make(
             force=export.force,
             allow_parity_loss=export.allow_parity_loss,
             observer=bar.observer(),
         )
-    seconds = time.perf_counter() - start
+
+
+def form_record(form: Form, bundle: Bundle) -> dict[str, object]:
+    """What the manifest says of a form, for JSON."""
+    return {
+        "bundle": str(bundle.root),
+        **dataclasses.asdict(bundle.manifest.compiled[form.folder]),
+    }
+
+
+def print_form(
+    form: Form,
+    bundle: Bundle,
+    seconds: float,
+    *,
+    table: Callable[[Form, Bundle], Table] = form_table,
+) -> None:
+    """A form's graphs, what they proved, and what to type next."""
     compiled = bundle.manifest.compiled[form.folder]
-    if export.as_json:
-        record = {"bundle": str(bundle.root), **dataclasses.asdict(compiled)}
-        print_json({**record, "seconds": round(seconds, 1)})
-        return
     console.print(table(form, bundle))
     title = f"{form.proof or form.title} {compiled.version} against the student"
     console.print(parity_table(compiled.parity, title))

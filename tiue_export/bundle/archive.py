@@ -48,7 +48,7 @@ def pack_bundle(
 
     `runtime` "ort" or "trt" keeps the ONNX graphs and leaves out compiled forms (TensorRT engines
     are built on the device); "rtx", "openvino" or another compiled form keeps that form alone,
-    without the ONNX graphs. Raises `UsageError` for a form the bundle lacks, `BundleError` for an
+    without the ONNX graphs, and "qnn" the forms of all its chips. Raises `UsageError` for a form the bundle lacks, `BundleError` for an
     output in the way. An unfinished archive is never left under `out`.
     """
     path = Path(out)
@@ -106,7 +106,13 @@ def manifest_for(bundle: Bundle, runtime: str | None) -> Manifest:
             bundle.graph_path(name)
         return replace(manifest, compiled={})
     folder = FORM_FOLDERS.get(runtime, runtime)
-    if folder not in manifest.compiled:
+    # A runtime may have a form for each of several targets, such as qnn-v73 and qnn-v75.
+    forms = {
+        name: form
+        for name, form in manifest.compiled.items()
+        if name == folder or name.startswith(f"{folder}-")
+    }
+    if not forms:
         names = {form: name for name, form in FORM_FOLDERS.items()}
         here = [names.get(form, form) for form in manifest.compiled if form != "trt"]
         if runtime in FORM_FOLDERS:
@@ -115,15 +121,14 @@ def manifest_for(bundle: Bundle, runtime: str | None) -> Manifest:
                 "Build them: " + command_line("trt", "--bundle", bundle.root, "--flavor", runtime),
             )
         raise unknown_name("form of the bundle", runtime, [*FROM_ONNX, *here])
-    form = manifest.compiled[folder]
-    lacking = sorted(set(manifest.graphs) - set(form.graphs))
+    lacking = sorted({g for form in forms.values() for g in manifest.graphs if g not in form.graphs})
     if lacking:
         raise UsageError(
             f"{bundle.root} has no {runtime} form of {', '.join(lacking)}",
             "Build the missing graphs first, or pack without --runtime.",
         )
     graphs = {name: replace(record, omitted=True) for name, record in manifest.graphs.items()}
-    return replace(manifest, graphs=graphs, compiled={folder: form})
+    return replace(manifest, graphs=graphs, compiled=forms)
 
 
 def _member(name: str, size_bytes: int) -> tarfile.TarInfo:

@@ -112,6 +112,10 @@ class Backend(Protocol):
         """How the runtime is opened for the proof, once each; none where making proves."""
         return ()
 
+    def conclude(self, bundle: Bundle, records: Sequence[ParityRecord]) -> list[ParityRecord]:
+        """What follows from what the proof measured, as further records."""
+        return []
+
 
 def compile_form(
     bundle: Bundle,
@@ -266,7 +270,7 @@ class _Run:
                     records += measure_runtime(trial, runtime, load_reference(trial), on_step)
                 finally:
                     runtime.close()
-        return records
+        return records + self.backend.conclude(trial, records)
 
     def _judged(self, records: Sequence[ParityRecord]) -> Sequence[ParityRecord]:
         if not self.allow_parity_loss:

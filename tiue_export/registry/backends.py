@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.registry.packages import require
+from tiue_export.system.snapdragon import ARCHITECTURES, soc_here
 
 if TYPE_CHECKING:
     from tiue_export.bundle.read import Bundle
@@ -175,6 +176,25 @@ BACKENDS: Mapping[str, BackendEntry] = {
             "rtx": "NVIDIA RTX card: TensorRT-RTX",
             "nvidia": "NVIDIA GPU of a server: TensorRT",
             "jetson": "NVIDIA Jetson: TensorRT, built on the device",
+        },
+    ),
+    "qnn": BackendEntry(
+        title="Snapdragon NPU",
+        summary="the NPU of a Snapdragon; elsewhere Qualcomm's emulator of it, slow but exact",
+        opener="tiue_export.runtimes.qnn:open_runtime",
+        needs=("onnxruntime", "onnxruntime_qnn"),
+        extra="qnn",
+        device_words=("npu", "emulator", *ARCHITECTURES),
+        # Elsewhere it would be the emulator: a proof, not a way to draw.
+        automatic=soc_here() is not None,
+        folders=tuple(f"qnn-{architecture}" for architecture in ARCHITECTURES),
+        exporter="tiue_export.export.qnn.bundle:compile_qnn",
+        command=True,
+        check="tiue_export.apps.doctor:check_snapdragon",
+        packages=("onnxruntime-qnn",),
+        devices={
+            "snapdragon": "Snapdragon phone or tablet: its NPU",
+            "snapdragon-pc": "Windows on Snapdragon: its NPU",
         },
     ),
     "torch": BackendEntry(

@@ -22,6 +22,7 @@ VERBS: Mapping[str, str] = {
     "trt": "TensorRT engines",
     "coreml": "Core ML packages",
     "coreai": "Core AI assets",
+    "qnn": "Snapdragon contexts",
     "triton": "a Triton ensemble",
     "calibrate": "capturing for int8",
     "quantize": "int8 graphs",
@@ -205,7 +206,19 @@ REFUSALS: tuple[Refusal, ...] = (
         "Quantize the float bundle it was made from.",
     ),
     Refusal(
-        ("openvino", "trt", "triton", "calibrate", "quantize"),
+        ("qnn",),
+        ("dynamic-batch",),
+        "an HTP has no open axes",
+        "Export again without --dynamic-batch.",
+    ),
+    Refusal(
+        ("qnn",),
+        ("int8",),
+        "contexts are made of float graphs, in half precision",
+        "Compile the float bundle it was made from.",
+    ),
+    Refusal(
+        ("openvino", "trt", "qnn", "triton", "calibrate", "quantize"),
         ("without-onnx",),
         "ONNX files are what it starts from",
         "Take the bundle it was packed from, or make one: tiue-export onnx --ckpt STUDENT --out "

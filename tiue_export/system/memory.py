@@ -1,13 +1,16 @@
-"""Resident memory of this process: its peak over a stretch of work, and giving it back."""
+"""Resident memory of this process: its peak over all or a stretch of its work, giving it back."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+from .machine import text_of
 
 _INTERVAL_S = 0.02
 # Below it there is nothing to be gained, and a collection beside torch takes half a second.
@@ -67,6 +70,16 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process ever held, 0 where the system does not tell.
+
+    Not getrusage: across fork and exec it keeps the peak of the parent.
+    """
+    status = text_of("/proc/self/status") or ""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _process() -> Any:

@@ -34,7 +34,8 @@ from typing import IO, Any
 
 from tiue_export.errors import TiueError
 from tiue_export.export.trt.precision import engine_census, network_census
-from tiue_export.system.machine import available_memory_bytes, text_of
+from tiue_export.system.machine import available_memory_bytes
+from tiue_export.system.memory import peak_memory_bytes
 from tiue_export.system.tensorrt_flavor import Device, Flavor, load_flavor, this_device
 
 OK, FAILED, OUT_OF_MEMORY, NOT_PARSED, NOT_HALF, NO_GPU, NOT_INT8 = 0, 1, 13, 14, 15, 16, 17
@@ -401,16 +402,6 @@ def free_workspace_bytes(device: Device | None) -> int:
         from cuda import cudart
     error, free, _ = cudart.cudaMemGetInfo()
     return 0 if int(error) else int(free * _SHARE_OF_GPU_MEMORY)
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process ever held, 0 where the system does not tell.
-
-    Not getrusage: across fork and exec it keeps the peak of the parent.
-    """
-    status = text_of("/proc/self/status") or ""
-    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
 
 
 def _logger(trt: Any, channel: Channel) -> Any:

@@ -1,0 +1,66 @@
+"""Context binaries for Snapdragon in a bundle, one form for each HTP architecture."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+from tiue_export.registry.packages import require
+from tiue_export.system.qnn_provider import NEEDS
+from tiue_export.system.snapdragon import SOCS, socs_named
+
+from ..options.checkpoint import SourceOptions
+from ..options.graphs import ExportRequest
+from ..options.qnn import QnnForm
+from ..report.tables import print_json
+from .forms import (
+    Form,
+    bundle_of,
+    check_source,
+    form_record,
+    made_form,
+    print_form,
+    print_form_plan,
+)
+
+
+def run(source: SourceOptions, own: QnnForm, export: ExportRequest) -> None:
+    """Export first where a checkpoint is given, then compile, prove, and print, chip by chip."""
+    socs = socs_named(own.soc, own.htp)
+    forms = [_form(soc) for soc in socs]
+    check_source(forms[0], source, export)
+    require("compiling for Snapdragon", NEEDS, "qnn")
+    from tiue_export.export.qnn.bundle import QnnOptions, compile_qnn
+
+    start = time.perf_counter()
+    bundle = bundle_of(forms[0], source, export)
+    if bundle is None or export.dry_run:
+        for soc, form in zip(socs, forms, strict=True):
+            settings = {"for": f"{SOCS[soc].title} (HTP {SOCS[soc].htp})", "precision": "fp16"}
+            print_form_plan(form, bundle, settings, as_json=export.as_json)
+        return
+    records = {}
+    for soc, form in zip(socs, forms, strict=True):
+        begun = time.perf_counter()
+        make = functools.partial(compile_qnn, bundle, QnnOptions(soc, own.optimization))
+        bundle = made_form(export, make, 2 * len(bundle.manifest.graphs))  # and each is proven
+        records[form.folder] = form_record(form, bundle)
+        if not export.as_json:
+            print_form(form, bundle, time.perf_counter() - begun)
+    if export.as_json:
+        seconds = round(time.perf_counter() - start, 1)
+        print_json({"bundle": str(bundle.root), "forms": records, "seconds": seconds})
+
+
+def _form(soc: str) -> Form:
+    from tiue_export.export.qnn.bundle import folder_of
+
+    chip = SOCS[soc]
+    return Form(
+        "qnn",
+        f"{chip.title} (HTP {chip.htp})",
+        folder_of(soc),
+        proof="Qualcomm's emulator of SDK",
+        remark="The emulator proves numbers; how fast they come, the device says.",
+        device=f"On {chip.title}",
+    )

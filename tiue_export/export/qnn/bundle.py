@@ -1,0 +1,224 @@
+"""Bundle -> the same bundle with context binaries for one HTP: qnn-v75/GRAPH.onnx and its binary.
+
+Qualcomm's compiler makes them on x86-64 Linux, in half precision, from the ONNX files; each is then
+run in Qualcomm's emulator on the bundle's captured inputs. GRAPH.onnx is a small ONNX file whose
+only node is the compiled graph: any ONNX Runtime with the QNN provider opens it, on Android too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tiue_export.bundle.chain import LATENTS
+from tiue_export.bundle.manifest import Compiled, ParityRecord
+from tiue_export.bundle.read import Bundle
+from tiue_export.errors import (
+    ResourceError,
+    RuntimeFailure,
+    TiueError,
+    UnsupportedModelError,
+    UsageError,
+)
+from tiue_export.export.backend import (
+    Backend,
+    Convert,
+    GraphForm,
+    Workshop,
+    compile_form,
+    form_identity,
+)
+from tiue_export.proof.conditioning import measure_conditioning
+from tiue_export.proof.gates import accept_loss
+from tiue_export.proof.parity import load_reference
+from tiue_export.registry.backends import open_runtime
+from tiue_export.registry.packages import require
+from tiue_export.specs import STEPS, RuntimeOptions
+from tiue_export.system.child_process import child_command
+from tiue_export.system.command_line import command_line
+from tiue_export.system.progress import Observer
+from tiue_export.system.qnn_provider import NEEDS, qnn_versions
+from tiue_export.system.snapdragon import DEFAULT_SOC, SOCS
+
+from .compile_process import OK, CompileRequest
+
+CHILD = "tiue_export.export.qnn.compile_process"
+# Not 1: what it makes of some decoders crashes the emulator (SDK 2.51), and cannot be proven.
+OPTIMIZATIONS = (2, 3)
+_KILLED = -9
+# As the provider names what it cannot take.
+_UNSUPPORTED = re.compile(r"name: (?P<name>[^,]*), type: (?P<type>\w+)")
+_NO_ROOM = "Failed to write context cache file"
+_NO_MEMORY = re.compile(r"MEM_ALLOC|bad_alloc|out of memory", re.IGNORECASE)
+
+
+def folder_of(soc: str) -> str:
+    """Where the form for a chip lies in a bundle: one for each HTP architecture."""
+    return f"qnn-{SOCS[soc].htp}"
+
+
+@dataclass(frozen=True)
+class QnnOptions:
+    """For which chip (`SOCS`); `optimization` 2 compiles fastest, 3 runs fastest."""
+
+    soc: str = DEFAULT_SOC
+    optimization: int = 3
+
+
+def compile_qnn(
+    bundle: Bundle,
+    options: QnnOptions | None = None,
+    *,
+    force: bool = False,
+    allow_parity_loss: bool = False,
+    observer: Observer | None = None,
+) -> Bundle:
+    """Compile every graph and prove it in the emulator on the bundle's reference; see
+    `compile_form`.
+    """
+    return compile_form(
+        bundle,
+        QnnBackend(options or QnnOptions()),
+        force=force,
+        allow_parity_loss=allow_parity_loss,
+        observer=observer,
+    )
+
+
+@dataclass(frozen=True)
+class QnnBackend(Backend):
+    """A child process compiles each graph; the emulator proves all of them."""
+
+    options: QnnOptions
+    runtime: ClassVar[str] = "qnn"
+    verb: ClassVar[str] = "compile"
+    in_child: ClassVar[bool] = True
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        """With the architecture: a bundle may have several."""
+        return f"contexts for HTP {SOCS[self.options.soc].htp}"
+
+    @property
+    def folder(self) -> str:
+        """One for each HTP architecture."""
+        return folder_of(self.options.soc)
+
+    def if_lost(self, failed: ParityRecord) -> str:
+        """Half precision is all there is."""
+        return accept_loss()
+
+    def check(self, bundle: Bundle) -> None:
+        """Qualcomm's package must be there, and the options ones that it has."""
+        require("compiling for Snapdragon", NEEDS, "qnn")
+        if self.options.optimization not in OPTIMIZATIONS:
+            raise UsageError(
+                f"--optimization is {self.options.optimization}; expected 2 or 3",
+                "Leave it out for 3, the longest search.",
+            )
+
+    def form(self, bundle: Bundle) -> Compiled:
+        """Contexts for one architecture, in half precision."""
+        soc = SOCS[self.options.soc]
+        target = {"htp": soc.htp, "soc": self.options.soc, "soc_model": str(soc.model)}
+        flags: dict[str, str | bool | int | float] = {"precision": "fp16"}
+        flags["optimization"] = self.options.optimization
+        return Compiled("qnn", sdk_version(), target, flags, {})
+
+    def identity(self, bundle: Bundle, graph: str) -> str:
+        """By the ONNX files, the chip, the search and Qualcomm's version."""
+        form = self.form(bundle)
+        return form_identity(
+            bundle, graph, version=form.version, target=dict(form.target), flags=dict(form.flags)
+        )
+
+    @contextlib.contextmanager
+    def converter(self, workshop: Workshop) -> Iterator[Convert]:
+        """Qualcomm's compiler, in a process of its own."""
+        yield lambda graph: self._compile(workshop, graph)
+
+    def trials(self) -> tuple[RuntimeOptions, ...]:
+        """The emulator, or the processor itself where this is one."""
+        return (RuntimeOptions(device=SOCS[self.options.soc].htp),)
+
+    def conclude(self, bundle: Bundle, records: Sequence[ParityRecord]) -> list[ParityRecord]:
+        """Whether the prompt still counts, which published NPU packages were found to lose."""
+        latents = next((record for record in records if record.subject == LATENTS), None)
+        if latents is None:
+            return []
+        exact = open_runtime("ort", bundle, RuntimeOptions(device="cpu"))
+        try:
+            record = measure_conditioning(bundle, exact, latents, load_reference(bundle))
+        finally:
+            exact.close()
+        return [] if record is None else [record]
+
+    def _compile(self, workshop: Workshop, graph: str) -> GraphForm:
+        soc = SOCS[self.options.soc]
+        context = workshop.folder / f"{graph}.onnx"
+        request = CompileRequest(
+            onnx=str(workshop.bundle.graph_path(graph).resolve()),
+            context=str(context.resolve()),
+            htp=soc.htp[1:],
+            model=soc.model,
+            optimization=self.options.optimization,
+            sizes={STEPS: 1},
+        )
+        report = _run(workshop.bundle, graph, request)
+        files = sorted(file.name for file in workshop.folder.glob(f"{graph}*"))
+        peak = int(report.pop("peak_memory_bytes"))
+        return GraphForm(context.name, files, report, peak_memory_bytes=peak)
+
+
+def sdk_version() -> str:
+    """Of Qualcomm's SDK in the plug-in: what a context needs at least where it runs."""
+    return qnn_versions()[1]
+
+
+def _run(bundle: Bundle, graph: str, request: CompileRequest) -> dict[str, Any]:
+    """One child process, from its request to its report."""
+    done = subprocess.run(
+        child_command(CHILD, request.to_json()),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    lines = done.stdout.strip().splitlines()
+    answer = json.loads(lines[-1]) if lines else {}
+    if done.returncode == OK and answer:
+        return dict(answer)
+    last = done.stderr.strip().splitlines()[-1:]
+    text = str(answer.get("error") or "".join(last) or f"its process ended with {done.returncode}")
+    if _NO_ROOM in text:
+        raise OSError(errno.ENOSPC, text)
+    raise _failure(bundle, graph, done.returncode, text, done.stderr)
+
+
+def _failure(bundle: Bundle, graph: str, code: int, text: str, log: str) -> TiueError:
+    unsupported = {match["type"]: match["name"] for match in _UNSUPPORTED.finditer(log)}
+    if unsupported:
+        operations = ", ".join(f"{kind} ({name})" for kind, name in unsupported.items())
+        return UnsupportedModelError(
+            f"{graph} has operations that the HTP does not run: {operations}",
+            "Other processors run them: " + command_line("openvino", "--bundle", bundle.root),
+        )
+    if code == _KILLED or _NO_MEMORY.search(text):
+        reason = "the system killed the compiler" if code == _KILLED else text
+        return ResourceError(
+            f"{graph}: memory ran out while it was compiled ({reason})",
+            "Free memory, or compile with a shorter search: "
+            + command_line("qnn", "--bundle", bundle.root, "--optimization", "2"),
+        )
+    return RuntimeFailure(
+        f"Qualcomm's compiler {sdk_version()} failed in {graph}: {text}",
+        "Check `tiue-export doctor`; tested with onnxruntime-qnn 2.7.0.",
+    )
