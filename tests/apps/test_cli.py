@@ -317,17 +317,6 @@ def test_a_file_that_the_manifest_does_not_list_is_not_trusted(run, bundle_copy)
     failing(run, 6, "the manifest lists no tokenizer/tokenizer.json", arguments=arguments)
 
 
-def test_a_terminated_export_cleans_up(micro_folder, tmp_path):
-    command = [sys.executable, "-m", "tiue_export", "onnx", "--ckpt", str(micro_folder)]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "fox")], stderr=subprocess.PIPE)
-    while not any(tmp_path.iterdir()):
-        time.sleep(0.05)
-    process.terminate()
-    _, err = process.communicate()
-    assert process.returncode == 143, err
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_missing_extra_names_the_pip_line(run, tiny_pipeline, monkeypatch):
     registry = importlib.import_module("tiue_export.registry.packages")
     found = importlib.util.find_spec
@@ -353,57 +342,100 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_note(run, tiny_bundle):
     assert re.search(r"the prompt has \d+ tokens, the last \d+ are cut", err)
 
 
-# For each line a copy of itself runs the command: its number, then how it ended.
+# For each line (arguments, and a file for what is said) a copy of itself runs the command: its
+# number, then how it ended.
 COPIES = """
-import importlib, os, sys
+import functools, importlib, json, os, sys
 main = importlib.import_module("tiue_export.apps.cli").main
 for module in ("apps.export.onnx", "export.onnx.bundle", "methods.load"):
     importlib.import_module("tiue_export." + module)
 import diffusers.models, torch.onnx, transformers
-for _ in sys.stdin:
+from torch.onnx._internal import _lazy_import
+operators = _lazy_import.onnxscript_apis
+operators.get_torchlib_ops = functools.cache(operators.get_torchlib_ops)  # as in conftest.py
+operators.get_torchlib_ops()
+for line in sys.stdin:
+    arguments, said = json.loads(line)
     copy = os.fork()
     if copy == 0:
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
         sys.stdout = sys.stderr
-        main(sys.argv[1:])
+        main(arguments)
     print(copy, flush=True)
     print(os.waitpid(copy, 0)[1], flush=True)
 """
 
 
-@pytest.mark.slow
-def test_an_export_killed_at_any_moment_leaves_nothing_that_opens(micro_folder, tmp_path):
-    """kill -9 at moments spread over the export; then a whole export cleans up after them."""
-    # A copy of a process that has imported everything spends its seconds on the export.
-    command = [sys.executable, "-c", COPIES, "onnx", "--ckpt", str(micro_folder)]
-    command += ["--out", str(tmp_path / "fox")]
+class Copies:
+    """Runs commands in copies of a process that has imported everything, one at a time."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def start(self, *arguments: object, said: Path = Path(os.devnull)) -> int:
+        """The number of the process that runs the command; its stderr goes to `said`."""
+        line = json.dumps([[str(argument) for argument in arguments], str(said)])
+        print(line, file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def ended(self) -> int:
+        """Wait for it: its exit code, or minus the signal that killed it."""
+        return os.waitstatus_to_exitcode(int(self._process.stdout.readline()))
+
+
+@pytest.fixture(scope="module")
+def copies():
+    """Exports as processes of their own, which spend their seconds on the export. Shared."""
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as copies:
-        for delay in (0.5, 1.5, 2.5, 3.5):
-            print(file=copies.stdin, flush=True)
-            export = int(copies.stdout.readline())
-            time.sleep(delay)
-            with contextlib.suppress(ProcessLookupError):  # it had ended
-                os.kill(export, signal.SIGKILL)
-            copies.stdout.readline()
-            for path in tmp_path.iterdir():
-                if path.name == "fox":  # it had ended before the kill: then it must be whole
-                    open_bundle(path)
-                    shutil.rmtree(path)
-                    continue
-                with pytest.raises(BundleError):
-                    open_bundle(path)
-        print(file=copies.stdin, flush=True)
-        copies.stdout.readline()
-        assert copies.stdout.readline() == "0\n"
-        copies.stdin.close()
+        [sys.executable, "-c", COPIES],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        yield Copies(process)
+        process.stdin.close()
+
+
+def test_a_terminated_export_cleans_up(copies, micro_folder, tmp_path):
+    out, said = tmp_path / "out", tmp_path / "said"
+    out.mkdir()
+    export = copies.start("onnx", "--ckpt", micro_folder, "--out", out / "fox", said=said)
+    while not any(out.iterdir()):
+        time.sleep(0.05)
+    os.kill(export, signal.SIGTERM)
+    assert copies.ended() == 143, said.read_text()
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_export_killed_at_any_moment_leaves_nothing_that_opens(copies, micro_folder, tmp_path):
+    """kill -9 at moments spread over the export; then a whole export cleans up after them."""
+    command = ("onnx", "--ckpt", micro_folder, "--out", tmp_path / "fox")
+    for delay in (0.5, 1.5, 2.5, 3.5):
+        export = copies.start(*command)
+        time.sleep(delay)
+        with contextlib.suppress(ProcessLookupError):  # it had ended
+            os.kill(export, signal.SIGKILL)
+        copies.ended()
+        for path in tmp_path.iterdir():
+            if path.name == "fox":  # it had ended before the kill: then it must be whole
+                open_bundle(path)
+                shutil.rmtree(path)
+                continue
+            with pytest.raises(BundleError):
+                open_bundle(path)
+    copies.start(*command)
+    assert copies.ended() == 0
     assert [path.name for path in tmp_path.iterdir()] == ["fox"]
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_old_bundle_and_nothing_else_and_says_so(micro_folder, tmp_path):
+def test_a_full_disk_keeps_the_old_bundle_and_nothing_else_and_says_so(
+    copies, micro_folder, tmp_path
+):
     """A real file system of 256 kB; needs root for the mount."""
-    small = tmp_path / "small"
+    small, said = tmp_path / "small", tmp_path / "said"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
@@ -412,11 +444,9 @@ def test_a_full_disk_keeps_the_old_bundle_and_nothing_else_and_says_so(micro_fol
         old = small / "fox"
         old.mkdir()
         (old / "tiue.json").write_text("old")
-        command = [sys.executable, "-m", "tiue_export", "onnx", "--ckpt", str(micro_folder)]
-        command += ["--out", str(old), "--force"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 10, done.stderr
-        assert "is full" in done.stderr
+        copies.start("onnx", "--ckpt", micro_folder, "--out", old, "--force", said=said)
+        assert copies.ended() == 10, said.read_text()
+        assert "is full" in said.read_text()
         assert list(small.rglob("*")) == [old, old / "tiue.json"]
         assert (old / "tiue.json").read_text() == "old"
     finally:
