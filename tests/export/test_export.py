@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from tiue_export import ExportOptions, Pipeline, export_onnx, load_student, open_bundle
+from tiue_export import ExportOptions, Pipeline, export_onnx, load_student
 from tiue_export.benchmarks.synthetic import write_ldm_file
 from tiue_export.errors import BundleError, ParityError
 from tiue_export.export.dry_run import plan_export
@@ -185,8 +185,8 @@ def test_layer_names_are_the_same_at_every_precision(tiny_bundle, half_bundle):
 
 
 @pytest.mark.slow
-def test_softmax_is_in_float32_where_the_model_asks_for_upcast(tiny_pipeline, tmp_path):
-    folder = Path(shutil.copytree(tiny_pipeline, tmp_path / "pipeline"))
+def test_softmax_is_in_float32_where_the_model_asks_for_upcast(micro_folder, tmp_path):
+    folder = Path(shutil.copytree(micro_folder, tmp_path / "student"))
     config = folder / "unet" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "upcast_attention": True}))
     options = ExportOptions(precision="fp16")
@@ -219,7 +219,8 @@ def test_a_dynamic_batch_bundle_runs_any_batch(any_batch):
 
 @pytest.fixture(scope="module")
 def unusual(micro_folder, tmp_path_factory):
-    """A folder with another epsilon and without its scheduler class's defaults; its bundle."""
+    """A folder with another epsilon and without its scheduler class's defaults; its bundle, and
+    what its export reported. Shared."""
     place = tmp_path_factory.mktemp("unusual")
     folder = Path(shutil.copytree(micro_folder, place / "student"))
     config = folder / "unet" / "config.json"
@@ -227,7 +228,9 @@ def unusual(micro_folder, tmp_path_factory):
     config = folder / "scheduler" / "scheduler_config.json"
     kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "set_alpha_to_one"}
     config.write_text(json.dumps({k: v for k, v in kept.items() if k != "timestep_spacing"}))
-    return folder, export_onnx(load_student(folder), place / "bundle")
+    reports = []
+    observer = Observer(on_done=reports.append)
+    return folder, export_onnx(load_student(folder), place / "bundle", observer=observer), reports
 
 
 def test_a_scheduler_that_leaves_out_its_classes_defaults_exports(unusual):
@@ -237,7 +240,7 @@ def test_a_scheduler_that_leaves_out_its_classes_defaults_exports(unusual):
 
 
 def test_the_torch_runtime_follows_the_checkpoints_own_configuration(unusual):
-    folder, bundle = unusual
+    folder, bundle, _ = unusual
     runtime = open_runtime("torch", bundle, RuntimeOptions(checkpoint=str(folder)))
     records = measure_runtime(bundle, runtime, load_reference(bundle))
     assert all(record.value > 100 for record in records)
@@ -281,12 +284,10 @@ def test_a_failing_gate_leaves_nothing_unless_the_loss_is_allowed(
     assert bundle.manifest.parity_loss_allowed
 
 
-def test_stages_report_time_size_and_memory(micro_folder, tmp_path):
-    reports = []
-    student = load_student(micro_folder)
-    export_onnx(student, tmp_path / "b", observer=Observer(on_done=reports.append))
+def test_stages_report_time_size_and_memory(unusual):
+    _, bundle, reports = unusual
     stages = [report.stage for report in reports]
-    graphs = [f"export {g}" for g in open_bundle(tmp_path / "b").manifest.graphs]
+    graphs = [f"export {g}" for g in bundle.manifest.graphs]
     assert stages[:3] == ["run student in fp32", *graphs]
     assert all(report.peak_memory_bytes > 1e7 and report.seconds > 0 for report in reports)
     assert all(r.size_bytes > 0 for r in reports if r.stage.startswith("export"))
