@@ -49,9 +49,10 @@ class Emulator:
             _send(process.stdin, save({k: np.ascontiguousarray(v) for k, v in feeds.items()}))
             reason, outputs = _received(process.stdout), _received(process.stdout)
         except (EOFError, BrokenPipeError) as error:
-            self._process = None
+            code = process.wait()
+            self.close()
             raise RuntimeFailure(
-                f"Qualcomm's emulator crashed in {graph} (exit code {process.wait()})",
+                f"Qualcomm's emulator crashed in {graph} (exit code {code})",
                 "Compile with another search: --optimization 2 or 3.",
             ) from error
         except BaseException:  # an interrupt: half a frame would be taken for the next

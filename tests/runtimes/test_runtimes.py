@@ -24,8 +24,9 @@ from tiue_export.specs import (
 )
 from tiue_export.system.install import install_line
 
-# Those that need other hardware are held to the same in tests of their own, marked gpu or mac.
-ELSEWHERE = ("trt",)
+# Those that need other hardware, or minutes in an emulator, are held to the same in tests of
+# their own.
+ELSEWHERE = ("qnn", "trt")
 HERE = tuple(sorted(set(BACKENDS) - set(ELSEWHERE)))
 COMPUTING = ("coreai", "coreml", "openvino", "ort", "torch")
 PAIRS = [(name, graph) for name in HERE for graph in GRAPH_NAMES]

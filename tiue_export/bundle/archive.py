@@ -48,8 +48,9 @@ def pack_bundle(
 
     `runtime` "ort" or "trt" keeps the ONNX graphs and leaves out compiled forms (TensorRT engines
     are built on the device); "rtx", "openvino" or another compiled form keeps that form alone,
-    without the ONNX graphs, and "qnn" the forms of all its chips. Raises `UsageError` for a form the bundle lacks, `BundleError` for an
-    output in the way. An unfinished archive is never left under `out`.
+    without the ONNX graphs, and "qnn" the forms of all its chips. Raises `UsageError` for a form
+    the bundle lacks, `BundleError` for an output in the way. An unfinished archive is never left
+    under `out`.
     """
     path = Path(out)
     if path.exists() and not force:
@@ -121,7 +122,9 @@ def manifest_for(bundle: Bundle, runtime: str | None) -> Manifest:
                 "Build them: " + command_line("trt", "--bundle", bundle.root, "--flavor", runtime),
             )
         raise unknown_name("form of the bundle", runtime, [*FROM_ONNX, *here])
-    lacking = sorted({g for form in forms.values() for g in manifest.graphs if g not in form.graphs})
+    lacking = sorted(
+        {g for form in forms.values() for g in manifest.graphs if g not in form.graphs}
+    )
     if lacking:
         raise UsageError(
             f"{bundle.root} has no {runtime} form of {', '.join(lacking)}",

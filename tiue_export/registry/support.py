@@ -213,6 +213,12 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         ("qnn",),
+        ("bf16",),
+        "an HTP does not compute in bf16",
+        "Export with --vae-precision fp16 or fp32.",
+    ),
+    Refusal(
+        ("qnn",),
         ("int8",),
         "contexts are made of float graphs, in half precision",
         "Compile the float bundle it was made from.",

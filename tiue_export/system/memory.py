@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from .machine import text_of
+from tiue_export.system.machine import text_of
 
 _INTERVAL_S = 0.02
 # Below it there is nothing to be gained, and a collection beside torch takes half a second.

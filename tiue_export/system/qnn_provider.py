@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .onnx_runtime import import_onnx_runtime
+from tiue_export.system.onnx_runtime import import_onnx_runtime
 
 NEEDS = ("onnxruntime", "onnxruntime_qnn")
 _ERRORS_ONLY = 3

@@ -170,7 +170,7 @@ class QnnBackend(Backend):
             optimization=self.options.optimization,
             sizes={STEPS: 1},
         )
-        report = _run(workshop.bundle, graph, request)
+        report = compiled(workshop.bundle, graph, request)
         files = sorted(file.name for file in workshop.folder.glob(f"{graph}*"))
         peak = int(report.pop("peak_memory_bytes"))
         return GraphForm(context.name, files, report, peak_memory_bytes=peak)
@@ -181,8 +181,12 @@ def sdk_version() -> str:
     return qnn_versions()[1]
 
 
-def _run(bundle: Bundle, graph: str, request: CompileRequest) -> dict[str, Any]:
-    """One child process, from its request to its report."""
+def compiled(bundle: Bundle, graph: str, request: CompileRequest) -> dict[str, Any]:
+    """One child process, from its request to its report.
+
+    Raises `UnsupportedModelError` for operations that no HTP runs, `ResourceError` without memory,
+    `OSError` on a full disk, `RuntimeFailure` for what else the compiler says.
+    """
     done = subprocess.run(
         child_command(CHILD, request.to_json()),
         stdin=subprocess.DEVNULL,
@@ -200,10 +204,11 @@ def _run(bundle: Bundle, graph: str, request: CompileRequest) -> dict[str, Any]:
     text = str(answer.get("error") or "".join(last) or f"its process ended with {done.returncode}")
     if _NO_ROOM in text:
         raise OSError(errno.ENOSPC, text)
-    raise _failure(bundle, graph, done.returncode, text, done.stderr)
+    raise failure_of(bundle, graph, done.returncode, text, done.stderr)
 
 
-def _failure(bundle: Bundle, graph: str, code: int, text: str, log: str) -> TiueError:
+def failure_of(bundle: Bundle, graph: str, code: int, text: str, log: str) -> TiueError:
+    """The error for a compiler that ended with `code`, saying `text` and, natively, `log`."""
     unsupported = {match["type"]: match["name"] for match in _UNSUPPORTED.finditer(log)}
     if unsupported:
         operations = ", ".join(f"{kind} ({name})" for kind, name in unsupported.items())
