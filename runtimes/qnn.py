@@ -23,7 +23,7 @@ from tiue_export.errors import (
 from tiue_export.specs import Array, Feeds, RuntimeOptions
 from tiue_export.system.command_line import command_line
 from tiue_export.system.qnn_provider import has_npu, qnn_session, qnn_versions
-from tiue_export.system.snapdragon import ARCHITECTURES, SOCS, soc_here
+from tiue_export.system.snapdragon import ARCHITECTURES, SOCS, USUAL_HTP, soc_here
 
 from .qnn_emulator import Emulator
 
@@ -142,10 +142,11 @@ def _form_for(bundle: Bundle, forms: dict[str, Compiled], htp: str | None) -> Co
     if htp in forms:
         return forms[htp]
     has = f"; it has those of {', '.join(forms)}" if forms else ""
-    asked = ("--htp", htp[1:]) if htp else ()
+    for_what = f"HTP {htp}" if htp else "Snapdragon"
+    number = htp[1:] if htp else USUAL_HTP[1:]
     raise BundleError(
-        f"{bundle.root} has no contexts for {f'HTP {htp}' if htp else 'Snapdragon'}{has}",
-        "Make them: " + command_line("qnn", "--bundle", bundle.root, *asked),
+        f"{bundle.root} has no contexts for {for_what}{has}",
+        "Make them: " + command_line("qnn", "--bundle", bundle.root, "--htp", number),
     )
 
 

@@ -46,6 +46,7 @@ USUAL_SOC: Mapping[str, str] = {
 }
 ARCHITECTURES = tuple(USUAL_SOC)
 DEFAULT_SOC = "sm8650"
+USUAL_HTP = SOCS[DEFAULT_SOC].htp
 # Part numbers of laptops; the kernel and Windows name the chip by them.
 _LAPTOP = re.compile(r"\bX1[EP][-\w]*|\bSC8380XP\b|\bX1E80100\b|\bX1P\d+\b", re.IGNORECASE)
 _PHONE = re.compile(r"\bSM\d{4}", re.IGNORECASE)
