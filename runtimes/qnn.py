@@ -64,8 +64,10 @@ class QnnRuntime:
         return dict(zip(names, values, strict=True))
 
     def step_limit(self) -> int | None:
-        """One step of a loop at a time."""
-        return None if self._bundle.manifest.plan.one_pass else 1
+        """As many as the decoder's context was compiled for."""
+        if self._bundle.manifest.plan.one_pass:
+            return None
+        return int(self._form.flags["decoder_steps"])
 
     def close(self) -> None:
         """Drop all contexts and their memory."""

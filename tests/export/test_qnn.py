@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -28,12 +29,15 @@ from tiue_export.errors import (
 from tiue_export.export.qnn import bundle as qnn
 from tiue_export.export.qnn.bundle import QnnOptions, compile_qnn, compiled
 from tiue_export.export.qnn.compile_process import CompileRequest
+from tiue_export.export.qnn.time_table import put_time_table
+from tiue_export.methods.load import CheckpointRequest, load_for_method
+from tiue_export.methods.method import SamplingOptions
 from tiue_export.proof.conditioning import SUBJECT, empty_prompt, measure_conditioning
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
 from tiue_export.registry.backends import open_runtime
 from tiue_export.runtimes.qnn_emulator import Emulator
-from tiue_export.specs import UNET_ENCODER, VAE_DECODER, Runtime, RuntimeOptions
+from tiue_export.specs import UNET_ENCODER, UNET_GRAPHS, VAE_DECODER, Runtime, RuntimeOptions
 from tiue_export.system.snapdragon import soc_in, socs_named
 
 pytest.importorskip("onnxruntime_qnn", reason="onnxruntime-qnn is not installed")
@@ -128,6 +132,50 @@ def test_a_loop_with_fresh_noise_runs_on_it(few_step_bundle, tmp_path):
         with Pipeline.open(bundle, name, RuntimeOptions(device=device)) as pipeline:
             latents[name] = pipeline("a red fox", seed=3).pictures[0].latents
     assert 30 < psnr_db(latents["ort"], latents["qnn"]) < 100
+
+
+@pytest.mark.parametrize("graph", UNET_GRAPHS)
+def test_timesteps_are_looked_up_and_no_number_changes(few_step_bundle, graph):
+    path = few_step_bundle.graph_path(graph)
+    model = onnx.load(path)
+    before = onnxruntime.InferenceSession(str(path))
+    assert put_time_table(model) == 2
+    assert not {"Sin", "Cos"} & {node.op_type for node in model.graph.node}
+    after = onnxruntime.InferenceSession(model.SerializeToString())
+    random = np.random.RandomState(0)
+    for timestep in (999, 259, 0):
+        feeds = {
+            tensor.name: np.full(tensor.shape, timestep, np.float32)
+            if tensor.name.startswith("timestep")
+            else random.standard_normal(tensor.shape).astype(np.float32)
+            for tensor in few_step_bundle.spec(graph).inputs
+        }
+        for exact, looked_up in zip(before.run(None, feeds), after.run(None, feeds), strict=True):
+            assert psnr_db(exact, looked_up) > 120
+    assert put_time_table(model) == 0
+
+
+def test_a_students_rows_run_one_at_a_time_and_draw_the_same(
+    micro_pipeline, snapdragon_bundle, tmp_path
+):
+    request = CheckpointRequest(str(micro_pipeline))
+    student = load_for_method(request, "tiue", SamplingOptions(max_decoder_rows=1))
+    bundle = compile_qnn(export_onnx(student, tmp_path / "b"))
+    form = bundle.manifest.compiled["qnn-v75"]
+    assert form.flags["decoder_steps"] == 1
+    assert all(record.passed for record in form.parity)
+    assert SUBJECT in {record.subject for record in form.parity}
+    assert not list(bundle.root.glob("qnn-v75/.*")), "no copy of the graphs is left"
+    latents = {}
+    for name, root, runtime, device in (
+        ("at once", snapdragon_bundle, "ort", "cpu"),
+        ("row by row", bundle, "ort", "cpu"),
+        ("on the HTP", bundle, "qnn", "emulator"),
+    ):
+        with Pipeline.open(root, runtime, RuntimeOptions(device=device)) as pipeline:
+            latents[name] = pipeline("a red fox", seed=3).pictures[0].latents
+    assert psnr_db(latents["at once"], latents["row by row"]) > 100
+    assert 50 < psnr_db(latents["at once"], latents["on the HTP"]) < 100
 
 
 # What it owes as a runtime

@@ -22,7 +22,7 @@ class Tiue:
 
     name: str = "tiue"
     summary: str = "a distilled student, which draws in one pass"
-    takes: tuple[str, ...] = ("steps", "allow_other_steps")
+    takes: tuple[str, ...] = ("steps", "allow_other_steps", "max_decoder_rows")
     features: frozenset[str] = frozenset()
     takes_controlnet: bool = False
 
@@ -34,7 +34,9 @@ class Tiue:
         steps = _steps(checkpoint.recorded_steps, options.steps, options.allow_other_steps)
         plan = one_pass_plan(checkpoint.scheduler_config, steps)
         recorded = checkpoint.recorded_fan_out
-        return plan if recorded is None else plan.parting_at(_fan_out(recorded))
+        if recorded is not None:
+            plan = plan.parting_at(_fan_out(recorded))
+        return plan.in_pieces(options.max_decoder_rows)
 
 
 def check_assumed(checkpoint: CheckpointFacts) -> None:

@@ -16,11 +16,11 @@ from tiue_export.bundle.manifest import ParityRecord
 from tiue_export.bundle.read import Bundle
 from tiue_export.proof.gates import IDENTICAL_DB
 from tiue_export.proof.parity import Reference, with_dtypes
+from tiue_export.sampling.sampler import sample
 from tiue_export.specs import (
     TEXT_ENCODER,
-    UNET_DECODER,
-    UNET_ENCODER,
     Array,
+    Feeds,
     Runtime,
 )
 
@@ -36,21 +36,24 @@ def measure_conditioning(
     """The reference's prompt against the empty one, over the error that `latents` recorded, in dB.
 
     `exact` is a float32 runtime of the same bundle; it draws once more, without the prompt. None
-    where there is no prompt to leave out: a UNet alone, or a plan in passes, whose graphs are
-    proven one by one.
+    where there is no prompt to leave out (a UNet alone), and of plans with guidance, which draw
+    without it in every step.
     """
-    if not bundle.manifest.plan.one_pass or TEXT_ENCODER not in bundle.manifest.graphs:
+    plan = bundle.manifest.plan
+    if plan.guidance is not None or TEXT_ENCODER not in bundle.manifest.graphs:
         return None
-    known = reference.arrays
-    tokens = empty_prompt(known[TOKENS], bundle.manifest.text_chunks)
-    values: dict[str, Array] = {TOKENS: tokens, NOISE: known[NOISE]}
-    chain = chain_of(bundle.manifest.plan)
-    for graph in (TEXT_ENCODER, UNET_ENCODER, UNET_DECODER):
-        spec = bundle.spec(graph)
-        values |= chain.values(
-            graph, exact.run(graph, chain.feeds(spec, with_dtypes(spec, values)))
-        )
-    effect = known[LATENTS].astype(np.float64) - values[LATENTS].astype(np.float64)
+    known, chain = reference.arrays, chain_of(plan)
+
+    def run(graph: str, pool: Feeds) -> dict[str, Array]:
+        return exact.run(graph, with_dtypes(bundle.spec(graph), pool))
+
+    tokens = {TOKENS: empty_prompt(known[TOKENS], bundle.manifest.text_chunks)}
+    (text,) = chain.values(TEXT_ENCODER, run(TEXT_ENCODER, tokens)).values()
+    # Of a plan in passes the reference's "sample" is that of one of them.
+    noise = known[NOISE] if plan.one_pass else known["noise"]
+    noises = np.concatenate([noise[None], known.get("fresh_noise", noise[None][:0])])
+    without = sample(plan, run, noises, text)
+    effect = known[LATENTS].astype(np.float64) - without.astype(np.float64)
     effect_db = 20 * math.log10(max(_rms(effect), 1e-30) / float(np.abs(known[LATENTS]).max()))
     return ParityRecord(
         hop=latents.hop,

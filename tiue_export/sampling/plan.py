@@ -11,7 +11,8 @@ knows a scheduler, and one loop (`sampler.py`) runs every plan:
 | few steps | one a step, fresh noise between them | 1 | distilled in |
 | Faster Diffusion | one a key step | the steps that use its features | a scale |
 
-In a plan of one pass without guidance the timesteps and the sum are constants of the graphs.
+In a plan of one pass without guidance the timesteps and the sum are constants of the graphs,
+unless its time is left open, so that a decoder can take its rows piece by piece.
 """
 
 from __future__ import annotations
@@ -90,8 +91,9 @@ class Plan:
     dropped, their weight added to a neighbour. `max_decoder_rows` bounds the rows of one decoder
     run: a pass is then cut into exact pieces. `recipe` names the few-step student's recipe
     (`recipes.py`), `eta` its share of fresh noise, and `embedded_guidance` the scale that is folded
-    into its time embedding. `fan_out` is where the rows of one pass part. `chosen_by` says what
-    chose the key steps or the fan-out.
+    into its time embedding. `fan_out` is where the rows of one pass part. `open_time`: the
+    timesteps of a single pass are inputs of the graphs all the same, as those of several passes
+    are. `chosen_by` says what chose the key steps or the fan-out.
     """
 
     method: str
@@ -110,11 +112,16 @@ class Plan:
     eta: float = 0.0
     embedded_guidance: float | None = None
     fan_out: FanOut = field(default_factory=FanOut)
+    open_time: bool = False
 
     @property
     def one_pass(self) -> bool:
-        """Whether graphs hold the timesteps and the final sum as constants."""
-        return len(self.passes) == 1 and self.guidance is None and not self.latents.fresh
+        """Whether graphs hold the timesteps and the final sum as constants.
+
+        Not of a single pass in `open_time`: there the sum is the device's.
+        """
+        single = len(self.passes) == 1 and self.guidance is None and not self.latents.fresh
+        return single and not self.open_time
 
     @property
     def timesteps(self) -> tuple[Timestep, ...]:
@@ -178,6 +185,22 @@ class Plan:
             latents=replace(self.latents, outputs=tuple(weights)),
             merged_timesteps=(*self.merged_timesteps, *dropped),
         )
+
+    def in_pieces(self, max_decoder_rows: int | None) -> Plan:
+        """The rows of a single pass in decoder runs of at most so many; exact.
+
+        Where all fit into one run, and without a bound, the plan stays what it is.
+        """
+        check_decoder_rows(max_decoder_rows)
+        if max_decoder_rows is None or max_decoder_rows >= self.rows:
+            return self
+        if self.fan_out:
+            raise UsageError(
+                f"blocks are shared between the rows, which --max-decoder-rows {max_decoder_rows} "
+                "would run one after another",
+                "Leave --max-decoder-rows out.",
+            )
+        return replace(self, max_decoder_rows=max_decoder_rows, open_time=True)
 
     def parting_at(self, fan_out: FanOut) -> Plan:
         """Rows of one pass that part at `fan_out`; refused in several passes."""

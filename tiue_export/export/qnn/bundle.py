@@ -12,13 +12,18 @@ import errno
 import json
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+import onnx
+
 from tiue_export.bundle.chain import LATENTS
-from tiue_export.bundle.manifest import Compiled, ParityRecord
+from tiue_export.bundle.manifest import Compiled, Manifest, ParityRecord
 from tiue_export.bundle.read import Bundle
+from tiue_export.bundle.write import link_or_copy
 from tiue_export.errors import (
     ResourceError,
     RuntimeFailure,
@@ -39,7 +44,8 @@ from tiue_export.proof.gates import accept_loss
 from tiue_export.proof.parity import load_reference
 from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.packages import require
-from tiue_export.specs import STEPS, RuntimeOptions
+from tiue_export.sampling.plan import steps_within
+from tiue_export.specs import CONTROLNET, STEPS, UNET_GRAPHS, RuntimeOptions
 from tiue_export.system.child_process import child_command
 from tiue_export.system.command_line import command_line
 from tiue_export.system.progress import Observer
@@ -47,6 +53,7 @@ from tiue_export.system.qnn_provider import NEEDS, qnn_versions
 from tiue_export.system.snapdragon import DEFAULT_SOC, SOCS
 
 from .compile_process import OK, CompileRequest
+from .time_table import put_time_table, takes_whole_timesteps
 
 CHILD = "tiue_export.export.qnn.compile_process"
 # Not 1: what it makes of some decoders crashes the emulator (SDK 2.51), and cannot be proven.
@@ -117,6 +124,11 @@ class QnnBackend(Backend):
     def check(self, bundle: Bundle) -> None:
         """Qualcomm's package must be there, and the options ones that it has."""
         require("compiling for Snapdragon", NEEDS, "qnn")
+        if not takes_whole_timesteps(bundle.manifest.plan.timesteps):
+            raise UnsupportedModelError(
+                f"{bundle.root} has timesteps between the whole ones, which a table has not",
+                "Other processors run it: " + command_line("openvino", "--bundle", bundle.root),
+            )
         if self.options.optimization not in OPTIMIZATIONS:
             raise UsageError(
                 f"--optimization is {self.options.optimization}; expected 2 or 3",
@@ -129,6 +141,7 @@ class QnnBackend(Backend):
         target = {"htp": soc.htp, "soc": self.options.soc, "soc_model": str(soc.model)}
         flags: dict[str, str | bool | int | float] = {"precision": "fp16"}
         flags["optimization"] = self.options.optimization
+        flags["decoder_steps"] = decoder_steps(bundle.manifest)
         return Compiled("qnn", sdk_version(), target, flags, {})
 
     def identity(self, bundle: Bundle, graph: str) -> str:
@@ -160,15 +173,19 @@ class QnnBackend(Backend):
         return [] if record is None else [record]
 
     def _compile(self, workshop: Workshop, graph: str) -> GraphForm:
+        with _source(workshop, graph) as source:
+            return self._made(workshop, graph, source)
+
+    def _made(self, workshop: Workshop, graph: str, source: Path) -> GraphForm:
         soc = SOCS[self.options.soc]
         context = workshop.folder / f"{graph}.onnx"
         request = CompileRequest(
-            onnx=str(workshop.bundle.graph_path(graph).resolve()),
+            onnx=str(source.resolve()),
             context=str(context.resolve()),
             htp=soc.htp[1:],
             model=soc.model,
             optimization=self.options.optimization,
-            sizes={STEPS: 1},
+            sizes={STEPS: decoder_steps(workshop.bundle.manifest)},
         )
         report = compiled(workshop.bundle, graph, request)
         files = sorted(file.name for file in workshop.folder.glob(f"{graph}*"))
@@ -176,9 +193,40 @@ class QnnBackend(Backend):
         return GraphForm(context.name, files, report, peak_memory_bytes=peak)
 
 
+def decoder_steps(manifest: Manifest) -> int:
+    """How many steps of a loop a decoder's context takes at once: 1, or what the plan allows.
+
+    An HTP has no open axes, and its compiler takes many times as long for more rows.
+    """
+    plan = manifest.plan
+    if plan.one_pass or plan.max_decoder_rows is None:
+        return 1
+    longest = max(one.rows for one in plan.passes)
+    return min(longest, steps_within(plan.max_decoder_rows, plan.copies * (manifest.batch or 1)))
+
+
 def sdk_version() -> str:
     """Of Qualcomm's SDK in the plug-in: what a context needs at least where it runs."""
     return qnn_versions()[1]
+
+
+@contextlib.contextmanager
+def _source(workshop: Workshop, graph: str) -> Iterator[Path]:
+    """The ONNX file to compile: the bundle's own, or a copy that looks its timesteps up."""
+    bundle = workshop.bundle
+    own = bundle.graph_path(graph)
+    if bundle.manifest.plan.one_pass or graph not in (*UNET_GRAPHS, CONTROLNET):
+        yield own
+        return
+    with tempfile.TemporaryDirectory(dir=workshop.folder, prefix=".") as name:
+        model = onnx.load(own, load_external_data=False)
+        put_time_table(model)
+        for file in bundle.manifest.graphs[graph].files:  # weights: links where the disk has them
+            if bundle.root / file != own:
+                link_or_copy(bundle.root / file, Path(name) / Path(file).name)
+        copy = Path(name) / own.name
+        onnx.save(model, copy)
+        yield copy
 
 
 def compiled(bundle: Bundle, graph: str, request: CompileRequest) -> dict[str, Any]:
