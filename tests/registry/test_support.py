@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tiue_export import open_bundle
-from tiue_export.bundle.manifest import Manifest
+from tiue_export.bundle.manifest import GraphRecord, Manifest
 from tiue_export.bundle.read import Bundle
 from tiue_export.bundle.write import write_manifest
 from tiue_export.errors import UsageError
@@ -39,6 +39,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CELLS = [(refusal, verb) for refusal in REFUSALS for verb in refusal.verbs]
 
 
+def with_open_time(manifest: Manifest) -> dict[str, GraphRecord]:
+    """Its graphs, the decoder's output called as where the sum is the device's."""
+    decoder = manifest.graphs[UNET_DECODER]
+    outputs = tuple(replace(spec, name="outputs") for spec in decoder.outputs)
+    return {**manifest.graphs, UNET_DECODER: replace(decoder, outputs=outputs)}
+
+
 def with_feature(manifest: Manifest, feature: str) -> Manifest:
     """The manifest of a bundle that has a feature; its files stay what they are."""
     graphs, plan = dict(manifest.graphs), manifest.plan
@@ -46,10 +53,9 @@ def with_feature(manifest: Manifest, feature: str) -> Manifest:
         passes = tuple(
             Pass(t, (t,), Combination(1.0, (0.0,) * row)) for row, t in enumerate(plan.timesteps)
         )
-        decoder = graphs[UNET_DECODER]
-        outputs = tuple(replace(spec, name="outputs") for spec in decoder.outputs)
-        graphs[UNET_DECODER] = replace(decoder, outputs=outputs)
-        return replace(manifest, plan=replace(plan, passes=passes), graphs=graphs)
+        return replace(manifest, plan=replace(plan, passes=passes), graphs=with_open_time(manifest))
+    if feature == "pieces":
+        return replace(manifest, plan=plan.in_pieces(1), graphs=with_open_time(manifest))
     if feature == "guidance":
         looped = with_feature(manifest, "passes")
         return replace(looped, plan=replace(looped.plan, guidance=7.5))
@@ -124,6 +130,7 @@ COMMANDS = {
     "trt": ("trt", "--bundle", "{bundle}", "--flavor", "rtx", "--sm", "89"),
     "coreml": ("coreml", "--ckpt", "{ckpt}", "--bundle", "{bundle}"),
     "coreai": ("coreai", "--ckpt", "{ckpt}", "--bundle", "{bundle}"),
+    "qnn": ("qnn", "--bundle", "{bundle}"),
     "triton": ("triton", "{bundle}", "--out", "{out}"),
     "calibrate": ("calibrate", "{bundle}", "--out", "{out}", "--count", "1"),
     "serve": ("serve", "{bundle}", "--port", "0"),

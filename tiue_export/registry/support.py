@@ -77,6 +77,11 @@ FEATURES: Mapping[str, Feature] = {
         "has rows that part late",
         lambda manifest: bool(manifest.plan.fan_out),
     ),
+    "pieces": Feature(
+        "a student's rows in pieces (--max-decoder-rows)",
+        "runs its decoder in pieces",
+        lambda manifest: manifest.plan.open_time,
+    ),
     "naive": Feature(
         "naive decoder (--no-hoist)",
         "was exported with --no-hoist",
@@ -204,6 +209,12 @@ REFUSALS: tuple[Refusal, ...] = (
         ("int8",),
         "ranges are those of float graphs",
         "Quantize the float bundle it was made from.",
+    ),
+    Refusal(
+        ("coreml", "coreai", "triton", "calibrate", "quantize"),
+        ("pieces",),
+        "that is for compilers that cannot take all rows at once",
+        "Export again without --max-decoder-rows.",
     ),
     Refusal(
         ("qnn",),
