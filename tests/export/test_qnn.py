@@ -139,7 +139,7 @@ def test_timesteps_are_looked_up_and_no_number_changes(few_step_bundle, graph):
     path = few_step_bundle.graph_path(graph)
     model = onnx.load(path)
     before = onnxruntime.InferenceSession(str(path))
-    assert put_time_table(model) == 2
+    assert put_time_table(model, 1000) == 2
     assert not {"Sin", "Cos"} & {node.op_type for node in model.graph.node}
     after = onnxruntime.InferenceSession(model.SerializeToString())
     random = np.random.RandomState(0)
@@ -152,7 +152,7 @@ def test_timesteps_are_looked_up_and_no_number_changes(few_step_bundle, graph):
         }
         for exact, looked_up in zip(before.run(None, feeds), after.run(None, feeds), strict=True):
             assert psnr_db(exact, looked_up) > 120
-    assert put_time_table(model) == 0
+    assert put_time_table(model, 1000) == 0
 
 
 def test_a_students_rows_run_one_at_a_time_and_draw_the_same(
@@ -313,7 +313,7 @@ def test_a_compiler_without_memory_is_told_from_one_that_fails(micro_bundle, ans
     failure = qnn.failure_of(micro_bundle, "unet_decoder", *answer, log="")
     assert isinstance(failure, ResourceError)
     assert "unet_decoder: memory ran out while it was compiled" in failure.message
-    assert "--optimization 2" in failure.next_step
+    assert "--max-decoder-rows 1" in failure.next_step
     other = qnn.failure_of(micro_bundle, "unet_decoder", 1, "no such graph", log="")
     assert isinstance(other, RuntimeFailure)
     assert other.message.endswith("failed in unet_decoder: no such graph")
@@ -322,6 +322,16 @@ def test_a_compiler_without_memory_is_told_from_one_that_fails(micro_bundle, ans
 def test_a_search_that_cannot_be_proven_is_refused(micro_bundle):
     with pytest.raises(UsageError, match="--optimization is 1; expected 2 or 3"):
         compile_qnn(micro_bundle, QnnOptions(optimization=1))
+
+
+def test_timesteps_between_the_whole_ones_are_refused_where_they_are_looked_up(few_step_bundle):
+    plan = few_step_bundle.manifest.plan
+    first = replace(plan.passes[0], timesteps=(0.5,))
+    between = replace(plan, passes=(first, *plan.passes[1:]))
+    bundle = Bundle(few_step_bundle.root, replace(few_step_bundle.manifest, plan=between))
+    with pytest.raises(UnsupportedModelError, match=r"draws at timestep 0\.5") as caught:
+        compile_qnn(bundle)
+    assert "tiue-export openvino --bundle" in caught.value.next_step
 
 
 # Chips

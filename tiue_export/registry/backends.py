@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.registry.packages import require
-from tiue_export.system.snapdragon import ARCHITECTURES, soc_here
+from tiue_export.system.snapdragon import ARCHITECTURES, may_be_snapdragon
 
 if TYPE_CHECKING:
     from tiue_export.bundle.read import Bundle
@@ -186,7 +186,7 @@ BACKENDS: Mapping[str, BackendEntry] = {
         extra="qnn",
         device_words=("npu", "emulator", *ARCHITECTURES),
         # Elsewhere it would be the emulator: a proof, not a way to draw.
-        automatic=soc_here() is not None,
+        automatic=may_be_snapdragon(),
         folders=tuple(f"qnn-{architecture}" for architecture in ARCHITECTURES),
         exporter="tiue_export.export.qnn.bundle:compile_qnn",
         command=True,

@@ -78,11 +78,19 @@ def socs_named(socs: Sequence[str], architectures: Sequence[str]) -> tuple[str, 
     return tuple(names)
 
 
+def may_be_snapdragon() -> bool:
+    """Whether it is worth asking: Windows on ARM, or a Linux that describes its chip as phones do.
+
+    Cheap: no process is started for it.
+    """
+    if platform.machine().lower() not in ("aarch64", "arm64"):
+        return False
+    return sys.platform == "win32" or Path("/sys/devices/soc0").exists()
+
+
 def soc_here() -> str | None:
     """The chip of this machine as `SOCS` names it; None where it is no Snapdragon that is known."""
-    if platform.machine().lower() not in ("aarch64", "arm64"):
-        return None
-    return soc_in(" ".join(_descriptions()))
+    return soc_in(" ".join(_descriptions())) if may_be_snapdragon() else None
 
 
 def soc_in(description: str) -> str | None:

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import onnx
-
 from tiue_export.bundle.chain import LATENTS
 from tiue_export.bundle.manifest import Compiled, Manifest, ParityRecord
 from tiue_export.bundle.read import Bundle
@@ -53,11 +51,11 @@ from tiue_export.system.qnn_provider import NEEDS, qnn_versions
 from tiue_export.system.snapdragon import DEFAULT_SOC, SOCS
 
 from .compile_process import OK, CompileRequest
-from .time_table import put_time_table, takes_whole_timesteps
 
 CHILD = "tiue_export.export.qnn.compile_process"
 # Not 1: what it makes of some decoders crashes the emulator (SDK 2.51), and cannot be proven.
 OPTIMIZATIONS = (2, 3)
+TIMESTEPS = 1000  # of the schedule: rows of the table that they are looked up in
 _KILLED = -9
 # As the provider names what it cannot take.
 _UNSUPPORTED = re.compile(r"name: (?P<name>[^,]*), type: (?P<type>\w+)")
@@ -124,11 +122,9 @@ class QnnBackend(Backend):
     def check(self, bundle: Bundle) -> None:
         """Qualcomm's package must be there, and the options ones that it has."""
         require("compiling for Snapdragon", NEEDS, "qnn")
-        if not takes_whole_timesteps(bundle.manifest.plan.timesteps):
-            raise UnsupportedModelError(
-                f"{bundle.root} has timesteps between the whole ones, which a table has not",
-                "Other processors run it: " + command_line("openvino", "--bundle", bundle.root),
-            )
+        if not bundle.manifest.plan.one_pass:
+            require("compiling a model in several passes", ("onnx",), "export")
+            _check_timesteps(bundle)
         if self.options.optimization not in OPTIMIZATIONS:
             raise UsageError(
                 f"--optimization is {self.options.optimization}; expected 2 or 3",
@@ -193,6 +189,17 @@ class QnnBackend(Backend):
         return GraphForm(context.name, files, report, peak_memory_bytes=peak)
 
 
+def _check_timesteps(bundle: Bundle) -> None:
+    """Refuse what a table of timesteps does not hold: rectified flow's time is continuous."""
+    for timestep in bundle.manifest.plan.timesteps:
+        if not (float(timestep).is_integer() and 0 <= timestep < TIMESTEPS):
+            raise UnsupportedModelError(
+                f"{bundle.root} draws at timestep {timestep:g}; an HTP looks timesteps up, whole "
+                f"ones below {TIMESTEPS}",
+                "Other processors run it: " + command_line("openvino", "--bundle", bundle.root),
+            )
+
+
 def decoder_steps(manifest: Manifest) -> int:
     """How many steps of a loop a decoder's context takes at once: 1, or what the plan allows.
 
@@ -218,9 +225,13 @@ def _source(workshop: Workshop, graph: str) -> Iterator[Path]:
     if bundle.manifest.plan.one_pass or graph not in (*UNET_GRAPHS, CONTROLNET):
         yield own
         return
+    import onnx
+
+    from .time_table import put_time_table
+
     with tempfile.TemporaryDirectory(dir=workshop.folder, prefix=".") as name:
         model = onnx.load(own, load_external_data=False)
-        put_time_table(model)
+        put_time_table(model, TIMESTEPS)
         for file in bundle.manifest.graphs[graph].files:  # weights: links where the disk has them
             if bundle.root / file != own:
                 link_or_copy(bundle.root / file, Path(name) / Path(file).name)
@@ -268,8 +279,7 @@ def failure_of(bundle: Bundle, graph: str, code: int, text: str, log: str) -> Ti
         reason = "the system killed the compiler" if code == _KILLED else text
         return ResourceError(
             f"{graph}: memory ran out while it was compiled ({reason})",
-            "Free memory, or compile with a shorter search: "
-            + command_line("qnn", "--bundle", bundle.root, "--optimization", "2"),
+            "Free memory, or export again with --max-decoder-rows 1, for smaller graphs.",
         )
     return RuntimeFailure(
         f"Qualcomm's compiler {sdk_version()} failed in {graph}: {text}",

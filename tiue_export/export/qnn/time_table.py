@@ -6,27 +6,21 @@ Time enters a diffusion network as sin(t f) and cos(t f) of many frequencies f (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper, utils
 
-from tiue_export.sampling.plan import Timestep
 from tiue_export.system.onnx_runtime import import_onnx_runtime
 
-TIMESTEPS = 1000  # of the schedule: rows of a table
 _INPUTS = ("timestep", "timesteps")
 
 
-def takes_whole_timesteps(timesteps: Sequence[Timestep]) -> bool:
-    """Whether a table has them all: 0, 1, ... 999."""
-    return all(float(t).is_integer() and 0 <= t < TIMESTEPS for t in timesteps)
-
-
-def put_time_table(model: Any) -> int:
+def put_time_table(model: Any, timesteps: int) -> int:
     """Replace the sines and cosines of `model`'s timesteps, in place; how many nodes were.
+
+    The table has rows for 0, 1, ... `timesteps` - 1.
 
     The input stays what it is, (g,) float32. Weights may lie in files beside the model; they are
     not read.
@@ -36,7 +30,7 @@ def put_time_table(model: Any) -> int:
     nodes = [node for node in graph.node if node.op_type in ("Sin", "Cos")]
     if name is None or not nodes:
         return 0
-    tables = _values(model, name, [node.output[0] for node in nodes])
+    tables = _values(model, name, timesteps, [node.output[0] for node in nodes])
     graph.node.insert(
         0,
         helper.make_node("Cast", [name], ["time_row"], name="time_row", to=onnx.TensorProto.INT32),
@@ -54,8 +48,8 @@ def put_time_table(model: Any) -> int:
     return len(nodes)
 
 
-def _values(model: Any, name: str, outputs: list[str]) -> dict[str, Any]:
-    """What `outputs` are at each timestep, (1000, half) float32, by ONNX Runtime in float32."""
+def _values(model: Any, name: str, timesteps: int, outputs: list[str]) -> dict[str, Any]:
+    """What `outputs` are at each timestep, (timesteps, half) float32, by ONNX Runtime."""
     part = utils.Extractor(model).extract_model([name], outputs)
     (given,) = part.graph.input
     del given.type.tensor_type.shape.dim[:]
@@ -67,7 +61,7 @@ def _values(model: Any, name: str, outputs: list[str]) -> dict[str, Any]:
     session = ort.InferenceSession(part.SerializeToString(), providers=["CPUExecutionProvider"])
     rows = [
         session.run(outputs, {name: np.array([timestep], np.float32)})
-        for timestep in range(TIMESTEPS)
+        for timestep in range(timesteps)
     ]
     return {
         output: np.concatenate([row[number] for row in rows]).astype(np.float32)
