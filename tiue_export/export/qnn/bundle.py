@@ -12,7 +12,6 @@ import errno
 import json
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +45,7 @@ from tiue_export.sampling.plan import steps_within
 from tiue_export.specs import CONTROLNET, STEPS, UNET_GRAPHS, RuntimeOptions
 from tiue_export.system.child_process import child_command
 from tiue_export.system.command_line import command_line
+from tiue_export.system.owned_path import temporary_folder
 from tiue_export.system.progress import Observer
 from tiue_export.system.qnn_provider import NEEDS, qnn_versions
 from tiue_export.system.snapdragon import DEFAULT_SOC, SOCS
@@ -229,13 +229,13 @@ def _source(workshop: Workshop, graph: str) -> Iterator[Path]:
 
     from .time_table import put_time_table
 
-    with tempfile.TemporaryDirectory(dir=workshop.folder, prefix=".") as name:
+    with temporary_folder(workshop.folder) as folder:
         model = onnx.load(own, load_external_data=False)
         put_time_table(model, TIMESTEPS)
         for file in bundle.manifest.graphs[graph].files:  # weights: links where the disk has them
             if bundle.root / file != own:
-                link_or_copy(bundle.root / file, Path(name) / Path(file).name)
-        copy = Path(name) / own.name
+                link_or_copy(bundle.root / file, folder / Path(file).name)
+        copy = folder / own.name
         onnx.save(model, copy)
         yield copy
 
