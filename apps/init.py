@@ -150,8 +150,8 @@ def steps_for(device: str, found: Checkpoint, commands: Collection[str]) -> list
         "rtx": _rtx,
         "nvidia": _nvidia,
         "jetson": _jetson,
-        "snapdragon": functools.partial(_snapdragon, "on the phone"),
-        "snapdragon-pc": functools.partial(_snapdragon, "on the PC"),
+        "snapdragon": _snapdragon,
+        "snapdragon-pc": _snapdragon_pc,
         "mac": functools.partial(_coreml, "") if "coreml" in commands else _ort,
     }
     if device in ways:
@@ -227,13 +227,19 @@ def _jetson(source: str, name: str) -> list[Step]:
     ]
 
 
-def _snapdragon(there: str, source: str, name: str) -> list[Step]:
-    wheel = wheel_line()
-    soc = "x-elite" if "PC" in there else "sm8650"
+def _snapdragon(source: str, name: str, soc: str = "sm8650") -> list[Step]:
+    pack = f"tiue-export bundle pack {name} --runtime qnn --out {name}.tar"
     return [
         Step(install_line("export,qnn"), "exporter, Qualcomm's compiler and emulator"),
         Step(f"tiue-export qnn {source} --soc {soc} --out {name}", "contexts, proven"),
-        Step(f"tiue-export bundle pack {name} --runtime qnn --out {name}.tar", "one file"),
+        Step(pack, "what an app needs, as one file: docs/snapdragon.md"),
+    ]
+
+
+def _snapdragon_pc(source: str, name: str) -> list[Step]:
+    there, wheel = "on the PC", wheel_line()
+    return [
+        *_snapdragon(source, name, "x-elite"),
         *([Step(wheel, "the program itself, as one file")] if wheel else []),
         Step(f"pip install '{WHEEL if wheel else PACKAGE}[qnn]'", "no torch", there),
         Step(f"tiue-export bundle unpack {name}.tar --out {name}", "verified", there),
