@@ -114,6 +114,12 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> QnnRuntime:
     emulated = wanted == "emulator" or not npu
     here = None if emulated else soc_here()
     htp = wanted if wanted in ARCHITECTURES else (SOCS[here].htp if here else None)
+    if htp is None and not emulated and len(forms) > 1:
+        raise RuntimeFailure(
+            f"this chip does not say its name, and {bundle.root} has contexts for "
+            f"{', '.join(forms)}",
+            f"Name its architecture (docs/snapdragon.md), such as --device {next(iter(forms))}.",
+        )
     form = _form_for(bundle, forms, htp)
     if here and SOCS[here].htp != form.target["htp"]:
         raise RuntimeFailure(

@@ -32,6 +32,7 @@ def run(source: SourceOptions, own: QnnForm, export: ExportRequest) -> None:
     require("compiling for Snapdragon", NEEDS, "qnn")
     from tiue_export.export.qnn.bundle import QnnOptions, compile_qnn
 
+    options = [QnnOptions(soc, own.optimization) for soc in socs]  # refused before any work
     start = time.perf_counter()
     bundle = bundle_of(forms[0], source, export)
     if bundle is None or export.dry_run:
@@ -40,9 +41,9 @@ def run(source: SourceOptions, own: QnnForm, export: ExportRequest) -> None:
             print_form_plan(form, bundle, settings, as_json=export.as_json)
         return
     records = {}
-    for soc, form in zip(socs, forms, strict=True):
+    for each, form in zip(options, forms, strict=True):
         begun = time.perf_counter()
-        make = functools.partial(compile_qnn, bundle, QnnOptions(soc, own.optimization))
+        make = functools.partial(compile_qnn, bundle, each)
         bundle = made_form(export, make, 2 * len(bundle.manifest.graphs))  # and each is proven
         records[form.folder] = form_record(form, bundle)
         if not export.as_json:

@@ -334,6 +334,19 @@ def test_timesteps_between_the_whole_ones_are_refused_where_they_are_looked_up(f
     assert "tiue-export openvino --bundle" in caught.value.next_step
 
 
+def test_a_chip_without_a_name_is_not_guessed_for(snapdragon_bundle, monkeypatch):
+    monkeypatch.setattr("tiue_export.runtimes.qnn.has_npu", lambda: True)
+    monkeypatch.setattr("tiue_export.runtimes.qnn.soc_here", lambda: None)
+    form = snapdragon_bundle.manifest.compiled["qnn-v75"]
+    other = replace(form, target={**form.target, "htp": "v73"})
+    forms = {"qnn-v73": other, "qnn-v75": form}
+    bundle = Bundle(snapdragon_bundle.root, replace(snapdragon_bundle.manifest, compiled=forms))
+    with pytest.raises(RuntimeFailure, match="contexts for v73, v75") as caught:
+        open_runtime("qnn", bundle, RuntimeOptions())
+    assert caught.value.next_step.endswith("such as --device v73.")
+    assert open_runtime("qnn", bundle, RuntimeOptions(device="v75")).device == "npu v75"
+
+
 # Chips
 
 

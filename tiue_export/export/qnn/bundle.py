@@ -75,6 +75,13 @@ class QnnOptions:
     soc: str = DEFAULT_SOC
     optimization: int = 3
 
+    def __post_init__(self) -> None:
+        if self.optimization not in OPTIMIZATIONS:
+            raise UsageError(
+                f"--optimization is {self.optimization}; expected 2 or 3",
+                "Leave it out for 3, the longest search.",
+            )
+
 
 def compile_qnn(
     bundle: Bundle,
@@ -120,16 +127,11 @@ class QnnBackend(Backend):
         return accept_loss()
 
     def check(self, bundle: Bundle) -> None:
-        """Qualcomm's package must be there, and the options ones that it has."""
+        """Qualcomm's package must be there, and a table hold the timesteps."""
         require("compiling for Snapdragon", NEEDS, "qnn")
         if not bundle.manifest.plan.one_pass:
             require("compiling a model in several passes", ("onnx",), "export")
             _check_timesteps(bundle)
-        if self.options.optimization not in OPTIMIZATIONS:
-            raise UsageError(
-                f"--optimization is {self.options.optimization}; expected 2 or 3",
-                "Leave it out for 3, the longest search.",
-            )
 
     def form(self, bundle: Bundle) -> Compiled:
         """Contexts for one architecture, in half precision."""
