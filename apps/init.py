@@ -150,7 +150,7 @@ def steps_for(device: str, found: Checkpoint, commands: Collection[str]) -> list
         "rtx": _rtx,
         "nvidia": _nvidia,
         "jetson": _jetson,
-        "snapdragon": _snapdragon,
+        "snapdragon": _snapdragon_phone,
         "snapdragon-pc": _snapdragon_pc,
         "mac": functools.partial(_coreml, "") if "coreml" in commands else _ort,
     }
@@ -227,12 +227,21 @@ def _jetson(source: str, name: str) -> list[Step]:
     ]
 
 
-def _snapdragon(source: str, name: str, soc: str = "sm8650") -> list[Step]:
+def _snapdragon(source: str, name: str, soc: str) -> list[Step]:
     pack = f"tiue-export bundle pack {name} --runtime qnn --out {name}.tar"
     return [
         Step(install_line("export,qnn"), "exporter, Qualcomm's compiler and emulator"),
         Step(f"tiue-export qnn {source} --soc {soc} --out {name}", "contexts, proven"),
-        Step(pack, "what an app needs, as one file: docs/snapdragon.md"),
+        Step(pack, "what the device needs, as one file: docs/snapdragon.md"),
+    ]
+
+
+def _snapdragon_phone(source: str, name: str) -> list[Step]:
+    # Python's package of the provider is not made for Android: an app takes the packed contexts.
+    draw = f"tiue-export generate {name} {_PROMPT} --runtime qnn --device emulator"
+    return [
+        *_snapdragon(source, name, "sm8650"),
+        Step(draw, "what the phone will draw, by the emulator here: slow"),
     ]
 
 
