@@ -34,10 +34,10 @@ class QnnRuntime:
     """Contexts of all graphs on the NPU, each opened on first use and kept; or in the emulator."""
 
     name = "qnn"
-    precision = "htp-fp16"
 
     def __init__(self, bundle: Bundle, form: Compiled, *, emulated: bool, keep: bool) -> None:
         self.device = f"{'emulator' if emulated else 'npu'} {form.target['htp']}"
+        self.precision = f"htp-{form.flags['precision']}"
         self._bundle, self._form, self._keep = bundle, form, keep
         self._emulator = Emulator() if emulated else None
         self._sessions: dict[str, Any] = {}

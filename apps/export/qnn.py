@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
+from typing import TYPE_CHECKING
 
+from tiue_export.proof.quantization_plan import read_plan
 from tiue_export.registry.packages import require
 from tiue_export.system.qnn_provider import NEEDS
 from tiue_export.system.snapdragon import SOCS, socs_named
 
+from ..draw.prompt_file import prompts_in
 from ..options.checkpoint import SourceOptions
 from ..options.graphs import ExportRequest
 from ..options.qnn import QnnForm
@@ -23,6 +26,12 @@ from .forms import (
     print_form_plan,
 )
 
+if TYPE_CHECKING:
+    from tiue_export.export.qnn.options import QnnOptions
+
+# Ranges of 16 bits have room: what 64 prompts would find beyond these is a rounding step more.
+_USUAL_PROMPTS = 16
+
 
 def run(source: SourceOptions, own: QnnForm, export: ExportRequest) -> None:
     """Export first where a checkpoint is given, then compile, prove, and print, chip by chip."""
@@ -30,14 +39,15 @@ def run(source: SourceOptions, own: QnnForm, export: ExportRequest) -> None:
     forms = [_form(soc) for soc in socs]
     check_source(forms[0], source, export)
     require("compiling for Snapdragon", NEEDS, "qnn")
-    from tiue_export.export.qnn.bundle import QnnOptions, compile_qnn
+    from tiue_export.export.qnn.bundle import compile_qnn
 
-    options = [QnnOptions(soc, own.optimization) for soc in socs]  # refused before any work
+    options = [_options(own, soc) for soc in socs]  # refused before any work
     start = time.perf_counter()
     bundle = bundle_of(forms[0], source, export)
     if bundle is None or export.dry_run:
         for soc, form in zip(socs, forms, strict=True):
-            settings = {"for": f"{SOCS[soc].title} (HTP {SOCS[soc].htp})", "precision": "fp16"}
+            chip = SOCS[soc]
+            settings = {"for": f"{chip.title} (HTP {chip.htp})", "precision": own.precision}
             print_form_plan(form, bundle, settings, as_json=export.as_json)
         return
     records = {}
@@ -53,8 +63,22 @@ def run(source: SourceOptions, own: QnnForm, export: ExportRequest) -> None:
         print_json({"bundle": str(bundle.root), "forms": records, "seconds": seconds})
 
 
+def _options(own: QnnForm, soc: str) -> QnnOptions:
+    """The options in the words of the export; files that they name are read."""
+    from tiue_export.export.qnn.number_formats import format_named
+    from tiue_export.export.qnn.options import QnnOptions
+
+    prompts = tuple(prompts_in(own.calibration_prompts, "--calibration-prompts"))
+    if not prompts and format_named(own.precision).quantized:
+        from tiue_export.calibration.capture import shipped_prompts
+
+        prompts = shipped_prompts()[:_USUAL_PROMPTS]
+    plan = None if own.plan is None else read_plan(own.plan)
+    return QnnOptions(soc, own.optimization, own.precision, prompts, plan, own.prove)
+
+
 def _form(soc: str) -> Form:
-    from tiue_export.export.qnn.bundle import folder_of
+    from tiue_export.export.qnn.options import folder_of
 
     chip = SOCS[soc]
     return Form(

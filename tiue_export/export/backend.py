@@ -28,7 +28,7 @@ from tiue_export.bundle.read import Bundle, file_records
 from tiue_export.bundle.write import add_compiled, compiled_folder, link_or_copy
 from tiue_export.errors import BundleError
 from tiue_export.proof.gates import accept_loss
-from tiue_export.proof.parity import load_reference, measure_runtime, require_passed
+from tiue_export.proof.parity import WHOLE, load_reference, measure_runtime, require_passed
 from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.support import require_support
 from tiue_export.specs import RuntimeOptions
@@ -111,6 +111,10 @@ class Backend(Protocol):
     def trials(self) -> tuple[RuntimeOptions, ...]:
         """How the runtime is opened for the proof, once each; none where making proves."""
         return ()
+
+    def scope(self) -> str:
+        """How much of a drawing the proof runs: one of `parity.SCOPES`."""
+        return WHOLE
 
     def conclude(self, bundle: Bundle, records: Sequence[ParityRecord]) -> list[ParityRecord]:
         """What follows from what the proof measured, as further records."""
@@ -267,7 +271,8 @@ class _Run:
                 runtime = open_runtime(self.backend.runtime, trial, options)
                 try:
                     on_step = self.observer.steps_of(label)
-                    records += measure_runtime(trial, runtime, load_reference(trial), on_step)
+                    reference, scope = load_reference(trial), self.backend.scope()
+                    records += measure_runtime(trial, runtime, reference, on_step, scope)
                 finally:
                     runtime.close()
         return records + self.backend.conclude(trial, records)

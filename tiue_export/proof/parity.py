@@ -47,6 +47,10 @@ PROMPTS = (
 # The values that a chain of all graphs is judged by.
 JUDGED_VALUES = (LATENTS, PICTURE)
 CHECKED_ROWS = 8
+# How much of a drawing a proof runs: all of it, or the text encoder and one run of the UNet's
+# graphs, where an emulator would take hours for the rest.
+WHOLE, UNET = "whole", "unet"
+SCOPES = (WHOLE, UNET)
 
 
 def reference_prompts(batch: int, chunks: int) -> list[str]:
@@ -142,10 +146,11 @@ def measure_runtime(
     runtime: Runtime,
     reference: Reference,
     on_step: OnStep = lambda done, total: None,
+    scope: str = WHOLE,
 ) -> list[ParityRecord]:
     """Hold a runtime against the bundle's reference: each stage on the reference's own inputs.
 
-    `on_step` hears of the steps of a model in a loop.
+    `on_step` hears of the steps of a model in a loop. `scope` is one of `SCOPES`.
     """
     kind, hop = runtime.precision, f"{runtime.name} {runtime.device}"
     chain = chain_of(bundle.manifest.plan)
@@ -178,9 +183,9 @@ def measure_runtime(
         features = added(features, runtime.run(CONTROLNET, with_dtypes(control, known)))
         check_finite(CONTROLNET, features)
     measure(UNET_DECODER, {**known, **features})
-    if in_passes:
+    if in_passes and scope == WHOLE:
         records.append(measure_loop(bundle, runtime, reference, hop, on_step))
-    if VAE_DECODER in graphs:
+    if VAE_DECODER in graphs and scope == WHOLE:
         measure(VAE_DECODER, known)
     return records
 

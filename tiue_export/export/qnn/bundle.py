@@ -1,17 +1,15 @@
 """Bundle -> the same bundle with context binaries for one HTP: qnn-v75/GRAPH.onnx and its binary.
 
-Qualcomm's compiler makes them on x86-64 Linux, in half precision, from the ONNX files; each is then
-run in Qualcomm's emulator on the bundle's captured inputs. GRAPH.onnx is a small ONNX file whose
-only node is the compiled graph: any ONNX Runtime with the QNN provider opens it, on Android too.
+Qualcomm's compiler makes them on x86-64 Linux from the ONNX files, in half precision or quantized
+first; each is then run in Qualcomm's emulator on the bundle's captured inputs. GRAPH.onnx is a
+small ONNX file whose only node is the compiled graph: any ONNX Runtime with the QNN provider opens
+it, on Android too.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import re
-import subprocess
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +19,7 @@ from tiue_export.bundle.chain import LATENTS
 from tiue_export.bundle.manifest import Compiled, Manifest, ParityRecord
 from tiue_export.bundle.read import Bundle
 from tiue_export.bundle.write import link_or_copy
-from tiue_export.errors import (
-    ResourceError,
-    RuntimeFailure,
-    TiueError,
-    UnsupportedModelError,
-    UsageError,
-)
+from tiue_export.errors import UnsupportedModelError, UsageError
 from tiue_export.export.backend import (
     Backend,
     Convert,
@@ -36,51 +28,37 @@ from tiue_export.export.backend import (
     compile_form,
     form_identity,
 )
+from tiue_export.proof.calibration import prompts_sha256
 from tiue_export.proof.conditioning import measure_conditioning
 from tiue_export.proof.gates import accept_loss
-from tiue_export.proof.parity import load_reference
+from tiue_export.proof.parity import UNET, WHOLE, load_reference
+from tiue_export.proof.quantization_plan import FLOAT, require_same_student
 from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.packages import require
 from tiue_export.sampling.plan import steps_within
-from tiue_export.specs import CONTROLNET, STEPS, UNET_GRAPHS, RuntimeOptions
-from tiue_export.system.child_process import child_command
+from tiue_export.specs import (
+    CONTROLNET,
+    STEPS,
+    TEXT_ENCODER,
+    UNET_GRAPHS,
+    VAE_DECODER,
+    RuntimeOptions,
+)
 from tiue_export.system.command_line import command_line
 from tiue_export.system.owned_path import temporary_folder
-from tiue_export.system.progress import Observer
+from tiue_export.system.progress import Observer, stage
 from tiue_export.system.qnn_provider import NEEDS, qnn_versions
-from tiue_export.system.snapdragon import DEFAULT_SOC, SOCS
+from tiue_export.system.snapdragon import SOCS
 
-from .compile_process import OK, CompileRequest
+from .calibration_feeds import feeds_files, record_feeds
+from .child import ask
+from .compile_process import CompileRequest
+from .options import NOTHING, QnnOptions, folder_of
+from .quantize_process import QuantizeRequest
 
-CHILD = "tiue_export.export.qnn.compile_process"
-# Not 1: what it makes of some decoders crashes the emulator (SDK 2.51), and cannot be proven.
-OPTIMIZATIONS = (2, 3)
+COMPILE = "tiue_export.export.qnn.compile_process"
+QUANTIZE = "tiue_export.export.qnn.quantize_process"
 TIMESTEPS = 1000  # of the schedule: rows of the table that they are looked up in
-_KILLED = -9
-# As the provider names what it cannot take.
-_UNSUPPORTED = re.compile(r"name: (?P<name>[^,]*), type: (?P<type>\w+)")
-_NO_ROOM = "Failed to write context cache file"
-_NO_MEMORY = re.compile(r"MEM_ALLOC|bad_alloc|out of memory", re.IGNORECASE)
-
-
-def folder_of(soc: str) -> str:
-    """Where the form for a chip lies in a bundle: one for each HTP architecture."""
-    return f"qnn-{SOCS[soc].htp}"
-
-
-@dataclass(frozen=True)
-class QnnOptions:
-    """For which chip (`SOCS`); `optimization` 2 compiles fastest, 3 runs fastest."""
-
-    soc: str = DEFAULT_SOC
-    optimization: int = 3
-
-    def __post_init__(self) -> None:
-        if self.optimization not in OPTIMIZATIONS:
-            raise UsageError(
-                f"--optimization is {self.optimization}; expected 2 or 3",
-                "Leave it out for 3, the longest search.",
-            )
 
 
 def compile_qnn(
@@ -123,23 +101,35 @@ class QnnBackend(Backend):
         return folder_of(self.options.soc)
 
     def if_lost(self, failed: ParityRecord) -> str:
-        """Half precision is all there is."""
-        return accept_loss()
+        """More bits, where there are some."""
+        finer = {"w8a8": "--precision w8a16, or a --plan that keeps more layers in half"}
+        finer["w8a16"] = "--precision fp16"
+        return accept_loss(finer.get(self.options.precision, ""))
 
     def check(self, bundle: Bundle) -> None:
-        """Qualcomm's package must be there, and a table hold the timesteps."""
+        """Qualcomm's package must be there, a table hold the timesteps, and what is quantized draw
+        pictures.
+        """
         require("compiling for Snapdragon", NEEDS, "qnn")
+        if self.options.format.quantized:
+            require("quantizing", ("onnx", "onnxruntime"), "export")
+            _check_quantizable(bundle, self.options)
         if not bundle.manifest.plan.one_pass:
             require("compiling a model in several passes", ("onnx",), "export")
             _check_timesteps(bundle)
 
     def form(self, bundle: Bundle) -> Compiled:
-        """Contexts for one architecture, in half precision."""
-        soc = SOCS[self.options.soc]
-        target = {"htp": soc.htp, "soc": self.options.soc, "soc_model": str(soc.model)}
-        flags: dict[str, str | bool | int | float] = {"precision": "fp16"}
-        flags["optimization"] = self.options.optimization
+        """Contexts for one architecture, in one number format."""
+        options, soc = self.options, SOCS[self.options.soc]
+        target = {"htp": soc.htp, "soc": options.soc, "soc_model": str(soc.model)}
+        flags: dict[str, str | bool | int | float] = {"precision": options.precision}
+        flags["optimization"] = options.optimization
         flags["decoder_steps"] = decoder_steps(bundle.manifest)
+        if options.format.quantized:
+            flags["calibration_prompts"] = len(options.prompts)
+            flags["calibration_sha256"] = prompts_sha256(options.prompts)
+        if options.plan is not None:
+            flags["plan_sha256"] = hashlib.sha256(options.plan.to_json().encode()).hexdigest()
         return Compiled("qnn", sdk_version(), target, flags, {})
 
     def identity(self, bundle: Bundle, graph: str) -> str:
@@ -151,12 +141,26 @@ class QnnBackend(Backend):
 
     @contextlib.contextmanager
     def converter(self, workshop: Workshop) -> Iterator[Convert]:
-        """Qualcomm's compiler, in a process of its own."""
-        yield lambda graph: self._compile(workshop, graph)
+        """ONNX Runtime's quantization and Qualcomm's compiler, each in a process of its own."""
+        if not self.options.format.quantized:
+            yield lambda graph: self._compile(workshop, graph)
+            return
+        with temporary_folder(workshop.folder) as feeds:
+            prompts = self.options.prompts
+            with stage(workshop.observer, f"draw {len(prompts)} prompts"):
+                on_prompt = workshop.observer.steps_of("draw prompts")
+                record_feeds(workshop.bundle, prompts, feeds, on_prompt)
+            yield lambda graph: self._quantize(workshop, graph, feeds)
 
     def trials(self) -> tuple[RuntimeOptions, ...]:
         """The emulator, or the processor itself where this is one."""
+        if self.options.prove == NOTHING:
+            return ()
         return (RuntimeOptions(device=SOCS[self.options.soc].htp),)
+
+    def scope(self) -> str:
+        """What was asked for: an emulator takes hours for all of Stable Diffusion."""
+        return UNET if self.options.prove == UNET else WHOLE
 
     def conclude(self, bundle: Bundle, records: Sequence[ParityRecord]) -> list[ParityRecord]:
         """Whether the prompt still counts, which published NPU packages were found to lose."""
@@ -170,11 +174,35 @@ class QnnBackend(Backend):
             exact.close()
         return [] if record is None else [record]
 
+    def _quantize(self, workshop: Workshop, graph: str, feeds: Path) -> GraphForm:
+        plan = self.options.plan
+        kept = (
+            []
+            if plan is None
+            else [
+                layer.name for layer in plan.layers if layer.graph == graph and layer.mode == FLOAT
+            ]
+        )
+        with _source(workshop, graph) as source, temporary_folder(workshop.folder) as folder:
+            request = QuantizeRequest(
+                onnx=str(source.resolve()),
+                quantized=str(folder.resolve() / f"{graph}.onnx"),
+                feeds=feeds_files(feeds, graph),
+                precision=self.options.precision,
+                half=kept,
+                sizes={STEPS: decoder_steps(workshop.bundle.manifest)},
+            )
+            report = ask(workshop.bundle, graph, QUANTIZE, request)
+            return self._made(workshop, graph, Path(request.quantized), report)
+
     def _compile(self, workshop: Workshop, graph: str) -> GraphForm:
         with _source(workshop, graph) as source:
-            return self._made(workshop, graph, source)
+            return self._made(workshop, graph, source, {})
 
-    def _made(self, workshop: Workshop, graph: str, source: Path) -> GraphForm:
+    def _made(
+        self, workshop: Workshop, graph: str, source: Path, before: dict[str, Any]
+    ) -> GraphForm:
+        """Compile `source`; the report tells of what was done `before` too."""
         soc = SOCS[self.options.soc]
         context = workshop.folder / f"{graph}.onnx"
         request = CompileRequest(
@@ -185,10 +213,36 @@ class QnnBackend(Backend):
             optimization=self.options.optimization,
             sizes={STEPS: decoder_steps(workshop.bundle.manifest)},
         )
-        report = compiled(workshop.bundle, graph, request)
+        report = ask(workshop.bundle, graph, COMPILE, request)
         files = sorted(file.name for file in workshop.folder.glob(f"{graph}*"))
-        peak = int(report.pop("peak_memory_bytes"))
-        return GraphForm(context.name, files, report, peak_memory_bytes=peak)
+        peaks = [int(each.pop("peak_memory_bytes")) for each in (before, report) if each]
+        return GraphForm(context.name, files, {**before, **report}, peak_memory_bytes=max(peaks))
+
+
+def _check_quantizable(bundle: Bundle, options: QnnOptions) -> None:
+    """Refuse what cannot be drawn to measure ranges on, or has graphs in half already."""
+    manifest = bundle.manifest
+    lacking = [name for name in (TEXT_ENCODER, VAE_DECODER) if name not in manifest.graphs]
+    if lacking:
+        raise UsageError(
+            f"{options.precision} is calibrated by drawing, and {bundle.root} has no {lacking[0]}",
+            "Export the bundle with --base and the pipeline folder that holds it.",
+        )
+    if CONTROLNET in manifest.graphs:
+        raise UsageError(
+            f"{options.precision} is calibrated by drawing prompts, and {bundle.root} has a "
+            "ControlNet, which needs pictures too",
+            "Leave --precision out: half precision needs no calibration.",
+        )
+    halves = [name for name, graph in manifest.graphs.items() if graph.precision != "fp32"]
+    if halves:
+        raise UsageError(
+            f"{halves[0]} of {bundle.root} is in {manifest.graphs[halves[0]].precision}; "
+            f"{options.precision} is made of float32 graphs",
+            "Export the bundle again with --precision fp32, and without --vae-precision.",
+        )
+    if options.plan is not None:
+        require_same_student(options.plan, manifest, str(bundle.root))
 
 
 def _check_timesteps(bundle: Bundle) -> None:
@@ -240,50 +294,3 @@ def _source(workshop: Workshop, graph: str) -> Iterator[Path]:
         copy = folder / own.name
         onnx.save(model, copy)
         yield copy
-
-
-def compiled(bundle: Bundle, graph: str, request: CompileRequest) -> dict[str, Any]:
-    """One child process, from its request to its report.
-
-    Raises `UnsupportedModelError` for operations that no HTP runs, `ResourceError` without memory,
-    `OSError` on a full disk, `RuntimeFailure` for what else the compiler says.
-    """
-    done = subprocess.run(
-        child_command(CHILD, request.to_json()),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
-    lines = done.stdout.strip().splitlines()
-    answer = json.loads(lines[-1]) if lines else {}
-    if done.returncode == OK and answer:
-        return dict(answer)
-    last = done.stderr.strip().splitlines()[-1:]
-    text = str(answer.get("error") or "".join(last) or f"its process ended with {done.returncode}")
-    if _NO_ROOM in text:
-        raise OSError(errno.ENOSPC, text)
-    raise failure_of(bundle, graph, done.returncode, text, done.stderr)
-
-
-def failure_of(bundle: Bundle, graph: str, code: int, text: str, log: str) -> TiueError:
-    """The error for a compiler that ended with `code`, saying `text` and, natively, `log`."""
-    unsupported = {match["type"]: match["name"] for match in _UNSUPPORTED.finditer(log)}
-    if unsupported:
-        operations = ", ".join(f"{kind} ({name})" for kind, name in unsupported.items())
-        return UnsupportedModelError(
-            f"{graph} has operations that the HTP does not run: {operations}",
-            "Other processors run them: " + command_line("openvino", "--bundle", bundle.root),
-        )
-    if code == _KILLED or _NO_MEMORY.search(text):
-        reason = "the system killed the compiler" if code == _KILLED else text
-        return ResourceError(
-            f"{graph}: memory ran out while it was compiled ({reason})",
-            "Free memory, or export again with --max-decoder-rows 1, for smaller graphs.",
-        )
-    return RuntimeFailure(
-        f"Qualcomm's compiler {sdk_version()} failed in {graph}: {text}",
-        "Check `tiue-export doctor`; tested with onnxruntime-qnn 2.7.0.",
-    )

@@ -1,26 +1,17 @@
-"""The child process that compiles ONE graph for an HTP: `python -m` this module.
-
-It takes a request (JSON, its argument) and ends with a JSON object on standard output and one of
-the exit codes below. A process of its own, because Qualcomm's compiler holds several times a
-graph's weights and gives nothing back, and may be killed for it.
-"""
+"""The child process that compiles ONE graph for an HTP: `python -m` this module, see child.py."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tiue_export.errors import first_line
 from tiue_export.system.memory import peak_memory_bytes
 from tiue_export.system.qnn_provider import qnn_session
 
-OK, FAILED = 0, 1
+from .child import Answer, answer
 
 
 @dataclass(frozen=True)
@@ -38,11 +29,8 @@ class CompileRequest:
     optimization: int
     sizes: Mapping[str, int] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
 
-
-def compile_graph(request: CompileRequest) -> dict[str, float | int]:
+def compile_graph(request: CompileRequest) -> Answer:
     """Write the context; what the parent puts into its report. Raises what ONNX Runtime raises."""
     start = time.perf_counter()
     settings = {
@@ -66,21 +54,5 @@ def compile_graph(request: CompileRequest) -> dict[str, float | int]:
     }
 
 
-def main(arguments: list[str]) -> int:
-    """Compile what the first argument asks for; the exit code says how it ended."""
-    request = CompileRequest(**json.loads(arguments[0]))
-    # The libraries print to standard output, from C++ too: they get standard error in its place.
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    try:
-        answer: dict[str, object] = dict(compile_graph(request))
-        code = OK
-    except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        answer, code = {"error": first_line(error)}, FAILED
-    out.write(json.dumps(answer) + "\n")
-    out.flush()
-    return code
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(answer(CompileRequest, compile_graph))

@@ -1,0 +1,64 @@
+"""Prompts -> what each graph is fed while they are drawn: files that ranges are measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tiue_export.bundle.read import Bundle
+from tiue_export.drawing.pipeline import Pipeline
+from tiue_export.registry.backends import open_runtime
+from tiue_export.specs import Array, Feeds, Runtime, RuntimeOptions
+
+# Of a graph that runs in many passes, so many runs are measured, evenly over them all.
+_RUNS = 64
+
+
+class FeedsRecorder:
+    """A runtime that writes down what its graphs are fed, beside running them."""
+
+    name, device, precision = "ort", "cpu", "fp32"
+
+    def __init__(self, exact: Runtime, folder: Path) -> None:
+        self._exact, self._folder = exact, folder
+        self._runs: dict[str, int] = {}
+
+    def run(self, graph: str, feeds: Feeds) -> dict[str, Array]:
+        """As the exact runtime does."""
+        from safetensors.numpy import save_file
+
+        number = self._runs.get(graph, 0)
+        self._runs[graph] = number + 1
+        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        save_file(arrays, self._folder / f"{graph}-{number:05d}.safetensors")
+        return self._exact.run(graph, feeds)
+
+    def close(self) -> None:
+        """Close the exact runtime."""
+        self._exact.close()
+
+
+def record_feeds(
+    bundle: Bundle,
+    prompts: Sequence[str],
+    folder: Path,
+    on_prompt: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Draw each prompt once, in float32 on ONNX Runtime; GRAPH-NNNNN.safetensors in `folder`."""
+    recorder = FeedsRecorder(open_runtime("ort", bundle, RuntimeOptions(device="cpu")), folder)
+    try:
+        pipeline = Pipeline.open(bundle, recorder)
+        for number, prompt in enumerate(prompts):
+            pipeline(prompt, seed=number)
+            on_prompt(number + 1, len(prompts))
+    finally:
+        recorder.close()
+
+
+def feeds_files(folder: Path, graph: str) -> list[str]:
+    """The files of one graph's runs, at most 64 of them."""
+    files = sorted(str(file.resolve()) for file in folder.glob(f"{graph}-?????.safetensors"))
+    chosen = np.unique(np.linspace(0, len(files) - 1, min(_RUNS, len(files))).round().astype(int))
+    return [files[number] for number in chosen]

@@ -1,0 +1,177 @@
+"""The child process that quantizes ONE graph for an HTP: `python -m` this module, see child.py.
+
+Placement, ranges and number formats are those of ONNX Runtime's own configuration for QNN
+(onnxruntime.quantization.execution_providers.qnn), with what is measured here to be needed too:
+linear layers with a scale for each output channel, which it says QNN cannot and SDK 2.51 can, and
+masks that stay in half.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tiue_export.system.memory import peak_memory_bytes
+
+from .child import Answer, answer
+from .number_formats import FORMATS, HALF, LAYERS
+
+# Beyond it a constant is a mask (-65504 or -3.4e38 to forget a token), and no weight: 16 bits over
+# such a range left 21 dB of a text encoder, which has 67 with it in half.
+_MASK = 1e4
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """Quantize `onnx` into `quantized`, by what `feeds` holds: files of the graph's inputs.
+
+    `precision` names a `NumberFormat`; nodes whose names begin with one of `half` stay in half.
+    """
+
+    onnx: str
+    quantized: str
+    feeds: Sequence[str]
+    precision: str
+    half: Sequence[str] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+def quantize_graph(request: QuantizeRequest) -> Answer:
+    """Write the quantized graph; what the parent puts into its report."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize
+    from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config
+
+    logging.disable(logging.WARNING)  # it recommends preparing the graph, which is done
+    start = time.perf_counter()
+    target = Path(request.quantized)
+    tempfile.tempdir = str(target.parent)  # where a full disk shows, and what goes in the end
+    source = _prepared(request, target.with_name("prepared.onnx"))
+    model = onnx.load(source, load_external_data=False)
+    numbers = FORMATS[request.precision]
+    activations = QuantType.QUInt16 if numbers.activation_bits == 16 else QuantType.QUInt8
+    half = half_nodes(model, source.parent, whole=numbers.whole, names=request.half)
+    config = get_qnn_qdq_config(
+        source,
+        _reader(request.feeds),
+        activation_type=activations,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        init_overrides=_overrides(model, QuantType),
+        nodes_to_exclude=half,
+    )
+    quantize(source, target, config)
+    nodes = [node for node in model.graph.node if node.op_type in LAYERS]
+    kept = set(half)
+    return {
+        "quantize_s": round(time.perf_counter() - start, 2),
+        "layers": len(nodes),
+        "layers_in_half": sum(node.name in kept for node in nodes),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def half_nodes(
+    model: Any, folder: Path, *, whole: bool, names: Sequence[str] = ()
+) -> list[str]:
+    """The nodes that stay in half: by `names`, by their operation, and those around a mask.
+
+    `folder` has the model's weights.
+    """
+    masked = _masked_values(model, folder)
+    weights = {each.name for each in model.graph.initializer}
+    kept = []
+    for node in model.graph.node:
+        layer = node.op_type in LAYERS and any(name in weights for name in node.input)
+        by_kind = node.op_type in HALF if whole else not layer
+        if by_kind or node.name.startswith(tuple(names)) or masked & {*node.input, *node.output}:
+            kept.append(node.name)
+    return kept
+
+
+def _masked_values(model: Any, folder: Path) -> set[str]:
+    """Masks, and what comes of adding or choosing them."""
+    from onnx import TensorProto, numpy_helper
+
+    floats = {
+        each.name: each
+        for each in model.graph.initializer
+        if each.data_type == TensorProto.FLOAT and math.prod(each.dims) > 0
+    }
+    found: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type not in ("Add", "Where"):
+            continue
+        for name in floats.keys() & set(node.input):
+            if np.abs(numpy_helper.to_array(floats[name], str(folder))).max() > _MASK:
+                found |= {name, *node.output}
+    return found
+
+
+def _overrides(model: Any, types: Any) -> dict[str, list[dict[str, Any]]]:
+    """What ONNX Runtime's configuration for QNN would choose otherwise, by weight."""
+    shapes = {each.name: each.dims for each in model.graph.initializer}
+    overrides: dict[str, list[dict[str, Any]]] = {}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in shapes:
+            axis = len(shapes[node.input[1]]) - 1
+            channels = {"quant_type": types.QInt8, "axis": axis, "symmetric": True}
+            overrides[node.input[1]] = [channels]
+        elif node.op_type == "LayerNormalization":
+            # A signed scale, or one for each channel, would fall to the CPU.
+            overrides[node.input[1]] = [{"quant_type": types.QUInt8, "symmetric": False}]
+    return overrides
+
+
+def _prepared(request: QuantizeRequest, target: Path) -> Path:
+    """The graph with its sizes fixed, shapes folded, and GELU as one operation."""
+    import onnx
+    from onnxruntime.quantization.execution_providers.qnn import qnn_preprocess_model
+
+    data = f"{target.name}.data"
+    external = {"save_as_external_data": True, "all_tensors_to_one_file": True}
+    if not qnn_preprocess_model(
+        _with_sizes(request), target, **external, external_data_location=data
+    ):  # nothing to change; what it was given now refers to a file that is gone
+        onnx.save(_with_sizes(request), target, **external, location=data)
+    return target
+
+
+def _with_sizes(request: QuantizeRequest) -> Any:
+    import onnx
+    from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
+
+    model = onnx.load(request.onnx)
+    for axis, size in request.sizes.items():
+        make_dim_param_fixed(model.graph, axis, size)
+    return model
+
+
+def _reader(files: Sequence[str]) -> Any:
+    from onnxruntime.quantization import CalibrationDataReader
+    from safetensors.numpy import load_file
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        """One run's inputs after the other, each read when it is asked for."""
+
+        def __init__(self) -> None:
+            self._files: Iterator[str] = iter(files)
+
+        def get_next(self) -> dict[str, Any] | None:
+            file = next(self._files, None)
+            return None if file is None else dict(load_file(file))
+
+    return Reader()
+
+
+if __name__ == "__main__":
+    sys.exit(answer(QuantizeRequest, quantize_graph))
