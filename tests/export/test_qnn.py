@@ -26,9 +26,10 @@ from tiue_export.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from tiue_export.export.qnn import bundle as qnn
-from tiue_export.export.qnn.bundle import QnnOptions, compile_qnn, compiled
+from tiue_export.export.qnn.bundle import COMPILE, compile_qnn
+from tiue_export.export.qnn.child import ask, failure_of
 from tiue_export.export.qnn.compile_process import CompileRequest
+from tiue_export.export.qnn.options import QnnOptions
 from tiue_export.export.qnn.time_table import put_time_table
 from tiue_export.methods.load import CheckpointRequest, load_for_method
 from tiue_export.methods.method import SamplingOptions
@@ -293,7 +294,7 @@ def request_for(file: Path, context: Path) -> CompileRequest:
 def test_an_operation_that_would_fall_to_the_cpu_is_named(micro_bundle, tmp_path):
     request = request_for(onnx_file(tmp_path, "Hardmax"), tmp_path / "context.onnx")
     with pytest.raises(UnsupportedModelError) as caught:
-        compiled(micro_bundle, "unet_decoder", request)
+        ask(micro_bundle, "unet_decoder", COMPILE, request)
     assert caught.value.message == (
         "unet_decoder has operations that the HTP does not run: Hardmax (last_one)"
     )
@@ -304,17 +305,17 @@ def test_a_full_disk_is_a_full_disk(micro_bundle, tmp_path):
     (tmp_path / "context_qnn.bin").symlink_to("/dev/full")
     request = request_for(onnx_file(tmp_path, "Relu"), tmp_path / "context.onnx")
     with pytest.raises(OSError) as caught:
-        compiled(micro_bundle, "unet_decoder", request)
+        ask(micro_bundle, "unet_decoder", COMPILE, request)
     assert caught.value.errno == errno.ENOSPC
 
 
 @pytest.mark.parametrize("answer", [(-9, ""), (1, "QNN_COMMON_ERROR_MEM_ALLOC: Memory")])
 def test_a_compiler_without_memory_is_told_from_one_that_fails(micro_bundle, answer):
-    failure = qnn.failure_of(micro_bundle, "unet_decoder", *answer, log="")
+    failure = failure_of(micro_bundle, "unet_decoder", *answer, log="")
     assert isinstance(failure, ResourceError)
     assert "unet_decoder: memory ran out while it was compiled" in failure.message
     assert "--max-decoder-rows 1" in failure.next_step
-    other = qnn.failure_of(micro_bundle, "unet_decoder", 1, "no such graph", log="")
+    other = failure_of(micro_bundle, "unet_decoder", 1, "no such graph", log="")
     assert isinstance(other, RuntimeFailure)
     assert other.message.endswith("failed in unet_decoder: no such graph")
 

@@ -18,9 +18,9 @@ GATES_PSNR_DB = {
     # An HTP computes norms and sums in half too, where others keep float32: 59.8 dB on the latents
     # of the student that ships, by Qualcomm's emulator (SDK 2.51).
     "htp-fp16": 50.0,
-    # 43 dB on that student's latents: eight bits of weights; 30 more of them with 8-bit layers.
+    # On the same latents 43.1 dB, and 39.5 with the shortcuts and ends in half.
     "htp-w8a16": 35.0,
-    "htp-w8a8": 25.0,
+    "htp-w8a8": 30.0,
     "bf16": 40.0,
     # A whole loop in fp32: guidance and the sum over all steps amplify each graph's rounding.
     "fp32-loop": 80.0,

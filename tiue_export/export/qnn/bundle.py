@@ -72,13 +72,18 @@ def compile_qnn(
     """Compile every graph and prove it in the emulator on the bundle's reference; see
     `compile_form`.
     """
-    return compile_form(
+    options, observer = options or QnnOptions(), observer or Observer()
+    bundle = compile_form(
         bundle,
-        QnnBackend(options or QnnOptions()),
+        QnnBackend(options),
         force=force,
         allow_parity_loss=allow_parity_loss,
         observer=observer,
     )
+    if options.prove == NOTHING:
+        words = ("parity", bundle.root, "--runtime", "qnn", "--device", SOCS[options.soc].htp)
+        observer.on_note(f"no context was run: prove them with {command_line(*words)}")
+    return bundle
 
 
 @dataclass(frozen=True)

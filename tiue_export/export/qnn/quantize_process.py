@@ -80,9 +80,7 @@ def quantize_graph(request: QuantizeRequest) -> Answer:
     }
 
 
-def half_nodes(
-    model: Any, folder: Path, *, whole: bool, names: Sequence[str] = ()
-) -> list[str]:
+def half_nodes(model: Any, folder: Path, *, whole: bool, names: Sequence[str] = ()) -> list[str]:
     """The nodes that stay in half: by `names`, by their operation, and those around a mask.
 
     `folder` has the model's weights.
@@ -150,10 +148,30 @@ def _with_sizes(request: QuantizeRequest) -> Any:
     import onnx
     from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
-    model = onnx.load(request.onnx)
+    file = Path(request.onnx)
+    model = onnx.load(file, load_external_data=False)
+    for tensor in model.graph.initializer:
+        _read_weight(tensor, file.parent)
     for axis, size in request.sizes.items():
         make_dim_param_fixed(model.graph, axis, size)
     return model
+
+
+def _read_weight(tensor: Any, folder: Path) -> None:
+    """Bring a tensor's bytes into the model; onnx itself refuses files with several hard links, as
+    those of bundles may be.
+    """
+    from onnx import TensorProto
+    from onnx.external_data_helper import ExternalDataInfo
+
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return
+    place = ExternalDataInfo(tensor)
+    with (folder / place.location).open("rb") as data:
+        data.seek(place.offset or 0)
+        tensor.raw_data = data.read(-1 if place.length is None else place.length)
+    tensor.data_location = TensorProto.DEFAULT
+    del tensor.external_data[:]
 
 
 def _reader(files: Sequence[str]) -> Any:
