@@ -43,6 +43,7 @@ from .yardstick import Prompt, QualityData
 
 REAL = "real pictures"
 NEEDS = ("torch", "torchmetrics", "prdc")
+_SAVE_EVERY_S = 20.0
 # A prompt's pictures keep their seeds whatever else is asked for.
 _SEEDS_PER_PROMPT = 1000
 
@@ -195,8 +196,8 @@ def compare(
 ) -> list[Scores]:
     """Draw with each contender and score it; real pictures come first in the result.
 
-    Latents are held against the first contender's. `keep` is a folder for finished draws: a broken
-    comparison goes on with the contender it broke at. `on_draws` gets each contender's draws.
+    Latents are held against the first contender's. `keep` is a folder for draws: a broken
+    comparison goes on with the pictures it broke at. `on_draws` gets each contender's draws.
     """
     require("measuring quality", NEEDS, "bench")
     scores = [score_real(request, data)]
@@ -214,20 +215,30 @@ def draw_all(contender: Contender, request: Request, keep: Path | None) -> Draws
     file = None if keep is None else _kept_file(keep, contender, request)
     if file is not None and file.is_file():
         return _read_draws(file)
+    unfinished = None if file is None else file.with_suffix(".unfinished.npz")
     jobs, name, console = request.jobs, escape(contender.name), Console(stderr=True)
-    parts = []
-    began = time.perf_counter()
-    starts, hidden = range(0, len(jobs), contender.batch), not console.is_terminal
+    parts: list[Draws] = []
+    if unfinished is not None and unfinished.is_file():
+        parts.append(_read_draws(unfinished))
+    done = sum(len(part.pictures) for part in parts)
+    began = saved = time.perf_counter()
+    starts, hidden = range(done, len(jobs), contender.batch), not console.is_terminal
     for start in track(starts, name, console=console, transient=True, disable=hidden):
         chunk = jobs[start : start + contender.batch]
         chunk_began = time.perf_counter()
         part = contender.draw([text for text, _ in chunk], [seed for _, seed in chunk])
-        took = (time.perf_counter() - chunk_began) / len(chunk)
-        parts.append(replace(part, seconds=np.array([took])))
-    console.print(f"{name}: {len(jobs)} pictures in {time.perf_counter() - began:.0f} s")
+        now = time.perf_counter()
+        parts.append(replace(part, seconds=np.array([(now - chunk_began) / len(chunk)])))
+        if unfinished is not None and now - saved > _SAVE_EVERY_S:
+            parts, saved = [_joined(parts)], now
+            _write_draws(unfinished, parts[0])
+    drawn, took = len(jobs) - done, time.perf_counter() - began
+    console.print(f"{name}: {drawn} pictures in {took:.0f} s{f', {done} kept' if done else ''}")
     draws = _joined(parts)
     if file is not None:
         _write_draws(file, draws)
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
     return draws
 
 

@@ -392,6 +392,29 @@ def test_kept_draws_are_not_drawn_again(data, tmp_path):
     assert painter.drawn == 8 + 8 + 9
 
 
+def test_a_broken_comparison_goes_on_with_the_pictures_it_broke_at(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "_SAVE_EVERY_S", 0.0)
+    request = quality.choose_prompts(data, 8)
+    painter = Painter()
+
+    def broken(prompts, seeds):
+        if painter.drawn >= 4:
+            raise KeyboardInterrupt
+        return painter(prompts, seeds)
+
+    breaking = quality.Contender("a painter", broken, "weights 1", batch=2)
+    with pytest.raises(KeyboardInterrupt):
+        quality.compare([breaking], request, data, keep=tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.name.endswith(".unfinished.npz")
+    contender = replace(breaking, draw=painter)
+    resumed = quality.compare([contender], request, data, keep=tmp_path)
+    assert painter.drawn == 8
+    assert not file.exists()
+    (_, whole) = quality.compare([replace(contender, identity="again")], request, data)
+    assert replace(resumed[1], picture_ms=0) == replace(whole, picture_ms=0)
+
+
 def test_damaged_kept_draws_are_named(data, tmp_path):
     request = quality.choose_prompts(data, 8)
     contender = quality.Contender("a painter", Painter(), "weights 1")
