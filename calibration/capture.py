@@ -11,7 +11,6 @@ import errno
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from tiue_export.proof.calibration import (
     prompts_sha256,
     read_index,
     run_bytes,
+    shipped_prompts,
     verify_shards,
     write_index,
     write_shard,
@@ -57,12 +57,6 @@ from tiue_export.system.lock import lock_beside, sole_process
 # NVIDIA's own recipes calibrate image models on 32 or 64 prompts.
 _USUAL_COUNT = 64
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def shipped_prompts() -> tuple[str, ...]:
-    """The list that comes with the program: varied scenes, one a line, in a mixed order."""
-    text = resources.files(__package__).joinpath("prompts.txt").read_text("utf-8")
-    return tuple(text.splitlines())
 
 
 def capture(

@@ -17,6 +17,8 @@ def qnn(source: SourceOptions, own: QnnForm, export: ExportRequest) -> None:
     Example:  tiue-export qnn --ckpt student.safetensors --base sd21-base/ --soc x-elite --out fox
 
     Example:  tiue-export qnn --bundle fox --htp 73 --htp 75 --htp 79
+
+    Example:  tiue-export qnn --bundle fox --precision w8a16 --calibration-prompts prompts.txt
     """
     from ..export.qnn import run
 

@@ -169,19 +169,11 @@ def print_form_plan(
         if not as_json:  # one object, which the export's plan was
             console.print(f"then {form.title}: {words}", markup=False)
         return
+    if as_json:
+        print_json(form_plan(form, bundle, settings))
+        return
     exists = form.folder in bundle.manifest.compiled
     graphs = bundle.manifest.graphs
-    if as_json:
-        print_json(
-            {
-                "bundle": str(bundle.root),
-                "form": form.folder,
-                "exists": exists,
-                "graphs": list(graphs),
-                "settings": settings,
-            }
-        )
-        return
     title = f"Plan for {form.title} (nothing was made)"
     table = titled(title, "graph", "ONNX", form.title)
     for name, graph in graphs.items():
@@ -189,6 +181,17 @@ def print_form_plan(
         table.add_row(name, onnx, "there; --force anew" if exists else "to make")
     console.print(table)
     console.print(f"with {words}", markup=False)
+
+
+def form_plan(form: Form, bundle: Bundle, settings: Mapping[str, object]) -> dict[str, object]:
+    """What would be made, for JSON."""
+    return {
+        "bundle": str(bundle.root),
+        "form": form.folder,
+        "exists": form.folder in bundle.manifest.compiled,
+        "graphs": list(bundle.manifest.graphs),
+        "settings": settings,
+    }
 
 
 def form_table(form: Form, bundle: Bundle) -> Table:
@@ -256,9 +259,10 @@ def print_form(
     compiled = bundle.manifest.compiled[form.folder]
     console.print(table(form, bundle))
     title = f"{form.proof or form.title} {compiled.version} against the student"
-    console.print(parity_table(compiled.parity, title))
-    if form.remark:
-        console.print(form.remark, soft_wrap=True)
+    if compiled.parity:
+        console.print(parity_table(compiled.parity, title))
+        if form.remark:
+            console.print(form.remark, soft_wrap=True)
     if not form.device:
         print_next(draw_line(bundle, f"--runtime {form.command}"))
         return

@@ -6,6 +6,7 @@ import functools
 import time
 from typing import TYPE_CHECKING
 
+from tiue_export.proof.calibration import shipped_prompts
 from tiue_export.proof.quantization_plan import read_plan
 from tiue_export.registry.packages import require
 from tiue_export.system.qnn_provider import NEEDS
@@ -20,6 +21,7 @@ from .forms import (
     Form,
     bundle_of,
     check_source,
+    form_plan,
     form_record,
     made_form,
     print_form,
@@ -45,9 +47,14 @@ def run(source: SourceOptions, own: QnnForm, export: ExportRequest) -> None:
     start = time.perf_counter()
     bundle = bundle_of(forms[0], source, export)
     if bundle is None or export.dry_run:
-        for soc, form in zip(socs, forms, strict=True):
-            chip = SOCS[soc]
-            settings = {"for": f"{chip.title} (HTP {chip.htp})", "precision": own.precision}
+        plans = {
+            form: {"for": f"{SOCS[soc].title} (HTP {SOCS[soc].htp})", "precision": own.precision}
+            for soc, form in zip(socs, forms, strict=True)
+        }
+        if bundle is not None and export.as_json:
+            print_json({"forms": [form_plan(form, bundle, plans[form]) for form in forms]})
+            return
+        for form, settings in plans.items():
             print_form_plan(form, bundle, settings, as_json=export.as_json)
         return
     records = {}
@@ -70,8 +77,6 @@ def _options(own: QnnForm, soc: str) -> QnnOptions:
 
     prompts = tuple(prompts_in(own.calibration_prompts, "--calibration-prompts"))
     if not prompts and format_named(own.precision).quantized:
-        from tiue_export.calibration.capture import shipped_prompts
-
         prompts = shipped_prompts()[:_USUAL_PROMPTS]
     plan = None if own.plan is None else read_plan(own.plan)
     return QnnOptions(soc, own.optimization, own.precision, prompts, plan, own.prove)

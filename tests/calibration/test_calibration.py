@@ -21,6 +21,7 @@ from tiue_export.calibration import capture, histogram, observe
 from tiue_export.drawing.pipeline import Pipeline
 from tiue_export.errors import BundleError, ResourceError, RuntimeFailure, UsageError
 from tiue_export.proof import calibration as dataset
+from tiue_export.proof.calibration import shipped_prompts
 from tiue_export.proof.quantization import RANGE_METHODS, RangeMethod
 from tiue_export.sampling.noise import noise_from_seed
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER
@@ -249,7 +250,7 @@ def test_a_column_without_prompts_is_refused(run, tiny_bundle):
 
 
 def test_the_shipped_prompts_are_a_few_hundred_different_printable_lines():
-    prompts = capture.shipped_prompts()
+    prompts = shipped_prompts()
     assert 200 <= len(prompts) == len(set(prompts))
     assert all(prompt.isprintable() and 8 < len(prompt) < 160 for prompt in prompts)
 

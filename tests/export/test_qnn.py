@@ -103,6 +103,12 @@ def test_the_command_makes_a_form_for_each_chip_and_says_where_it_runs(
     assert code == 0
     assert "Snapdragon X Elite" in out
     assert "Snapdragon 8 Gen 3 (HTP v75)" in out
+    code, out, _ = run("qnn", "--bundle", root, "--htp", "75", "--htp", "79", "--dry-run", "--json")
+    forms = json.loads(out)["forms"]
+    assert [(form["form"], form["exists"]) for form in forms] == [
+        ("qnn-v75", True),
+        ("qnn-v79", False),
+    ]
     code, _, err = run("qnn", "--bundle", root)
     assert code == 6
     assert "has contexts for HTP v75 already" in err

@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,12 @@ class CalibrationData:
         for number in numbers:
             (run,) = self.runs(self.drawing_runs(number)[:1])
             yield drawing_noises(bundle, self.index, number), run[TEXT]
+
+
+def shipped_prompts() -> tuple[str, ...]:
+    """The list that comes with the program: varied scenes, one a line, in a mixed order."""
+    text = resources.files(__package__).joinpath("prompts.txt").read_text("utf-8")
+    return tuple(text.splitlines())
 
 
 def run_bytes(bundle: Bundle) -> int:

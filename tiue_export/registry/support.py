@@ -231,7 +231,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         ("qnn",),
         ("int8",),
-        "contexts are made of float graphs, in half precision",
+        "contexts are made of float graphs, and --precision w8a16 quantizes those",
         "Compile the float bundle it was made from.",
     ),
     Refusal(
