@@ -29,7 +29,7 @@ from tiue_export.errors import (
 from tiue_export.export.qnn.bundle import COMPILE, compile_qnn
 from tiue_export.export.qnn.child import ask, failure_of
 from tiue_export.export.qnn.compile_process import CompileRequest
-from tiue_export.export.qnn.options import QnnOptions
+from tiue_export.export.qnn.options import NOTHING, QnnOptions
 from tiue_export.export.qnn.time_table import put_time_table
 from tiue_export.methods.load import CheckpointRequest, load_for_method
 from tiue_export.methods.method import SamplingOptions
@@ -183,6 +183,18 @@ def test_a_students_rows_run_one_at_a_time_and_draw_the_same(
             latents[name] = pipeline("a red fox", seed=3).pictures[0].latents
     assert psnr_db(latents["at once"], latents["row by row"]) > 100
     assert 50 < psnr_db(latents["at once"], latents["on the HTP"]) < 100
+
+
+def test_rows_that_do_not_come_out_even_fill_the_last_run_up(micro_pipeline, tmp_path):
+    request = CheckpointRequest(str(micro_pipeline))
+    student = load_for_method(request, "tiue", SamplingOptions(max_decoder_rows=3))
+    bundle = compile_qnn(export_onnx(student, tmp_path / "b"), QnnOptions(prove=NOTHING))
+    assert bundle.manifest.compiled["qnn-v75"].flags["decoder_steps"] == 3
+    latents = {}
+    for name, device in (("ort", "cpu"), ("qnn", "emulator")):
+        with Pipeline.open(bundle, name, RuntimeOptions(device=device)) as pipeline:
+            latents[name] = pipeline("a red fox", seed=3).pictures[0].latents
+    assert 50 < psnr_db(latents["ort"], latents["qnn"]) < 100
 
 
 # What it owes as a runtime

@@ -244,6 +244,16 @@ def test_of_many_runs_64_are_measured_evenly(tmp_path):
     assert set(np.diff(chosen)) <= {3, 4}
 
 
+def test_runs_of_fewer_steps_than_the_context_takes_are_not_measured(micro_pipeline, tmp_path):
+    request = CheckpointRequest(str(micro_pipeline))
+    student = load_for_method(request, "tiue", SamplingOptions(max_decoder_rows=3))
+    bundle = export_onnx(student, tmp_path / "b")
+    (tmp_path / "feeds").mkdir()
+    record_feeds(bundle, PROMPTS[:2], tmp_path / "feeds", steps=3)
+    files = feeds_files(tmp_path / "feeds", UNET_DECODER)
+    assert [load_file(file)["timesteps"].shape for file in files] == [(3,), (3,)]
+
+
 # Refusals
 
 

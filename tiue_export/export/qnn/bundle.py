@@ -154,7 +154,8 @@ class QnnBackend(Backend):
             prompts = self.options.prompts
             with stage(workshop.observer, f"draw {len(prompts)} prompts"):
                 on_prompt = workshop.observer.steps_of("draw prompts")
-                record_feeds(workshop.bundle, prompts, feeds, on_prompt)
+                steps = decoder_steps(workshop.bundle.manifest)
+                record_feeds(workshop.bundle, prompts, feeds, steps, on_prompt)
             yield lambda graph: self._quantize(workshop, graph, feeds)
 
     def trials(self) -> tuple[RuntimeOptions, ...]:
@@ -180,14 +181,8 @@ class QnnBackend(Backend):
         return [] if record is None else [record]
 
     def _quantize(self, workshop: Workshop, graph: str, feeds: Path) -> GraphForm:
-        plan = self.options.plan
-        kept = (
-            []
-            if plan is None
-            else [
-                layer.name for layer in plan.layers if layer.graph == graph and layer.mode == FLOAT
-            ]
-        )
+        layers = () if self.options.plan is None else self.options.plan.layers
+        kept = [each.name for each in layers if each.graph == graph and each.mode == FLOAT]
         with _source(workshop, graph) as source, temporary_folder(workshop.folder) as folder:
             request = QuantizeRequest(
                 onnx=str(source.resolve()),

@@ -17,18 +17,27 @@ _RUNS = 64
 
 
 class FeedsRecorder:
-    """A runtime that writes down what its graphs are fed, beside running them."""
+    """A runtime that writes down what its graphs are fed, beside running them.
+
+    A decoder of a loop takes `steps` timesteps at once; runs of fewer are not written.
+    """
 
     name, device, precision = "ort", "cpu", "fp32"
 
-    def __init__(self, exact: Runtime, folder: Path) -> None:
-        self._exact, self._folder = exact, folder
+    def __init__(self, exact: Runtime, folder: Path, steps: int) -> None:
+        self._exact, self._folder, self._steps = exact, folder, steps
         self._runs: dict[str, int] = {}
+
+    def step_limit(self) -> int:
+        """As many as the decoder's context takes."""
+        return self._steps
 
     def run(self, graph: str, feeds: Feeds) -> dict[str, Array]:
         """As the exact runtime does."""
         from safetensors.numpy import save_file
 
+        if len(feeds.get("timesteps", ())) not in (0, self._steps):
+            return self._exact.run(graph, feeds)
         number = self._runs.get(graph, 0)
         self._runs[graph] = number + 1
         arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
@@ -44,10 +53,12 @@ def record_feeds(
     bundle: Bundle,
     prompts: Sequence[str],
     folder: Path,
+    steps: int = 1,
     on_prompt: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Draw each prompt once, in float32 on ONNX Runtime; GRAPH-NNNNN.safetensors in `folder`."""
-    recorder = FeedsRecorder(open_runtime("ort", bundle, RuntimeOptions(device="cpu")), folder)
+    exact = open_runtime("ort", bundle, RuntimeOptions(device="cpu"))
+    recorder = FeedsRecorder(exact, folder, steps)
     try:
         pipeline = Pipeline.open(bundle, recorder)
         for number, prompt in enumerate(prompts):

@@ -34,7 +34,8 @@ _MASK = 1e4
 class QuantizeRequest:
     """Quantize `onnx` into `quantized`, by what `feeds` holds: files of the graph's inputs.
 
-    `precision` names a `NumberFormat`; nodes whose names begin with one of `half` stay in half.
+    `precision` names a `NumberFormat`; the nodes named in `half`, and what they were
+    folded into, stay in half.
     """
 
     onnx: str
@@ -91,7 +92,8 @@ def half_nodes(model: Any, folder: Path, *, whole: bool, names: Sequence[str] = 
     for node in model.graph.node:
         layer = node.op_type in LAYERS and any(name in weights for name in node.input)
         by_kind = node.op_type in HALF if whole else not layer
-        if by_kind or node.name.startswith(tuple(names)) or masked & {*node.input, *node.output}:
+        named = node.name in names or node.name.startswith(tuple(f"{name}/" for name in names))
+        if by_kind or named or masked & {*node.input, *node.output}:
             kept.append(node.name)
     return kept
 
