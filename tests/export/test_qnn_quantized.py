@@ -14,16 +14,16 @@ from safetensors.numpy import load_file
 
 from tiue_export import export_onnx, load_student, open_bundle
 from tiue_export.bundle.read import Bundle
-from tiue_export.errors import ParityError, UsageError
+from tiue_export.errors import UsageError
 from tiue_export.export.qnn import quantize_process
-from tiue_export.export.qnn.bundle import compile_qnn
+from tiue_export.export.qnn.bundle import QnnBackend, compile_qnn
 from tiue_export.export.qnn.calibration_feeds import feeds_files, record_feeds
 from tiue_export.export.qnn.options import NOTHING, QnnOptions
 from tiue_export.export.qnn.quantize_process import QuantizeRequest, half_nodes, quantize_graph
 from tiue_export.methods.load import CheckpointRequest, load_for_method
 from tiue_export.methods.method import SamplingOptions
 from tiue_export.proof.conditioning import SUBJECT
-from tiue_export.proof.gates import GATES_PSNR_DB, psnr_db
+from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import UNET
 from tiue_export.proof.quantization_plan import (
     FLOAT,
@@ -293,14 +293,18 @@ def test_a_plan_of_another_student_is_refused(student_bundle):
         compile_qnn(student_bundle, QnnOptions(precision="w8a8", prompts=PROMPTS, plan=other))
 
 
-def test_what_misses_its_gate_is_told_which_numbers_are_finer(
-    student_bundle, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(
-        "tiue_export.proof.parity.GATES_PSNR_DB", dict.fromkeys(GATES_PSNR_DB, 90.0)
+@pytest.mark.parametrize(
+    ("precision", "advice"),
+    [
+        ("w8a8", "Try --precision w8a16, or a --plan that keeps more layers in half, or accept"),
+        ("w8a16", "Try --precision fp16, or accept the loss with --allow-parity-loss"),
+        ("fp16", "Accept the loss with --allow-parity-loss"),
+    ],
+)
+def test_what_misses_its_gate_is_told_which_numbers_are_finer(w8a16_bundle, precision, advice):
+    prompts = () if precision == "fp16" else PROMPTS
+    backend = QnnBackend(QnnOptions(precision=precision, prompts=prompts))
+    failed = next(
+        each for each in w8a16_bundle.manifest.compiled["qnn-v75"].parity if not each.passed
     )
-    root = shutil.copytree(student_bundle.root, tmp_path / "b")
-    options = QnnOptions(precision="w8a16", prompts=PROMPTS[:1], prove=UNET)
-    with pytest.raises(ParityError) as caught:
-        compile_qnn(open_bundle(root), options)
-    assert caught.value.next_step.startswith("Try --precision fp16, or accept the loss")
+    assert backend.if_lost(failed).startswith(advice)
