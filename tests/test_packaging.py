@@ -33,7 +33,9 @@ INSTALLED_AS = {
     "apps/optimum_plugin": "optimum/commands/register",
 }
 # Kept in the repository only: measured numbers and notes are no part of the program.
-NOT_SHIPPED = re.compile(r"benchmarks/results/|^apps/(android|swift)/|^(?!tiue_export/demo/).*\.md$")
+NOT_SHIPPED = re.compile(
+    r"benchmarks/results/|^apps/(android|swift)/|^(?!tiue_export/demo/).*\.md$"
+)
 # Package data of `tiue_export`, as deep as it goes: no packages.
 DATA = "tiue_export/demo/"
 DIST_INFO = f"tiue_export-{tiue_export.__version__}.dist-info"

@@ -26,8 +26,8 @@ from tiue_export.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from tiue_export.export.qnn.bundle import COMPILE, compile_qnn
-from tiue_export.export.qnn.child import ask, failure_of
+from tiue_export.export.qnn.bundle import compile_qnn
+from tiue_export.export.qnn.child import COMPILE, QUANTIZE, ask, failure_of
 from tiue_export.export.qnn.compile_process import CompileRequest
 from tiue_export.export.qnn.options import NOTHING, QnnOptions
 from tiue_export.export.qnn.time_table import put_time_table
@@ -328,13 +328,23 @@ def test_a_full_disk_is_a_full_disk(micro_bundle, tmp_path):
 
 
 @pytest.mark.parametrize("answer", [(-9, ""), (1, "QNN_COMMON_ERROR_MEM_ALLOC: Memory")])
-def test_a_compiler_without_memory_is_told_from_one_that_fails(micro_bundle, answer):
-    failure = failure_of(micro_bundle, "unet_decoder", *answer, log="")
+@pytest.mark.parametrize(
+    ("module", "done", "way_out", "who"),
+    [
+        (COMPILE, "compiled", "--max-decoder-rows 1", "Qualcomm's compiler 2"),
+        (QUANTIZE, "quantized", "--precision fp16", "ONNX Runtime's quantization"),
+    ],
+)
+def test_a_child_without_memory_is_told_from_one_that_fails(
+    micro_bundle, answer, module, done, way_out, who
+):
+    failure = failure_of(micro_bundle, "unet_decoder", module, *answer, log="")
     assert isinstance(failure, ResourceError)
-    assert "unet_decoder: memory ran out while it was compiled" in failure.message
-    assert "--max-decoder-rows 1" in failure.next_step
-    other = failure_of(micro_bundle, "unet_decoder", 1, "no such graph", log="")
+    assert f"unet_decoder: memory ran out while it was {done}" in failure.message
+    assert way_out in failure.next_step
+    other = failure_of(micro_bundle, "unet_decoder", module, 1, "no such graph", log="")
     assert isinstance(other, RuntimeFailure)
+    assert other.message.startswith(who)
     assert other.message.endswith("failed in unet_decoder: no such graph")
 
 

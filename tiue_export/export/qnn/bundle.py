@@ -51,13 +51,11 @@ from tiue_export.system.qnn_provider import NEEDS, qnn_versions
 from tiue_export.system.snapdragon import SOCS
 
 from .calibration_feeds import feeds_files, record_feeds
-from .child import ask
+from .child import COMPILE, QUANTIZE, ask
 from .compile_process import CompileRequest
 from .options import NOTHING, QnnOptions, folder_of
 from .quantize_process import QuantizeRequest
 
-COMPILE = "tiue_export.export.qnn.compile_process"
-QUANTIZE = "tiue_export.export.qnn.quantize_process"
 TIMESTEPS = 1000  # of the schedule: rows of the table that they are looked up in
 
 

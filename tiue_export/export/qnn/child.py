@@ -31,6 +31,9 @@ from tiue_export.system.qnn_provider import qnn_versions
 Request = TypeVar("Request")
 Answer = Mapping[str, str | int | float]
 
+COMPILE = "tiue_export.export.qnn.compile_process"
+QUANTIZE = "tiue_export.export.qnn.quantize_process"
+
 _OK, _FAILED, _KILLED = 0, 1, -9
 # As the provider names what it cannot take.
 _UNSUPPORTED = re.compile(r"name: (?P<name>[^,]*), type: (?P<type>\w+)")
@@ -61,11 +64,14 @@ def ask(bundle: Bundle, graph: str, module: str, request: Any) -> dict[str, Any]
     text = str(answer.get("error") or "".join(last) or f"its process ended with {done.returncode}")
     if _NO_ROOM.search(text):
         raise OSError(errno.ENOSPC, text)
-    raise failure_of(bundle, graph, done.returncode, text, done.stderr)
+    raise failure_of(bundle, graph, module, done.returncode, text, done.stderr)
 
 
-def failure_of(bundle: Bundle, graph: str, code: int, text: str, log: str) -> TiueError:
+def failure_of(
+    bundle: Bundle, graph: str, module: str, code: int, text: str, log: str
+) -> TiueError:
     """The error for a child that ended with `code`, saying `text` and, natively, `log`."""
+    quantizing = module == QUANTIZE
     unsupported = {match["type"]: match["name"] for match in _UNSUPPORTED.finditer(log)}
     if unsupported:
         operations = ", ".join(f"{kind} ({name})" for kind, name in unsupported.items())
@@ -74,13 +80,19 @@ def failure_of(bundle: Bundle, graph: str, code: int, text: str, log: str) -> Ti
             "Other processors run them: " + command_line("openvino", "--bundle", bundle.root),
         )
     if code == _KILLED or _NO_MEMORY.search(text):
-        reason = "the system killed the compiler" if code == _KILLED else text
+        reason = "the system killed it" if code == _KILLED else text
+        done = "quantized" if quantizing else "compiled"
         return ResourceError(
-            f"{graph}: memory ran out while it was compiled ({reason})",
-            "Free memory, or export again with --max-decoder-rows 1, for smaller graphs.",
+            f"{graph}: memory ran out while it was {done} ({reason})",
+            "Free memory, or take --precision fp16, which needs a third of it."
+            if quantizing
+            else "Free memory, or export again with --max-decoder-rows 1, for smaller graphs.",
         )
+    who = (
+        "ONNX Runtime's quantization" if quantizing else f"Qualcomm's compiler {qnn_versions()[1]}"
+    )
     return RuntimeFailure(
-        f"Qualcomm's compiler {qnn_versions()[1]} failed in {graph}: {text}",
+        f"{who} failed in {graph}: {text}",
         "Check `tiue-export doctor`; tested with onnxruntime-qnn 2.7.0.",
     )
 
