@@ -15,3 +15,9 @@ def import_onnx_runtime() -> Any:
     module = importlib.import_module("onnxruntime")
     module.disable_telemetry_events()
     return module
+
+
+def onnx_runtime_part(name: str) -> Any:
+    """A module of ONNX Runtime's tools, such as "quantization"; its telemetry is off too."""
+    import_onnx_runtime()
+    return importlib.import_module(f"onnxruntime.{name}")

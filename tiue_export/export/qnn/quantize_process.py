@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 
 from tiue_export.system.memory import peak_memory_bytes
+from tiue_export.system.onnx_runtime import onnx_runtime_part
 
 from .child import Answer, answer
 from .number_formats import FORMATS, HALF, LAYERS
 
+_FOR_QNN = "quantization.execution_providers.qnn"
 # Beyond it a constant is a mask (-65504 or -3.4e38 to forget a token), and no weight: 16 bits over
 # such a range left 21 dB of a text encoder, which has 67 with it in half.
 _MASK = 1e4
@@ -49,28 +51,26 @@ class QuantizeRequest:
 def quantize_graph(request: QuantizeRequest) -> Answer:
     """Write the quantized graph; what the parent puts into its report."""
     import onnx
-    from onnxruntime.quantization import QuantType, quantize
-    from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config
 
-    logging.disable(logging.WARNING)  # it recommends preparing the graph, which is done
+    tool = onnx_runtime_part("quantization")
+    types = tool.QuantType
     start = time.perf_counter()
     target = Path(request.quantized)
-    tempfile.tempdir = str(target.parent)  # where a full disk shows, and what goes in the end
     source = _prepared(request, target.with_name("prepared.onnx"))
     model = onnx.load(source, load_external_data=False)
     numbers = FORMATS[request.precision]
-    activations = QuantType.QUInt16 if numbers.activation_bits == 16 else QuantType.QUInt8
+    activations = types.QUInt16 if numbers.activation_bits == 16 else types.QUInt8
     half = half_nodes(model, source.parent, whole=numbers.whole, names=request.half)
-    config = get_qnn_qdq_config(
+    config = onnx_runtime_part(_FOR_QNN).get_qnn_qdq_config(
         source,
         _reader(request.feeds),
         activation_type=activations,
-        weight_type=QuantType.QInt8,
+        weight_type=types.QInt8,
         per_channel=True,
-        init_overrides=_overrides(model, QuantType),
+        init_overrides=_overrides(model, types),
         nodes_to_exclude=half,
     )
-    quantize(source, target, config)
+    tool.quantize(source, target, config)
     nodes = [node for node in model.graph.node if node.op_type in LAYERS]
     kept = set(half)
     return {
@@ -135,11 +135,10 @@ def _overrides(model: Any, types: Any) -> dict[str, list[dict[str, Any]]]:
 def _prepared(request: QuantizeRequest, target: Path) -> Path:
     """The graph with its sizes fixed, shapes folded, and GELU as one operation."""
     import onnx
-    from onnxruntime.quantization.execution_providers.qnn import qnn_preprocess_model
 
     data = f"{target.name}.data"
     external = {"save_as_external_data": True, "all_tensors_to_one_file": True}
-    if not qnn_preprocess_model(
+    if not onnx_runtime_part(_FOR_QNN).qnn_preprocess_model(
         _with_sizes(request), target, **external, external_data_location=data
     ):  # nothing to change; what it was given now refers to a file that is gone
         onnx.save(_with_sizes(request), target, **external, location=data)
@@ -148,14 +147,13 @@ def _prepared(request: QuantizeRequest, target: Path) -> Path:
 
 def _with_sizes(request: QuantizeRequest) -> Any:
     import onnx
-    from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
-    file = Path(request.onnx)
+    tools, file = onnx_runtime_part("tools.onnx_model_utils"), Path(request.onnx)
     model = onnx.load(file, load_external_data=False)
     for tensor in model.graph.initializer:
         _read_weight(tensor, file.parent)
     for axis, size in request.sizes.items():
-        make_dim_param_fixed(model.graph, axis, size)
+        tools.make_dim_param_fixed(model.graph, axis, size)
     return model
 
 
@@ -177,10 +175,9 @@ def _read_weight(tensor: Any, folder: Path) -> None:
 
 
 def _reader(files: Sequence[str]) -> Any:
-    from onnxruntime.quantization import CalibrationDataReader
     from safetensors.numpy import load_file
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(onnx_runtime_part("quantization").CalibrationDataReader):  # type: ignore[misc]
         """One run's inputs after the other, each read when it is asked for."""
 
         def __init__(self) -> None:
@@ -193,5 +190,13 @@ def _reader(files: Sequence[str]) -> Any:
     return Reader()
 
 
+def _in_child(request: QuantizeRequest) -> Answer:
+    """With what holds for a whole process."""
+    logging.disable(logging.WARNING)  # the tool recommends preparing the graph, which is done
+    # Where a full disk shows, and what is removed in the end.
+    tempfile.tempdir = str(Path(request.quantized).parent)
+    return quantize_graph(request)
+
+
 if __name__ == "__main__":
-    sys.exit(answer(QuantizeRequest, quantize_graph))
+    sys.exit(answer(QuantizeRequest, _in_child))
