@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -252,6 +253,13 @@ def test_runs_of_fewer_steps_than_the_context_takes_are_not_measured(micro_pipel
     record_feeds(bundle, PROMPTS[:2], tmp_path / "feeds", steps=3)
     files = feeds_files(tmp_path / "feeds", UNET_DECODER)
     assert [load_file(file)["timesteps"].shape for file in files] == [(3,), (3,)]
+
+
+def test_a_disk_that_is_full_of_feeds_is_a_full_disk(student_bundle, tmp_path):
+    (tmp_path / f"{TEXT_ENCODER}-00000.safetensors").symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught:
+        record_feeds(student_bundle, PROMPTS[:1], tmp_path)
+    assert caught.value.errno == errno.ENOSPC
 
 
 # Refusals
