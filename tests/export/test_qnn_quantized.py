@@ -301,6 +301,14 @@ def test_a_plan_of_another_student_is_refused(student_bundle):
         compile_qnn(student_bundle, QnnOptions(precision="w8a8", prompts=PROMPTS, plan=other))
 
 
+def test_a_plan_that_keeps_a_layer_that_is_not_there_is_refused(student_bundle):
+    options = QnnOptions(
+        precision="w8a8", prompts=PROMPTS, plan=plan_for(student_bundle, misspelled=FLOAT)
+    )
+    with pytest.raises(UsageError, match="keeps misspelled in float, which unet_decoder does not"):
+        compile_qnn(student_bundle, options)
+
+
 @pytest.mark.parametrize(
     ("precision", "advice"),
     [

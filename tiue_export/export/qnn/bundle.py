@@ -241,6 +241,22 @@ def _check_quantizable(bundle: Bundle, options: QnnOptions) -> None:
         )
     if options.plan is not None:
         require_same_student(options.plan, manifest, str(bundle.root))
+        _check_layers(bundle, options.plan)
+
+
+def _check_layers(bundle: Bundle, plan: QuantizationPlan) -> None:
+    """Refuse a plan that keeps layers in float which are not there: they would be quantized."""
+    import onnx
+
+    for graph in UNET_GRAPHS:
+        model = onnx.load(bundle.graph_path(graph), load_external_data=False)
+        known = {node.name for node in model.graph.node}
+        for layer in plan.layers:
+            if layer.graph == graph and layer.mode == FLOAT and layer.name not in known:
+                raise UsageError(
+                    f"the plan keeps {layer.name} in float, which {graph} does not have",
+                    "Correct its name, or make the plan again: quantize --plan-only --save-plan.",
+                )
 
 
 def _check_timesteps(bundle: Bundle) -> None:
