@@ -31,7 +31,7 @@ from .forms import (
 if TYPE_CHECKING:
     from tiue_export.export.qnn.options import QnnOptions
 
-# Ranges of 16 bits have room: what 64 prompts would find beyond these is a rounding step more.
+# Latents of the demo student in w8a16 with 4, 16 and 64 prompts: 38.5, 43.1 and 44.0 dB.
 _USUAL_PROMPTS = 16
 
 
@@ -42,6 +42,7 @@ def run(source: SourceOptions, own: QnnForm, export: ExportRequest) -> None:
     check_source(forms[0], source, export)
     require("compiling for Snapdragon", NEEDS, "qnn")
     from tiue_export.export.qnn.bundle import compile_qnn
+    from tiue_export.export.qnn.options import NOTHING
 
     options = [_options(own, soc) for soc in socs]  # refused before any work
     start = time.perf_counter()
@@ -61,7 +62,9 @@ def run(source: SourceOptions, own: QnnForm, export: ExportRequest) -> None:
     for each, form in zip(options, forms, strict=True):
         begun = time.perf_counter()
         make = functools.partial(compile_qnn, bundle, each)
-        bundle = made_form(export, make, 2 * len(bundle.manifest.graphs))  # and each is proven
+        # Each graph is made; before them prompts may be drawn, after them all is proven at once.
+        stages = len(bundle.manifest.graphs) + each.format.quantized + (each.prove != NOTHING)
+        bundle = made_form(export, make, stages)
         records[form.folder] = form_record(form, bundle)
         if not export.as_json:
             print_form(form, bundle, time.perf_counter() - begun)

@@ -32,7 +32,7 @@ from tiue_export.proof.calibration import prompts_sha256
 from tiue_export.proof.conditioning import measure_conditioning
 from tiue_export.proof.gates import accept_loss
 from tiue_export.proof.parity import UNET, WHOLE, load_reference
-from tiue_export.proof.quantization_plan import FLOAT, require_same_student
+from tiue_export.proof.quantization_plan import FLOAT, QuantizationPlan, require_same_student
 from tiue_export.registry.backends import open_runtime
 from tiue_export.registry.packages import require
 from tiue_export.sampling.plan import steps_within
