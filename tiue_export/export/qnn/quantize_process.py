@@ -30,6 +30,7 @@ _FOR_QNN = "quantization.execution_providers.qnn"
 # Beyond it a constant is a mask (-65504 or -3.4e38 to forget a token), and no weight: 16 bits over
 # such a range left 21 dB of a text encoder, which has 67 with it in half.
 _MASK = 1e4
+_SIXTEEN_BITS = 21  # the first opset of ONNX that quantizes to them
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,21 @@ def quantize_graph(request: QuantizeRequest) -> Answer:
         init_overrides=_overrides(model, types),
         nodes_to_exclude=half,
     )
-    tool.quantize(source, target, config)
+    ranges = target.with_name("ranges.json")
+    _save_ranges(source, config, ranges)
+    tool.quantize_static(
+        source,
+        target,
+        None,
+        activation_type=config.activation_type,
+        weight_type=config.weight_type,
+        op_types_to_quantize=config.op_types_to_quantize,
+        nodes_to_exclude=config.nodes_to_exclude,
+        per_channel=config.per_channel,
+        use_external_data_format=config.use_external_data_format,
+        extra_options=config.extra_options,
+        calibration_cache_path=ranges,
+    )
     nodes = [node for node in model.graph.node if node.op_type in LAYERS]
     kept = set(half)
     return {
@@ -79,6 +94,22 @@ def quantize_graph(request: QuantizeRequest) -> Answer:
         "layers_in_half": sum(node.name in kept for node in nodes),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _save_ranges(source: Path, config: Any, ranges: Path) -> None:
+    """Measure the ranges of all values into a file. Quantization could, and would hold the graph
+    once more meanwhile.
+    """
+    calibrate = onnx_runtime_part("quantization.calibrate")
+    calibrator = calibrate.create_calibrator(
+        source,
+        config.op_types_to_quantize,
+        augmented_model_path=str(source.with_name("augmented.onnx")),
+        calibrate_method=config.calibrate_method,
+        use_external_data_format=config.use_external_data_format,
+    )
+    calibrator.collect_data(config.calibration_data_reader)
+    calibrate.save_tensors_data(calibrator.compute_data(), ranges)
 
 
 def half_nodes(model: Any, folder: Path, *, whole: bool, names: Sequence[str] = ()) -> list[str]:
@@ -149,11 +180,31 @@ def _with_sizes(request: QuantizeRequest) -> Any:
     import onnx
 
     tools, file = onnx_runtime_part("tools.onnx_model_utils"), Path(request.onnx)
-    model = onnx.load(file, load_external_data=False)
+    model = _at_opset(onnx.load(file, load_external_data=False), _SIXTEEN_BITS)
     for tensor in model.graph.initializer:
         _read_weight(tensor, file.parent)
     for axis, size in request.sizes.items():
         tools.make_dim_param_fixed(model.graph, axis, size)
+    return model
+
+
+def _at_opset(model: Any, opset: int) -> Any:
+    """The model in a newer ONNX, converted without its weights: onnx holds them six times else, and
+    cannot above 2 GB.
+    """
+    from onnx import TensorProto, helper, version_converter
+
+    graph = model.graph
+    weights = [each for each in graph.initializer if each.data_location == TensorProto.EXTERNAL]
+    own_inputs = len(graph.input)
+    graph.input.extend(
+        helper.make_tensor_value_info(each.name, each.data_type, each.dims) for each in weights
+    )
+    for weight in weights:
+        graph.initializer.remove(weight)
+    model = version_converter.convert_version(model, opset)
+    del model.graph.input[own_inputs:]
+    model.graph.initializer.extend(weights)
     return model
 
 
