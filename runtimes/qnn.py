@@ -132,6 +132,7 @@ def open_runtime(bundle: Bundle, options: RuntimeOptions) -> QnnRuntime:
             f"Name its architecture (docs/snapdragon.md), such as --device {next(iter(forms))}.",
         )
     form = _form_for(bundle, forms, htp)
+    _check_whole(bundle, form)
     if here and SOCS[here].htp != form.target["htp"]:
         raise RuntimeFailure(
             f"the contexts are for {form.target['htp']}, this is {SOCS[here].title} "
@@ -167,6 +168,19 @@ def _form_for(bundle: Bundle, forms: dict[str, Compiled], htp: str | None) -> Co
         f"{bundle.root} has no contexts for {for_what}{has}",
         "Make them: " + command_line("qnn", "--bundle", bundle.root, "--htp", number),
     )
+
+
+def _check_whole(bundle: Bundle, form: Compiled) -> None:
+    """Refuse what a compilation that failed half way left behind."""
+    lacking = [name for name in bundle.manifest.graphs if name not in form.graphs]
+    if lacking:
+        words = ("qnn", "--bundle", bundle.root, "--htp", form.target["htp"][1:])
+        precision = ("--precision", str(form.flags["precision"]))
+        raise BundleError(
+            f"the contexts for HTP {form.target['htp']} are unfinished: {bundle.root} has none of "
+            f"{', '.join(lacking)}",
+            "Make the rest: " + command_line(*words, *precision),
+        )
 
 
 def _again(bundle: Bundle, form: Compiled) -> str:

@@ -172,13 +172,12 @@ def print_form_plan(
     if as_json:
         print_json(form_plan(form, bundle, settings))
         return
-    exists = form.folder in bundle.manifest.compiled
-    graphs = bundle.manifest.graphs
+    graphs, lacking = bundle.manifest.graphs, to_make(form, bundle)
     title = f"Plan for {form.title} (nothing was made)"
     table = titled(title, "graph", "ONNX", form.title)
     for name, graph in graphs.items():
         onnx = megabytes(graph.size_bytes) if graph.has_onnx else "none"
-        table.add_row(name, onnx, "there; --force anew" if exists else "to make")
+        table.add_row(name, onnx, "to make" if name in lacking else "there; --force anew")
     console.print(table)
     console.print(f"with {words}", markup=False)
 
@@ -188,10 +187,16 @@ def form_plan(form: Form, bundle: Bundle, settings: Mapping[str, object]) -> dic
     return {
         "bundle": str(bundle.root),
         "form": form.folder,
-        "exists": form.folder in bundle.manifest.compiled,
+        "exists": not to_make(form, bundle),
         "graphs": list(bundle.manifest.graphs),
         "settings": settings,
     }
+
+
+def to_make(form: Form, bundle: Bundle, *, force: bool = False) -> list[str]:
+    """The graphs that the bundle does not have in this form, or with `force` all."""
+    compiled = None if force else bundle.manifest.compiled.get(form.folder)
+    return [name for name in bundle.manifest.graphs if not compiled or name not in compiled.graphs]
 
 
 def form_table(form: Form, bundle: Bundle) -> Table:

@@ -26,6 +26,7 @@ from .forms import (
     made_form,
     print_form,
     print_form_plan,
+    to_make,
 )
 
 if TYPE_CHECKING:
@@ -62,8 +63,10 @@ def run(source: SourceOptions, own: QnnForm, export: ExportRequest) -> None:
     for each, form in zip(options, forms, strict=True):
         begun = time.perf_counter()
         make = functools.partial(compile_qnn, bundle, each)
-        # Each graph is made; before them prompts may be drawn, after them all is proven at once.
-        stages = len(bundle.manifest.graphs) + each.format.quantized + (each.prove != NOTHING)
+        # Each graph is made, or was by a run that failed later; before them prompts may be drawn,
+        # after them all is proven at once.
+        graphs = to_make(form, bundle, force=export.force)
+        stages = len(graphs) + each.format.quantized + (each.prove != NOTHING)
         bundle = made_form(export, make, stages)
         records[form.folder] = form_record(form, bundle)
         if not export.as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,7 +39,14 @@ from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import load_reference, measure_runtime
 from tiue_export.registry.backends import open_runtime
 from tiue_export.runtimes.qnn_emulator import Emulator
-from tiue_export.specs import UNET_ENCODER, UNET_GRAPHS, VAE_DECODER, Runtime, RuntimeOptions
+from tiue_export.specs import (
+    UNET_DECODER,
+    UNET_ENCODER,
+    UNET_GRAPHS,
+    VAE_DECODER,
+    Runtime,
+    RuntimeOptions,
+)
 from tiue_export.system.snapdragon import soc_in, socs_named
 
 pytest.importorskip("onnxruntime_qnn", reason="onnxruntime-qnn is not installed")
@@ -130,6 +138,57 @@ def test_the_command_makes_a_form_for_each_chip_and_says_where_it_runs(
     runtime.close()
     assert [record.subject for record in records] == ["encoder_hidden_states", "latents", "picture"]
     assert all(record.passed for record in records)
+
+
+def test_contexts_that_were_finished_when_a_later_one_failed_are_kept_and_the_rest_is_made(
+    run, micro_bundle, tmp_path, monkeypatch
+):
+    root = Path(shutil.copytree(micro_bundle.root, tmp_path / "b"))
+    asked: list[str] = []
+
+    def failing(bundle: Bundle, graph: str, module: str, request: object) -> dict[str, object]:
+        asked.append(graph)
+        if graph == UNET_DECODER:
+            Path(request.context).write_bytes(b"half of it")  # type: ignore[attr-defined]
+            raise ResourceError(f"{graph}: memory ran out", "Free memory.")
+        return ask(bundle, graph, module, request)
+
+    monkeypatch.setattr("tiue_export.export.qnn.bundle.ask", failing)
+    code, _, err = run("qnn", "--bundle", root)
+    assert code == ResourceError.exit_code
+    assert "memory ran out" in err
+    kept = asked[:-1]
+    note = f"unet_encoder is finished and kept: the same options with --bundle {root} make the rest"
+    assert note in " ".join(err.split())
+    unfinished = open_bundle(root)
+    form = unfinished.manifest.compiled["qnn-v75"]
+    assert list(form.graphs) == kept
+    assert {path.name for path in (root / "qnn-v75").iterdir()} == {
+        Path(file).name for graph in form.graphs.values() for file in graph.files
+    }
+    # Nothing draws with it, nor takes it to a device, and other settings do not finish it.
+    with pytest.raises(BundleError, match=r"v75 .* has none of unet_decoder") as told:
+        open_runtime("qnn", unfinished, EMULATOR)
+    again = ["tiue-export", "qnn", "--bundle", str(root), "--htp", "75", "--precision", "fp16"]
+    assert shlex.split(told.value.next_step.partition(": ")[2]) == again
+    with pytest.raises(UsageError, match="has no qnn form of unet_decoder"):
+        pack_bundle(unfinished, tmp_path / "b.tar", runtime="qnn")
+    with pytest.raises(BundleError, match="already"):
+        compile_qnn(unfinished, QnnOptions(optimization=2))
+    _, out, _ = run("qnn", "--bundle", root, "--dry-run")
+    assert out.count("there; --force anew") == len(kept)
+    assert out.count("to make") == len(unfinished.manifest.graphs) - len(kept)
+    asked.clear()
+    monkeypatch.setattr(
+        "tiue_export.export.qnn.bundle.ask",
+        lambda bundle, graph, *request: asked.append(graph) or ask(bundle, graph, *request),
+    )
+    code, _, err = run(*again[1:])
+    assert code == 0, err
+    assert asked == [name for name in unfinished.manifest.graphs if name not in kept]
+    form = open_bundle(root).manifest.compiled["qnn-v75"]
+    assert list(form.graphs) == list(unfinished.manifest.graphs)
+    assert all(record.passed for record in form.parity)
 
 
 def test_a_loop_with_fresh_noise_runs_on_it(few_step_bundle, tmp_path):

@@ -8,6 +8,7 @@ manifest, which lists a form when it has passed. Loads without torch: a Jetson b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from abc import abstractmethod
@@ -26,7 +27,7 @@ from tiue_export.bundle.manifest import (
 )
 from tiue_export.bundle.read import Bundle, file_records
 from tiue_export.bundle.write import add_compiled, compiled_folder, link_or_copy
-from tiue_export.errors import BundleError
+from tiue_export.errors import BundleError, TiueError
 from tiue_export.proof.gates import accept_loss
 from tiue_export.proof.parity import WHOLE, load_reference, measure_runtime, require_passed
 from tiue_export.registry.backends import open_runtime
@@ -69,7 +70,9 @@ class Backend(Protocol):
     `runtime` is the name of the runtime that proves it, `title` what a bundle then has, `verb` what
     happens to a graph. `reads_onnx`: the bundle must hold its ONNX files. `in_child`: a child
     process makes each graph, and this one needs no psutil. `resumes`: forms of unchanged identity
-    are kept, and each is listed as soon as it is made.
+    are kept, and each is listed as soon as it is made. `keeps_finished`: all are proven together,
+    but those that were finished when a later one failed are listed, for a run that makes the rest;
+    its runtime refuses what lacks graphs.
     """
 
     runtime: ClassVar[str]
@@ -78,6 +81,7 @@ class Backend(Protocol):
     reads_onnx: ClassVar[bool] = True
     in_child: ClassVar[bool] = False
     resumes: ClassVar[bool] = False
+    keeps_finished: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -133,25 +137,32 @@ def compile_form(
 
     Raises what the backend raises, `BundleError` when there is such a form already (unless `force`,
     or the backend resumes), `ParityError` when a gate fails (unless `allow_parity_loss`; the
-    records then say so). A failure leaves the bundle as it was, with what a backend that resumes
-    had finished.
+    records then say so). A failure leaves the bundle as it was, with what a backend that resumes or
+    keeps had finished.
     """
     backend.check(bundle)
     require_support(backend.runtime, bundle)
-    existing = bundle.manifest.compiled.get(backend.folder)
-    if existing is not None and not (force or backend.resumes):
+    existing, form = bundle.manifest.compiled.get(backend.folder), backend.form(bundle)
+    names = backend.graphs(bundle)
+    # Left by a run that failed half way, with the same settings.
+    unfinished = (
+        existing is not None
+        and not set(names) <= existing.graphs.keys()
+        and _same_settings(existing, form)
+    )
+    if existing is not None and not (force or backend.resumes or unfinished):
         raise BundleError(
             f"{bundle.root} has {backend.title} already", "Pass --force to make them again."
         )
-    names = backend.graphs(bundle)
     identities = {name: backend.identity(bundle, name) for name in names}
     to_make = graphs_to_make(existing, identities, force=force)
     if backend.reads_onnx:
         for name in to_make:
             bundle.graph_path(name)
-    run = _Run(backend, backend.form(bundle), identities, allow_parity_loss, observer or Observer())
     # A complete set with other settings is worth more than a part of the new one.
-    at_once = existing is not None and (force or not _same_settings(existing, run.form))
+    at_once = existing is not None and (force or not _same_settings(existing, form))
+    keeps = backend.keeps_finished and not at_once
+    run = _Run(backend, form, identities, allow_parity_loss, keeps, observer or Observer())
     rounds = [(name,) for name in to_make] if backend.resumes and not at_once else [to_make]
     for graphs in filter(None, rounds):
         bundle = run.add(bundle, graphs)
@@ -209,6 +220,7 @@ class _Run:
     form: Compiled
     identities: Mapping[str, str]
     allow_parity_loss: bool
+    keeps_finished: bool
     observer: Observer
 
     def add(self, bundle: Bundle, names: Sequence[str]) -> Bundle:
@@ -217,17 +229,40 @@ class _Run:
         with compiled_folder(bundle, backend.folder) as folder:
             graphs = self._keep(bundle, folder, names)
             records: list[ParityRecord] = []
-            with backend.converter(Workshop(bundle, folder, self.observer)) as convert:
-                for name in names:
-                    graphs[name], parity = self._make(folder, name, convert)
-                    records += self._judged(parity)  # at once: the others may take many minutes
-            ordered = {name: graphs[name] for name in self.identities if name in graphs}
-            compiled = replace(self.form, graphs=ordered)
+            try:
+                with backend.converter(Workshop(bundle, folder, self.observer)) as convert:
+                    for name in names:
+                        graphs[name], parity = self._make(folder, name, convert)
+                        records += self._judged(parity)  # at once: the others may take many minutes
+            except BaseException:  # an interrupt too
+                if self.keeps_finished and graphs:
+                    self._list_finished(bundle, folder, graphs)
+                raise
+            compiled = self._form_of(graphs)
             records += self._judged(
                 self._prove(_trial_of(bundle, backend.folder, folder, compiled))
             )
             compiled = replace(compiled, parity=tuple(records))
             return add_compiled(bundle, backend.folder, folder, compiled, self.observer.on_note)
+
+    def _form_of(self, graphs: Mapping[str, CompiledGraph]) -> Compiled:
+        ordered = {name: graphs[name] for name in self.identities if name in graphs}
+        return replace(self.form, graphs=ordered)
+
+    def _list_finished(
+        self, bundle: Bundle, folder: Path, graphs: Mapping[str, CompiledGraph]
+    ) -> None:
+        """List graphs that were made, unproven; what failed shall be told, not a failure here."""
+        own = {Path(file).name for graph in graphs.values() for file in graph.files}
+        with contextlib.suppress(OSError, TiueError):
+            for path in folder.iterdir():
+                if path.name not in own:
+                    path.unlink()
+            add_compiled(bundle, self.backend.folder, folder, self._form_of(graphs))
+            self.observer.on_note(
+                f"{', '.join(graphs)} {'is' if len(graphs) == 1 else 'are'} finished and kept: the "
+                f"same options with --bundle {bundle.root} make the rest"
+            )
 
     def _make(
         self, folder: Path, name: str, convert: Convert

@@ -92,6 +92,7 @@ class QnnBackend(Backend):
     runtime: ClassVar[str] = "qnn"
     verb: ClassVar[str] = "compile"
     in_child: ClassVar[bool] = True
+    keeps_finished: ClassVar[bool] = True
 
     @property
     def title(self) -> str:  # type: ignore[override]
