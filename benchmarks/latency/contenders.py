@@ -16,6 +16,7 @@ from tiue_export.proof.latency_request import ContenderRequest
 from tiue_export.registry.backends import BACKENDS, native_precisions
 from tiue_export.registry.packages import missing_modules
 from tiue_export.specs import CONTROLNET
+from tiue_export.system.command_line import command_line
 
 from .loop_session import LOOPS, plan_of
 from .made_bundle import MadeBundle
@@ -409,7 +410,17 @@ def _common(asked: ContenderRequest) -> dict[str, Any]:
 
 def _on_graphs(lane: Lane, asked: ContenderRequest) -> dict[str, Any]:
     """What the settings of sessions on a runtime have; only some can be told a precision."""
-    precision = lane.precision if BACKENDS[lane.runtime].chooses_precision else "auto"
+    entry = BACKENDS[lane.runtime]
+    if entry.emulated:
+        raise UsageError(
+            f"bench measures time, and the {entry.title} is emulated here: {lane.runtime} takes "
+            "many times as long as on the device",
+            "Measure on the device. Here its numbers can be proven: "
+            + command_line(
+                "parity", *[b.root for b in asked.bundles[:1]], "--runtime", lane.runtime
+            ),
+        )
+    precision = lane.precision if entry.chooses_precision else "auto"
     return {"runtime": lane.runtime, "precision": precision, **_common(asked)}
 
 

@@ -914,6 +914,7 @@ def test_a_run_without_any_measured_row_fails(run, tiny_bundle):
         (["--peak", "bf16=0"], "expected PRECISION=TFLOPS"),
         (["--fail-if-slower", "5%"], "--fail-if-slower compares bundles with the first one"),
         (["--runtime", "onnx"], "unknown runtime 'onnx'"),
+        (["--runtime", "qnn"], "bench measures time, and the Snapdragon NPU is emulated here"),
         (["--compare", "a", "b"], "--compare takes two records and no bundle"),
     ],
 )

@@ -45,7 +45,8 @@ class BackendEntry:
 
     Runtime: `chooses_precision` where the form does not decide it, and then `precisions` names a
     function that lists what this machine computes in; `automatic` where a bundle is all it needs,
-    so that `--runtime auto` and bench may choose it; `on_gpu` where it needs a GPU.
+    so that `--runtime auto` and bench may choose it; `on_gpu` where it needs a GPU; `emulated`
+    where an emulator stands in for the device here, whose time says nothing of it.
 
     Form: `folders` are where it lies in a bundle (none: the ONNX graphs are what is drawn with),
     `exporter` makes it and needs `export_needs` too; `from_student`: of the checkpoint, not of the
@@ -69,6 +70,7 @@ class BackendEntry:
     precisions: str | None = None
     automatic: bool = True
     on_gpu: bool = False
+    emulated: bool = False
     folders: tuple[str, ...] = ()
     exporter: str | None = None
     export_needs: tuple[str, ...] = ()
@@ -187,6 +189,7 @@ BACKENDS: Mapping[str, BackendEntry] = {
         device_words=("npu", "emulator", *ARCHITECTURES),
         # Elsewhere it would be the emulator: a proof, not a way to draw.
         automatic=may_be_snapdragon(),
+        emulated=not may_be_snapdragon(),
         folders=tuple(f"qnn-{architecture}" for architecture in ARCHITECTURES),
         exporter="tiue_export.export.qnn.bundle:compile_qnn",
         command=True,
