@@ -16,6 +16,7 @@ from tiue_export.system.cache_folder import user_cache_folder
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.kept_folder import LIMIT_VARIABLE, limit_bytes
 
+from .browser.npm_packages import CACHE_KIND
 from .report.next_line import print_next
 from .report.tables import console, fixed, megabytes, numbers, print_json, titled
 
@@ -24,6 +25,7 @@ _TIMINGS = "timings"
 KINDS = {
     **{kind: title for entry in BACKENDS.values() for kind, title in entry.caches.items()},
     "runtime-choice": "which runtime was fastest",
+    CACHE_KIND: "onnxruntime-web and what else a page of `web` loads",
 }
 _DAY_S = 86400.0
 

@@ -40,6 +40,7 @@ from .commands.serve import serve
 from .commands.studio import studio
 from .commands.triton import triton
 from .commands.trt import trt
+from .commands.web import web
 from .welcome import panel_of
 
 # In the order of --help.
@@ -49,7 +50,7 @@ _COMMANDS = (
     *(audit, analyze, calibrate, quantize),
     *(generate, studio, serve),
     *(inspect, parity, bench),
-    *(triton, cache),
+    *(triton, web, cache),
     distill,
 )
 

@@ -24,7 +24,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     ),
     "Draw": ("generate", "studio", "serve"),
     "Check": ("inspect", "parity", "bench"),
-    "Carry": ("bundle", "triton", "cache"),
+    "Carry": ("bundle", "triton", "web", "cache"),
     "Train": ("distill",),
 }  # fmt: skip
 

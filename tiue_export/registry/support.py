@@ -24,6 +24,7 @@ VERBS: Mapping[str, str] = {
     "coreai": "Core AI assets",
     "qnn": "Snapdragon contexts",
     "triton": "a Triton ensemble",
+    "web": "a web page",
     "calibrate": "capturing for int8",
     "quantize": "int8 graphs",
     "cuda-graph": "recording a CUDA graph",
@@ -193,7 +194,13 @@ REFUSALS: tuple[Refusal, ...] = (
         'Draw one by one: tiue-export generate BUNDLE "a red fox" --control PICTURE',
     ),
     Refusal(
-        ("triton",),
+        ("web",),
+        ("controlnet",),
+        "a page has no way to hand its picture over",
+        'Draw one by one: tiue-export generate BUNDLE "a red fox" --control PICTURE',
+    ),
+    Refusal(
+        ("triton", "web"),
         ("tiles",),
         "nothing there puts tiles together",
         "Export again without --vae-tile.",
@@ -217,6 +224,18 @@ REFUSALS: tuple[Refusal, ...] = (
         "Export again without --max-decoder-rows.",
     ),
     Refusal(
+        ("web",),
+        ("dynamic-batch",),
+        "it draws one by one, and a graph of one size is the faster one",
+        "Export again without --dynamic-batch.",
+    ),
+    Refusal(
+        ("web",),
+        ("bf16",),
+        "no browser computes in bf16",
+        "Export with --vae-precision fp16 or fp32.",
+    ),
+    Refusal(
         ("qnn",),
         ("dynamic-batch",),
         "an HTP has no open axes",
@@ -235,7 +254,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "Compile the float bundle it was made from.",
     ),
     Refusal(
-        ("openvino", "trt", "qnn", "triton", "calibrate", "quantize"),
+        ("openvino", "trt", "qnn", "triton", "web", "calibrate", "quantize"),
         ("without-onnx",),
         "ONNX files are what it starts from",
         "Take the bundle it was packed from, or make one: tiue-export onnx --ckpt STUDENT --out "

@@ -1,0 +1,62 @@
+"""The site on this machine alone, with the headers that threads need."""
+
+from __future__ import annotations
+
+import functools
+import webbrowser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from ..web.listening import bound
+
+LOOPBACK = "127.0.0.1"
+HEADERS = {
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Embedder-Policy": "require-corp",
+}
+
+
+class SiteHandler(SimpleHTTPRequestHandler):
+    """Files of one folder, in silence."""
+
+    extensions_map = {
+        **SimpleHTTPRequestHandler.extensions_map,
+        ".js": "text/javascript",
+        ".mjs": "text/javascript",
+        ".wasm": "application/wasm",
+        ".webmanifest": "application/manifest+json",
+    }
+
+    def end_headers(self) -> None:
+        """With those that isolate a page."""
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        self.send_header("Cache-Control", "no-cache")
+        super().end_headers()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Nothing: a picture asks for many files."""
+
+
+def site_server(root: Path, listener: Any) -> ThreadingHTTPServer:
+    """A server of the site on a socket that is bound already."""
+    handler = functools.partial(SiteHandler, directory=str(root))
+    server = ThreadingHTTPServer(listener.getsockname(), handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = listener
+    server.server_activate()
+    return server
+
+
+def serve_until_interrupted(root: Path, port: int, told: Any) -> None:
+    """Serve on loopback, open the user's browser there, and tell the address."""
+    with bound(LOOPBACK, port) as listener:
+        server = site_server(root, listener)
+        address = f"http://localhost:{listener.getsockname()[1]}/"
+        told(address)
+        webbrowser.open(address)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            pass

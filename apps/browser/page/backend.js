@@ -1,0 +1,39 @@
+// Which part of the machine draws: WebGPU where the graphs fit it, else WASM with SIMD and threads.
+
+/**
+ * Choose for graphs that need half precision or not, whose largest weight has so many bytes.
+ * `wanted` is "auto", "webgpu" or "wasm". Gives the name, and why it is not WebGPU.
+ */
+export async function chooseBackend(wanted, { half, largestWeightBytes }) {
+  if (wanted === "wasm") return { name: "wasm", why: "as chosen" };
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  const why = !adapter
+    ? "this browser offers no WebGPU"
+    : half && !adapter.features.has("shader-f16")
+      ? "this GPU does not compute in half precision (shader-f16)"
+      : adapter.limits.maxStorageBufferBindingSize < largestWeightBytes
+        ? "the weights are larger than this GPU's buffers may be"
+        : wanted === "auto" && isSoftware(adapter)
+          ? "its WebGPU is emulated, which is slower"
+          : "";
+  return { name: why ? "wasm" : "webgpu", why };
+}
+
+function isSoftware(adapter) {
+  const { isFallbackAdapter, architecture } = adapter.info ?? {};
+  return Boolean(isFallbackAdapter ?? adapter.isFallbackAdapter) || architecture === "swiftshader";
+}
+
+/** ONNX Runtime, set up: only what the backend needs is loaded. */
+export async function loadRuntime(name) {
+  const module = name === "webgpu" ? "ort.webgpu.min.mjs" : "ort.wasm.min.mjs";
+  const ort = await import(`./vendor/${module}`);
+  ort.env.wasm.wasmPaths = new URL("vendor/", import.meta.url).href;
+  ort.env.wasm.numThreads = threadCount();
+  return ort;
+}
+
+/** Threads share memory, which a browser allows isolated pages alone. */
+export function threadCount() {
+  return globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 8) : 1;
+}

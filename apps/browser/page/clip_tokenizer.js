@@ -1,0 +1,41 @@
+// Prompts to CLIP token ids, from the bundle's own tokenizer.json.
+
+/**
+ * `tokenizer` is a Tokenizer of npm's @huggingface/tokenizers, made from `json`. `length` is the
+ * text length of all `chunks`; each is start, words, end, padding.
+ */
+export class ClipTokenizer {
+  #words;
+  #frame;
+  #chunks;
+
+  constructor(tokenizer, json, { length, chunks }) {
+    this.#words = tokenizer;
+    this.#chunks = chunks;
+    const { cls, sep } = json.post_processor;
+    const size = length / chunks - 2;
+    this.#frame = { start: cls[1], end: sep[1], pad: json.padding.pad_id, size };
+  }
+
+  /** How many words' tokens a prompt may have. */
+  get capacity() {
+    return this.#frame.size * this.#chunks;
+  }
+
+  /** The ids of a prompt's words. */
+  words(prompt) {
+    return [...this.#words.encode(prompt, { add_special_tokens: false }).ids];
+  }
+
+  /** The ids that the text encoder takes; what is too long is cut. */
+  ids(prompt) {
+    const { start, end, pad, size } = this.#frame;
+    const words = this.words(prompt);
+    const row = [];
+    for (let chunk = 0; chunk < this.#chunks; chunk++) {
+      const part = words.slice(chunk * size, (chunk + 1) * size);
+      row.push(start, ...part, end, ...Array(size - part.length).fill(pad));
+    }
+    return row;
+  }
+}

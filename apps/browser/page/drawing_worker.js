@@ -1,0 +1,94 @@
+// Everything that computes, beside the page, which so stays alive: loads the bundle, draws, measures.
+//
+// Asked: { id, work: "load" | "draw" | "measure", ... }. Answered: { id, progress | value | failure }.
+
+import { chooseBackend, loadRuntime, threadCount } from "./backend.js";
+import { ClipTokenizer } from "./clip_tokenizer.js";
+import { Drawing } from "./drawing.js";
+import { GRAPHS, Graphs } from "./graphs.js";
+import { measureParity } from "./reference.js";
+import { isOnePass } from "./sampler.js";
+import { Failure, SiteFiles, TOO_LARGE, fetched } from "./site_files.js";
+import { Tokenizer } from "./vendor/tokenizers.min.mjs";
+
+let drawing;
+let site;
+
+const WORK = { load, draw, measure };
+
+self.onmessage = async ({ data: { id, work, ...request } }) => {
+  const progress = (told) => self.postMessage({ id, progress: told });
+  try {
+    const value = await WORK[work](request, progress);
+    self.postMessage({ id, value }, value.pixels ? [value.pixels.buffer] : []);
+  } catch (error) {
+    const { message, next = "" } = explained(error);
+    self.postMessage({ id, failure: { message, next } });
+  }
+};
+
+async function load({ backend: wanted }, progress) {
+  site = await (await fetched("site.json")).json();
+  const backend = await chooseBackend(wanted, {
+    half: site.half,
+    largestWeightBytes: site.largest_weight_bytes,
+  });
+  let done = 0;
+  const files = new SiteFiles(site.files, (bytes) => {
+    done += bytes;
+    progress({ loaded_bytes: done, total_bytes: site.total_bytes });
+  });
+  const manifest = await files.json("tiue.json");
+  const json = await files.json("tokenizer/tokenizer.json");
+  const config = await files.json("tokenizer/tokenizer_config.json");
+  const tokenizer = new ClipTokenizer(new Tokenizer(json, config), json, {
+    length: manifest.text_shape[1],
+    chunks: manifest.text_chunks,
+  });
+  const ort = await loadRuntime(backend.name);
+  const sessions = {};
+  for (const graph of GRAPHS) {
+    progress({ opening: graph });
+    sessions[graph] = await opened(ort, backend.name, files, manifest.graphs[graph], graph);
+  }
+  drawing = new Drawing(manifest, tokenizer, new Graphs(ort, manifest, sessions));
+  return { backend: { ...backend, threads: backend.name === "wasm" ? threadCount() : 0 } };
+}
+
+async function opened(ort, backend, files, record, graph) {
+  const externalData = [];
+  for (const file of Object.keys(record.files).filter((name) => name.endsWith(".data"))) {
+    externalData.push({ path: file.split("/").pop(), data: await files.bytes(file) });
+  }
+  return ort.InferenceSession.create(await files.bytes(record.path), {
+    executionProviders: [backend],
+    externalData,
+    // What the encoder made stays where the decoder takes it.
+    preferredOutputLocation:
+      backend === "webgpu" && graph === "unet_encoder" ? "gpu-buffer" : undefined,
+  });
+}
+
+async function draw({ prompt, negative, seed, guidance }, progress) {
+  const onStep = (done, total) => progress({ step: done, steps: total });
+  const picture = await drawing.draw({ prompt, negative, seed, guidance, onStep });
+  const words = drawing.tokenizer.words(prompt).length;
+  const cut = Math.max(0, words - drawing.tokenizer.capacity);
+  return { ...picture, cut_tokens: cut };
+}
+
+async function measure() {
+  const reference = await new SiteFiles(site.files).bytes("parity/reference.safetensors");
+  const records = await measureParity(drawing, isOnePass(drawing.manifest.plan), reference);
+  return { records };
+}
+
+/** What a person can do something about. */
+function explained(error) {
+  if (error instanceof Failure) return error;
+  const message = String(error?.message ?? error);
+  if (error instanceof RangeError || /memory|bad_alloc|allocat|Aborted/i.test(message)) {
+    return new Failure(`Memory ran out: ${message}`, TOO_LARGE);
+  }
+  return new Failure(message, "Reload the page, or choose the other backend below.");
+}

@@ -1,0 +1,97 @@
+// The site's files of a bundle: fetched part by part, each held against its SHA-256 in site.json.
+
+/** What went wrong, and what helps. */
+export class Failure extends Error {
+  constructor(message, next = "") {
+    super(message);
+    this.next = next;
+  }
+}
+
+export class SiteFiles {
+  #files;
+  #onBytes;
+
+  /** `files` as in site.json; `onBytes` hears of every piece that arrives. */
+  constructor(files, onBytes = () => {}) {
+    this.#files = files;
+    this.#onBytes = onBytes;
+  }
+
+  /** One file of the bundle, by its path there. */
+  async bytes(name) {
+    const { size_bytes: size, parts } = this.#files[name];
+    let whole;
+    try {
+      whole = new Uint8Array(size);
+    } catch (error) {
+      throw new Failure(`${name} (${megabytes(size)}) does not fit into memory.`, TOO_LARGE);
+    }
+    let place = 0;
+    for (const part of parts) {
+      place = await this.#read(name, part, whole, place);
+    }
+    return whole;
+  }
+
+  async json(name) {
+    return JSON.parse(new TextDecoder().decode(await this.bytes(name)));
+  }
+
+  async #read(name, part, whole, start) {
+    const response = await fetched(part.path);
+    const reader = response.body.getReader();
+    let place = start;
+    for (;;) {
+      const { done, value } = await reader.read().catch(() => {
+        throw new Failure(`The connection broke while ${name} was loaded.`, RELOAD);
+      });
+      if (done) break;
+      if (place + value.length > start + part.size_bytes) throw damaged(name);
+      whole.set(value, place);
+      place += value.length;
+      this.#onBytes(value.length);
+    }
+    const content = whole.subarray(start, place);
+    if (place !== start + part.size_bytes || (await sha256(content)) !== part.sha256) {
+      await caches.open(WEIGHTS).then((cache) => cache.delete(part.path), () => {});
+      throw damaged(name);
+    }
+    return place;
+  }
+}
+
+/** The name of the cache that sw.js keeps parts in. */
+export const WEIGHTS = "tiue-weights";
+export const TOO_LARGE =
+  "Close other tabs, or take a smaller bundle: half precision (--precision fp16) halves it.";
+const RELOAD = "Reload the page: what was loaded is kept.";
+
+export const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
+
+export async function fetched(path) {
+  const response = await fetch(path).catch(() => {
+    throw new Failure(`${path} cannot be reached.`, RELOAD);
+  });
+  if (!response.ok) {
+    throw new Failure(`${path} is not there (${response.status}).`, "Copy the whole site again.");
+  }
+  return response;
+}
+
+const damaged = (name) =>
+  new Failure(
+    `${name} is damaged: its SHA-256 is not the one in site.json.`,
+    "Reload the page; if this stays, the site has to be copied again.",
+  );
+
+async function sha256(bytes) {
+  if (!globalThis.crypto?.subtle) {
+    throw new Failure(
+      "This page came over a connection that is not secure: its files cannot be checked.",
+      "Open it by https, or on the machine itself by http://localhost.",
+    );
+  }
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
