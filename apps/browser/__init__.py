@@ -1,1 +1,1 @@
-"""A page that draws in a browser: its sources (page/), and what makes a site of them and a bundle."""
+"""A page that draws in a browser: its sources, and what makes a site of them and a bundle."""

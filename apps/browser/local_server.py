@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import webbrowser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +21,7 @@ HEADERS = {
 class SiteHandler(SimpleHTTPRequestHandler):
     """Files of one folder, in silence."""
 
-    extensions_map = {
+    extensions_map = {  # noqa: RUF012 -- the base class has it so
         **SimpleHTTPRequestHandler.extensions_map,
         ".js": "text/javascript",
         ".mjs": "text/javascript",
@@ -56,7 +57,5 @@ def serve_until_interrupted(root: Path, port: int, told: Any) -> None:
         address = f"http://localhost:{listener.getsockname()[1]}/"
         told(address)
         webbrowser.open(address)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
-        except KeyboardInterrupt:
-            pass

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from tiue_export._version import __version__
-from tiue_export.bundle.manifest import Manifest
 from tiue_export.bundle.read import MANIFEST_FILE, REFERENCE_FILE, Bundle
 from tiue_export.drawing.picture_parameters import picture_parameters
 from tiue_export.errors import BundleError, UsageError
@@ -111,8 +110,7 @@ def write_site(
         sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         gpu_only = sum(size for path, size in sizes.items() if _for_webgpu(path.name))
         total = sum(sizes.values())
-        written = Site(target, total, total - gpu_only, len(sizes))
-    return written
+    return Site(target, total, total - gpu_only, len(sizes))
 
 
 def check_drawable(bundle: Bundle) -> None:
@@ -159,7 +157,8 @@ def _copy_page(folder: Path, vendored: Mapping[str, Path]) -> list[str]:
 
 def _cut(bundle: Bundle, name: str, folder: Path) -> list[Part]:
     """Write one of the bundle's files in parts, and hold it against the manifest meanwhile."""
-    whole, parts = hashlib.sha256(), []
+    whole = hashlib.sha256()
+    parts: list[Part] = []
     path = bundle.root / name
     with path.open("rb") as file:
         while content := file.read(PART_BYTES):

@@ -29,7 +29,7 @@ export async function loadRuntime(name) {
   const module = name === "webgpu" ? "ort.webgpu.min.mjs" : "ort.wasm.min.mjs";
   const ort = await import(`./vendor/${module}`);
   ort.env.wasm.wasmPaths = new URL("vendor/", import.meta.url).href;
-  ort.env.wasm.numThreads = threadCount();
+  ort.env.wasm.numThreads = name === "wasm" ? threadCount() : 1;
   return ort;
 }
 

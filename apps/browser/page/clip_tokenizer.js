@@ -1,16 +1,19 @@
 // Prompts to CLIP token ids, from the bundle's own tokenizer.json.
+//
+// Known to differ from Python's: U+FEFF, the mark of byte order, which is a space to JavaScript's
+// patterns and a sign to Unicode's.
 
-/**
- * `tokenizer` is a Tokenizer of npm's @huggingface/tokenizers, made from `json`. `length` is the
- * text length of all `chunks`; each is start, words, end, padding.
- */
 export class ClipTokenizer {
   #words;
   #frame;
   #chunks;
 
-  constructor(tokenizer, json, { length, chunks }) {
-    this.#words = tokenizer;
+  /**
+   * `Tokenizer` is the class of npm's @huggingface/tokenizers; `json` and `config` are the bundle's
+   * files. `length` is the text length of all `chunks`; each is start, words, end, padding.
+   */
+  constructor(Tokenizer, json, config, { length, chunks }) {
+    this.#words = new Tokenizer(json, config);
     this.#chunks = chunks;
     const { cls, sep } = json.post_processor;
     const size = length / chunks - 2;
@@ -24,7 +27,9 @@ export class ClipTokenizer {
 
   /** The ids of a prompt's words. */
   words(prompt) {
-    return [...this.#words.encode(prompt, { add_special_tokens: false }).ids];
+    // JavaScript knows Greek's final sigma, CLIP's lower case does not.
+    const text = prompt.replaceAll("\u03a3", "\u03c3");
+    return [...this.#words.encode(text, { add_special_tokens: false }).ids];
   }
 
   /** The ids that the text encoder takes; what is too long is cut. */

@@ -41,7 +41,7 @@ async function load({ backend: wanted }, progress) {
   const manifest = await files.json("tiue.json");
   const json = await files.json("tokenizer/tokenizer.json");
   const config = await files.json("tokenizer/tokenizer_config.json");
-  const tokenizer = new ClipTokenizer(new Tokenizer(json, config), json, {
+  const tokenizer = new ClipTokenizer(Tokenizer, json, config, {
     length: manifest.text_shape[1],
     chunks: manifest.text_chunks,
   });

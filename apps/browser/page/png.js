@@ -19,12 +19,17 @@ export async function pngWithParameters(canvas, parameters) {
 
 /** An iTXt chunk: UTF-8, not compressed (PNG specification 11.3.4.5). */
 function textChunk(keyword, text) {
-  const content = new TextEncoder().encode(`iTXt${keyword}\0\0\0\0\0${text}`);
-  const chunk = new Uint8Array(content.length + 8);
+  return pngChunk("iTXt", new TextEncoder().encode(`${keyword}\0\0\0\0\0${text}`));
+}
+
+/** A chunk of a PNG: length, type, content, CRC. */
+export function pngChunk(type, content) {
+  const chunk = new Uint8Array(content.length + 12);
   const view = new DataView(chunk.buffer);
-  view.setUint32(0, content.length - 4);
-  chunk.set(content, 4);
-  view.setUint32(content.length + 4, crc32(content));
+  view.setUint32(0, content.length);
+  chunk.set(new TextEncoder().encode(type), 4);
+  chunk.set(content, 8);
+  view.setUint32(content.length + 8, crc32(chunk.subarray(4, content.length + 8)));
   return chunk;
 }
 

@@ -1,0 +1,348 @@
+"""`tiue-export web` in a real Chromium: draw, prove, keep, offline, phone, and what goes wrong.
+
+Skipped, with the reason, where Chromium or npm's packages are not at hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tiue_export.apps.browser.local_server import LOOPBACK, site_server
+from tiue_export.apps.browser.npm_packages import vendored_files
+from tiue_export.apps.browser.site import SiteText, write_site
+from tiue_export.apps.web.listening import bound
+from tiue_export.bundle.read import Bundle
+from tiue_export.drawing.picture import parameters_from_png
+from tiue_export.errors import TiueError
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is missing")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+# Where to leave screenshots for people to look at.
+SCREENSHOTS = os.environ.get("TIUE_WEB_SCREENSHOTS")
+PROMPT, SEED = "a red fox, in the SNOW", 7
+TIMEOUT_MS = 120_000
+GPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on PATH; try: make setup-browser"
+)
+
+
+@functools.cache
+def packages() -> dict[str, Path]:
+    """npm's files, fetched once; without them the reason is told."""
+    try:
+        return vendored_files()
+    except TiueError as error:
+        pytest.skip(str(error))
+
+
+def made_site(bundle: Bundle, folder: Path) -> Path:
+    return write_site(bundle, folder, packages(), SiteText("Foxes", PROMPT)).root
+
+
+@pytest.fixture(scope="module")
+def site(tiny_bundle, made_once) -> Path:
+    """A student's, in one pass. Shared."""
+    return made_once("web-site", lambda folder: made_site(tiny_bundle, folder))
+
+
+@contextmanager
+def served(root: Path) -> Iterator[str]:
+    """The site as --open serves it; the address."""
+    with bound(LOOPBACK, 0) as listener:
+        server = site_server(root, listener)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://localhost:{listener.getsockname()[1]}/"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_api.sync_playwright() as playwright:
+        # Chromium refuses its sandbox to root, which containers run as.
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--enable-unsafe-swiftshader", *GPU]
+        )
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def opened(chromium: Any, address: str, **context: Any) -> Iterator[Any]:
+    """A visitor's first visit; whatever the page throws fails the test."""
+    visitor = chromium.new_context(**context)
+    visitor.set_default_timeout(TIMEOUT_MS)
+    page = visitor.new_page()
+    thrown: list[str] = []
+    page.on("pageerror", lambda error: thrown.append(str(error)))
+    page.goto(address)
+    yield page
+    visitor.close()
+    assert thrown == []
+
+
+def text_of(page: Any, selector: str) -> str:
+    return str(page.locator(selector).inner_text())
+
+
+def wait_for_picture(page: Any) -> None:
+    page.wait_for_function(
+        "document.querySelector('#pictures canvas') && /drawn in/.test(status_text())"
+        " || !document.getElementById('failure').hidden".replace(
+            "status_text()", "document.getElementById('status').textContent"
+        )
+    )
+    assert page.locator("#failure").is_hidden(), text_of(page, "#failure")
+
+
+def wait_for_failure(page: Any) -> str:
+    page.locator("#failure").wait_for(state="visible")
+    return text_of(page, "#failure")
+
+
+def drawn_pixels(page: Any, index: int = 0) -> np.ndarray:
+    width, values = page.evaluate(
+        """index => {
+          const canvas = document.querySelectorAll('#pictures canvas')[index];
+          const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+          return [canvas.width, Array.from(data)];
+        }""",
+        index,
+    )
+    return np.array(values, np.int16).reshape(-1, width, 4)[..., :3]
+
+
+def parity_of(page: Any) -> dict[str, float]:
+    page.locator("summary").click()
+    page.locator("#measure").click()
+    page.locator("#parity").wait_for(state="visible")
+    rows = page.locator("#parity tbody tr").all()
+    return {row.locator("td").nth(0).inner_text(): float(row.locator("td").nth(1).inner_text())
+            for row in rows}  # fmt: skip
+
+
+def generated(run: Any, bundle: Bundle, folder: Path, *options: object) -> np.ndarray:
+    """What `generate` draws, as pixels."""
+    out = folder / "own.png"
+    code, _, err = run(
+        "generate", bundle.root, PROMPT, "--seed", SEED, "--runtime", "ort", "--device", "cpu",
+        "--out", out, *options,
+    )  # fmt: skip
+    assert code == 0, err
+    return np.asarray(Image.open(out).convert("RGB"), np.int16)
+
+
+def screenshot(page: Any, name: str) -> None:
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=True)
+
+
+# What a visitor sees
+
+
+def test_a_visit_draws_the_picture_of_generate_and_proves_itself(
+    chromium, site, tiny_bundle, run, tmp_path
+):
+    asked: list[str] = []
+    with served(site) as address, opened(chromium, "about:blank") as page:
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{address}?seed={SEED}")
+        wait_for_picture(page)
+        assert page.title() == "Foxes"
+        difference = drawn_pixels(page) - generated(run, tiny_bundle, tmp_path)
+        assert np.abs(difference).max() <= 1
+        bars = [row.inner_text() for row in page.locator("#times .stage span").all()]
+        assert bars == ["text", "UNet", "VAE"]
+        parity = parity_of(page)
+        assert set(parity) == {"text", "latents", "picture"}
+        assert min(parity.values()) > 100
+        assert "WASM, " in text_of(page, "#facts")
+        screenshot(page, "desktop")
+    assert asked
+    assert {url for url in asked if not url.startswith((address, f"blob:{address}"))} == set()
+
+
+def test_typing_draws_and_a_click_keeps_a_png_with_its_parameters(chromium, site, tmp_path):
+    with served(site) as address, opened(chromium, address) as page:
+        wait_for_picture(page)
+        page.locator("#prompt").fill("a blue bird")
+        page.locator(".picture[title^='a blue bird, seed 0']").wait_for()
+        page.locator("#count").fill("3")
+        page.locator("#seed").fill("5")
+        page.locator("#prompt").press("Control+Enter")
+        page.wait_for_function("document.querySelectorAll('#pictures canvas').length === 3")
+        page.wait_for_function("/^3 drawn in/.test(document.getElementById('status').textContent)")
+        with page.expect_download() as download:
+            page.locator(".picture").nth(2).click()
+        kept = tmp_path / download.value.suggested_filename
+        download.value.save_as(kept)
+        shown = drawn_pixels(page, 2)
+        screenshot(page, "three")
+    assert kept.name == "a-blue-bird-7.png"
+    parameters = parameters_from_png(kept)
+    assert (parameters["prompt"], parameters["seed"]) == ("a blue bird", 7)
+    assert parameters["runtime"] == "onnxruntime-web wasm"
+    assert parameters["model_hash"]
+    with Image.open(kept) as image:
+        assert "seed: 7" in image.text["parameters"]
+        assert np.array_equal(np.asarray(image.convert("RGB"), np.int16), shown)
+
+
+def test_a_second_visit_needs_no_network(chromium, site):
+    with served(site) as address, opened(chromium, address) as page:
+        wait_for_picture(page)
+        first = drawn_pixels(page)
+        page.context.set_offline(True)
+        page.reload()
+        wait_for_picture(page)
+        assert np.array_equal(drawn_pixels(page), first)
+
+
+def test_a_host_that_sends_no_headers_is_isolated_by_the_page_itself(chromium, site):
+    handler = functools.partial(Plain, directory=str(site))
+    with ThreadingHTTPServer((LOOPBACK, 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with opened(chromium, f"http://localhost:{server.server_port}/") as page:
+            wait_for_picture(page)
+            assert page.evaluate("crossOriginIsolated")
+        server.shutdown()
+        thread.join()
+
+
+class Plain(SimpleHTTPRequestHandler):
+    """Any web server."""
+
+    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, ".mjs": "text/javascript"}  # noqa: RUF012
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_phone_needs_no_sideways_scrolling(chromium, site):
+    phone = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
+    with served(site) as address, opened(chromium, address, **phone) as page:
+        wait_for_picture(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.locator("#draw").tap()
+        wait_for_picture(page)
+        screenshot(page, "phone")
+
+
+# Other plans, and the GPU
+
+
+def test_steps_with_fresh_noise_are_those_of_generate(chromium, few_step_bundle, run, tmp_path):
+    root = made_site(few_step_bundle, tmp_path / "site")
+    with served(root) as address, opened(chromium, f"{address}?seed={SEED}") as page:
+        wait_for_picture(page)
+        own = generated(run, few_step_bundle, tmp_path)
+        assert np.abs(drawn_pixels(page) - own).max() <= 1
+        assert "in 3 steps" in text_of(page, "#about")
+        assert page.locator("#guided").is_hidden()
+        parity = parity_of(page)
+        assert set(parity) == {"text", "outputs", "picture"}
+        assert min(parity.values()) > 100
+
+
+def test_guidance_and_what_shall_not_be_drawn_are_those_of_generate(
+    chromium, faster_bundle, run, tmp_path
+):
+    root = made_site(faster_bundle, tmp_path / "site")
+    with served(root) as address, opened(chromium, f"{address}?seed={SEED}") as page:
+        wait_for_picture(page)
+        page.locator("#negative").fill("snow")
+        page.locator("#guidance").fill("3")
+        page.locator("#draw").click()
+        page.wait_for_function("/step/.test(document.getElementById('status').textContent)")
+        wait_for_picture(page)
+        own = generated(run, faster_bundle, tmp_path, "--negative", "snow", "--guidance", "3")
+        assert np.abs(drawn_pixels(page) - own).max() <= 1
+
+
+def test_webgpu_draws_the_same_picture(chromium, site, tiny_bundle, run, tmp_path):
+    with (
+        served(site) as address,
+        opened(chromium, f"{address}?backend=webgpu&seed={SEED}") as page,
+    ):
+        if not page.evaluate("navigator.gpu && navigator.gpu.requestAdapter().then(Boolean)"):
+            pytest.skip("this Chromium has no WebGPU, not even an emulated one")
+        wait_for_picture(page)
+        page.locator("summary").click()
+        assert "WebGPU" in text_of(page, "#facts")
+        own = generated(run, tiny_bundle, tmp_path)
+        assert np.abs(drawn_pixels(page) - own).max() <= 1
+
+
+# What goes wrong is told
+
+
+def test_a_damaged_graph_is_told_by_its_name(chromium, site, tmp_path):
+    root = Path(shutil.copytree(site, tmp_path / "site"))
+    part = next((root / "bundle/unet_decoder").glob("model.onnx.data.0-*"))
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    with served(root) as address, opened(chromium, address) as page:
+        told = wait_for_failure(page)
+        assert told.startswith("unet_decoder/model.onnx.data is damaged: its SHA-256 is not")
+        assert "Reload the page" in told
+        # Mended, a reload draws: the damaged part was not kept.
+        shutil.copy(next((site / "bundle/unet_decoder").glob(part.name)), part)
+        page.reload()
+        wait_for_picture(page)
+
+
+def test_a_part_that_is_not_there_is_told(chromium, site, tmp_path):
+    root = Path(shutil.copytree(site, tmp_path / "site"))
+    next((root / "bundle/vae_decoder").glob("model.onnx.data.0-*")).unlink()
+    with served(root) as address, opened(chromium, address) as page:
+        told = wait_for_failure(page)
+    assert "bundle/vae_decoder/model.onnx.data.0-" in told
+    assert "is not there (404). Copy the whole site again." in told
+
+
+def test_graphs_that_do_not_fit_into_memory_are_told_with_their_size(chromium, site, tmp_path):
+    root = Path(shutil.copytree(site, tmp_path / "site"))
+    described = json.loads((root / "site.json").read_text("utf-8"))
+    described["files"]["unet_encoder/model.onnx.data"]["size_bytes"] = 9 * 10**15
+    (root / "site.json").write_text(json.dumps(described), "utf-8")
+    with served(root) as address, opened(chromium, address) as page:
+        told = wait_for_failure(page)
+    assert "unet_encoder/model.onnx.data (9000000000 MB) does not fit into memory" in told
+    assert "--precision fp16" in told
+
+
+@pytest.mark.parametrize(
+    ("lacking", "named"),
+    [
+        ("delete globalThis.WebAssembly", "no WebAssembly"),
+        ("WebAssembly.validate = () => false", "no SIMD in WebAssembly"),
+        ("delete globalThis.Worker", "no web workers"),
+    ],
+)
+def test_an_old_browser_is_told_what_it_lacks(chromium, site, lacking, named):
+    with served(site) as address, opened(chromium, "about:blank") as page:
+        page.add_init_script(lacking)
+        page.goto(address)
+        page.wait_for_function("/too old/.test(document.getElementById('status').textContent)")
+        assert named in text_of(page, "#status")

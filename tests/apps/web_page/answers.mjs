@@ -1,0 +1,58 @@
+// Runs the page's modules in Node: a question as JSON on standard input, its answer on output.
+
+import { readFileSync } from "node:fs";
+
+const [page, vendor] = process.argv.slice(2);
+const load = (name) => import(`${page}/${name}.js`);
+const bytes = (hex) => Uint8Array.from(Buffer.from(hex, "hex"));
+const floats = (hex) => new Float32Array(bytes(hex).buffer);
+const hex = (array) => Buffer.from(array.buffer, array.byteOffset, array.byteLength).toString("hex");
+
+const ANSWERS = {
+  async normals({ seed, sizes }) {
+    const { RandomState } = await load("random_state");
+    const stream = new RandomState(seed);
+    return sizes.map((size) => hex(stream.normals(size)));
+  },
+  async tokens({ folder, length, chunks, prompts }) {
+    const { Tokenizer } = await import(vendor);
+    const { ClipTokenizer } = await load("clip_tokenizer");
+    const read = (name) => JSON.parse(readFileSync(`${folder}/${name}`, "utf8"));
+    const json = read("tokenizer.json");
+    const config = read("tokenizer_config.json");
+    const tokenizer = new ClipTokenizer(Tokenizer, json, config, { length, chunks });
+    return prompts.map((prompt) => tokenizer.ids(prompt));
+  },
+  async pixels({ sample }) {
+    const { pixels } = await load("drawing");
+    return hex(pixels(floats(sample)));
+  },
+  async psnr({ reference, value }) {
+    const { psnrDb } = await load("reference");
+    return psnrDb(floats(reference), floats(value));
+  },
+  async tensors({ file }) {
+    const { safetensors } = await load("reference");
+    const tensors = safetensors(new Uint8Array(readFileSync(file)));
+    return Object.entries(tensors).map(([name, { values, dims }]) => [name, dims, hex(values)]);
+  },
+  async backend({ wanted, adapter, half, largestWeightBytes }) {
+    const { chooseBackend } = await load("backend");
+    const requestAdapter = async () =>
+      adapter.features && {
+        features: new Set(adapter.features),
+        limits: { maxStorageBufferBindingSize: adapter.largest },
+        info: adapter.info,
+      };
+    const value = { gpu: adapter ? { requestAdapter } : undefined };
+    Object.defineProperty(globalThis, "navigator", { value, configurable: true });
+    return chooseBackend(wanted, { half, largestWeightBytes });
+  },
+};
+
+const { work, ...question } = JSON.parse(readFileSync(0, "utf8"));
+try {
+  console.log(JSON.stringify({ value: await ANSWERS[work](question) }));
+} catch (error) {
+  console.log(JSON.stringify({ error: error.message }));
+}
