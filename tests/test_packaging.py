@@ -37,7 +37,8 @@ NOT_SHIPPED = re.compile(
     r"benchmarks/results/|^apps/(android|swift)/|^(?!tiue_export/demo/).*\.md$"
 )
 # Package data of `tiue_export`, as deep as it goes: no packages.
-DATA = "tiue_export/demo/"
+# Files that are no code: folders of them are no packages.
+DATA = ("tiue_export/demo/", "tiue_export/apps/browser/page/")
 DIST_INFO = f"tiue_export-{tiue_export.__version__}.dist-info"
 NAME = "tiue-export"
 
