@@ -23,9 +23,12 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_layering.py
 
-# The documentation as a site, in site/; a dead link fails.
+# The documentation as a site, in site/; a dead link fails. Its first page draws: the demo student, in the browser.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/tiue-export onnx --ckpt demo --precision fp16 --out build/emoji --force
+	$(BIN)/tiue-export web build/emoji --out site/draw --title "Emoji of your own" \
+	  --prompt "a fox on a dark green background"
 
 # What the studio's browser test needs; it is skipped without.
 setup-browser:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -104,13 +105,28 @@ def text_of(page: Any, selector: str) -> str:
     return str(page.locator(selector).inner_text())
 
 
+def holds(page: Any, condition: str) -> bool:
+    """Whether a JavaScript expression holds; while the page is loaded again it does not."""
+    try:
+        return bool(page.evaluate(condition))
+    except sync_api.Error as error:
+        if "context was destroyed" in str(error):
+            return False
+        raise
+
+
+def wait_until(page: Any, condition: str) -> None:
+    """Until a JavaScript expression holds; the page's own policy lets no text be code in it."""
+    deadline_s = time.monotonic() + TIMEOUT_MS / 1000
+    while not holds(page, condition):
+        assert time.monotonic() < deadline_s, f"{condition}: {text_of(page, '#status')}"
+        page.wait_for_timeout(100)
+
+
 def wait_for_picture(page: Any) -> None:
-    page.wait_for_function(
-        "document.querySelector('#pictures canvas') && /drawn in/.test(status_text())"
-        " || !document.getElementById('failure').hidden".replace(
-            "status_text()", "document.getElementById('status').textContent"
-        )
-    )
+    drawn = "/drawn in/.test(document.getElementById('status').textContent)"
+    failed = "!document.getElementById('failure').hidden"
+    wait_until(page, f"{drawn} || {failed}")
     assert page.locator("#failure").is_hidden(), text_of(page, "#failure")
 
 
@@ -189,8 +205,8 @@ def test_typing_draws_and_a_click_keeps_a_png_with_its_parameters(chromium, site
         page.locator("#count").fill("3")
         page.locator("#seed").fill("5")
         page.locator("#prompt").press("Control+Enter")
-        page.wait_for_function("document.querySelectorAll('#pictures canvas').length === 3")
-        page.wait_for_function("/^3 drawn in/.test(document.getElementById('status').textContent)")
+        wait_until(page, "document.querySelectorAll('#pictures canvas').length === 3")
+        wait_until(page, "/^3 drawn in/.test(document.getElementById('status').textContent)")
         with page.expect_download() as download:
             page.locator(".picture").nth(2).click()
         kept = tmp_path / download.value.suggested_filename
@@ -272,8 +288,8 @@ def test_guidance_and_what_shall_not_be_drawn_are_those_of_generate(
         wait_for_picture(page)
         page.locator("#negative").fill("snow")
         page.locator("#guidance").fill("3")
+        page.evaluate("document.getElementById('status').textContent = ''")
         page.locator("#draw").click()
-        page.wait_for_function("/step/.test(document.getElementById('status').textContent)")
         wait_for_picture(page)
         own = generated(run, faster_bundle, tmp_path, "--negative", "snow", "--guidance", "3")
         assert np.abs(drawn_pixels(page) - own).max() <= 1
@@ -344,5 +360,5 @@ def test_an_old_browser_is_told_what_it_lacks(chromium, site, lacking, named):
     with served(site) as address, opened(chromium, "about:blank") as page:
         page.add_init_script(lacking)
         page.goto(address)
-        page.wait_for_function("/too old/.test(document.getElementById('status').textContent)")
+        wait_until(page, "/too old/.test(document.getElementById('status').textContent)")
         assert named in text_of(page, "#status")

@@ -54,15 +54,13 @@ export class SiteFiles {
     }
     const content = whole.subarray(start, place);
     if (place !== start + part.size_bytes || (await sha256(content)) !== part.sha256) {
-      await caches.open(WEIGHTS).then((cache) => cache.delete(part.path), () => {});
+      await forget(part.path);
       throw damaged(name);
     }
     return place;
   }
 }
 
-/** The name of the cache that sw.js keeps parts in. */
-export const WEIGHTS = "tiue-weights";
 export const TOO_LARGE =
   "Close other tabs, or take a smaller bundle: half precision (--precision fp16) halves it.";
 const RELOAD = "Reload the page: what was loaded is kept.";
@@ -77,6 +75,13 @@ export async function fetched(path) {
     throw new Failure(`${path} is not there (${response.status}).`, "Copy the whole site again.");
   }
   return response;
+}
+
+/** Drop what sw.js keeps of a file: the next visit loads it again. */
+async function forget(path) {
+  for (const name of await caches.keys()) {
+    await (await caches.open(name)).delete(path);
+  }
 }
 
 const damaged = (name) =>

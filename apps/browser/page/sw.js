@@ -4,8 +4,10 @@
 const PAGE = { version: "", files: [], lazy: [] };
 const PARTS = [];
 
-const PAGE_CACHE = `tiue-page-${PAGE.version}`;
-const PARTS_CACHE = "tiue-weights";
+// By place: other sites of this kind may lie on the same host.
+const SCOPE = self.registration.scope;
+const PARTS_CACHE = `${SCOPE} parts`;
+const PAGE_CACHE = `${SCOPE} page ${PAGE.version}`;
 
 /** The cache that a file belongs to; none for what is not of the site. */
 function cacheOf(path) {
@@ -38,10 +40,10 @@ self.addEventListener("fetch", (event) => {
 
 async function tidyAndClaim() {
   for (const name of await caches.keys()) {
-    if (name.startsWith("tiue-page-") && name !== PAGE_CACHE) await caches.delete(name);
+    if (name.startsWith(`${SCOPE} page `) && name !== PAGE_CACHE) await caches.delete(name);
   }
   const cache = await caches.open(PARTS_CACHE);
-  const wanted = new Set(PARTS.map((path) => new URL(path, self.registration.scope).href));
+  const wanted = new Set(PARTS.map((path) => new URL(path, SCOPE).href));
   for (const request of await cache.keys()) {
     if (!wanted.has(request.url)) await cache.delete(request);
   }
@@ -52,7 +54,7 @@ async function answer(request, url) {
   const bare = url.origin + url.pathname; // the page takes ?backend=wasm
   const kept = (await caches.match(bare)) ?? (await caches.match(request));
   if (kept) return kept;
-  const path = bare.slice(self.registration.scope.length);
+  const path = bare.slice(SCOPE.length);
   const response = await fetch(request);
   const name = cacheOf(path);
   if (name !== null && response.status === 200) {

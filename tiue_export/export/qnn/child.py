@@ -84,7 +84,7 @@ def failure_of(
         done = "quantized" if quantizing else "compiled"
         return ResourceError(
             f"{graph}: memory ran out while it was {done} ({reason})",
-            "Free memory, or take --precision fp16, which needs a third of it."
+            "Free memory, or take --precision fp16, which quantizes nothing."
             if quantizing
             else "Free memory, or export again with --max-decoder-rows 1, for smaller graphs.",
         )
