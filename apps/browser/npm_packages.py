@@ -20,9 +20,9 @@ VENDORED = (
     "onnxruntime-web/dist/ort.wasm.min.mjs",
     "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
     "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
-    "onnxruntime-web/dist/ort.webgpu.min.mjs",
-    "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.mjs",
-    "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm",
+    "onnxruntime-web/dist/ort.min.mjs",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.jsep.mjs",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.jsep.wasm",
 )
 _LOCK = ("package.json", "package-lock.json")
 _LONGEST_S = 600
@@ -43,8 +43,8 @@ def vendored_files(packages: Path | None = None) -> dict[str, Path]:
 
 
 def _cached() -> Path:
-    lock = hashlib.sha256((HERE / "package-lock.json").read_bytes()).hexdigest()[:16]
-    target = user_cache_folder() / CACHE_KIND / lock
+    decides = (HERE / "package-lock.json").read_bytes() + "\n".join(VENDORED).encode()
+    target = user_cache_folder() / CACHE_KIND / hashlib.sha256(decides).hexdigest()[:16]
     if target.is_dir():
         return target
     npm = shutil.which("npm")

@@ -267,7 +267,7 @@ def _write_service_worker(
 
 
 def _for_webgpu(name: str) -> bool:
-    return "webgpu" in name or "asyncify" in name
+    return name.endswith("ort.min.mjs") or "jsep" in name
 
 
 def _check_target(target: Path, *, force: bool) -> None:

@@ -26,7 +26,7 @@ function isSoftware(adapter) {
 
 /** ONNX Runtime, set up: only what the backend needs is loaded. */
 export async function loadRuntime(name) {
-  const module = name === "webgpu" ? "ort.webgpu.min.mjs" : "ort.wasm.min.mjs";
+  const module = name === "webgpu" ? "ort.min.mjs" : "ort.wasm.min.mjs";
   const ort = await import(`./vendor/${module}`);
   ort.env.wasm.wasmPaths = new URL("vendor/", import.meta.url).href;
   ort.env.wasm.numThreads = name === "wasm" ? threadCount() : 1;
