@@ -100,10 +100,10 @@ def _save_ranges(source: Path, config: Any, ranges: Path) -> None:
     """Measure the ranges of all values into a file. Quantization could, and would hold the graph
     once more meanwhile.
     """
-    calibrate, ort = onnx_runtime_part("quantization.calibrate"), import_onnx_runtime()
+    part, ort = "quantization.calibrate", import_onnx_runtime()
     augmented = str(source.with_name("augmented.onnx"))
 
-    class Calibrator(calibrate.MinMaxCalibrater):  # type: ignore[misc]
+    class Calibrator(onnx_runtime_part(part).MinMaxCalibrater):  # type: ignore[misc]
         """In an order that measures each value when it is made. In the usual one all are kept to
         the end: 21 GB of a VAE of 512 px.
         """
@@ -126,7 +126,7 @@ def _save_ranges(source: Path, config: Any, ranges: Path) -> None:
     calibrator.augment_graph()
     calibrator.create_inference_session()
     calibrator.collect_data(config.calibration_data_reader)
-    calibrate.save_tensors_data(calibrator.compute_data(), ranges)
+    onnx_runtime_part(part).save_tensors_data(calibrator.compute_data(), ranges)
 
 
 def half_nodes(model: Any, folder: Path, *, whole: bool, names: Sequence[str] = ()) -> list[str]:
