@@ -16,16 +16,33 @@ let site;
 
 const WORK = { load, draw, measure };
 
+let current = null;
+
 self.onmessage = async ({ data: { id, work, ...request } }) => {
   const progress = (told) => self.postMessage({ id, progress: told });
+  current = id;
   try {
     const value = await WORK[work](request, progress);
     self.postMessage({ id, value }, value.pixels ? [value.pixels.buffer] : []);
   } catch (error) {
-    const { message, next = "" } = explained(error);
-    self.postMessage({ id, failure: { message, next } });
+    tellFailure(id, error);
   }
+  current = null;
 };
+
+// A trap in WASM may reject a promise that nobody waits for: the work would never end.
+for (const kind of ["error", "unhandledrejection"]) {
+  self.addEventListener(kind, (event) => {
+    if (current === null) return;
+    event.preventDefault();
+    tellFailure(current, event.reason ?? event.error ?? event.message);
+  });
+}
+
+function tellFailure(id, error) {
+  const { message, next = "" } = explained(error);
+  self.postMessage({ id, failure: { message, next } });
+}
 
 async function load({ backend: wanted }, progress) {
   site = await (await fetched("site.json")).json();

@@ -14,10 +14,12 @@ export class WorkerClient {
 
   constructor() {
     this.#worker.onmessage = ({ data: { id, progress, value, failure } }) => {
-      const { resolve, reject, onProgress } = this.#waiting.get(id);
-      if (progress) return onProgress(progress);
+      const asked = this.#waiting.get(id);
+      if (!asked) return; // failed already
+      if (progress) return void asked.onProgress(progress);
       this.#waiting.delete(id);
-      return failure ? reject(new Failed(failure)) : resolve(value);
+      if (failure) asked.reject(new Failed(failure));
+      else asked.resolve(value);
     };
     this.#worker.onerror = (event) => {
       event.preventDefault();
