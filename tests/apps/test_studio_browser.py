@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from chromium_at_hand import CHROMIUM, needs_chromium
 
 from tiue_export.drawing.picture import parameters_from_png
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is missing")
 expect = sync_api.expect
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 # Where to leave screenshots of the tabs for people to look at.
 SCREENSHOTS = os.environ.get("TIUE_STUDIO_SCREENSHOTS")
 PROMPT = "#tiue-prompt textarea"
@@ -33,9 +31,7 @@ STATUS = "#tiue-status"
 # Patience for busy machines; none of this takes long on an idle one.
 TIMEOUT_MS = 60_000
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on PATH; try: make setup-browser"
-)
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")

@@ -19,41 +19,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chromium_at_hand import CHROMIUM, needs_chromium
+from npm_at_hand import npm_files
 from PIL import Image
 
 from tiue_export.apps.browser.local_server import LOOPBACK, site_server
-from tiue_export.apps.browser.npm_packages import vendored_files
 from tiue_export.apps.browser.site import SiteText, write_site
 from tiue_export.apps.web.listening import bound
 from tiue_export.bundle.read import Bundle
 from tiue_export.drawing.picture import parameters_from_png
-from tiue_export.errors import TiueError
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwright is missing")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 # Where to leave screenshots for people to look at.
 SCREENSHOTS = os.environ.get("TIUE_WEB_SCREENSHOTS")
 PROMPT, SEED = "a red fox, in the SNOW", 7
 TIMEOUT_MS = 120_000
 GPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on PATH; try: make setup-browser"
-)
-
-
-@functools.cache
-def packages() -> dict[str, Path]:
-    """npm's files, fetched once; without them the reason is told."""
-    try:
-        return vendored_files()
-    except TiueError as error:
-        pytest.skip(str(error))
+pytestmark = needs_chromium
 
 
 def made_site(bundle: Bundle, folder: Path) -> Path:
-    return write_site(bundle, folder, packages(), SiteText("Foxes", PROMPT)).root
+    return write_site(bundle, folder, npm_files(), SiteText("Foxes", PROMPT)).root
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +57,7 @@ def served(root: Path) -> Iterator[str]:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield f"http://localhost:{listener.getsockname()[1]}/"
+            yield f"http://{LOOPBACK}:{listener.getsockname()[1]}/"
         finally:
             server.shutdown()
             thread.join()
@@ -238,7 +225,7 @@ def test_a_host_that_sends_no_headers_is_isolated_by_the_page_itself(chromium, s
     with ThreadingHTTPServer((LOOPBACK, 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        with opened(chromium, f"http://localhost:{server.server_port}/") as page:
+        with opened(chromium, f"http://{LOOPBACK}:{server.server_port}/") as page:
             wait_for_picture(page)
             assert page.evaluate("crossOriginIsolated")
         server.shutdown()

@@ -5,7 +5,6 @@ Skipped, with the reason, where Node or npm's packages are not at hand.
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import subprocess
@@ -14,16 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nasty_prompts import PROMPTS as NASTY
+from npm_at_hand import npm_files
 from PIL import Image
 
 from tiue_export import export_onnx, open_bundle
-from tiue_export.apps.browser.npm_packages import HERE, vendored_files
+from tiue_export.apps.browser.npm_packages import HERE
 from tiue_export.bundle.read import REFERENCE_FILE, Bundle
 from tiue_export.checkpoint.clip_tokenizer import OPENAI_PAD, OPENCLIP_PAD, write_clip_tokenizer
 from tiue_export.checkpoint.tokenizer_files import write_tokenizer
 from tiue_export.drawing.picture import pixels_from_sample
 from tiue_export.drawing.tokenizer import open_tokenizer
-from tiue_export.errors import TiueError
 from tiue_export.methods.load import CheckpointRequest, load_for_method
 from tiue_export.methods.method import SamplingOptions
 from tiue_export.proof.gates import psnr_db
@@ -35,46 +35,15 @@ NODE, NPM = shutil.which("node"), shutil.which("npm")
 ON_NODE = "onnxruntime-node@1.30.0"
 PAGE = HERE / "page"
 ANSWERS = Path(__file__).parent / "web_page" / "answers.mjs"
-PROMPTS = (
-    "",
-    "a red fox in the snow",
-    "A Red FOX, in the Snow!",
-    "don't, can't: f/1.8 (((masterpiece))) [x] #1 @me 100% $5 a_b-c",
-    "we'll say they've 'quoted' it's I'M 'RE",
-    "l'été déjà vu, naïve façade, señor, Ångström",
-    "e\u0301 decomposed n\u0303, \u212bngstr\u00f6m sign, \ufb01gure",
-    "İstanbul STRASSE ẞ ΣΊΣΥΦΟΣ ὈΔΥΣΣΕΎΣ",
-    "雪の中の赤い狐、写真",
-    "ثعلب أحمر في الثلج",
-    "a 🦊 and 👩‍👩‍👧‍👦 🏳️‍🌈 🇺🇦",
-    "1234567890 ½ ² ٣ Ⅷ 3.14",
-    "a red\nfox\r\nin\tthe\u00a0snow\u2028now\u3000here\x0bthere\x85end",
-    "a\x00red\x07fox\x1b[31m\x7f\u200b x\x1cy\u180ez",
-    "wow! a fox!! !",
-    "a red<|endoftext|>fox <|startoftext|> <|EndOfText|>!!",
-    "a " * 75,
-    "a " * 76,
-    "a photo of a red fox standing in fresh snow at dawn, " * 12,
-    "x" * 400,
-    "https://example.org/?q=a+fox&n=1 <b>bold</b>",
-    " \t \n ",
-)
+# Known to differ: the mark of byte order is a space to JavaScript's patterns.
+PROMPTS = tuple(prompt.replace("\ufeff", "") for prompt in NASTY)
 
 pytestmark = pytest.mark.skipif(NODE is None, reason="Node is not installed")
 
 
-@functools.cache
-def packages() -> dict[str, Path]:
-    """npm's files, fetched once; without them the reason is told."""
-    try:
-        return vendored_files()
-    except TiueError as error:
-        pytest.skip(str(error))
-
-
 def answer(work: str, **question: Any) -> Any:
     """What the page's modules make of a question."""
-    vendor = packages()["tokenizers.min.mjs"] if work == "tokens" else ""
+    vendor = npm_files()["tokenizers.min.mjs"] if work == "tokens" else ""
     done = subprocess.run(
         [str(NODE), str(ANSWERS), str(PAGE), str(vendor)],
         input=json.dumps({"work": work, **question}),
@@ -209,7 +178,7 @@ def node_folder(made_once) -> Path:
         if done.returncode != 0:
             pytest.skip(f"npm cannot fetch {ON_NODE}: {done.stderr.splitlines()[:1]}")
 
-    packages()  # skips without a network
+    npm_files()  # skips without a network
     return made_once("draw-in-node", install)
 
 

@@ -1,0 +1,13 @@
+"""The Chromium that tests of pages run; `make setup-browser` installs Debian's."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on PATH; try: make setup-browser"
+)
