@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Protocol
 
 from tiue_export._version import __version__
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.registry.backends import BACKENDS
 from tiue_export.sampling.plan import Plan
-from tiue_export.specs import Runtime
+
+
+class Drawer(Protocol):
+    """What drew, as far as a picture tells: a runtime, or a browser's."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
 
 
 def picture_parameters(
@@ -19,7 +30,7 @@ def picture_parameters(
     guidance: float | None,
     weighted: bool,
     manifest: Manifest,
-    runtime: Runtime,
+    runtime: Drawer,
 ) -> dict[str, object]:
     """Prompt, seed (None: the noise was given), steering, model and runtime."""
     plan = manifest.plan
@@ -42,7 +53,7 @@ def picture_parameters(
     }
 
 
-def _graphs_hash(manifest: Manifest, runtime: Runtime) -> str:
+def _graphs_hash(manifest: Manifest, runtime: Drawer) -> str:
     """What draws: ten digits over the bundle's graphs, and the runtime's own form of them."""
     entry = BACKENDS.get(runtime.name)
     forms = (manifest.compiled.get(folder) for folder in (entry.folders if entry else ()))
