@@ -3,21 +3,23 @@
 
 const ISOLATED_ONCE = "tiue-reloaded-for-threads";
 
-/** Wait until the worker answers for this page; reload once where that brings threads. */
+/** Wait until the worker answers for this page, and reload once where that brings threads.
+ *  Whether the page is kept for use without a network. */
 export async function takeOffline() {
-  if (!("serviceWorker" in navigator)) return;
+  if (!("serviceWorker" in navigator)) return false;
   try {
     await navigator.serviceWorker.register("sw.js");
     await Promise.race([controlled(), new Promise((resolve) => setTimeout(resolve, 5000))]);
   } catch (error) {
     console.warn("The page is not kept for use without a network:", error.message);
-    return;
+    return false;
   }
   if (!crossOriginIsolated && navigator.serviceWorker.controller && !reloaded()) {
     sessionStorage.setItem(ISOLATED_ONCE, "yes");
     location.reload();
     await new Promise(() => {}); // until the page is gone
   }
+  return navigator.serviceWorker.controller !== null;
 }
 
 function controlled() {

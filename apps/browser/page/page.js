@@ -3,6 +3,7 @@
 import { takeOffline } from "./offline.js";
 import { pngWithParameters } from "./png.js";
 import { MAX_SEED } from "./random_state.js";
+import { fetched, megabytes } from "./site_files.js";
 import { WorkerClient } from "./worker_client.js";
 
 const element = (id) => document.getElementById(id);
@@ -12,6 +13,7 @@ const parameters = new URLSearchParams(location.search);
 const wantedBackend = parameters.get("backend") ?? "auto";
 
 let site;
+let offline;
 let client;
 let loaded;
 let drawing = false;
@@ -22,9 +24,9 @@ main().catch(fail);
 async function main() {
   const lacking = lackingFeature();
   if (lacking) return say(`This browser is too old to draw: it has no ${lacking}. A current one does.`);
-  site = await (await fetch("site.json")).json();
+  site = await (await fetched("site.json")).json();
   describe();
-  await takeOffline();
+  offline = await takeOffline();
   client = new WorkerClient();
   const started = performance.now();
   loaded = await client.ask("load", { backend: wantedBackend }, showLoading);
@@ -72,8 +74,6 @@ function fail(error) {
   element("failure").textContent = [error.message, error.next].filter(Boolean).join(" ");
 }
 
-const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
-
 function showLoading({ loaded_bytes: done, total_bytes: total, opening }) {
   if (opening) return;
   element("progress").value = done / total;
@@ -86,6 +86,7 @@ function showFacts(seconds) {
   const facts = {
     "drawn by": why && name === "wasm" ? `${kind} (${why})` : kind,
     "loaded in": `${seconds.toFixed(1)} s, ${megabytes(site.total_bytes)}`,
+    "without a network": offline ? "draws too" : "does not draw: this browser keeps no page here",
     model: `${site.model}, ${site.precision}`,
     "made by": site.made_by,
   };
@@ -143,7 +144,7 @@ function request() {
   return {
     prompt: element("prompt").value.trim(),
     negative: element("negative").value.trim(),
-    guidance: site.guidance === null ? undefined : Number(element("guidance").value),
+    guidance: site.guidance === null ? undefined : element("guidance").valueAsNumber || site.guidance,
     seed: number("seed", 0, MAX_SEED - count + 1),
     count,
   };

@@ -1,11 +1,6 @@
 // Asks the worker that draws, and waits for its answers.
 
-export class Failed extends Error {
-  constructor({ message, next }) {
-    super(message);
-    this.next = next;
-  }
-}
+import { Failure } from "./site_files.js";
 
 export class WorkerClient {
   #worker = new Worker(new URL("drawing_worker.js", import.meta.url), { type: "module" });
@@ -18,19 +13,19 @@ export class WorkerClient {
       if (!asked) return; // failed already
       if (progress) return void asked.onProgress(progress);
       this.#waiting.delete(id);
-      if (failure) asked.reject(new Failed(failure));
+      if (failure) asked.reject(new Failure(failure.message, failure.next));
       else asked.resolve(value);
     };
     this.#worker.onerror = (event) => {
       event.preventDefault();
       const next = "Reload the page. If this stays, its files are not whole: copy the site again.";
       const message = `What draws cannot be started: ${event.message ?? "a script is missing"}`;
-      for (const { reject } of this.#waiting.values()) reject(new Failed({ message, next }));
+      for (const { reject } of this.#waiting.values()) reject(new Failure(message, next));
       this.#waiting.clear();
     };
   }
 
-  /** One work of drawing_worker.js; its value. Throws `Failed`. */
+  /** One work of drawing_worker.js; its value. Throws `Failure`. */
   ask(work, request = {}, onProgress = () => {}) {
     const id = ++this.#last;
     return new Promise((resolve, reject) => {
