@@ -47,11 +47,20 @@ def run(path: Path, options: SiteOptions, output: WriteOptions) -> None:
         markup=False, highlight=False,
     )  # fmt: skip
     if not options.open_page:
-        print_next(command_line("web", path, "--out", options.out, "--force", "--open"))
+        print_next(_open_line(path, options))
         return
     from .local_server import serve_until_interrupted
 
     serve_until_interrupted(site.root, options.port, _told)
+
+
+def _open_line(path: Path, options: SiteOptions) -> str:
+    """The same site again, opened: with all that it was asked for."""
+    words: list[object] = ["web", path, "--out", options.out]
+    for name, value in (("--title", options.title), ("--prompt", options.prompt),
+                        ("--packages", options.packages)):  # fmt: skip
+        words += [name, value] if value else []
+    return command_line(*words, "--force", "--open")
 
 
 def _told(address: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import socket
 import webbrowser
+from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ class SiteHandler(SimpleHTTPRequestHandler):
         """Nothing: a picture asks for many files."""
 
 
-def site_server(root: Path, listener: Any) -> ThreadingHTTPServer:
+def site_server(root: Path, listener: socket.socket) -> ThreadingHTTPServer:
     """A server of the site on a socket that is bound already."""
     handler = functools.partial(SiteHandler, directory=str(root))
     server = ThreadingHTTPServer(listener.getsockname(), handler, bind_and_activate=False)
@@ -50,12 +52,12 @@ def site_server(root: Path, listener: Any) -> ThreadingHTTPServer:
     return server
 
 
-def serve_until_interrupted(root: Path, port: int, told: Any) -> None:
+def serve_until_interrupted(root: Path, port: int, on_address: Callable[[str], None]) -> None:
     """Serve on loopback, open the user's browser there, and tell the address."""
     with bound(LOOPBACK, port) as listener:
         server = site_server(root, listener)
-        address = f"http://localhost:{listener.getsockname()[1]}/"
-        told(address)
+        address = f"http://{LOOPBACK}:{listener.getsockname()[1]}/"
+        on_address(address)
         webbrowser.open(address)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()

@@ -17,10 +17,10 @@ from typing import Any
 from tiue_export._version import __version__
 from tiue_export.bundle.read import MANIFEST_FILE, REFERENCE_FILE, Bundle
 from tiue_export.drawing.picture_parameters import picture_parameters
-from tiue_export.errors import BundleError, UsageError
+from tiue_export.errors import UsageError
 from tiue_export.registry.support import require_support
 from tiue_export.sampling.plan import Plan
-from tiue_export.specs import GRAPH_NAMES, Array, Feeds
+from tiue_export.specs import GRAPH_NAMES
 from tiue_export.system.new_folder import new_folder
 from tiue_export.system.progress import Observer, stage
 
@@ -63,20 +63,13 @@ class Site:
     files: int
 
 
+@dataclass(frozen=True)
 class _Browser:
-    """What draws, as far as a picture's parameters tell of it; the page adds the backend."""
+    """What draws, as a picture's parameters tell it; the page adds the backend."""
 
-    name, device = "onnxruntime-web", ""
-
-    def __init__(self, precision: str) -> None:
-        self.precision = precision
-
-    def run(self, graph: str, feeds: Feeds) -> dict[str, Array]:
-        """A page runs graphs, not this."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Nothing is open."""
+    precision: str
+    name: str = "onnxruntime-web"
+    device: str = ""
 
 
 def write_site(
@@ -90,8 +83,7 @@ def write_site(
 ) -> Site:
     """Write the site whole or not at all; `force` replaces an earlier one.
 
-    Raises `UsageError` for a bundle that no page draws, or an `out` that is in the way, and
-    `BundleError` for files of the bundle that are not what its manifest says.
+    Raises `UsageError` for a bundle that no page draws, or an `out` that is in the way.
     """
     check_drawable(bundle)
     observer = observer or Observer()
@@ -100,7 +92,7 @@ def write_site(
         with stage(observer, "copy page"):
             pages = _copy_page(folder, vendored)
         with stage(observer, "cut graphs") as running:
-            files = {name: _cut(bundle, name, folder) for name in bundle_files(bundle)}
+            files = {name: _cut(bundle.root / name, name, folder) for name in bundle_files(bundle)}
             running.size_bytes = sum(part.size_bytes for parts in files.values() for part in parts)
         described = _description(bundle, files, text or SiteText())
         _write_json(folder / _SITE, described)
@@ -155,28 +147,17 @@ def _copy_page(folder: Path, vendored: Mapping[str, Path]) -> list[str]:
     return [*(path.name for path in own), *(f"{_VENDOR}/{name}" for name in vendored)]
 
 
-def _cut(bundle: Bundle, name: str, folder: Path) -> list[Part]:
-    """Write one of the bundle's files in parts, and hold it against the manifest meanwhile."""
-    whole = hashlib.sha256()
+def _cut(source: Path, name: str, folder: Path) -> list[Part]:
+    """Write one of the bundle's files in parts."""
     parts: list[Part] = []
-    path = bundle.root / name
-    with path.open("rb") as file:
+    with source.open("rb") as file:
         while content := file.read(PART_BYTES):
-            whole.update(content)
             digest = hashlib.sha256(content).hexdigest()
             # By content: what a browser keeps under a name never changes.
             place = f"bundle/{name}.{len(parts)}-{digest[:8]}"
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             (folder / place).write_bytes(content)
             parts.append(Part(place, len(content), digest))
-    listed = {**bundle.manifest.files}
-    for graph in bundle.manifest.graphs.values():
-        listed.update(graph.files)
-    if name in listed and listed[name].sha256 != whole.hexdigest():
-        raise BundleError(
-            f"{path} is damaged: its SHA-256 is not the manifest's",
-            "Copy the bundle again, or export it again.",
-        )
     return parts
 
 
