@@ -324,6 +324,21 @@ def test_a_part_that_is_not_there_is_told(chromium, site, tmp_path):
     assert "is not there (404). Copy the whole site again." in told
 
 
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        ("site.json", "site.json is not there (404). Copy the whole site again."),
+        ("clip_tokenizer.js", "What draws cannot be started"),
+        ("vendor/ort.wasm.min.mjs", "ort.wasm.min.mjs"),
+    ],
+)
+def test_a_site_that_was_not_copied_whole_says_so(chromium, site, tmp_path, lost, told):
+    root = Path(shutil.copytree(site, tmp_path / "site"))
+    (root / lost).unlink()
+    with served(root) as address, opened(chromium, address) as page:
+        assert told in wait_for_failure(page)
+
+
 def test_graphs_that_do_not_fit_into_memory_are_told_with_their_size(chromium, site, tmp_path):
     root = Path(shutil.copytree(site, tmp_path / "site"))
     described = json.loads((root / "site.json").read_text("utf-8"))

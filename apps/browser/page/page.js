@@ -18,6 +18,7 @@ let client;
 let loaded;
 let drawing = false;
 let asked = false; // while a picture was drawn
+let pause; // until what is typed is drawn
 
 main().catch(fail);
 
@@ -117,6 +118,7 @@ function showTimes(seconds) {
 // Drawing
 
 async function draw() {
+  clearTimeout(pause); // what was typed is drawn now
   if (!loaded) return;
   if (drawing) {
     asked = true;
@@ -214,7 +216,6 @@ element("dice").addEventListener("click", () => {
   draw();
 });
 
-let pause;
 for (const id of ["prompt", "negative", "seed", "guidance"]) {
   element(id).addEventListener("input", () => {
     clearTimeout(pause);
