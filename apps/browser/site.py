@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -18,15 +19,18 @@ from tiue_export._version import __version__
 from tiue_export.bundle.read import MANIFEST_FILE, REFERENCE_FILE, Bundle
 from tiue_export.drawing.picture_parameters import picture_parameters
 from tiue_export.errors import UsageError
+from tiue_export.proof.parity import stage_gate_db
 from tiue_export.registry.support import require_support
 from tiue_export.sampling.plan import Plan
-from tiue_export.specs import GRAPH_NAMES
+from tiue_export.specs import GRAPH_NAMES, TEXT_ENCODER, UNET_DECODER, VAE_DECODER
 from tiue_export.system.new_folder import new_folder
 from tiue_export.system.progress import Observer, stage
 
 from .npm_packages import HERE
 
 PAGE = HERE / "page"
+# Whose outputs the page's button measures.
+_MEASURED = (TEXT_ENCODER, UNET_DECODER, VAE_DECODER)
 # Below the 100 MB a file of GitHub Pages, and little to load again after a break.
 PART_BYTES = 32 << 20
 _TOKENIZER = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
@@ -189,7 +193,10 @@ def _description(
         "steps_text": _steps_text(plan),
         "guidance": plan.guidance,
         "half": any(graph.precision == "fp16" for graph in manifest.graphs.values()),
-        "largest_weight_bytes": largest_weight_bytes(bundle),
+        "largest_tensor_bytes": largest_tensor_bytes(bundle),
+        "gates_db": {
+            graph: stage_gate_db(manifest, graph, manifest.precision) for graph in _MEASURED
+        },
         "total_bytes": sum(first),
         "parameters": {k: v for k, v in parameters.items() if k not in ("prompt", "runtime")},
         "files": listed,
@@ -203,21 +210,31 @@ def _steps_text(plan: Plan) -> str:
     return f"in {plan.rows} steps" + ("" if passes == plan.rows else f", {passes} of them whole")
 
 
-def largest_weight_bytes(bundle: Bundle) -> int:
-    """The largest tensor of the graphs: one buffer of a GPU has to hold it."""
-    return max(_weight_bytes(bundle))
+def largest_tensor_bytes(bundle: Bundle) -> int:
+    """The largest tensor of the graphs, weights and what is between them: a GPU's buffer holds one.
+
+    At Stable Diffusion's size that is attention's weights, (K*B*heads, 4096, 4096).
+    """
+    return max(_tensor_bytes(bundle))
 
 
-def _weight_bytes(bundle: Bundle) -> Iterator[int]:
+def _tensor_bytes(bundle: Bundle) -> Iterator[int]:
     import onnx
 
     for name in GRAPH_NAMES:
-        model = onnx.load(bundle.graph_path(name), load_external_data=False)
-        for weight in model.graph.initializer:
-            size = onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
-            for side in weight.dims:
-                size *= side
-            yield size
+        graph = onnx.load(bundle.graph_path(name), load_external_data=False).graph
+        for weight in graph.initializer:
+            yield _item_bytes(weight.data_type) * math.prod(weight.dims)
+        for value in (*graph.value_info, *graph.output):
+            tensor = value.type.tensor_type
+            sides = [side.dim_value for side in tensor.shape.dim]
+            yield _item_bytes(tensor.elem_type) * math.prod(sides)
+
+
+def _item_bytes(kind: int) -> int:
+    import onnx
+
+    return onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
 
 
 def _web_app(title: str) -> dict[str, Any]:

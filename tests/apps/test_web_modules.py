@@ -156,7 +156,7 @@ GPU = {"features": ["shader-f16"], "largest": 2**31, "info": {"isFallbackAdapter
 def test_the_gpu_draws_where_the_graphs_fit_it_and_else_the_reason_is_told(
     wanted, adapter, half, name, why
 ):
-    question = {"wanted": wanted, "adapter": adapter, "half": half, "largestWeightBytes": 10**6}
+    question = {"wanted": wanted, "adapter": adapter, "half": half, "largestTensorBytes": 10**6}
     chosen = answer("backend", **question)
     assert chosen["name"] == name
     assert why in chosen["why"]
@@ -210,6 +210,21 @@ def test_node_draws_the_pictures_of_generate(kind, request, node_folder, run, tm
     pictures = [np.asarray(Image.open(path).convert("RGB"), np.int16) for path in (drawn, own)]
     # Two builds of ONNX Runtime: the last bit of a float may round a pixel to its neighbour.
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_node_draws_half_precision_or_says_what_that_takes(half_bundle, node_folder, run, tmp_path):
+    drawn, own = tmp_path / "node.png", tmp_path / "own.png"
+    line = [str(NODE), "draw.mjs", str(half_bundle.root), "a fox", str(drawn), "7"]
+    done = subprocess.run(line, cwd=node_folder, capture_output=True, text=True, check=False)
+    has_half = subprocess.run([str(NODE), "-p", "typeof Float16Array"], capture_output=True)
+    if has_half.stdout.strip() != b"function":
+        assert done.returncode == 2
+        assert "in half precision: that takes Node 24 or newer; this is v" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    run("generate", half_bundle.root, "a fox", "--seed", 7, "--device", "cpu", "--out", own)
+    pictures = [np.asarray(Image.open(path).convert("RGB"), np.int16) for path in (drawn, own)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 3
 
 
 def test_node_says_how_it_is_used(node_folder):

@@ -19,7 +19,7 @@ from tiue_export.bundle.chain import (
     chain_of,
     scaled_latents,
 )
-from tiue_export.bundle.manifest import ParityRecord
+from tiue_export.bundle.manifest import Manifest, ParityRecord
 from tiue_export.bundle.read import REFERENCE_FILE, Bundle
 from tiue_export.errors import BundleError, ParityError
 from tiue_export.proof.gates import GATES_PSNR_DB, gain_db, max_abs_error, psnr_db, weakest
@@ -117,9 +117,19 @@ def for_gain(record: ParityRecord, plan: Plan) -> ParityRecord:
 
     Gates of float32 leave room for it.
     """
-    if record.gate is None or record.gate >= GATES_PSNR_DB["fp32"]:
+    if record.gate is None:
         return record
-    return replace(record, gate=round(record.gate - gain_db(plan), 1))
+    return replace(record, gate=_for_gain_db(record.gate, plan))
+
+
+def _for_gain_db(gate_db: float, plan: Plan) -> float:
+    return gate_db if gate_db >= GATES_PSNR_DB["fp32"] else round(gate_db - gain_db(plan), 1)
+
+
+def stage_gate_db(manifest: Manifest, graph: str, precision: str) -> float:
+    """What a runtime of this precision has to reach in one of a bundle's graphs, in dB."""
+    gate_db = GATES_PSNR_DB[weakest(precision, manifest.graphs[graph].precision)]
+    return _for_gain_db(gate_db, manifest.plan) if graph == UNET_DECODER else gate_db
 
 
 def measure_graph(
@@ -161,11 +171,9 @@ def measure_runtime(
         values = {tensor.name: chain.value(graph, tensor.name) for tensor in spec.outputs}
         expected = {tensor: known[value] for tensor, value in values.items()}
         typed = with_dtypes(spec, feeds)
-        gate = weakest(kind, graphs[graph].precision)
-        record = measure_graph(runtime, spec, typed, expected, hop, gate, reference.inputs)
-        if graph == UNET_DECODER:
-            record = for_gain(record, bundle.manifest.plan)
-        records.append(replace(record, subject=" ".join(values.values())))
+        record = measure_graph(runtime, spec, typed, expected, hop, kind, reference.inputs)
+        gate_db = stage_gate_db(bundle.manifest, graph, kind)
+        records.append(replace(record, subject=" ".join(values.values()), gate=gate_db))
 
     in_passes, limit = not bundle.manifest.plan.one_pass, step_limit(runtime)
     if in_passes and limit is not None:

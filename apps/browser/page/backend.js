@@ -1,18 +1,18 @@
 // Which part of the machine draws: WebGPU where the graphs fit it, else WASM with SIMD and threads.
 
 /**
- * Choose for graphs that need half precision or not, whose largest weight has so many bytes.
+ * Choose for graphs that need half precision or not, whose largest tensor has so many bytes.
  * `wanted` is "auto", "webgpu" or "wasm". Gives the name, and why it is not WebGPU.
  */
-export async function chooseBackend(wanted, { half, largestWeightBytes }) {
+export async function chooseBackend(wanted, { half, largestTensorBytes }) {
   if (wanted === "wasm") return { name: "wasm", why: "as chosen" };
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   const why = !adapter
     ? "this browser offers no WebGPU"
     : half && !adapter.features.has("shader-f16")
       ? "this GPU does not compute in half precision (shader-f16)"
-      : adapter.limits.maxStorageBufferBindingSize < largestWeightBytes
-        ? "the weights are larger than this GPU's buffers may be"
+      : adapter.limits.maxStorageBufferBindingSize < largestTensorBytes
+        ? "the model's tensors are larger than this GPU's buffers may be"
         : wanted === "auto" && isSoftware(adapter)
           ? "its WebGPU is emulated, which is slower"
           : "";

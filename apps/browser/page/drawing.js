@@ -1,5 +1,6 @@
 // Prompt to picture: text encoder, the plan's loop, VAE. The same in the browser and in Node.
 
+import { float32Values } from "./graphs.js";
 import { RandomState } from "./random_state.js";
 import { noiseCount, sampleLatents } from "./sampler.js";
 
@@ -34,7 +35,7 @@ export class Drawing {
     finite("unet_decoder", latents);
     const sample = await timed("VAE", this.decode(latents));
     const [, , height, width] = sample.dims;
-    return { latents, pixels: pixels(await sample.getData()), width, height, seconds };
+    return { latents, pixels: pixels(await float32Values(sample)), width, height, seconds };
   }
 
   /** Text embeddings (C, L, D) of one or two prompts. */
@@ -52,7 +53,7 @@ export class Drawing {
     }
     const [first] = embeddings;
     const values = new Float32Array(first.size * embeddings.length);
-    for (const [row, one] of embeddings.entries()) values.set(await one.getData(), row * first.size);
+    for (const [row, one] of embeddings.entries()) values.set(await float32Values(one), row * first.size);
     finite("text_encoder", values);
     return this.graphs.float32(values, [embeddings.length, ...first.dims.slice(1)]);
   }

@@ -1,5 +1,7 @@
 // How near this machine comes to the fp32 student: the bundle's captured reference, stage by stage.
 
+import { float32Values } from "./graphs.js";
+
 /** A safetensors file's float32 and int64 tensors: name -> { values, dims }. */
 export function safetensors(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -36,20 +38,23 @@ export async function measureParity(drawing, onePass, bytes) {
   const { graphs } = drawing;
   const known = safetensors(bytes);
   const records = [];
-  const record = async (what, name, tensor) =>
-    records.push({ what, psnr_db: psnrDb(known[name].values, await tensor.getData()) });
+  const record = async (graph, what, name, tensor) => {
+    const decibels = psnrDb(known[name].values, await float32Values(tensor));
+    records.push({ graph, what, psnr_db: decibels });
+  };
   const tensor = (name) => graphs.float32(known[name].values, known[name].dims);
 
   const ids = known.input_ids;
   const text = await drawing.encode([Array.from(ids.values, Number)]);
-  await record("text", "prompt_embeds" in known ? "prompt_embeds" : "encoder_hidden_states", text);
+  const embedded = "prompt_embeds" in known ? "prompt_embeds" : "encoder_hidden_states";
+  await record("text_encoder", "text", embedded, text);
   const pool = { sample: tensor("sample"), encoder_hidden_states: tensor("encoder_hidden_states") };
   if (!onePass) Object.assign(pool, { timestep: tensor("timestep"), timesteps: tensor("timesteps") });
   const features = await graphs.run("unet_encoder", pool);
   const ran = await graphs.run("unet_decoder", { ...pool, ...features });
   const value = onePass ? "latents" : "outputs";
-  await record(value, value, ran[value]);
+  await record("unet_decoder", value, value, ran[value]);
   const decoded = await graphs.run("vae_decoder", { latent_sample: tensor("latent_sample") });
-  await record("picture", "picture", decoded.sample);
+  await record("vae_decoder", "picture", "picture", decoded.sample);
   return records;
 }

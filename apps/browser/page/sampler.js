@@ -2,6 +2,8 @@
 // It knows no scheduler: the plan holds every coefficient. tiue_export/sampling/sampler.py is the
 // same in Python. Tensors are ONNX Runtime's; B is 1, so C is 1, or 2 with guidance.
 
+import { float32Values } from "./graphs.js";
+
 /** Whether timesteps and the final sum are constants of the graphs. */
 export function isOnePass(plan) {
   const { passes, guidance, latents, open_time: openTime } = plan;
@@ -27,7 +29,7 @@ export async function sampleLatents(plan, graphs, noises, text, { guidance, onSt
     const { latents } = await graphs.run("unet_decoder", { ...pool, ...features });
     release(features);
     onStep(1, 1);
-    return latents.getData();
+    return float32Values(latents);
   }
   const copies = plan.guidance === null ? 1 : 2;
   const scale = plan.guidance === null ? null : Math.fround(guidance ?? plan.guidance);
@@ -45,7 +47,7 @@ export async function sampleLatents(plan, graphs, noises, text, { guidance, onSt
         encoder_hidden_states: text,
         timesteps: graphs.float32(timesteps, [timesteps.length]),
       });
-      outputs.push(...bySteps(await ran.outputs.getData(), timesteps.length, scale));
+      outputs.push(...bySteps(await float32Values(ran.outputs), timesteps.length, scale));
       onStep(outputs.length, rowCount(plan));
     }
     release(features);

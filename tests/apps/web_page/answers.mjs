@@ -36,7 +36,7 @@ const ANSWERS = {
     const tensors = safetensors(new Uint8Array(readFileSync(file)));
     return Object.entries(tensors).map(([name, { values, dims }]) => [name, dims, hex(values)]);
   },
-  async backend({ wanted, adapter, half, largestWeightBytes }) {
+  async backend({ wanted, adapter, half, largestTensorBytes }) {
     const { chooseBackend } = await load("backend");
     const requestAdapter = async () =>
       adapter.features && {
@@ -46,7 +46,7 @@ const ANSWERS = {
       };
     const value = { gpu: adapter ? { requestAdapter } : undefined };
     Object.defineProperty(globalThis, "navigator", { value, configurable: true });
-    return chooseBackend(wanted, { half, largestWeightBytes });
+    return chooseBackend(wanted, { half, largestTensorBytes });
   },
 };
 
