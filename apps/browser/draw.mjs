@@ -12,8 +12,11 @@ import ort from "onnxruntime-node";
 
 import { ClipTokenizer } from "./page/clip_tokenizer.js";
 import { Drawing } from "./page/drawing.js";
-import { GRAPHS, Graphs, knowsTypes } from "./page/graphs.js";
+import { GRAPHS, Graphs } from "./page/graphs.js";
 import { pngChunk } from "./page/png.js";
+
+// onnxruntime-node 1.30 reads half precision as bits alone: it finds a Float16Array empty.
+delete globalThis.Float16Array;
 
 const [bundle, prompt, out, seed = "0"] = process.argv.slice(2);
 if (!out) {
@@ -23,10 +26,6 @@ if (!out) {
 
 const json = async (name) => JSON.parse(await readFile(join(bundle, name), "utf8"));
 const manifest = await json("tiue.json");
-if (!knowsTypes(manifest)) {
-  console.error(`${bundle} is in half precision: that takes Node 24 or newer; this is ${process.version}`);
-  process.exit(2);
-}
 const tokens = await json("tokenizer/tokenizer.json");
 const config = await json("tokenizer/tokenizer_config.json");
 const shape = { length: manifest.text_shape[1], chunks: manifest.text_chunks };

@@ -234,7 +234,7 @@ def _tensor_bytes(bundle: Bundle) -> Iterator[int]:
 def _item_bytes(kind: int) -> int:
     import onnx
 
-    return onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+    return int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)
 
 
 def _web_app(title: str) -> dict[str, Any]:

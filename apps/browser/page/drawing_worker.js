@@ -5,7 +5,7 @@
 import { chooseBackend, loadRuntime, threadCount } from "./backend.js";
 import { ClipTokenizer } from "./clip_tokenizer.js";
 import { Drawing } from "./drawing.js";
-import { GRAPHS, Graphs, knowsTypes } from "./graphs.js";
+import { GRAPHS, Graphs } from "./graphs.js";
 import { measureParity } from "./reference.js";
 import { isOnePass } from "./sampler.js";
 import { Failure, SiteFiles, TOO_LARGE, fetched } from "./site_files.js";
@@ -56,10 +56,6 @@ async function load({ backend: wanted }, progress) {
     progress({ loaded_bytes: done, total_bytes: site.total_bytes });
   });
   const manifest = await files.json("tiue.json");
-  if (!knowsTypes(manifest)) {
-    const lacks = "it has no Float16Array, which this model's half precision takes.";
-    throw new Failure(`This browser is too old to draw: ${lacks}`, "A current one does.");
-  }
   const json = await files.json("tokenizer/tokenizer.json");
   const config = await files.json("tokenizer/tokenizer_config.json");
   const tokenizer = new ClipTokenizer(Tokenizer, json, config, {

@@ -1,15 +1,8 @@
 // The bundle's ONNX graphs in ONNX Runtime: its sessions, and the tensors that they take.
 
+import { fromHalf, toHalf } from "./half.js";
+
 export const GRAPHS = ["text_encoder", "unet_encoder", "unet_decoder", "vae_decoder"];
-
-// Half precision came last: Chrome 135, Firefox 129, Safari 18.2, Node 24.
-const ARRAYS = { float32: Float32Array, float16: globalThis.Float16Array };
-
-/** Whether this machine's JavaScript has the numbers that a graph takes or gives. */
-export const knowsTypes = (manifest) =>
-  GRAPHS.flatMap((name) => [...manifest.graphs[name].inputs, ...manifest.graphs[name].outputs]).every(
-    ({ dtype }) => dtype !== "float16" || ARRAYS.float16,
-  );
 
 export class Graphs {
   #ort;
@@ -37,20 +30,22 @@ export class Graphs {
     const feeds = {};
     for (const { name: input, dtype } of this.#manifest.graphs[name].inputs) {
       if (!(input in pool)) throw new Error(`${name} takes ${input}, which nothing gives it.`);
-      feeds[input] = this.#typed(pool[input], dtype);
+      feeds[input] = await this.#typed(pool[input], dtype);
     }
     return this.#sessions[name].run(feeds);
   }
 
   /** As it is where the type is right: what lies on a GPU stays there. */
-  #typed(tensor, dtype) {
+  async #typed(tensor, dtype) {
     if (tensor.type === dtype) return tensor;
-    return new this.#ort.Tensor(dtype, ARRAYS[dtype].from(tensor.data), tensor.dims);
+    const values = await float32Values(tensor);
+    return new this.#ort.Tensor(dtype, dtype === "float16" ? toHalf(values) : values, tensor.dims);
   }
 }
 
 /** A float tensor's values as Float32Array, of whatever precision and wherever they lie. */
 export async function float32Values(tensor) {
   const values = await tensor.getData();
-  return values instanceof Float32Array ? values : Float32Array.from(values);
+  if (tensor.type !== "float16") return values;
+  return fromHalf(new Uint16Array(values.buffer, values.byteOffset, values.length));
 }

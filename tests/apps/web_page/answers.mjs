@@ -36,6 +36,14 @@ const ANSWERS = {
     const tensors = safetensors(new Uint8Array(readFileSync(file)));
     return Object.entries(tensors).map(([name, { values, dims }]) => [name, dims, hex(values)]);
   },
+  async from_half({ halves }) {
+    const { fromHalf } = await load("half");
+    return hex(fromHalf(Uint16Array.from(halves)));
+  },
+  async to_half({ values }) {
+    const { toHalf } = await load("half");
+    return Array.from(toHalf(floats(values)));
+  },
   async backend({ wanted, adapter, half, largestTensorBytes }) {
     const { chooseBackend } = await load("backend");
     const requestAdapter = async () =>
