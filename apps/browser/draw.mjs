@@ -31,9 +31,10 @@ const config = await json("tokenizer/tokenizer_config.json");
 const shape = { length: manifest.text_shape[1], chunks: manifest.text_chunks };
 const tokenizer = new ClipTokenizer(Tokenizer, tokens, config, shape);
 
-const sessions = {};
+const sessions = new Map();
 for (const graph of GRAPHS) {
-  sessions[graph] = await ort.InferenceSession.create(join(bundle, manifest.graphs[graph].path));
+  const path = join(bundle, manifest.graphs[graph].path);
+  sessions.set(graph, await ort.InferenceSession.create(path));
 }
 
 const drawing = new Drawing(manifest, tokenizer, new Graphs(ort, manifest, sessions));

@@ -194,6 +194,7 @@ def _description(
         "guidance": plan.guidance,
         "half": any(graph.precision == "fp16" for graph in manifest.graphs.values()),
         "largest_tensor_bytes": largest_tensor_bytes(bundle),
+        "open_bytes": {name: open_bytes(bundle, name) for name in GRAPH_NAMES},
         "gates_db": {
             graph: stage_gate_db(manifest, graph, manifest.precision) for graph in _MEASURED
         },
@@ -216,6 +217,19 @@ def largest_tensor_bytes(bundle: Bundle) -> int:
     At Stable Diffusion's size that is attention's weights, (K*B*heads, 4096, 4096).
     """
     return max(_tensor_bytes(bundle))
+
+
+def open_bytes(bundle: Bundle, graph: str) -> int:
+    """What a graph's weights take in WASM, which computes half precision in float32."""
+    import onnx
+
+    wide = {onnx.TensorProto.FLOAT16: onnx.TensorProto.FLOAT}
+    weights = onnx.load(bundle.graph_path(graph), load_external_data=False).graph.initializer
+    kinds = (wide.get(weight.data_type, weight.data_type) for weight in weights)
+    return sum(
+        _item_bytes(kind) * math.prod(weight.dims)
+        for kind, weight in zip(kinds, weights, strict=True)
+    )
 
 
 def _tensor_bytes(bundle: Bundle) -> Iterator[int]:

@@ -149,6 +149,8 @@ def _wait_for_picture(page: Any, timeout_s: float) -> None:
     while "drawn in" not in (told := page.locator("#status").inner_text()):
         if page.locator("#failure").is_visible():
             raise RuntimeFailure(f"the page says: {page.locator('#failure').inner_text()}")
+        if page.locator("#load").is_visible():
+            page.locator("#load").click()
         if time.monotonic() > deadline:
             raise RuntimeFailure(f"no picture after {timeout_s} s; the page says: {told}")
         page.wait_for_timeout(1e3 * _POLL_S)

@@ -378,8 +378,36 @@ def test_graphs_that_do_not_fit_into_memory_are_told_with_their_size(chromium, s
     (root / "site.json").write_text(json.dumps(described), "utf-8")
     with served(root) as address, opened(chromium, address) as page:
         told = wait_for_failure(page)
-    assert "unet_encoder/model.onnx.data (9000000000 MB) does not fit into memory" in told
+    assert "unet_encoder/model.onnx.data (9000000.0 GB) does not fit into memory" in told
     assert "--precision fp16" in told
+
+
+def test_a_large_first_visit_is_asked_for_and_a_second_is_not(chromium, site, tmp_path):
+    root = Path(shutil.copytree(site, tmp_path / "site"))
+    described = json.loads((root / "site.json").read_text("utf-8"))
+    described["total_bytes"] = 5 * 10**9
+    (root / "site.json").write_text(json.dumps(described), "utf-8")
+    with served(root) as address, opened(chromium, address) as page:
+        load = page.locator("#load")
+        load.wait_for(state="visible")
+        assert load.inner_text() == "Load 5.0 GB"
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.wait_for_timeout(500)
+        assert asked == []
+        load.click()
+        wait_for_picture(page)
+        page.reload()
+        wait_for_picture(page)
+
+
+def test_in_a_frame_of_another_page_nothing_is_loaded_unasked(chromium, site, tmp_path):
+    root = Path(shutil.copytree(site, tmp_path / "site" / "draw")).parent
+    (root / "index.html").write_text("<iframe src='draw/'></iframe>", "utf-8")
+    with served(root) as address, opened(chromium, address) as page:
+        frame = page.frame_locator("iframe")
+        frame.locator("#load").click()
+        frame.locator("#pictures canvas").wait_for()
 
 
 STOPPED = """

@@ -190,6 +190,36 @@ def test_halves_are_rounded_as_numpy_rounds_them():
     assert np.array_equal(bits[known], expected.view(np.uint16)[known])
 
 
+# Sessions
+
+
+def sessions(budget: int, *asked: str) -> list[str]:
+    sizes = {"text": 2, "encoder": 3, "decoder": 4, "vae": 1}
+    log: list[str] = answer("sessions", sizes=sizes, budget=budget, asked=asked)
+    return [line for line in log if not line.startswith("run ")]
+
+
+def test_sessions_that_fit_stay_open():
+    once = ["open text", "open encoder", "open decoder", "open vae"]
+    assert sessions(10, *["text", "encoder", "decoder", "vae"] * 2) == once
+
+
+def test_what_was_used_longest_ago_is_closed_for_the_next():
+    asked = ("text", "encoder", "decoder", "encoder", "vae", "text")
+    assert sessions(8, *asked) == [
+        "open text", "open encoder",
+        "close text", "open decoder",  # 3 + 4
+        "open vae",  # 8 in all
+        "close decoder", "open text",
+    ]  # fmt: skip
+
+
+def test_a_session_larger_than_the_budget_is_alone():
+    assert sessions(1, "text", "decoder", "decoder", "vae") == [
+        "open text", "close text", "open decoder", "close decoder", "open vae",
+    ]  # fmt: skip
+
+
 # Whole pictures, by onnxruntime-node
 
 

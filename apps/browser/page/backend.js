@@ -37,3 +37,11 @@ export async function loadRuntime(name) {
 export function threadCount() {
   return globalThis.crossOriginIsolated ? Math.min(navigator.hardwareConcurrency || 1, 8) : 1;
 }
+
+const WASM_BYTES = 2 ** 32;
+const OWN_BYTES = 2 ** 28; // the runtime's, and the small things'
+
+/** What sessions may take together: WASM has 4 GB, and between operations lie two or three tensors. */
+export function sessionBytes(name, largestTensorBytes) {
+  return name === "wasm" ? WASM_BYTES - OWN_BYTES - 3 * largestTensorBytes : Infinity;
+}

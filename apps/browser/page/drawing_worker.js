@@ -2,27 +2,29 @@
 //
 // Asked: { id, work: "load" | "draw" | "measure", ... }. Answered: { id, progress | value | failure }.
 
-import { chooseBackend, loadRuntime, threadCount } from "./backend.js";
+import { chooseBackend, loadRuntime, sessionBytes, threadCount } from "./backend.js";
 import { ClipTokenizer } from "./clip_tokenizer.js";
 import { Drawing } from "./drawing.js";
 import { GRAPHS, Graphs } from "./graphs.js";
 import { measureParity } from "./reference.js";
 import { isOnePass } from "./sampler.js";
+import { Sessions } from "./sessions.js";
 import { Failure, SiteFiles, TOO_LARGE, fetched } from "./site_files.js";
 import { Tokenizer } from "./vendor/tokenizers.min.mjs";
 
 let drawing;
 let site;
+let tell; // the progress of the work that goes on
 
 const WORK = { load, draw, measure };
 
 let current = null;
 
 self.onmessage = async ({ data: { id, work, ...request } }) => {
-  const progress = (told) => self.postMessage({ id, progress: told });
+  tell = (told) => self.postMessage({ id, progress: told });
   current = id;
   try {
-    const value = await WORK[work](request, progress);
+    const value = await WORK[work](request);
     self.postMessage({ id, value }, value.pixels ? [value.pixels.buffer] : []);
   } catch (error) {
     tellFailure(id, error);
@@ -44,7 +46,7 @@ function tellFailure(id, error) {
   self.postMessage({ id, failure: { message, next } });
 }
 
-async function load({ backend: wanted }, progress) {
+async function load({ backend: wanted }) {
   site = await (await fetched("site.json")).json();
   const backend = await chooseBackend(wanted, {
     half: site.half,
@@ -53,7 +55,7 @@ async function load({ backend: wanted }, progress) {
   let done = 0;
   const files = new SiteFiles(site.files, (bytes) => {
     done += bytes;
-    progress({ loaded_bytes: done, total_bytes: site.total_bytes });
+    if (done <= site.total_bytes) tell({ loaded_bytes: done, total_bytes: site.total_bytes });
   });
   const manifest = await files.json("tiue.json");
   const json = await files.json("tokenizer/tokenizer.json");
@@ -63,11 +65,13 @@ async function load({ backend: wanted }, progress) {
     chunks: manifest.text_chunks,
   });
   const ort = await loadRuntime(backend.name);
-  const sessions = {};
-  for (const graph of GRAPHS) {
-    progress({ opening: graph });
-    sessions[graph] = await opened(ort, backend.name, files, manifest.graphs[graph], graph);
-  }
+  const open = (graph) => {
+    tell({ opening: graph });
+    return opened(ort, backend.name, files, manifest.graphs[graph], graph);
+  };
+  const room = sessionBytes(backend.name, site.largest_tensor_bytes);
+  const sessions = new Sessions(open, site.open_bytes, room);
+  for (const graph of GRAPHS) await sessions.get(graph);
   drawing = new Drawing(manifest, tokenizer, new Graphs(ort, manifest, sessions));
   return { backend: { ...backend, threads: backend.name === "wasm" ? threadCount() : 0 } };
 }
@@ -86,8 +90,8 @@ async function opened(ort, backend, files, record, graph) {
   });
 }
 
-async function draw({ prompt, negative, seed, guidance }, progress) {
-  const onStep = (done, total) => progress({ step: done, steps: total });
+async function draw({ prompt, negative, seed, guidance }) {
+  const onStep = (done, total) => tell({ step: done, steps: total });
   const picture = await drawing.draw({ prompt, negative, seed, guidance, onStep });
   const words = drawing.tokenizer.words(prompt).length;
   const cut = Math.max(0, words - drawing.tokenizer.capacity);

@@ -9,7 +9,7 @@ export class Graphs {
   #manifest;
   #sessions;
 
-  /** `ort` is onnxruntime-web or onnxruntime-node, `sessions` one for each graph by name. */
+  /** `ort` is onnxruntime-web or onnxruntime-node; `sessions.get(graph)` gives one of each. */
   constructor(ort, manifest, sessions) {
     this.#ort = ort;
     this.#manifest = manifest;
@@ -32,7 +32,8 @@ export class Graphs {
       if (!(input in pool)) throw new Error(`${name} takes ${input}, which nothing gives it.`);
       feeds[input] = await this.#typed(pool[input], dtype);
     }
-    return this.#sessions[name].run(feeds);
+    const session = await this.#sessions.get(name);
+    return session.run(feeds);
   }
 
   /** As it is where the type is right: what lies on a GPU stays there. */

@@ -8,6 +8,7 @@ import { WorkerClient } from "./worker_client.js";
 
 const element = (id) => document.getElementById(id);
 const TYPING_PAUSE_MS = 350;
+const UNASKED_BYTES = 200e6;
 
 const parameters = new URLSearchParams(location.search);
 const wantedBackend = parameters.get("backend") ?? "auto";
@@ -28,6 +29,7 @@ async function main() {
   site = await (await fetched("site.json")).json();
   describe();
   offline = await takeOffline();
+  await permission();
   client = new WorkerClient();
   const started = performance.now();
   loaded = await client.ask("load", { backend: wantedBackend }, showLoading);
@@ -46,6 +48,19 @@ function lackingFeature() {
   if (!WebAssembly.validate(Uint8Array.from(simd))) return "SIMD in WebAssembly";
   if (typeof Worker !== "function") return "web workers";
   return "";
+}
+
+/** Until a click, where much is loaded for the first time, or in a frame of another page. */
+async function permission() {
+  const parts = `${new URL(".", location).href} parts`; // where sw.js keeps them
+  const isKept = await globalThis.caches?.has(parts).catch(() => false);
+  if (isKept || (window.top === window && site.total_bytes < UNASKED_BYTES)) return;
+  const button = element("load");
+  button.textContent = `Load ${megabytes(site.total_bytes)}`;
+  say("What draws is loaded onto your machine, once.");
+  [button.hidden, element("progress").hidden] = [false, true];
+  await new Promise((resolve) => button.addEventListener("click", resolve, { once: true }));
+  [button.hidden, element("progress").hidden] = [true, false];
 }
 
 // What is shown
@@ -76,10 +91,12 @@ function fail(error) {
 }
 
 function showLoading({ loaded_bytes: done, total_bytes: total, opening }) {
-  if (opening) return;
+  if (opening) return say(`Opening the ${spoken(opening)}`);
   element("progress").value = done / total;
   say(`Loading ${megabytes(done)} of ${megabytes(total)}`);
 }
+
+const spoken = (graph) => graph.replace("_", " ").replace("unet", "UNet").replace("vae", "VAE");
 
 function showFacts(seconds) {
   const { name, why, threads } = loaded.backend;
@@ -159,7 +176,8 @@ async function drawAll({ count, seed, ...rest }) {
     if (asked) return; // something newer was typed
     const own = { ...rest, seed: seed + i };
     say(count > 1 ? `Drawing ${i + 1} of ${count}` : "Drawing");
-    const picture = await client.ask("draw", own, ({ step, steps }) => {
+    const picture = await client.ask("draw", own, ({ step, steps, opening }) => {
+      if (opening) say(`Drawing ${i + 1} of ${count}: opening the ${spoken(opening)}`);
       if (steps > 1) say(`Drawing ${i + 1} of ${count}: step ${step} of ${steps}`);
     });
     const shown = pictureButton(picture, own);

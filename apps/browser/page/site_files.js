@@ -62,10 +62,12 @@ export class SiteFiles {
 }
 
 export const TOO_LARGE =
-  "Close other tabs, or take a smaller bundle: half precision (--precision fp16) halves it.";
+  "Close other tabs, draw by WebGPU, or take a smaller bundle: --precision fp16 halves what is " +
+  "loaded, --max-decoder-rows 1 what one run takes.";
 const RELOAD = "Reload the page: what was loaded is kept.";
 
-export const megabytes = (bytes) => `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB`;
+export const megabytes = (bytes) =>
+  bytes < 1e9 ? `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
 
 export async function fetched(path) {
   const response = await fetch(path).catch(() => {

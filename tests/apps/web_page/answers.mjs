@@ -36,6 +36,17 @@ const ANSWERS = {
     const tensors = safetensors(new Uint8Array(readFileSync(file)));
     return Object.entries(tensors).map(([name, { values, dims }]) => [name, dims, hex(values)]);
   },
+  async sessions({ sizes, budget, asked }) {
+    const { Sessions } = await load("sessions");
+    const log = [];
+    const open = async (name) => {
+      log.push(`open ${name}`);
+      return { name, release: async () => log.push(`close ${name}`) };
+    };
+    const sessions = new Sessions(open, sizes, budget);
+    for (const name of asked) log.push(`run ${(await sessions.get(name)).name}`);
+    return log;
+  },
   async from_half({ halves }) {
     const { fromHalf } = await load("half");
     return hex(fromHalf(Uint16Array.from(halves)));
