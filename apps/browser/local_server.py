@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import socket
+import sys
 import webbrowser
 from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -42,10 +43,19 @@ class SiteHandler(SimpleHTTPRequestHandler):
         """Nothing: a picture asks for many files."""
 
 
-def site_server(root: Path, listener: socket.socket) -> ThreadingHTTPServer:
+class SiteServer(ThreadingHTTPServer):
+    """In silence where a visitor leaves while a file is on its way."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell of what is not a connection that broke."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def site_server(root: Path, listener: socket.socket) -> SiteServer:
     """A server of the site on a socket that is bound already."""
     handler = functools.partial(SiteHandler, directory=str(root))
-    server = ThreadingHTTPServer(listener.getsockname(), handler, bind_and_activate=False)
+    server = SiteServer(listener.getsockname(), handler, bind_and_activate=False)
     server.socket.close()
     server.socket = listener
     server.server_activate()

@@ -11,8 +11,11 @@ import os
 import shlex
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +24,10 @@ import numpy as np
 import pytest
 
 from tiue_export.apps.browser import npm_packages, site
+from tiue_export.apps.browser.local_server import LOOPBACK, site_server
 from tiue_export.apps.browser.npm_packages import VENDORED, vendored_files
 from tiue_export.apps.browser.site import check_drawable, largest_tensor_bytes, write_site
+from tiue_export.apps.web.listening import bound
 from tiue_export.bundle.read import Bundle
 from tiue_export.checkpoint.tokenizer_files import write_with_tokens
 from tiue_export.errors import MissingExtraError, ResourceError, UsageError
@@ -259,3 +264,20 @@ def test_what_was_fetched_is_kept_whole_and_not_fetched_again(packages, tmp_path
     assert vendored_files() == first
     assert len(fetched) == 1
     assert [path.read_text("utf-8") for path in first.values()] == list(VENDORED)
+
+
+def test_a_visitor_who_leaves_amid_a_file_is_passed_over_in_silence(tmp_path, capfd):
+    (tmp_path / "large").write_bytes(bytes(64 << 20))
+    with bound(LOOPBACK, 0) as listener:
+        server = site_server(tmp_path, listener)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with socket.create_connection(listener.getsockname()) as visitor:
+            visitor.sendall(b"GET /large HTTP/1.0\r\n\r\n")
+            visitor.recv(1000)
+            # Reset instead of an orderly end.
+            visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert capfd.readouterr().err == ""

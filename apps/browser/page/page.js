@@ -52,15 +52,20 @@ function lackingFeature() {
 
 /** Until a click, where much is loaded for the first time, or in a frame of another page. */
 async function permission() {
-  const parts = `${new URL(".", location).href} parts`; // where sw.js keeps them
-  const isKept = await globalThis.caches?.has(parts).catch(() => false);
-  if (isKept || (window.top === window && site.total_bytes < UNASKED_BYTES)) return;
+  if ((await isKept()) || (window.top === window && site.total_bytes < UNASKED_BYTES)) return;
   const button = element("load");
   button.textContent = `Load ${megabytes(site.total_bytes)}`;
   say("What draws is loaded onto your machine, once.");
   [button.hidden, element("progress").hidden] = [false, true];
   await new Promise((resolve) => button.addEventListener("click", resolve, { once: true }));
   [button.hidden, element("progress").hidden] = [true, false];
+}
+
+/** Whether sw.js keeps anything of a bundle from an earlier visit. */
+async function isKept() {
+  if (!offline) return false;
+  const parts = await caches.open(`${new URL(".", location).href} parts`);
+  return (await parts.keys()).length > 0;
 }
 
 // What is shown

@@ -39,18 +39,12 @@ export class SiteFiles {
   }
 
   async #read(name, part, whole, start) {
-    const response = await fetched(part.path);
-    const reader = response.body.getReader();
     let place = start;
-    for (;;) {
-      const { done, value } = await reader.read().catch(() => {
-        throw new Failure(`The connection broke while ${name} was loaded.`, RELOAD);
-      });
-      if (done) break;
-      if (place + value.length > start + part.size_bytes) throw damaged(name);
-      whole.set(value, place);
-      place += value.length;
-      this.#onBytes(value.length);
+    for await (const bytes of (await keptWhole(part.path)) ?? arriving(name, part.path)) {
+      if (place + bytes.length > start + part.size_bytes) throw damaged(name);
+      whole.set(bytes, place);
+      place += bytes.length;
+      this.#onBytes(bytes.length);
     }
     const content = whole.subarray(start, place);
     if (place !== start + part.size_bytes || (await sha256(content)) !== part.sha256) {
@@ -58,6 +52,24 @@ export class SiteFiles {
       throw damaged(name);
     }
     return place;
+  }
+}
+
+/** What sw.js keeps of a file, read at once and not by way of it, which takes twice as long. */
+async function keptWhole(path) {
+  const kept = await globalThis.caches?.match(path).catch(() => undefined);
+  return kept && [new Uint8Array(await kept.arrayBuffer())];
+}
+
+/** A file's bytes as they come. */
+async function* arriving(name, path) {
+  const reader = (await fetched(path)).body.getReader();
+  for (;;) {
+    const { done, value } = await reader.read().catch(() => {
+      throw new Failure(`The connection broke while ${name} was loaded.`, RELOAD);
+    });
+    if (done) return;
+    yield value;
   }
 }
 
