@@ -3,7 +3,7 @@
     python -m tiue_export.benchmarks.studies.browser_latency BUNDLE --out record.json
 
 Writes the bundle's site with `tiue-export web`, opens it in a Chromium of this machine, and draws
-the same prompt with the same seeds there and by ONNX Runtime with as many threads, in turn. Parity
+the same prompts with the same seeds there and by ONNX Runtime with as many threads, in turn. Parity
 is what the page's own button says. Needs the package playwright, and npm or `--packages`.
 """
 
@@ -65,6 +65,7 @@ class BrowserLatency:
     `parity_db` is the page's own comparison with the model in float32.
     """
 
+    bundle: str
     browser: str
     drawn_by: str
     threads: int
@@ -103,7 +104,8 @@ def measure(
         pipeline = Pipeline.open(bundle, "ort", RuntimeOptions(device="cpu", threads=threads))
         page_ms, ort_ms = defaultdict(list), defaultdict(list)
         for seed in range(rounds + 1):
-            in_page, here = _draw(page, seed), pipeline(PROMPT, seed=seed).stage_latency_ms
+            prompt = f"{PROMPT} {seed}"  # whose text is known to neither
+            in_page, here = _draw(page, prompt, seed), pipeline(prompt, seed=seed).stage_latency_ms
             if seed == 0:
                 continue
             for stage, parts in STAGES.items():
@@ -112,7 +114,7 @@ def measure(
         parity_db = _parity(page)
         tab, gpu = _peak_bytes(browser, "renderer"), _peak_bytes(browser, "GPU")
         return BrowserLatency(
-            browser.version, drawn_by, threads, rounds, loaded_in_s,
+            bundle.name, browser.version, drawn_by, threads, rounds, loaded_in_s,
             _medians(page_ms), _medians(ort_ms), parity_db, tab, gpu,
         )  # fmt: skip
 
@@ -156,8 +158,9 @@ def _wait_for_picture(page: Any, timeout_s: float) -> None:
         page.wait_for_timeout(1e3 * _POLL_S)
 
 
-def _draw(page: Any, seed: int) -> dict[str, float]:
+def _draw(page: Any, prompt: str, seed: int) -> dict[str, float]:
     """Milliseconds by the page's stages."""
+    page.locator("#prompt").fill(prompt)
     page.locator("#seed").fill(str(seed))
     page.evaluate("document.getElementById('status').textContent = ''")
     page.locator("#draw").click()

@@ -21,6 +21,7 @@ from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample, save_png
 from tiue_export.drawing.picture_parameters import picture_parameters
 from tiue_export.drawing.prompt_weights import parse_weights, weighted_text, weighted_tokens
+from tiue_export.drawing.text_memory import TextMemory
 from tiue_export.drawing.tokenizer import Tokenizer, tokenizer_of_bundle
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import UsageError
@@ -101,7 +102,10 @@ class Loop(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """Pictures in request order (prompt by prompt, seed by seed), and time per stage and run."""
+    """Pictures in request order (prompt by prompt, seed by seed), and time per stage and run.
+
+    The text of a prompt that was drawn a moment ago is known: its encoder does not run again.
+    """
 
     pictures: list[Picture]
     stage_latency_ms: Mapping[str, list[float]]
@@ -122,6 +126,7 @@ class Pipeline:
     bundle: Bundle
     runtime: Runtime
     tokenizer: Tokenizer
+    _texts: TextMemory = field(default_factory=TextMemory, repr=False, compare=False)
     _timer: Callable[[], float] = field(default=time.perf_counter, repr=False)
 
     @staticmethod
@@ -370,7 +375,11 @@ class Pipeline:
     def _embedded(
         self, tokens: Array, weights: Array | None, stages: dict[str, list[float]] | None
     ) -> Array:
-        (text,) = self._run(TEXT_ENCODER, {TOKENS: tokens}, stages).values()
+        def embed() -> Array:
+            (made,) = self._run(TEXT_ENCODER, {TOKENS: tokens}, stages).values()
+            return made
+
+        text = self._texts.embedding(tokens, embed)
         return text if weights is None else weighted_text(text, weights)
 
     def latents_from_noise(self, noises: Array, text: Array) -> Array:

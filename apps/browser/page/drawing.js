@@ -5,6 +5,8 @@ import { RandomState } from "./random_state.js";
 import { noiseCount, sampleLatents } from "./sampler.js";
 
 export class Drawing {
+  #known = new Map(); // what was drawn last: prompts as JSON -> their text embeddings
+
   constructor(manifest, tokenizer, graphs) {
     this.manifest = manifest;
     this.tokenizer = tokenizer;
@@ -38,9 +40,14 @@ export class Drawing {
     return { latents, pixels: pixels(await float32Values(sample)), width, height, seconds };
   }
 
-  /** Text embeddings (C, L, D) of one or two prompts. */
+  /** Text embeddings (C, L, D) of one or two prompts; those of the last picture are known. */
   async text(prompts) {
-    return this.encode(prompts.map((prompt) => this.tokenizer.ids(prompt)));
+    const key = JSON.stringify(prompts);
+    if (!this.#known.has(key)) {
+      const text = await this.encode(prompts.map((prompt) => this.tokenizer.ids(prompt)));
+      this.#known = new Map([[key, text]]);
+    }
+    return this.#known.get(key);
   }
 
   /** Text embeddings (C, L, D) of rows of ids (L,). */
