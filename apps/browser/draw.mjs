@@ -1,6 +1,6 @@
 // Draws one picture from a bundle in Node: a bundle needs neither Python nor a browser.
 //
-//   npm install onnxruntime-node @huggingface/tokenizers
+//   npm install --no-save onnxruntime-node@1.30.0
 //   node draw.mjs BUNDLE "a red fox in the snow" fox.png [SEED]
 
 import { readFile, writeFile } from "node:fs/promises";

@@ -33,6 +33,7 @@ PAGE = HERE / "page"
 _MEASURED = (TEXT_ENCODER, UNET_DECODER, VAE_DECODER)
 # Below the 100 MB a file of GitHub Pages, and little to load again after a break.
 PART_BYTES = 32 << 20
+UNASKED_BYTES = 200_000_000  # what a first visit loads without a click
 _TOKENIZER = ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json")
 _SERVICE_WORKER, _SITE, _APP, _VENDOR = "sw.js", "site.json", "app.webmanifest", "vendor"
 # What sw.js has in their place before it is written for a site.
@@ -199,6 +200,7 @@ def _description(
             graph: stage_gate_db(manifest, graph, manifest.precision) for graph in _MEASURED
         },
         "total_bytes": sum(first),
+        "unasked_bytes": UNASKED_BYTES,
         "parameters": {k: v for k, v in parameters.items() if k not in ("prompt", "runtime")},
         "files": listed,
     }

@@ -197,10 +197,10 @@ def _try(bundle: Bundle, name: str, options: RuntimeOptions, control: Array | No
             best_s, open_s = now - first_start, now - start
             if best_s <= _LONG_S:
                 best_s = float("inf")
-                for number in range(_TIMED_DRAWINGS):
-                    prompt = f"{PROMPTS[0]} {number}"  # whose text is not known yet
+                for _ in range(_TIMED_DRAWINGS):
+                    whole = pipeline.forgetful()
                     start = time.perf_counter()
-                    stages = pipeline(prompt, control=control).stage_latency_ms
+                    stages = whole(PROMPTS[0], control=control).stage_latency_ms
                     if time.perf_counter() - start < best_s:
                         best_s, best = time.perf_counter() - start, stages
             return Trial(

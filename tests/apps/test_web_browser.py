@@ -39,6 +39,9 @@ GPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-f
 pytestmark = needs_chromium
 
 
+DRAWS_OFFLINE = "/draws too/.test(document.getElementById('facts').textContent)"
+
+
 def made_site(bundle: Bundle, folder: Path) -> Path:
     return write_site(bundle, folder, npm_files(), SiteText("Foxes", PROMPT)).root
 
@@ -277,11 +280,11 @@ def test_guidance_and_what_shall_not_be_drawn_are_those_of_generate(
     with served(root) as address, opened(chromium, f"{address}?seed={SEED}") as page:
         wait_for_picture(page)
         page.locator("#negative").fill("snow")
-        page.locator("#guidance").fill("3")
+        page.locator("#guidance").fill("2.75")
         page.evaluate("document.getElementById('status').textContent = ''")
         page.locator("#draw").click()
         wait_for_picture(page)
-        own = generated(run, faster_bundle, tmp_path, "--negative", "snow", "--guidance", "3")
+        own = generated(run, faster_bundle, tmp_path, "--negative", "snow", "--guidance", "2.75")
         assert np.abs(drawn_pixels(page) - own).max() <= 1
 
 
@@ -353,13 +356,14 @@ def test_a_part_that_is_not_there_is_told(chromium, site, tmp_path):
     with served(root) as address, opened(chromium, address) as page:
         told = wait_for_failure(page)
     assert "bundle/vae_decoder/model.onnx.data.0-" in told
-    assert "is not there (404). Copy the whole site again." in told
+    assert "is not there (404). Reload the page; if this stays" in told
 
 
 @pytest.mark.parametrize(
     ("lost", "told"),
     [
-        ("site.json", "site.json is not there (404). Copy the whole site again."),
+        ("site.json", "site.json is not there (404). Reload the page"),
+        ("vendor/ort-wasm-simd-threaded.wasm", "What draws cannot be loaded"),
         ("clip_tokenizer.js", "What draws cannot be started"),
         ("vendor/ort.wasm.min.mjs", "ort.wasm.min.mjs"),
     ],
@@ -385,20 +389,79 @@ def test_graphs_that_do_not_fit_into_memory_are_told_with_their_size(chromium, s
 def test_a_large_first_visit_is_asked_for_and_a_second_is_not(chromium, site, tmp_path):
     root = Path(shutil.copytree(site, tmp_path / "site"))
     described = json.loads((root / "site.json").read_text("utf-8"))
-    described["total_bytes"] = 5 * 10**9
+    described["unasked_bytes"] = 1000
     (root / "site.json").write_text(json.dumps(described), "utf-8")
     with served(root) as address, opened(chromium, address) as page:
         load = page.locator("#load")
         load.wait_for(state="visible")
-        assert load.inner_text() == "Load 5.0 GB"
+        assert load.inner_text() == f"Load {described['total_bytes'] / 1e6:.1f} MB"
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.wait_for_timeout(500)
         assert asked == []
         load.click()
         wait_for_picture(page)
+        wait_until(page, DRAWS_OFFLINE)
         page.reload()
         wait_for_picture(page)
+        lost = described["files"]["unet_decoder/model.onnx.data"]["parts"][0]
+        page.evaluate(
+            """async path => {
+              for (const name of await caches.keys()) await (await caches.open(name)).delete(path);
+            }""",
+            lost["path"],
+        )
+        page.reload()
+        load.wait_for(state="visible")
+        assert load.inner_text() == f"Load {lost['size_bytes'] / 1e6:.1f} MB"
+
+
+def test_a_kept_part_that_is_damaged_is_loaded_again(chromium, site):
+    with served(site) as address, opened(chromium, address) as page:
+        wait_for_picture(page)
+        wait_until(page, DRAWS_OFFLINE)
+        kept = page.evaluate(
+            """async () => {
+              const name = (await caches.keys()).find(each => each.endsWith(" parts"));
+              const cache = await caches.open(name);
+              const requests = await cache.keys();
+              // As a host that answers everything with its first page.
+              const wrong = () => new Response("<html>".repeat(10000000));
+              for (const request of requests.slice(0, 3)) await cache.put(request, wrong());
+              return requests.length;
+            }"""
+        )
+        assert kept >= 3
+        page.reload()
+        wait_for_picture(page)
+
+
+def test_a_site_replaced_between_two_visits_draws_its_new_bundle(
+    chromium, site, half_bundle, tmp_path
+):
+    root = Path(shutil.copytree(site, tmp_path / "site"))
+    with served(root) as address, opened(chromium, address) as page:
+        wait_for_picture(page)
+        assert "fp32" in page.locator("#facts").text_content()
+        shutil.rmtree(root)
+        made_site(half_bundle, root)
+        page.reload()
+        news = "!document.getElementById('news').hidden"
+        wait_until(page, f"{news} || /fp16/.test(document.getElementById('facts').textContent)")
+        page.reload()
+        wait_until(page, "/fp16/.test(document.getElementById('facts').textContent)")
+        wait_for_picture(page)
+
+
+def test_what_is_typed_while_it_measures_is_drawn_after(chromium, site):
+    with served(site) as address, opened(chromium, address) as page:
+        wait_for_picture(page)
+        page.locator("summary").click()
+        page.locator("#measure").click()
+        page.locator("#prompt").fill("something else")
+        page.locator("#parity").wait_for(state="visible")
+        page.locator("button[title^='something else']").wait_for()
+        assert page.locator("#failure").is_hidden()
 
 
 def test_in_a_frame_of_another_page_nothing_is_loaded_unasked(chromium, site, tmp_path):
@@ -408,6 +471,13 @@ def test_in_a_frame_of_another_page_nothing_is_loaded_unasked(chromium, site, tm
         frame = page.frame_locator("iframe")
         frame.locator("#load").click()
         frame.locator("#pictures canvas").wait_for()
+
+
+def test_a_page_whose_own_scripts_are_not_all_there_says_so(chromium, site, tmp_path):
+    root = Path(shutil.copytree(site, tmp_path / "site"))
+    (root / "png.js").unlink()
+    with served(root) as address, opened(chromium, address) as page:
+        wait_until(page, "/cannot start/.test(document.getElementById('status').textContent)")
 
 
 STOPPED = """

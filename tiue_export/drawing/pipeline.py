@@ -152,6 +152,10 @@ class Pipeline:
         """
         return replace(self, bundle=replanned(self.bundle, change))
 
+    def forgetful(self) -> Pipeline:
+        """The same, which knows no text from before: its first drawing runs every graph."""
+        return replace(self, _texts=TextMemory())
+
     def __call__(
         self,
         prompt: str | Sequence[str],

@@ -1,4 +1,4 @@
-"""Text embeddings of the prompts drawn last: however many seeds, one run of the text encoder."""
+"""Text embeddings of what was drawn last: another seed of a prompt runs no text encoder."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from threading import Lock
 
 from tiue_export.specs import Array
 
-_KEPT = 16  # 5 MB at Stable Diffusion 2's (77, 1024) in float32
+_KEPT = 16  # 5 MB of single prompts at Stable Diffusion 2's (77, 1024) in float32
 
 
 class TextMemory:
-    """Token ids (B, L) -> text embedding (B, L, D); what was not asked for longest is forgotten."""
+    """Token ids (B, L) -> text embedding (B, L, D), by whole batches.
+
+    What was not asked for longest is forgotten.
+    """
 
     def __init__(self, kept: int = _KEPT) -> None:
         self._kept = kept
@@ -20,15 +23,15 @@ class TextMemory:
         self._lock = Lock()  # a server draws and answers in threads
 
     def embedding(self, tokens: Array, embed: Callable[[], Array]) -> Array:
-        """What is known of these tokens, else what `embed` makes of them, copied."""
+        """What is known of these tokens, else what `embed` makes of them; the caller's own."""
         key = tokens.shape, tokens.tobytes()
         with self._lock:
             if key in self._texts:
                 self._texts.move_to_end(key)
-                return self._texts[key]
-        text = embed().copy()  # a runtime may use its buffers again
+                return self._texts[key].copy()
+        text = embed()
         with self._lock:
-            self._texts[key] = text
+            self._texts[key] = text.copy()  # a runtime may use its buffers again
             while len(self._texts) > self._kept:
                 self._texts.popitem(last=False)
         return text

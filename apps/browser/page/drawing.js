@@ -37,7 +37,9 @@ export class Drawing {
     finite("unet_decoder", latents);
     const sample = await timed("VAE", this.decode(latents));
     const [, , height, width] = sample.dims;
-    return { latents, pixels: pixels(await float32Values(sample)), width, height, seconds };
+    const values = await float32Values(sample);
+    finite("vae_decoder", values);
+    return { latents, pixels: pixels(values), width, height, seconds };
   }
 
   /** Text embeddings (C, L, D) of one or two prompts; those of the last picture are known. */

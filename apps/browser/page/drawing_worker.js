@@ -9,7 +9,7 @@ import { GRAPHS, Graphs } from "./graphs.js";
 import { measureParity } from "./reference.js";
 import { isOnePass } from "./sampler.js";
 import { Sessions } from "./sessions.js";
-import { Failure, SiteFiles, TOO_LARGE, fetched } from "./site_files.js";
+import { Failure, RELOAD_OR_COPY, SiteFiles, TOO_LARGE, fetched } from "./site_files.js";
 import { Tokenizer } from "./vendor/tokenizers.min.mjs";
 
 let drawing;
@@ -18,26 +18,34 @@ let tell; // the progress of the work that goes on
 
 const WORK = { load, draw, measure };
 
-let current = null;
+let last = Promise.resolve();
+let trapped = null; // ends the work that goes on
 
-self.onmessage = async ({ data: { id, work, ...request } }) => {
+// One after another: sessions are opened and closed while they draw.
+self.onmessage = ({ data }) => {
+  last = last.then(() => answer(data));
+};
+
+async function answer({ id, work, ...request }) {
   tell = (told) => self.postMessage({ id, progress: told });
-  current = id;
+  const trap = new Promise((_, reject) => {
+    trapped = reject;
+  });
   try {
-    const value = await WORK[work](request);
+    const value = await Promise.race([WORK[work](request), trap]);
     self.postMessage({ id, value }, value.pixels ? [value.pixels.buffer] : []);
   } catch (error) {
     tellFailure(id, error);
   }
-  current = null;
-};
+  trapped = null;
+}
 
 // A trap in WASM may reject a promise that nobody waits for: the work would never end.
 for (const kind of ["error", "unhandledrejection"]) {
   self.addEventListener(kind, (event) => {
-    if (current === null) return;
+    if (!trapped) return;
     event.preventDefault();
-    tellFailure(current, event.reason ?? event.error ?? event.message);
+    trapped(event.reason ?? event.error ?? event.message);
   });
 }
 
@@ -104,12 +112,20 @@ async function measure() {
   return { records };
 }
 
+const OTHER_BACKEND = "Reload the page, or choose the other backend below.";
+
 /** What a person can do something about. */
 function explained(error) {
   if (error instanceof Failure) return error;
   const message = String(error?.message ?? error);
+  if (/fetching of the wasm|no available backend|failed to fetch|dynamically imported/i.test(message)) {
+    return new Failure(`What draws cannot be loaded: ${message}`, RELOAD_OR_COPY);
+  }
+  if (/out of bounds|unreachable/i.test(message)) {
+    return new Failure(`What draws stopped: ${message}.`, OTHER_BACKEND);
+  }
   if (error instanceof RangeError || /memory|bad_alloc|allocat|Aborted/i.test(message)) {
     return new Failure(`Memory ran out: ${message}`, TOO_LARGE);
   }
-  return new Failure(message, "Reload the page, or choose the other backend below.");
+  return new Failure(message, OTHER_BACKEND);
 }

@@ -22,6 +22,14 @@ export async function takeOffline() {
   return navigator.serviceWorker.controller !== null;
 }
 
+/** Hear of a new version of the site, which has taken this page over. */
+export function onNewVersion(heard) {
+  const { serviceWorker } = navigator;
+  // A first visit is taken over too: by its own version.
+  if (!serviceWorker?.controller) return;
+  serviceWorker.addEventListener("controllerchange", heard, { once: true });
+}
+
 function controlled() {
   if (navigator.serviceWorker.controller) return Promise.resolve();
   return new Promise((resolve) => {

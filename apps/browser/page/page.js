@@ -1,6 +1,6 @@
 // The page: what is typed becomes requests to the worker, what comes back becomes pictures.
 
-import { takeOffline } from "./offline.js";
+import { onNewVersion, takeOffline } from "./offline.js";
 import { pngWithParameters } from "./png.js";
 import { MAX_SEED } from "./random_state.js";
 import { fetched, megabytes } from "./site_files.js";
@@ -8,10 +8,11 @@ import { WorkerClient } from "./worker_client.js";
 
 const element = (id) => document.getElementById(id);
 const TYPING_PAUSE_MS = 350;
-const UNASKED_BYTES = 200e6;
 
 const parameters = new URLSearchParams(location.search);
 const wantedBackend = parameters.get("backend") ?? "auto";
+
+globalThis.pageRuns = true; // start.js waits for it
 
 let site;
 let offline;
@@ -24,6 +25,7 @@ let pause; // until what is typed is drawn
 main().catch(fail);
 
 async function main() {
+  onNewVersion(newVersion);
   const lacking = lackingFeature();
   if (lacking) return say(`This browser is too old to draw: it has no ${lacking}. A current one does.`);
   site = await (await fetched("site.json")).json();
@@ -40,6 +42,12 @@ async function main() {
   if (element("prompt").value) draw();
 }
 
+/** Of the old one, what was not read yet is gone. */
+function newVersion() {
+  if (loaded) element("news").hidden = false;
+  else location.reload();
+}
+
 function lackingFeature() {
   // An instruction of WASM's SIMD, (i8x16.popcnt), in the smallest module that has one.
   const simd = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0,
@@ -50,22 +58,31 @@ function lackingFeature() {
   return "";
 }
 
-/** Until a click, where much is loaded for the first time, or in a frame of another page. */
+/** Until a click, where much has to be loaded, or anything in a frame of another page. */
 async function permission() {
-  if ((await isKept()) || (window.top === window && site.total_bytes < UNASKED_BYTES)) return;
+  const bytes = await lackingBytes();
+  if (!bytes || (window.top === window && bytes < site.unasked_bytes)) return;
   const button = element("load");
-  button.textContent = `Load ${megabytes(site.total_bytes)}`;
+  button.textContent = `Load ${megabytes(bytes)}`;
   say("What draws is loaded onto your machine, once.");
   [button.hidden, element("progress").hidden] = [false, true];
   await new Promise((resolve) => button.addEventListener("click", resolve, { once: true }));
   [button.hidden, element("progress").hidden] = [true, false];
+  navigator.storage?.persist?.(); // or the browser may drop it when the disk fills
 }
 
-/** Whether sw.js keeps anything of a bundle from an earlier visit. */
-async function isKept() {
-  if (!offline) return false;
-  const parts = await caches.open(`${new URL(".", location).href} parts`);
-  return (await parts.keys()).length > 0;
+/** What of the bundle sw.js does not keep from an earlier visit. */
+async function lackingBytes() {
+  const kept = new Set();
+  if (offline) {
+    const cache = await caches.open(`${new URL(".", location).href} parts`);
+    for (const { url } of await cache.keys()) kept.add(url);
+  }
+  return Object.entries(site.files)
+    .filter(([name]) => !name.startsWith("parity/"))
+    .flatMap(([, { parts }]) => parts)
+    .filter(({ path }) => !kept.has(new URL(path, location).href))
+    .reduce((sum, { size_bytes: size }) => sum + size, 0);
 }
 
 // What is shown
@@ -103,22 +120,35 @@ function showLoading({ loaded_bytes: done, total_bytes: total, opening }) {
 
 const spoken = (graph) => graph.replace("_", " ").replace("unet", "UNet").replace("vae", "VAE");
 
+const OFFLINE = "without a network";
+
 function showFacts(seconds) {
   const { name, why, threads } = loaded.backend;
   const kind = name === "webgpu" ? "WebGPU" : `WASM, ${threads} thread${threads === 1 ? "" : "s"}`;
   const facts = {
     "drawn by": why && name === "wasm" ? `${kind} (${why})` : kind,
     "loaded in": `${seconds.toFixed(1)} s, ${megabytes(site.total_bytes)}`,
-    "without a network": offline ? "draws too" : "does not draw: this browser keeps no page here",
+    [OFFLINE]: offline ? "" : "does not draw: this browser keeps no page here",
     model: `${site.model}, ${site.precision}`,
     "made by": site.made_by,
   };
   const items = Object.entries(facts).flatMap(([term, fact]) => {
     const [dt, dd] = [document.createElement("dt"), document.createElement("dd")];
     [dt.textContent, dd.textContent] = [term, fact];
+    if (term === OFFLINE && offline) tellWhenKept(dd);
     return [dt, dd];
   });
   element("facts").replaceChildren(...items);
+}
+
+/** What was loaded last is still being kept. */
+async function tellWhenKept(told) {
+  for (let waits = 0; waits < 40 && (await lackingBytes()); waits++) {
+    await new Promise((resolve) => setTimeout(resolve, 250));
+  }
+  told.textContent = (await lackingBytes())
+    ? "does not draw: this browser has no room to keep it all"
+    : "draws too";
 }
 
 function showTimes(seconds) {
@@ -147,15 +177,11 @@ async function draw() {
     return;
   }
   drawing = true;
-  element("failure").hidden = true;
-  try {
-    do {
-      asked = false;
-      await drawAll(request());
-    } while (asked);
-  } catch (error) {
-    fail(error);
-  }
+  do {
+    asked = false;
+    element("failure").hidden = true;
+    await drawAll(request()).catch(fail);
+  } while (asked);
   drawing = false;
 }
 
@@ -165,10 +191,12 @@ function request() {
     return Math.min(most, Math.max(least, Number.isFinite(value) ? value : least));
   };
   const count = number("count", 1, 16);
+  const scale = element("guidance").valueAsNumber;
   return {
     prompt: element("prompt").value.trim(),
     negative: element("negative").value.trim(),
-    guidance: site.guidance === null ? undefined : element("guidance").valueAsNumber || site.guidance,
+    guidance:
+      site.guidance === null ? undefined : Math.min(1000, Math.max(1, scale || site.guidance)),
     seed: number("seed", 0, MAX_SEED - count + 1),
     count,
   };
@@ -262,6 +290,7 @@ element("backend").addEventListener("change", (event) => {
 
 element("measure").addEventListener("click", async () => {
   element("measure").disabled = true;
+  element("failure").hidden = true;
   say("Measuring");
   try {
     const { records } = await client.ask("measure");

@@ -1,6 +1,7 @@
 // How near this machine comes to the fp32 student: the bundle's captured reference, stage by stage.
 
 import { float32Values } from "./graphs.js";
+import { release } from "./sampler.js";
 
 /** A safetensors file's float32 and int64 tensors: name -> { values, dims }. */
 export function safetensors(bytes) {
@@ -51,9 +52,13 @@ export async function measureParity(drawing, onePass, bytes) {
   const pool = { sample: tensor("sample"), encoder_hidden_states: tensor("encoder_hidden_states") };
   if (!onePass) Object.assign(pool, { timestep: tensor("timestep"), timesteps: tensor("timesteps") });
   const features = await graphs.run("unet_encoder", pool);
-  const ran = await graphs.run("unet_decoder", { ...pool, ...features });
-  const value = onePass ? "latents" : "outputs";
-  await record("unet_decoder", value, value, ran[value]);
+  try {
+    const ran = await graphs.run("unet_decoder", { ...pool, ...features });
+    const value = onePass ? "latents" : "outputs";
+    await record("unet_decoder", value, value, ran[value]);
+  } finally {
+    release(features);
+  }
   const decoded = await graphs.run("vae_decoder", { latent_sample: tensor("latent_sample") });
   await record("vae_decoder", "picture", "picture", decoded.sample);
   return records;

@@ -26,10 +26,13 @@ export async function sampleLatents(plan, graphs, noises, text, { guidance, onSt
   if (isOnePass(plan)) {
     const pool = { sample: graphs.float32(noises[0], latentShape), encoder_hidden_states: text };
     const features = await graphs.run("unet_encoder", pool);
-    const { latents } = await graphs.run("unet_decoder", { ...pool, ...features });
-    release(features);
-    onStep(1, 1);
-    return float32Values(latents);
+    try {
+      const { latents } = await graphs.run("unet_decoder", { ...pool, ...features });
+      onStep(1, 1);
+      return await float32Values(latents);
+    } finally {
+      release(features);
+    }
   }
   const copies = plan.guidance === null ? 1 : 2;
   const scale = plan.guidance === null ? null : Math.fround(guidance ?? plan.guidance);
@@ -41,16 +44,19 @@ export async function sampleLatents(plan, graphs, noises, text, { guidance, onSt
       timestep: graphs.float32([pass.encoder_timestep], [1]),
       encoder_hidden_states: text,
     });
-    for (const timesteps of pieces(pass.timesteps, plan.max_decoder_rows, copies)) {
-      const ran = await graphs.run("unet_decoder", {
-        ...features,
-        encoder_hidden_states: text,
-        timesteps: graphs.float32(timesteps, [timesteps.length]),
-      });
-      outputs.push(...bySteps(await float32Values(ran.outputs), timesteps.length, scale));
-      onStep(outputs.length, rowCount(plan));
+    try {
+      for (const timesteps of pieces(pass.timesteps, plan.max_decoder_rows, copies)) {
+        const ran = await graphs.run("unet_decoder", {
+          ...features,
+          encoder_hidden_states: text,
+          timesteps: graphs.float32(timesteps, [timesteps.length]),
+        });
+        outputs.push(...bySteps(await float32Values(ran.outputs), timesteps.length, scale));
+        onStep(outputs.length, rowCount(plan));
+      }
+    } finally {
+      release(features);
     }
-    release(features);
   }
   return combined(plan.latents, noises, outputs);
 }
@@ -96,7 +102,7 @@ function repeated(values, copies) {
 }
 
 /** Give back what lies on a GPU. */
-function release(tensors) {
+export function release(tensors) {
   for (const tensor of Object.values(tensors)) {
     if (tensor.location === "gpu-buffer") tensor.dispose();
   }

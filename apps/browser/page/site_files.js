@@ -39,15 +39,21 @@ export class SiteFiles {
   }
 
   async #read(name, part, whole, start) {
+    const kept = await keptWhole(part.path);
+    if (kept && (await isWhole(kept, part))) {
+      whole.set(kept, start);
+      this.#onBytes(kept.length);
+      return start + kept.length;
+    }
+    if (kept) await forget(part.path); // what stands there now may be better
     let place = start;
-    for await (const bytes of (await keptWhole(part.path)) ?? arriving(name, part.path)) {
-      if (place + bytes.length > start + part.size_bytes) throw damaged(name);
+    for await (const bytes of arriving(name, part.path)) {
+      if (place + bytes.length > start + part.size_bytes) break;
       whole.set(bytes, place);
       place += bytes.length;
       this.#onBytes(bytes.length);
     }
-    const content = whole.subarray(start, place);
-    if (place !== start + part.size_bytes || (await sha256(content)) !== part.sha256) {
+    if (!(await isWhole(whole.subarray(start, place), part))) {
       await forget(part.path);
       throw damaged(name);
     }
@@ -58,12 +64,16 @@ export class SiteFiles {
 /** What sw.js keeps of a file, read at once and not by way of it, which takes twice as long. */
 async function keptWhole(path) {
   const kept = await globalThis.caches?.match(path).catch(() => undefined);
-  return kept && [new Uint8Array(await kept.arrayBuffer())];
+  return kept && new Uint8Array(await kept.arrayBuffer());
 }
+
+const isWhole = async (bytes, part) =>
+  bytes.length === part.size_bytes && (await sha256(bytes)) === part.sha256;
 
 /** A file's bytes as they come. */
 async function* arriving(name, path) {
-  const reader = (await fetched(path)).body.getReader();
+  // The browser's own cache asks the host whether its copy changed.
+  const reader = (await fetched(path, { cache: "no-cache" })).body.getReader();
   for (;;) {
     const { done, value } = await reader.read().catch(() => {
       throw new Failure(`The connection broke while ${name} was loaded.`, RELOAD);
@@ -76,17 +86,19 @@ async function* arriving(name, path) {
 export const TOO_LARGE =
   "Close other tabs, draw by WebGPU, or take a smaller bundle: --precision fp16 halves what is " +
   "loaded, --max-decoder-rows 1 what one run takes.";
+export const RELOAD_OR_COPY =
+  "Reload the page; if this stays, the whole site has to be copied again.";
 const RELOAD = "Reload the page: what was loaded is kept.";
 
 export const megabytes = (bytes) =>
   bytes < 1e9 ? `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
 
-export async function fetched(path) {
-  const response = await fetch(path).catch(() => {
+export async function fetched(path, options) {
+  const response = await fetch(path, options).catch(() => {
     throw new Failure(`${path} cannot be reached.`, RELOAD);
   });
   if (!response.ok) {
-    throw new Failure(`${path} is not there (${response.status}).`, "Copy the whole site again.");
+    throw new Failure(`${path} is not there (${response.status}).`, RELOAD_OR_COPY);
   }
   return response;
 }

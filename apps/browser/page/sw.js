@@ -34,7 +34,7 @@ self.addEventListener("activate", (event) => event.waitUntil(tidyAndClaim()));
 self.addEventListener("fetch", (event) => {
   const url = new URL(event.request.url);
   if (event.request.method === "GET" && url.origin === location.origin) {
-    event.respondWith(answer(event.request, url).then(isolated));
+    event.respondWith(answer(event, url).then(isolated));
   }
 });
 
@@ -50,7 +50,8 @@ async function tidyAndClaim() {
   await self.clients.claim();
 }
 
-async function answer(request, url) {
+async function answer(event, url) {
+  const { request } = event;
   const bare = url.origin + url.pathname; // the page takes ?backend=wasm
   const kept = (await caches.match(bare)) ?? (await caches.match(request));
   if (kept) return kept;
@@ -60,7 +61,8 @@ async function answer(request, url) {
   if (name !== null && response.status === 200) {
     const copy = response.clone();
     // A full disk must not stop a drawing.
-    caches.open(name).then((cache) => cache.put(bare, copy)).catch(() => {});
+    const kept = caches.open(name).then((cache) => cache.put(bare, copy));
+    event.waitUntil(kept.catch(() => {}));
   }
   return response;
 }
