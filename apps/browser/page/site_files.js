@@ -111,10 +111,7 @@ async function forget(path) {
 }
 
 const damaged = (name) =>
-  new Failure(
-    `${name} is damaged: its SHA-256 is not the one in site.json.`,
-    "Reload the page; if this stays, the site has to be copied again.",
-  );
+  new Failure(`${name} is damaged: its SHA-256 is not the one in site.json.`, RELOAD_OR_COPY);
 
 async function sha256(bytes) {
   if (!globalThis.crypto?.subtle) {
