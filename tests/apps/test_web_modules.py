@@ -190,6 +190,17 @@ def test_halves_are_rounded_as_numpy_rounds_them():
     assert np.array_equal(bits[known], expected.view(np.uint16)[known])
 
 
+# Text
+
+
+def test_another_seed_of_a_prompt_runs_no_text_encoder():
+    drawn = [["", "fox"], ["", "fox"], ["red", "fox"], ["", "fox"]]
+    told = answer("texts", drawn=drawn)
+    assert told["runs"] == 2 * 3  # with and without the prompt; the last picture's alone are known
+    assert from_hex(told["texts"][1]).tolist() == [float(ord(letter)) for letter in "    fox "]
+    assert told["texts"][0] == told["texts"][1] == told["texts"][3] != told["texts"][2]
+
+
 # Sessions
 
 
