@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+from tiue_export.benchmarks.studies.browser_latency import BROWSERS
+
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason=f"none of {', '.join(BROWSERS)} is on PATH; try: make setup-browser"

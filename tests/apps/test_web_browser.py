@@ -26,6 +26,7 @@ from PIL import Image
 from tiue_export.apps.browser.local_server import LOOPBACK, site_server
 from tiue_export.apps.browser.site import SiteText, write_site
 from tiue_export.apps.web.listening import bound
+from tiue_export.benchmarks.studies.browser_latency import EMULATED_GPU
 from tiue_export.bundle.read import Bundle
 from tiue_export.drawing.picture import parameters_from_png
 
@@ -34,7 +35,6 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="the package playwr
 SCREENSHOTS = os.environ.get("TIUE_WEB_SCREENSHOTS")
 PROMPT, SEED = "a red fox, in the SNOW", 7
 TIMEOUT_MS = 120_000
-GPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 
 pytestmark = needs_chromium
 
@@ -71,7 +71,7 @@ def chromium():
     with sync_api.sync_playwright() as playwright:
         # Chromium refuses its sandbox to root, which containers run as.
         browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--enable-unsafe-swiftshader", *GPU]
+            executable_path=CHROMIUM, args=["--no-sandbox", *EMULATED_GPU]
         )
         yield browser
         browser.close()
@@ -467,8 +467,15 @@ def test_what_is_typed_while_it_measures_is_drawn_after(chromium, site):
 def test_in_a_frame_of_another_page_nothing_is_loaded_unasked(chromium, site, tmp_path):
     root = Path(shutil.copytree(site, tmp_path / "site" / "draw")).parent
     (root / "index.html").write_text("<iframe src='draw/'></iframe>", "utf-8")
-    with served(root) as address, opened(chromium, address) as page:
+    with served(root) as address, opened(chromium, "about:blank") as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
         frame = page.frame_locator("iframe")
+        frame.locator("#load").wait_for(state="visible")
+        page.wait_for_timeout(500)
+        assert any(url.endswith("draw/page.js") for url in asked)
+        assert [url for url in asked if "/bundle/" in url or url.endswith(".wasm")] == []
         frame.locator("#load").click()
         frame.locator("#pictures canvas").wait_for()
 
