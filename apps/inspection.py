@@ -70,6 +70,7 @@ def bundle_facts(bundle: Bundle) -> list[tuple[str, str]]:
     hoisting = {"none": "none (naive decoder)"}.get(
         manifest.hoisted, f"into the {manifest.hoisted}"
     )
+    upsampling = {"nearest": "nearest (as the model)", "subpixel": "sub-pixel"}[manifest.upsampling]
     longest = manifest.max_prompt_tokens
     rows = [
         ("student", f"{source.name} ({source.family}; {weights})"),
@@ -78,6 +79,7 @@ def bundle_facts(bundle: Bundle) -> list[tuple[str, str]]:
         ("prompts", "" if longest is None else f"up to {longest} tokens"),
         ("precision", manifest.precision),
         ("hoisting", hoisting),
+        ("upsampling", upsampling),
         ("VAE scaling", str(manifest.vae_scaling_factor)),
         ("parts from", ", ".join(f"{part}: {place}" for part, place in source.parts.items())),
         ("licence", source.licence or "not recorded in the checkpoint"),

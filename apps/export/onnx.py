@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,8 @@ def export_checkpoint(
 
     export.check_audit(precision)
     check_fan_out(export)
+    if from_student is not None:
+        export = replace(export, upsampling="nearest")
     options, quiet = graph_options(export, precision), export.as_json
     method, sampling = export.method, export.sampling()
     check_request(verb, export.checkpoint(ckpt), method, sampling, options)

@@ -75,6 +75,7 @@ def options_of(manifest: Manifest, export: ExportRequest) -> ExportRequest:
         dynamic_batch=manifest.batch is None,
         hoist_into=None if naive else manifest.hoisted,
         no_hoist=naive,
+        upsampling=manifest.upsampling,
         vae_precision=vae_precision,
         vae_tile=vae_tile,
         max_prompt_tokens=manifest.max_prompt_tokens,

@@ -99,6 +99,9 @@ class GraphOptions(OptionGroup):
     """What else changes the graphs."""
 
     panel = "Graphs"
+    upsampling: str | None = option(
+        None, "subpixel: four small convolutions; nearest: as the model \\[default: subpixel]."
+    )
     merge_below: float | None = option(None, "Merge decoder rows weighing less (try 0.02).")
     fan_out: str | None = option(
         None,

@@ -46,6 +46,7 @@ class MadeBundle:
     steps: int | None = None
     precision: str = "fp32"
     hoist: str = "decoder"
+    upsampling: str = "subpixel"
     merge_below: float = 0.0
     height: int | None = None
     width: int | None = None
@@ -89,6 +90,7 @@ def make(asked: MadeBundle, folder: Path) -> None:
         width=asked.width,
         batch=asked.batch,
         hoist=asked.hoist if asked.turbo_steps is None else "none",
+        upsampling=asked.upsampling,
         merge_below=asked.merge_below,
     )
     # Times do not depend on what is drawn: a bundle that loses precision is measured all the same,
@@ -158,6 +160,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="K; default: the checkpoint's own")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--hoist", default="decoder", choices=("decoder", "encoder", "none"))
+    parser.add_argument("--upsampling", default="subpixel", choices=("subpixel", "nearest"))
     parser.add_argument("--merge-below", type=float, default=0.0)
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)

@@ -71,10 +71,11 @@ class Variant:
     merge_below: float
     colour: str
     marker: str
+    upsampling: str = "subpixel"
 
 
 VARIANTS: Mapping[str, Variant] = {
-    "naive": Variant("none", 0.0, "#555555", "s"),
+    "naive": Variant("none", 0.0, "#555555", "s", "nearest"),
     "hoisted": Variant("decoder", 0.0, "#0072B2", "o"),
     "merged": Variant("decoder", 0.02, "#D55E00", "^"),
 }
@@ -142,6 +143,7 @@ def _contender(sweep: Sweep, axis: str, value: int, variant: str) -> Contender:
         return Contender(name, what, TorchSettings(precision=sweep.precision, **model, **alone))
     graphs = MadeBundle(
         hoist=VARIANTS[variant].hoist,
+        upsampling=VARIANTS[variant].upsampling,
         merge_below=VARIANTS[variant].merge_below,
         unet_only=True,
         forms=("openvino",) if sweep.runtime == "openvino" else (),

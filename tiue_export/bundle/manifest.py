@@ -160,6 +160,8 @@ class Manifest:
     parity_loss_allowed: bool = False
     # How many times the text encoder's positions a prompt may fill (`--max-prompt-tokens`).
     text_chunks: int = 1
+    # "subpixel": doubling and its convolution are four convolutions of the smaller picture.
+    upsampling: str = "nearest"
     tools: Mapping[str, str] = field(default_factory=dict)
     # By the name of the folder that holds them, such as "trt" or "openvino".
     compiled: Mapping[str, Compiled] = field(default_factory=dict)
@@ -247,6 +249,8 @@ class Manifest:
         sides = (*self.latent_shape, *self.text_shape)
         if any(side < 1 for side in sides if isinstance(side, int)):
             return f"latents {self.latent_shape} and text {self.text_shape} need sides of 1 or more"
+        if self.upsampling not in ("subpixel", "nearest"):
+            return f"upsampling is {self.upsampling}; expected subpixel or nearest"
         if self.text_chunks < 1 or int(self.text_shape[1]) % self.text_chunks:
             return f"text {self.text_shape} cannot be {self.text_chunks} chunks"
         for graph, tensor, own in (

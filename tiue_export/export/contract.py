@@ -172,6 +172,7 @@ def new_manifest(
         vae_scaling_factor=shapes.vae_scaling_factor,
         precision=options.precision,
         hoisted=options.hoist,
+        upsampling=options.upsampling,
         graphs=graphs,
         files=file_records(folder, others),
         tools={name: importlib.import_module(name).__version__ for name in tools},

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.bundle.read import vae_tile_px
 from tiue_export.errors import CheckpointError
-from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.options import NEAREST, ExportOptions
 from tiue_export.methods.load import CheckpointRequest, completed
 from tiue_export.specs import CONTROLNET, TEXT_ENCODER, VAE_DECODER
 from tiue_export.student.embedding import embedding_options
@@ -89,13 +89,17 @@ def _as_exported(manifest: Manifest) -> str:
 
 
 def fp32_options(manifest: Manifest, size: Size) -> ExportOptions:
-    """The bundle's graphs in float32 at one size (height, width in px); the batch is static."""
+    """The bundle's graphs in float32 at one size (height, width in px); the batch is static.
+
+    They upsample as the model does: only that is known to suit Core ML's compilers.
+    """
     return ExportOptions(
         precision="fp32",
         height=size[0],
         width=size[1],
         batch=manifest.batch or 1,
         hoist=manifest.hoisted,
+        upsampling=NEAREST,
         vae_tile=vae_tile_px(manifest),
         max_prompt_tokens=manifest.max_prompt_tokens,
     )

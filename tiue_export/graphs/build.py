@@ -16,7 +16,7 @@ from tiue_export.errors import UnsupportedModelError, UsageError, first_line
 from tiue_export.graphs.folded import NaiveDecoder, TextEncoder, UNetEncoder, VaeDecoder
 from tiue_export.graphs.hoisting import RowDecoder, SharedDecoder, hoist, hoist_any_time
 from tiue_export.graphs.lowering import NO_PATHS, InFloat32, ModulePaths, below, compute_in_float32
-from tiue_export.graphs.options import DTYPES, ExportOptions
+from tiue_export.graphs.options import DTYPES, SUBPIXEL, ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.graphs.timed import (
     ControlNet,
@@ -27,6 +27,7 @@ from tiue_export.graphs.timed import (
     TimedSharingEncoder,
     TimeEmbedding,
 )
+from tiue_export.graphs.upsampling import with_subpixel_upsampling
 from tiue_export.registry.support import check_support
 from tiue_export.sampling.plan import Plan, steps_within
 from tiue_export.specs import (
@@ -136,6 +137,8 @@ def build_graphs(
         steps_within(plan.max_decoder_rows, plan.copies * options.batch)
     shapes = shapes_of(student, options)
     latents, text = shapes.latents, shapes.text
+    if options.upsampling == SUBPIXEL:
+        student = _with_subpixel_upsampling(student, only)
     graphs = []
     if student.text_encoder is not None and TEXT_ENCODER in only:
         module = TextEncoder(student.text_encoder, *_precision(TEXT_ENCODER, options))
@@ -149,6 +152,16 @@ def build_graphs(
         module_vae = VaeDecoder(student.vae, *_precision(VAE_DECODER, options))
         graphs.append(_graph(VAE_DECODER, module_vae, inputs, ["sample"], options))
     return graphs
+
+
+def _with_subpixel_upsampling(student: Student, only: tuple[str, ...]) -> Student:
+    """The student whose UNet and VAE, as far as their graphs are asked for, upsample that way."""
+    unet, vae = student.unet, student.vae
+    if set(UNET_GRAPHS) & set(only):
+        unet = with_subpixel_upsampling(unet)
+    if vae is not None and VAE_DECODER in only:
+        vae = with_subpixel_upsampling(vae)
+    return student.of_parts(unet, student.text_encoder, vae, student.controlnet)
 
 
 def _precision(graph: str, options: ExportOptions) -> tuple[torch.dtype, ModulePaths]:

@@ -1,4 +1,4 @@
-"""What the user chose for the graphs: precision, size, batch, hoisting, merging, tiles."""
+"""What the user chose for the graphs: precision, size, batch, hoisting, upsampling, merging, tiles."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.fl
 VAE_PRECISIONS = ("auto", "fp16", "fp32", "bf16")
 DTYPES = {**PRECISIONS, "bf16": torch.bfloat16}
 HOISTS = ("decoder", "encoder", "none")
+SUBPIXEL, NEAREST = "subpixel", "nearest"
+UPSAMPLINGS = (SUBPIXEL, NEAREST)
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class ExportOptions:
     """What the user chose. `height` and `width` in pixels, None for the model's own size.
 
     `hoist` says which graph computes the decoder's time-independent part, or "none" for the naive
-    decoder. `fan_out` is where rows part, None for where the student's own do. `batch` is the
+    decoder. `upsampling` is the form of doubling and the convolution behind it: the model's own, or
+    `graphs/upsampling.py`. `fan_out` is where rows part, None for where the student's own do. `batch` is the
     static batch, or the example batch when `dynamic_batch`. `vae_precision` "auto" is `precision`;
     `float32` names what a half-precision graph computes in float32, as an overflow audit finds it.
     `vae_tile`: the side in pixels of what the VAE decoder's graph draws at once, None for the whole
@@ -38,6 +41,7 @@ class ExportOptions:
     batch: int = 1
     dynamic_batch: bool = False
     hoist: str = "decoder"
+    upsampling: str = SUBPIXEL
     merge_below: float = 0.0
     fan_out: FanOut | None = None
     vae_precision: str = "auto"
@@ -50,6 +54,8 @@ class ExportOptions:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if self.hoist not in HOISTS:
             raise unknown_name("hoisting", self.hoist, HOISTS)
+        if self.upsampling not in UPSAMPLINGS:
+            raise unknown_name("upsampling", self.upsampling, UPSAMPLINGS)
         if self.vae_precision not in VAE_PRECISIONS:
             raise unknown_name("VAE precision", self.vae_precision, VAE_PRECISIONS)
         if self.batch < 1:

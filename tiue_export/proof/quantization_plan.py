@@ -162,8 +162,8 @@ _LARGEST_EXPONENT = 15
 
 
 def student_identity(manifest: Manifest) -> str:
-    """SHA-256 of what decides the numbers in the UNet beside precision: weights, schedule, hoisting
-    and sizes. Captured data and plans fit every bundle that has the same.
+    """SHA-256 of what decides the numbers in the UNet beside precision: weights, schedule, hoisting,
+    upsampling and sizes. Captured data and plans fit every bundle that has the same.
     """
     plan = manifest.plan
     decides: dict[str, Any] = {
@@ -185,6 +185,8 @@ def student_identity(manifest: Manifest) -> str:
     }
     if plan.fan_out:
         decides["fan_out"] = str(plan.fan_out)
+    if manifest.upsampling != "nearest":  # other layers, of the same names
+        decides["upsampling"] = manifest.upsampling
     if plan.recipe:  # bundles of format 1 had no recipe
         decides["passes"] = [dataclasses.asdict(one) for one in plan.passes]
         decides["fresh_coefficients"] = plan.latents.fresh

@@ -275,6 +275,7 @@ class OptionRefusal:
 
 _APPLE = ("coreml", "coreai")
 OPTION_REFUSALS: tuple[OptionRefusal, ...] = (
+    OptionRefusal(_APPLE, "--upsampling", "their graphs upsample as the model does"),
     OptionRefusal(_APPLE, "--vae-precision", "their graphs have one precision, --precision"),
     OptionRefusal(_APPLE, "--no-audit", "they are made of the float32 student"),
     OptionRefusal(_APPLE, "--audit-prompts", "they are made of the float32 student"),
