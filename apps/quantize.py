@@ -196,7 +196,7 @@ def _plan_table(plan: QuantizationPlan) -> Table:
 
 
 def _verdict_table(verdict: Verdict) -> Table:
-    title = f"Side by side on {verdict.runtime}, {verdict.inputs}"
+    title = f"Side by side on {verdict.runtime}, {verdict.inputs}; {verdict.loading}"
     table = titled(title, "", *numbers("UNet ms", "size", "PSNR dB", "gate"))
     for name, times in verdict.latency_ms.items():
         own = name == CONTENDER

@@ -1,14 +1,16 @@
 """Is the quantized bundle worth having? Both are run side by side, in one process, on this machine.
 
 The latents of drawings that no range has seen are held against the float bundle's, and the graphs
-are timed in turn, so that other work on the machine meets both alike.
+are timed in turn, so that other work on the machine meets both alike. They are loaded as `generate`
+loads them, before the clock starts; with little memory each for its turn alone.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +22,14 @@ from tiue_export.errors import ParityError, RegressionError
 from tiue_export.proof.calibration import CalibrationData
 from tiue_export.proof.gates import max_abs_error, psnr_db
 from tiue_export.proof.parity import with_dtypes
-from tiue_export.proof.quantization import CONTENDER, SMALLER, Verdict, VerdictOptions
+from tiue_export.proof.quantization import (
+    ALONE,
+    CONTENDER,
+    SMALLER,
+    TOGETHER,
+    Verdict,
+    VerdictOptions,
+)
 from tiue_export.proof.quantization_plan import (
     QuantizationPlan,
     gate_of,
@@ -47,7 +56,7 @@ def judge(
     options: VerdictOptions,
 ) -> Verdict:
     """Draw what was captured as `numbers` with each, then time the graphs, those of one kind open
-    together.
+    together, or in turn with `options.low_memory`.
     """
     contenders = _contenders(base, new, options)
     drawings = list(data.drawings(base, numbers))
@@ -64,16 +73,8 @@ def judge(
     runs = list(data.runs(data.drawing_runs(numbers[0])))
     latency_ms: dict[str, dict[str, float]] = {name: {} for name in contenders}
     for graph in UNET_GRAPHS:
-        runtimes = {
-            name: open_runtime(options.runtime, bundle, runtime_options)
-            for name, (bundle, runtime_options) in contenders.items()
-        }
-        try:
-            for name, value in _time(contenders, graph, runtimes, runs, options.rounds).items():
-                latency_ms[name][graph] = round(value, 3)
-        finally:
-            for runtime in runtimes.values():
-                runtime.close()
+        for name, value in _time(contenders, graph, runs, options).items():
+            latency_ms[name][graph] = round(value, 3)
     for times in latency_ms.values():
         times["unet"] = round(sum(times.values()), 3)
     floats = [times["unet"] for name, times in latency_ms.items() if name != CONTENDER]
@@ -86,6 +87,7 @@ def judge(
         latents_psnr_db=round(psnr, 2),
         max_abs_error=max_abs_error(reference, latents),
         gate_psnr_db=gate,
+        loading=ALONE if options.low_memory else TOGETHER,
         latency_ms=latency_ms,
         speed_ratio=round(min(floats) / latency_ms[CONTENDER]["unet"], 4),
         size_bytes={
@@ -177,25 +179,47 @@ def _latents(bundle: Bundle, runtime: Runtime, drawings: Sequence[tuple[Array, A
 def _time(
     contenders: Mapping[str, tuple[Bundle, RuntimeOptions]],
     graph: str,
-    runtimes: Mapping[str, Runtime],
     runs: Sequence[Feeds],
-    rounds: int,
+    options: VerdictOptions,
 ) -> dict[str, float]:
     """Median milliseconds of a graph in all runs of one drawing, the contenders taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in runtimes}
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     feeds = {
         name: [with_dtypes(bundle.spec(graph), run) for run in runs]
         for name, (bundle, _) in contenders.items()
     }
-    for name, runtime in runtimes.items():
-        runtime.run(graph, feeds[name][0])  # loads it
-    for _ in range(rounds):
-        for name, runtime in runtimes.items():
-            start = time.perf_counter()
-            for one in feeds[name]:
-                runtime.run(graph, one)
-            times[name].append((time.perf_counter() - start) * 1e3)
+
+    def loaded(name: str) -> AbstractContextManager[Runtime]:
+        return _loaded(*contenders[name], options.runtime, graph, feeds[name][0])
+
+    with ExitStack() as together:
+        kept = {}
+        if not options.low_memory:
+            kept = {name: together.enter_context(loaded(name)) for name in contenders}
+        for _ in range(options.rounds):
+            for name in contenders:
+                with nullcontext(kept[name]) if kept else loaded(name) as runtime:
+                    start = time.perf_counter()
+                    for one in feeds[name]:
+                        runtime.run(graph, one)
+                    times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextmanager
+def _loaded(
+    bundle: Bundle, options: RuntimeOptions, runtime_name: str, graph: str, feeds: Feeds
+) -> Iterator[Runtime]:
+    """A runtime that keeps the graph, and has run it once: backends load lazily.
+
+    `low_memory` would have some load a graph for each run, and that is not what is timed.
+    """
+    runtime = open_runtime(runtime_name, bundle, replace(options, low_memory=False))
+    try:
+        runtime.run(graph, feeds)
+        yield runtime
+    finally:
+        runtime.close()
 
 
 def _size_bytes(bundle: Bundle, runtime: str) -> int:

@@ -94,6 +94,7 @@ _TYPED_FOR = {
     "long-prompts": ("--max-prompt-tokens", "150"),
 }
 _TYPED = {
+    "--upsampling": ("--upsampling", "nearest"),
     "--vae-precision": ["--vae-precision", "fp32"],
     "--no-audit": ["--no-audit"],
     "--audit-prompts": ["--audit-prompts", "{prompts}"],

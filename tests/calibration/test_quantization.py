@@ -533,6 +533,55 @@ def test_slower_or_larger_is_refused_unless_allowed(made):
     verdict.require_worth(replace(slow, must_be=None), allow_loss=False, allow_slower=False)
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_loading_a_graph_is_never_timed(made, tiny_bundle, data, monkeypatch, low_memory):
+    """With --low-memory some runtimes load a graph for each run: timed, that hides what int8 is."""
+    held, events = [], []
+
+    class Slow:
+        def __init__(self, runtime, options):
+            self.runtime, self.keeps, self.loaded = runtime, not options.low_memory, set()
+
+        def run(self, graph, feeds):
+            if graph not in self.loaded:
+                events.append("load")
+            self.loaded |= {graph} if self.keeps else set()
+            return self.runtime.run(graph, feeds)
+
+        def close(self):
+            held.remove(self)
+            self.runtime.close()
+
+        def __getattr__(self, name):
+            return getattr(self.runtime, name)
+
+    def opened(name, bundle, options):
+        runtime = Slow(open_runtime(name, bundle, options), options)
+        held.append(runtime)
+        events.append(len(held))
+        return runtime
+
+    clock = iter(range(1000))
+
+    def ticked():
+        events.append("clock")
+        return next(clock)
+
+    monkeypatch.setattr(verdict, "open_runtime", opened)
+    monkeypatch.setattr(verdict.time, "perf_counter", ticked)
+    options = replace(QUICK, rounds=2, low_memory=low_memory)
+    judged = verdict.judge(tiny_bundle, made.bundle, made.plan, data, [2], options)
+    timed = [i for i, event in enumerate(events) if event == "clock"]
+    assert len(timed) == 2 * 2 * 2 * 2  # start and end, graphs, contenders, rounds
+    assert all(end == start + 1 for start, end in zip(timed[::2], timed[1::2], strict=True))
+    assert "load" in events
+    together = max(event for event in events if isinstance(event, int))
+    assert together == (1 if low_memory else 2)
+    alone = "each loaded for its turn alone"
+    assert judged.loading == (alone if low_memory else "loaded together, in turn")
+    assert not held
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

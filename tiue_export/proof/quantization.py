@@ -21,6 +21,9 @@ BACKENDS = (ONNX, OPENVINO)
 FASTER, SMALLER = "faster", "smaller"
 # What the new bundle is called beside the float ones that it is held against.
 CONTENDER = "quantized"
+# How the graphs were loaded while they were timed.
+TOGETHER = "loaded together, in turn"
+ALONE = "each loaded for its turn alone"
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class Verdict:
     `unet` is their sum.
 
     `speed_ratio` is the fastest float contender's time over the quantized one's: above 1 is a gain.
+    `loading` says how the graphs were held: `TOGETHER` or `ALONE`. Loading itself is never timed.
     Sizes are of the UNet's files in the form that ran, under "float" and `CONTENDER`.
     """
 
@@ -143,6 +147,7 @@ class Verdict:
     latents_psnr_db: float
     max_abs_error: float
     gate_psnr_db: float
+    loading: str
     latency_ms: Mapping[str, Mapping[str, float]]
     speed_ratio: float
     size_bytes: Mapping[str, int]
