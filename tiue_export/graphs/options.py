@@ -1,4 +1,4 @@
-"""What the user chose for the graphs: precision, size, batch, hoisting, upsampling, merging, tiles."""
+"""What the user chose for the graphs: precision, size, batch, hoisting, merging, tiles."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class ExportOptions:
     """What the user chose. `height` and `width` in pixels, None for the model's own size.
 
     `hoist` says which graph computes the decoder's time-independent part, or "none" for the naive
-    decoder. `upsampling` is the form of doubling and the convolution behind it: the model's own, or
-    `graphs/upsampling.py`. `fan_out` is where rows part, None for where the student's own do. `batch` is the
-    static batch, or the example batch when `dynamic_batch`. `vae_precision` "auto" is `precision`;
+    decoder. `upsampling` is the form of a doubling and the convolution behind it: the model's own,
+    or that of `graphs/upsampling.py`. `fan_out` is where rows part, None for where the student's
+    own do. `batch` is the static batch, or the example batch when `dynamic_batch`. `vae_precision` "auto" is `precision`;
     `float32` names what a half-precision graph computes in float32, as an overflow audit finds it.
     `vae_tile`: the side in pixels of what the VAE decoder's graph draws at once, None for the whole
     picture. `max_prompt_tokens`: a multiple of the 75 that the text encoder reads at once, None for

@@ -3,8 +3,8 @@
 Each pixel that is doubled is read by the kernel up to twice a side. What falls on the same pixel is
 one product with the sum of its weights: an output pixel of even row and even column is a 2x2
 convolution of the smaller picture, and so, with other sums, are the three other kinds. 16 products
-of weights stand where 36 were, for 16/9 as many weights (Shi et al., "Is the deconvolution layer the
-same as a convolutional layer?", 2016, tells the same of sub-pixel and transposed convolutions).
+stand where 36 were, for 16/9 as many weights (Shi et al., "Is the deconvolution layer the same as a
+convolutional layer?", 2016, tells the like of sub-pixel and transposed convolutions).
 """
 
 from __future__ import annotations

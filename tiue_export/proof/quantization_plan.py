@@ -162,8 +162,8 @@ _LARGEST_EXPONENT = 15
 
 
 def student_identity(manifest: Manifest) -> str:
-    """SHA-256 of what decides the numbers in the UNet beside precision: weights, schedule, hoisting,
-    upsampling and sizes. Captured data and plans fit every bundle that has the same.
+    """SHA-256 of what decides the numbers in the UNet beside precision: weights, schedule,
+    hoisting, upsampling and sizes. Captured data and plans fit every bundle that has the same.
     """
     plan = manifest.plan
     decides: dict[str, Any] = {
