@@ -28,7 +28,8 @@ class ExportOptions:
     `hoist` says which graph computes the decoder's time-independent part, or "none" for the naive
     decoder. `upsampling` is the form of a doubling and the convolution behind it: the model's own,
     or that of `graphs/upsampling.py`. `fan_out` is where rows part, None for where the student's
-    own do. `batch` is the static batch, or the example batch when `dynamic_batch`. `vae_precision` "auto" is `precision`;
+    own do. `batch` is the static batch, or the example batch when `dynamic_batch`.
+    `vae_precision` "auto" is `precision`;
     `float32` names what a half-precision graph computes in float32, as an overflow audit finds it.
     `vae_tile`: the side in pixels of what the VAE decoder's graph draws at once, None for the whole
     picture. `max_prompt_tokens`: a multiple of the 75 that the text encoder reads at once, None for
