@@ -27,6 +27,7 @@ from tiue_export.proof.quantization import (
 )
 from tiue_export.proof.quantization_plan import QuantizationPlan, read_plan
 from tiue_export.registry.spokes import check_quantize, make_plan, quantize, save_quantization_plots
+from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, VAE_DECODER
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.progress import StageReport
 
@@ -38,8 +39,20 @@ from .report.tables import console, megabytes, numbers, print_json, titled
 
 T = TypeVar("T")
 _KIND = "w8a8"
+_OWNERS = {TEXT_ENCODER: "text encoder", UNET_DECODER: "UNet", VAE_DECODER: "VAE"}
+# Of the times in a verdict those that are shown.
+_TIMED = {TEXT_ENCODER: "text", "unet": "UNet", VAE_DECODER: "VAE"}
 # What a plan decides.
-_OF_A_PLAN = ["kind", "target_psnr", "ranges", "percentile", "smooth", "no_smooth", "sensitivity"]
+_OF_A_PLAN = [
+    "kind",
+    "parts",
+    "target_psnr",
+    "ranges",
+    "percentile",
+    "smooth",
+    "no_smooth",
+    "sensitivity",
+]
 # Sets of layers that --plots has measured beside those the search needs: a curve, not a point.
 _CURVE_SETS = 6
 _NO_SENSITIVITY = "--plots needs a sensitivity, which this plan does not have"
@@ -110,6 +123,7 @@ def _options(request: QuantizeRequest) -> QuantizeOptions:
     return picked(
         QuantizeOptions,
         request,
+        parts=tuple(dict.fromkeys(part for part in request.parts.split(",") if part)),
         analysis=analysis,
         judged=judged,
         allow_loss=request.allow_parity_loss,
@@ -184,7 +198,9 @@ def _print(
 
 
 def _plan_table(plan: QuantizationPlan) -> Table:
-    title = f"{plan.int8_share:.0%} of the UNet's operations in int8, ranges by {plan.ranges}"
+    graphs = {layer.graph for layer in plan.layers}
+    whose = ", ".join(name for graph, name in _OWNERS.items() if graph in graphs)
+    title = f"{plan.int8_share:.0%} of the operations in int8 ({whose}), ranges by {plan.ranges}"
     table = titled(title, "what", *numbers("layers", "of operations"))
     groups: dict[tuple[str, str], list[int]] = {}
     for layer in plan.layers:
@@ -197,11 +213,18 @@ def _plan_table(plan: QuantizationPlan) -> Table:
 
 def _verdict_table(verdict: Verdict) -> Table:
     title = f"Side by side on {verdict.runtime}, {verdict.inputs}; {verdict.loading}"
-    table = titled(title, "", *numbers("UNet ms", "size", "PSNR dB", "gate"))
+    timed = {
+        key: f"{title} ms" for key, title in _TIMED.items() if key in verdict.latency_ms[CONTENDER]
+    }
+    losses = [("latents", verdict.latents_psnr_db, verdict.gate_psnr_db)]
+    if (pictures := verdict.pictures) is not None:
+        losses.append(("pictures", pictures.psnr_db, pictures.gate_psnr_db))
+    table = titled(
+        title, "", *numbers(*timed.values(), "size", *(f"{what}, dB (gate)" for what, *_ in losses))
+    )
     for name, times in verdict.latency_ms.items():
         own = name == CONTENDER
         size = verdict.size_bytes[name if own else "float"]
-        psnr = f"{verdict.latents_psnr_db:.1f}" if own else "-"
-        gate = f"{verdict.gate_psnr_db:.0f}" if own else "-"
-        table.add_row(name, f"{times['unet']:.1f}", megabytes(size), psnr, gate)
+        told = [f"{psnr_db:.1f} ({gate_db:.0f})" if own else "-" for _, psnr_db, gate_db in losses]
+        table.add_row(name, *(f"{times[key]:.1f}" for key in timed), megabytes(size), *told)
     return table

@@ -22,8 +22,7 @@ from tiue_export._version import __version__
 from tiue_export.bundle.read import Bundle
 from tiue_export.graphs.flops import count_flops
 from tiue_export.proof.calibration import CalibrationData, graphs_sha256
-from tiue_export.proof.parity import with_dtypes
-from tiue_export.proof.quantization import BY_RULE, AnalysisOptions
+from tiue_export.proof.quantization import BY_RULE, UNET, AnalysisOptions
 from tiue_export.proof.quantization_plan import (
     FLOAT,
     PLAN_VERSION,
@@ -34,15 +33,16 @@ from tiue_export.proof.quantization_plan import (
     QuantizationPlan,
     student_identity,
 )
-from tiue_export.specs import UNET_GRAPHS, Array
+from tiue_export.specs import Array
 from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.json_file import parse_json
 from tiue_export.system.owned_path import temporary_folder
 from tiue_export.system.progress import Observer
 
-from .capture import choose_runs
+from .capture import choose_drawings
 from .observe import Observed, observe, watched
 from .onnx_layers import CONV, Fold, Layer, Weights, find_folds, find_layers
+from .parts import Judge, Part
 from .placement import (
     Selection,
     Unit,
@@ -50,7 +50,6 @@ from .placement import (
     select,
     units_of,
 )
-from .probe import Probe
 from .qdq_onnx import LEVELS, matched_folds, write_qdq
 from .simulate import Simulated, simulated_model
 
@@ -67,7 +66,7 @@ class Analysis:
 
 
 class Analyser:
-    """One bundle, one set of captured data, one set of options."""
+    """One part of a bundle, one set of captured data, one set of options."""
 
     def __init__(
         self,
@@ -75,22 +74,25 @@ class Analyser:
         data: CalibrationData,
         options: AnalysisOptions,
         observer: Observer | None = None,
+        part: str = UNET,
     ) -> None:
         self.bundle, self.data, self.options = bundle, data, options
         self._observer = observer or Observer()
-        self._ranged, self._judged = choose_runs(data, options.held_out)
+        self.part = Part(part, bundle, data, options.threads)
+        self.graphs = self.part.graphs
+        self._ranged, self._judged = choose_drawings(data, options.held_out)
         # Every pass runs both graphs once; the decoder on so many rows, or fewer.
         steps = max(one.rows for one in bundle.manifest.plan.passes)
         batch = bundle.manifest.batch or 1
         self.layers: dict[str, list[Layer]] = {}
         self.folds: dict[str, list[Fold]] = {}
-        for graph in UNET_GRAPHS:
+        for graph in self.graphs:
             self.layers[graph] = find_layers(bundle.graph_path(graph), graph, batch, steps)
             self.folds[graph] = find_folds(bundle.graph_path(graph), self.layers[graph])
         self.total_flops = sum(
-            count_flops(bundle.graph_path(graph), batch, steps).total for graph in UNET_GRAPHS
+            count_flops(bundle.graph_path(graph), batch, steps).total for graph in self.graphs
         )
-        self._factors: dict[str, dict[str, Array]] = {graph: {} for graph in UNET_GRAPHS}
+        self._factors: dict[str, dict[str, Array]] = {graph: {} for graph in self.graphs}
         self.scales: dict[tuple[str, str], float] = {}
 
     def run(self) -> Analysis:
@@ -111,17 +113,17 @@ class Analyser:
         self, graph: str, divide: Mapping[str, Array] | None = None
     ) -> dict[str, Observed]:
         """What passes through the inputs of a graph's layers, over the runs for ranges."""
-        path, spec = self.bundle.graph_path(graph), self.bundle.spec(graph)
-        tensors, runs = watched(self.layers[graph], divide), len(self._ranged)
+        path, tensors = self.bundle.graph_path(graph), watched(self.layers[graph], divide)
+        runs = self.part.run_count(graph, self._ranged)
 
         def on_run(done: int) -> None:
             self._observer.on_progress(done / runs, f"ranges of {graph}, run {done}/{runs}")
 
-        feeds = (with_dtypes(spec, run) for run in self.data.runs(self._ranged))
+        feeds = self.part.runs(graph, self._ranged)
         return observe(path, tensors, feeds, self.options.threads, on_run)
 
     def _all(self) -> Iterator[Layer]:
-        for graph in UNET_GRAPHS:
+        for graph in self.graphs:
             yield from self.layers[graph]
 
     def _may_be_int8(self, layer: Layer) -> bool:
@@ -129,7 +131,7 @@ class Analyser:
         return allowed and excluded_by_rule(layer) is None
 
     def _find_ranges(self) -> None:
-        for graph in UNET_GRAPHS:
+        for graph in self.graphs:
             self._observer.on_start(f"ranges of {graph}")
             kept = self._kept("ranges", graph=graph)
             if kept.is_file():
@@ -195,13 +197,13 @@ class Analyser:
         self._observer.on_start("sensitivity")
         journal = self._kept("sensitivity", level=self.options.sensitivity)
         known = _read_journal(journal)
-        probe: Probe | None = None
+        probe: Judge | None = None
         units = []
         for number, ((graph, name), group) in enumerate(groups.items()):
             key = f"{graph}/{name}"
             if key not in known:
                 numbers = self._judged[: self.options.probed]
-                probe = probe or Probe(self.bundle, self.data, numbers, self.options.threads)
+                probe = probe or self.part.judge(numbers)
                 path = self.bundle.graph_path(graph)
                 model = simulated_model(path, [self.simulated(layer) for layer in group])
                 known[key] = probe.of_model(graph, model)
@@ -213,7 +215,7 @@ class Analyser:
 
     def _select(self, units: Sequence[Unit]) -> Selection:
         self._observer.on_start("choose layers")
-        probe = Probe(self.bundle, self.data, self._judged, self.options.threads)
+        probe = self.part.judge(self._judged)
 
         def measure(chosen: Sequence[Unit]) -> float:
             names = {layer.key for unit in chosen for layer in unit.layers}
@@ -233,7 +235,7 @@ class Analyser:
             keys = [layer.key for layer in self._all()]
             plan = self._plan({key: (W8A8 if key in names else FLOAT, "") for key in keys}, {})
             paths = {}
-            for graph in UNET_GRAPHS:
+            for graph in self.graphs:
                 if plan.of(graph):
                     paths[graph] = write_qdq(
                         self.bundle.graph_path(graph),
@@ -287,7 +289,7 @@ class Analyser:
             student=student_identity(self.bundle.manifest),
             calibration=self.data.sha256,
             ranges="none" if self.options.kind == WEIGHTS else str(self.options.ranges),
-            samples=len(self._ranged) // self.data.index.passes * self.data.index.batch,
+            samples=len(self._ranged) * self.data.index.batch,
             target_psnr_db=self.options.target_psnr_db,
             total_flops=self.total_flops,
             layers=tuple(layers),
@@ -307,7 +309,7 @@ class Analyser:
 
     def _fold_plans(self) -> tuple[FoldPlan, ...]:
         plans = []
-        for graph in UNET_GRAPHS:
+        for graph in self.graphs:
             for fold in self.folds[graph]:
                 factors = self._factors[graph].get(fold.activation)
                 if factors is not None:
@@ -327,6 +329,7 @@ class Analyser:
             "graphs": graphs_sha256(self.bundle),
             "version": PLAN_VERSION,
             **options,
+            **self.part.identity,
             **more,
         }
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

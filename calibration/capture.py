@@ -216,9 +216,6 @@ def _drawing(
     bundle: Bundle, runtime: Runtime, tokenizer: Tokenizer, index: CalibrationIndex, number: int
 ) -> list[dict[str, Array]]:
     """A batch of pictures up to its last encoder run: what both graphs are fed in each pass."""
-    start = number * index.batch
-    chosen = list(index.prompts[start : start + index.batch])
-    chosen += chosen[-1:] * (index.batch - len(chosen))
     wanted = {tensor.name for graph in UNET_GRAPHS for tensor in bundle.spec(graph).inputs}
     plan = bundle.manifest.plan
     runs: list[dict[str, Array]] = []
@@ -232,7 +229,7 @@ def _drawing(
             runs.append({k: v.astype(np.float32) for k, v in fed.items() if k in wanted})
         return outputs
 
-    (text,) = run(TEXT_ENCODER, {TOKENS: tokenizer(chosen)}).values()
+    (text,) = run(TEXT_ENCODER, {TOKENS: drawing_tokens(tokenizer, index, number)}).values()
     noises = drawing_noises(bundle, index, number)
     before = replace(plan, passes=plan.passes[:-1]).bounded(step_limit(runtime), len(text))
     outputs = sampled_outputs(before, run, noises, text)
@@ -241,6 +238,13 @@ def _drawing(
     sample = noises[0] if plan.one_pass else combined(last.input, noises, outputs)
     run(UNET_ENCODER, encoder_feeds(last, sample, text))
     return runs
+
+
+def drawing_tokens(tokenizer: Tokenizer, index: CalibrationIndex, number: int) -> Array:
+    """Tokens (B, L) of a drawing's prompts; a batch that they do not fill repeats the last."""
+    start = number * index.batch
+    chosen = list(index.prompts[start : start + index.batch])
+    return tokenizer(chosen + chosen[-1:] * (index.batch - len(chosen)))
 
 
 def _with_disk_errors(
@@ -259,8 +263,8 @@ def _with_disk_errors(
     return result or read_index(root)
 
 
-def choose_runs(data: CalibrationData, held_out: int) -> tuple[Sequence[int], Sequence[int]]:
-    """Runs for ranges, and the last `held_out` drawings to judge by, which no range has seen."""
+def choose_drawings(data: CalibrationData, held_out: int) -> tuple[Sequence[int], Sequence[int]]:
+    """Drawings for ranges, and the last `held_out` to judge by, which no range has seen."""
     count = data.index.captured_drawings
     if count <= held_out:
         raise UsageError(
@@ -273,4 +277,4 @@ def choose_runs(data: CalibrationData, held_out: int) -> tuple[Sequence[int], Se
             ),
         )
     ranged = count - held_out
-    return range(ranged * data.index.passes), range(ranged, count)
+    return range(ranged), range(ranged, count)

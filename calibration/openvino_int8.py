@@ -1,4 +1,4 @@
-"""Bundle + plan + captured data -> a new bundle with an int8 UNet in OpenVINO's form, by NNCF.
+"""Bundle + plan + captured data -> a new bundle with int8 graphs in OpenVINO's form, by NNCF.
 
 NNCF places and calibrates its own fake-quantize operations, for the layers that the plan names and
 no others; float layers of the plan are its ignored scope. The new bundle leaves the ONNX files out:
@@ -25,7 +25,7 @@ from tiue_export.proof.quantization_plan import (
     QuantizationPlan,
 )
 from tiue_export.registry.packages import require
-from tiue_export.specs import UNET_GRAPHS, Feeds
+from tiue_export.specs import Feeds
 from tiue_export.system.command_line import command_line
 from tiue_export.system.openvino_core import import_openvino, openvino_core
 from tiue_export.system.progress import Observer, stage
@@ -42,11 +42,10 @@ _GROUP = 64
 
 @dataclass(frozen=True)
 class NncfOptions:
-    """`feeds` gives the captured inputs of a graph, `samples` in number."""
+    """`feeds` gives a graph's inputs on the drawings that ranges are from, all of them."""
 
     kind: str
     feeds: Callable[[str], Iterable[Feeds]]
-    samples: int
 
 
 def require_nncf(bundle: Bundle) -> Compiled:
@@ -77,10 +76,10 @@ def write_nncf_graphs(
     }
     (folder / FOLDER).mkdir()
     for name, form in compiled.graphs.items():
-        if name in UNET_GRAPHS:
+        if (kind := plan.kind(name)) is not None:
             forms[name] = _quantize_graph(bundle, name, form, plan, options, folder, observer)
-            kind = W8A8 if options.kind == "hybrid" else options.kind
-            graphs[name] = replace(graphs[name], precision=kind)
+            precision = INT4 if options.kind == INT4 else kind
+            graphs[name] = replace(graphs[name], precision=precision)
         else:
             link_files(bundle.root, folder, form.files)
             forms[name] = form
@@ -142,11 +141,12 @@ def _quantized(model: Any, graph: str, plan: QuantizationPlan, options: NncfOpti
             model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=ignored
         )
     if chosen:
+        runs = list(options.feeds(graph))
         model = nncf.quantize(
             model,
-            nncf.Dataset(list(options.feeds(graph))),
+            nncf.Dataset(runs),
             preset=nncf.QuantizationPreset.PERFORMANCE,
-            subset_size=options.samples,
+            subset_size=len(runs),
             model_type=nncf.ModelType.TRANSFORMER,
             ignored_scope=_scope(model, lambda name: name in chosen, others=True),
             advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),

@@ -14,8 +14,11 @@ from .onnx_layers import Layer
 # lose goes through everything that follows (research in docs/int8.md).
 RULES = (
     (r"(^|\.)time_emb", "rule: the timestep's own layers do no work to speak of"),
-    (r"(^|\.)conv_in$", "rule: the first convolution sees the noise itself"),
-    (r"(^|\.)conv_out$", "rule: the last convolution makes the latents themselves"),
+    (
+        r"(^|\.)(conv_in|post_quant_conv)$",
+        "rule: the first convolution sees the latents themselves",
+    ),
+    (r"(^|\.)conv_out$", "rule: the last convolution makes the result itself"),
     (r"(^|\.)conv_shortcut$", "rule: a shortcut hands its error on undamped"),
 )
 _BLOCK = re.compile(r"^(.*?\.(?:resnets|attentions|upsamplers|downsamplers|text)\.[^.]+)")

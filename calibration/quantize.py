@@ -12,15 +12,19 @@ from tiue_export.bundle.write import new_bundle
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.export.openvino import OpenvinoOptions, compile_openvino
 from tiue_export.proof.calibration import CalibrationData
-from tiue_export.proof.parity import with_dtypes
 from tiue_export.proof.quantization import (
     BACKENDS,
     FASTER,
     KINDS,
     ONNX,
     OPENVINO,
+    PARTS,
     SMALLER,
+    TEXT,
+    UNET,
+    VAE,
     MeasuredPlan,
+    Point,
     Quantized,
     QuantizeOptions,
     Verdict,
@@ -28,6 +32,7 @@ from tiue_export.proof.quantization import (
 from tiue_export.proof.quantization_plan import (
     WEIGHTS,
     QuantizationPlan,
+    joined,
     read_plan,
     require_same_student,
 )
@@ -38,13 +43,14 @@ from tiue_export.system.command_line import command_line
 from tiue_export.system.progress import Observer, stage
 
 from .analysis import Analyser
-from .capture import choose_runs
+from .capture import choose_drawings
 from .openvino_int8 import (
     INT4,
     NncfOptions,
     require_nncf,
     write_nncf_graphs,
 )
+from .parts import Part, part_named
 from .quantized_bundle import (
     add_verdict,
     write_quantized_graphs,
@@ -101,6 +107,15 @@ def check_quantize(bundle: Bundle, options: QuantizeOptions) -> None:
         raise unknown_name("backend", options.backend, BACKENDS)
     if options.kind not in (*KINDS, INT4):
         raise unknown_name("kind", options.kind, (*KINDS, INT4))
+    for part in options.parts:
+        if part not in PARTS:
+            raise unknown_name("part", part, PARTS)
+        if not set(PARTS[part]) <= bundle.manifest.graphs.keys():
+            raise UsageError(
+                f"{bundle.root} has no {PARTS[part][0]}: there is nothing to quantize of --parts "
+                f"{part}",
+                f"Leave {part} out of --parts.",
+            )
     require_support("quantize", bundle)
     if options.kind == INT4 and options.backend == ONNX:
         raise UsageError(
@@ -130,9 +145,16 @@ def _plan(
         require_same_student(plan, bundle.manifest, str(bundle.root))
         return MeasuredPlan(plan, ())
     kind = WEIGHTS if options.kind == INT4 else options.kind
-    analysis = Analyser(bundle, data, replace(options.analysis, kind=kind), observer).run()
-    points = analysis.selection.points if analysis.selection else ()
-    return MeasuredPlan(analysis.plan, tuple(points))
+    plans: list[QuantizationPlan] = []
+    points: list[Point] = []
+    for part in (name for name in (TEXT, UNET, VAE) if name in options.parts):
+        of_part = replace(options.analysis, kind=WEIGHTS if part == TEXT else kind)
+        analysis = Analyser(bundle, data, of_part, observer, part).run()
+        plans.append(analysis.plan)
+        # One curve: what it is of is said by its first part that has one.
+        if analysis.selection and not points:
+            points = analysis.selection.points
+    return MeasuredPlan(joined(plans), tuple(points))
 
 
 def _write(
@@ -144,13 +166,13 @@ def _write(
     observer: Observer,
 ) -> Bundle:
     if options.backend == OPENVINO:
-        ranged, _ = choose_runs(data, options.analysis.held_out)
+        ranged, _ = choose_drawings(data, options.analysis.held_out)
 
         def feeds(graph: str) -> Iterator[Feeds]:
-            spec = bundle.spec(graph)
-            return (with_dtypes(spec, run) for run in data.runs(ranged))
+            part = Part(part_named(graph), bundle, data, options.analysis.threads)
+            return part.runs(graph, ranged)
 
-        wanted = NncfOptions(options.kind, feeds, len(ranged))
+        wanted = NncfOptions(options.kind, feeds)
         return write_nncf_graphs(bundle, plan, wanted, folder, observer)
     draft = write_quantized_graphs(bundle, plan, folder, options.scales)
     if options.judged.runtime != OPENVINO:
@@ -169,7 +191,7 @@ def _judge(
     data: CalibrationData,
     options: QuantizeOptions,
 ) -> Verdict:
-    _, held_out = choose_runs(data, options.analysis.held_out)
+    _, held_out = choose_drawings(data, options.analysis.held_out)
     must_be = SMALLER if options.kind in (WEIGHTS, INT4) else FASTER
     judged = replace(options.judged, must_be=None if options.any_speed else must_be)
     return judge(bundle, draft, plan, data, held_out, judged)

@@ -1,6 +1,6 @@
-"""Bundle + plan -> a new bundle whose UNet graphs hold explicit Q/DQ pairs; the rest is the same.
+"""Bundle + plan -> a new bundle whose planned graphs hold Q/DQ pairs; all else is the same.
 
-Text encoder, VAE and tokenizer are linked or copied. Compiled forms are left behind: they are those
+Other graphs and the tokenizer are linked or copied. Compiled forms are left behind: they are those
 of the float graphs. The plan goes along, so that the result says how it was made.
 """
 
@@ -21,7 +21,6 @@ from tiue_export.proof.quantization_plan import (
     VERDICT_FILE,
     QuantizationPlan,
 )
-from tiue_export.specs import UNET_GRAPHS
 
 from .onnx_layers import find_folds, find_layers
 from .qdq_onnx import SCALES, matched_folds, write_qdq
@@ -36,7 +35,7 @@ def write_quantized_graphs(
     """
     if scales not in SCALES:
         raise unknown_name("scales", scales, SCALES)
-    if not any(plan.of(graph) for graph in UNET_GRAPHS):
+    if not any(plan.of(graph) for graph in bundle.manifest.graphs):
         raise UsageError(
             "the plan quantizes no layer",
             "Lower --target-psnr, or look at the plan's losses: --plots FOLDER.",

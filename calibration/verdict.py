@@ -12,12 +12,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from tiue_export.bundle.chain import TOKENS
 from tiue_export.bundle.manifest import Manifest, ParityRecord
 from tiue_export.bundle.read import Bundle
+from tiue_export.drawing.tokenizer import tokenizer_of_bundle
 from tiue_export.errors import ParityError, RegressionError
 from tiue_export.proof.calibration import CalibrationData
 from tiue_export.proof.gates import max_abs_error, psnr_db
@@ -27,6 +29,7 @@ from tiue_export.proof.quantization import (
     CONTENDER,
     SMALLER,
     TOGETHER,
+    Loss,
     Verdict,
     VerdictOptions,
 )
@@ -38,13 +41,19 @@ from tiue_export.proof.quantization_plan import (
 from tiue_export.registry.backends import BACKENDS, open_runtime
 from tiue_export.sampling.sampler import sample
 from tiue_export.specs import (
+    RUNNING_ORDER,
+    TEXT_ENCODER,
     UNET_GRAPHS,
+    VAE_DECODER,
     Array,
     Feeds,
     Runtime,
     RuntimeOptions,
     check_finite,
 )
+
+from .capture import drawing_tokens
+from .parts import vae_feeds
 
 
 def judge(
@@ -59,62 +68,84 @@ def judge(
     together, or in turn with `options.low_memory`.
     """
     contenders = _contenders(base, new, options)
-    drawings = list(data.drawings(base, numbers))
-    drawn: dict[str, Array] = {}
+    graphs = [name for name in RUNNING_ORDER if plan.kind(name)]
+    drawn: dict[str, _Drawn] = {}
+    latents: Array | None = None
     for name in (next(iter(contenders)), CONTENDER):
         bundle, runtime_options = contenders[name]
         runtime = open_runtime(options.runtime, bundle, runtime_options)
         try:
-            drawn[name] = _latents(bundle, runtime, drawings)
+            drawn[name] = _draw(bundle, runtime, data, numbers, graphs, latents)
+            latents = drawn[name].latents
             title = f"{runtime.name} {runtime.device}"
         finally:
             runtime.close()
-    reference, latents = drawn.values()
-    runs = list(data.runs(data.drawing_runs(numbers[0])))
+    reference, quantized = drawn.values()
     latency_ms: dict[str, dict[str, float]] = {name: {} for name in contenders}
-    for graph in UNET_GRAPHS:
+    for graph in graphs:
+        runs = list(_runs(base, data, numbers[0], graph, reference.latents))
         for name, value in _time(contenders, graph, runs, options).items():
             latency_ms[name][graph] = round(value, 3)
     for times in latency_ms.values():
-        times["unet"] = round(sum(times.values()), 3)
-    floats = [times["unet"] for name, times in latency_ms.items() if name != CONTENDER]
-    kinds = {new.manifest.graphs[graph].precision for graph in UNET_GRAPHS}
-    gate = gate_of(kinds) if options.gate_psnr_db is None else options.gate_psnr_db
-    psnr = psnr_db(reference, latents)
+        total = round(sum(times.values()), 3)
+        if set(UNET_GRAPHS) & times.keys():
+            times["unet"] = round(sum(times.get(graph, 0.0) for graph in UNET_GRAPHS), 3)
+        times["all"] = total
+    floats = [times["all"] for name, times in latency_ms.items() if name != CONTENDER]
+    # The VAE has no part in the latents; with no other graph quantized they have no gate to miss.
+    kinds = {
+        name: kind for name in graphs if (kind := new.manifest.graphs[name].precision) is not None
+    }
+    vae_kind = kinds.pop(VAE_DECODER, None)
+    gate = gate_of(kinds.values()) if kinds else 0.0
+    gate = gate if options.gate_psnr_db is None else options.gate_psnr_db
+    psnr = psnr_db(reference.latents, quantized.latents)
+    pictures = None
+    if vae_kind is not None and reference.pictures is not None and quantized.pictures is not None:
+        pictures = Loss(
+            round(psnr_db(reference.pictures, quantized.pictures), 2),
+            max_abs_error(reference.pictures, quantized.pictures),
+            gate_of([vae_kind]),
+        )
     return Verdict(
         runtime=title,
         inputs=f"{len(numbers) * data.index.batch} captured prompts held out of the ranges",
         latents_psnr_db=round(psnr, 2),
-        max_abs_error=max_abs_error(reference, latents),
+        max_abs_error=max_abs_error(reference.latents, quantized.latents),
         gate_psnr_db=gate,
         loading=ALONE if options.low_memory else TOGETHER,
         latency_ms=latency_ms,
-        speed_ratio=round(min(floats) / latency_ms[CONTENDER]["unet"], 4),
+        speed_ratio=round(min(floats) / latency_ms[CONTENDER]["all"], 4),
         size_bytes={
-            "float": _size_bytes(base, options.runtime),
-            CONTENDER: _size_bytes(new, options.runtime),
+            "float": _size_bytes(base, options.runtime, graphs),
+            CONTENDER: _size_bytes(new, options.runtime, graphs),
         },
         int8_share=round(plan.int8_share, 4),
         must_be=options.must_be,
-        blame=tuple(largest_losses(plan)),
+        blame=tuple(largest_losses(plan, graphs)),
+        pictures=pictures,
     )
 
 
 def require_worth(verdict: Verdict, *, allow_loss: bool, allow_slower: bool) -> None:
     """Raise what is wrong with the result, with the layers or graphs to blame."""
     if not verdict.accurate and not allow_loss:
-        blame = "; ".join(verdict.blame) or "no single layer was measured: --sensitivity layer"
+        what, psnr_db, gate_db = "latents", verdict.latents_psnr_db, verdict.gate_psnr_db
+        if (pictures := verdict.pictures) is not None and not pictures.passed:
+            what, psnr_db, gate_db = "pictures", pictures.psnr_db, pictures.gate_psnr_db
+        own = [entry for entry in verdict.blame if (what == "pictures") == _is_of_vae(entry)]
+        blame = "; ".join(own) or "no single layer was measured: --sensitivity layer"
         raise ParityError(
-            f"the latents of the quantized bundle have {verdict.latents_psnr_db:.1f} dB, gate "
-            f"{verdict.gate_psnr_db:.0f} dB; what costs most: {blame}",
+            f"the {what} of the quantized bundle have {psnr_db:.1f} dB, gate {gate_db:.0f} dB; "
+            f"what costs most: {blame}",
             "Raise --target-psnr or set those layers to float in the plan; or accept it: "
             "--allow-parity-loss.",
         )
     if not verdict.worth_it and not allow_slower:
         if verdict.must_be == SMALLER:
-            raise RegressionError("the quantized UNet is not smaller than the float one")
+            raise RegressionError("the quantized graphs are not smaller than the float ones")
         raise RegressionError(
-            f"the quantized UNet is not faster on {verdict.runtime}: {_slow_graphs(verdict)}",
+            f"the quantized graphs are not faster on {verdict.runtime}: {_slow_graphs(verdict)}",
             "Judge on the runtime you will use (--runtime openvino), or for another device leave "
             "speed out: --any-speed.",
         )
@@ -131,7 +162,23 @@ def with_parity(manifest: Manifest, verdict: Verdict) -> Manifest:
         max_abs_error=verdict.max_abs_error,
         inputs=verdict.inputs,
     )
-    return replace(manifest, parity=(record,), parity_loss_allowed=not record.passed)
+    records = [record]
+    if (pictures := verdict.pictures) is not None:
+        records.append(
+            replace(
+                record,
+                subject="picture / float VAE",
+                value=pictures.psnr_db,
+                gate=pictures.gate_psnr_db,
+                max_abs_error=pictures.max_abs_error,
+            )
+        )
+    allowed = not all(each.passed for each in records)
+    return replace(manifest, parity=tuple(records), parity_loss_allowed=allowed)
+
+
+def _is_of_vae(loss: str) -> bool:
+    return loss.startswith(f"{VAE_DECODER}/")
 
 
 def _contenders(
@@ -164,16 +211,59 @@ def _chosen_precision(bundle: Bundle, runtime: str, options: RuntimeOptions) -> 
         opened.close()
 
 
-def _latents(bundle: Bundle, runtime: Runtime, drawings: Sequence[tuple[Array, Array]]) -> Array:
-    """Whole drawings, so that a bundle goes on with what it made itself in earlier passes."""
+class _Drawn(NamedTuple):
+    """Latents (N, 4, H, W) of all drawings, and, of a VAE that is quantized, their pictures."""
+
+    latents: Array
+    pictures: Array | None
+
+
+def _draw(
+    bundle: Bundle,
+    runtime: Runtime,
+    data: CalibrationData,
+    numbers: Sequence[int],
+    graphs: Sequence[str],
+    float_latents: Array | None,
+) -> _Drawn:
+    """Whole drawings, so that a bundle goes on with what it made itself in earlier passes.
+
+    Pictures are of `float_latents`, or of these where there are none yet: the VAE's own loss.
+    """
 
     def run(graph: str, pool: Feeds) -> dict[str, Array]:
         outputs = runtime.run(graph, with_dtypes(bundle.spec(graph), pool))
         check_finite(graph, outputs)
         return outputs
 
-    plan = bundle.manifest.plan
-    return np.concatenate([sample(plan, run, noises, text) for noises, text in drawings])
+    plan, drawn = bundle.manifest.plan, []
+    tokenizer = tokenizer_of_bundle(bundle)
+    for number, (noises, text) in zip(numbers, data.drawings(bundle, numbers), strict=True):
+        if TEXT_ENCODER in graphs:
+            tokens = drawing_tokens(tokenizer, data.index, number)
+            (text,) = run(TEXT_ENCODER, {TOKENS: tokens}).values()
+        drawn.append(sample(plan, run, noises, text.astype(np.float32)))
+    latents = np.concatenate(drawn)
+    if VAE_DECODER not in graphs:
+        return _Drawn(latents, None)
+    source = latents if float_latents is None else float_latents
+    pictures = []
+    for one in np.split(source, len(numbers)):
+        for feeds in vae_feeds(bundle, one):
+            pictures.append(next(iter(run(VAE_DECODER, feeds).values())))
+    return _Drawn(latents, np.concatenate(pictures))
+
+
+def _runs(
+    bundle: Bundle, data: CalibrationData, number: int, graph: str, latents: Array
+) -> Iterator[Feeds]:
+    """What a graph is fed in the first of the drawings that `latents` are of."""
+    if graph == TEXT_ENCODER:
+        yield {TOKENS: drawing_tokens(tokenizer_of_bundle(bundle), data.index, number)}
+    elif graph == VAE_DECODER:
+        yield from vae_feeds(bundle, latents[: data.index.batch])
+    else:
+        yield from data.runs(data.drawing_runs(number))
 
 
 def _time(
@@ -222,16 +312,16 @@ def _loaded(
         runtime.close()
 
 
-def _size_bytes(bundle: Bundle, runtime: str) -> int:
+def _size_bytes(bundle: Bundle, runtime: str, names: Sequence[str]) -> int:
     compiled = bundle.manifest.compiled.get(runtime)
     graphs: Mapping[str, Any] = bundle.manifest.graphs if compiled is None else compiled.graphs
-    return sum(f.size_bytes for graph in UNET_GRAPHS for f in graphs[graph].files.values())
+    return sum(f.size_bytes for name in names for f in graphs[name].files.values())
 
 
 def _slow_graphs(verdict: Verdict) -> str:
     """Each graph's time, float and quantized."""
     parts = []
-    for graph in UNET_GRAPHS:
+    for graph in (name for name in RUNNING_ORDER if name in verdict.latency_ms[CONTENDER]):
         floats = min(t[graph] for name, t in verdict.latency_ms.items() if name != CONTENDER)
         parts.append(f"{graph} {floats:.1f} -> {verdict.latency_ms[CONTENDER][graph]:.1f} ms")
     return ", ".join(parts)

@@ -21,8 +21,11 @@ class QuantizeRequest(WriteOptions, MemoryOptions, ThreadOptions, PrecisionOptio
     kind: str | None = option(
         None, "w8a8, hybrid (linear layers: weights only), int8-weights, 4-bit \\[default: w8a8]."
     )
+    parts: str = option("unet", "Between commas: unet, vae, text (its weights).")
     backend: str = option("onnx", "onnx: Q/DQ for ort, trt, openvino; openvino: by NNCF.")
-    target_psnr: float | None = option(None, "dB that the latents shall keep \\[default: 35].")
+    target_psnr: float | None = option(
+        None, "dB that latents, and a VAE's pictures, shall keep \\[default: 35]."
+    )
     ranges: str | None = option(None, "min-max, percentile or entropy \\[default: percentile].")
     percentile: float | None = option(None, "In percent \\[default: 99.99].")
     smooth: float | None = option(None, "SmoothQuant's alpha, folded exactly \\[default: 0.5].")

@@ -10,7 +10,7 @@ convolutional layer?", 2016, tells the like of sub-pixel and transposed convolut
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class SubPixelConvolution(nn.Module):
     sums of two halves are no halves; `lowering.in_precision` rounds them with all others.
     """
 
-    bias: nn.Parameter | None
+    bias: Tensor | None
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def _doubles(layer: nn.Upsample) -> bool:
     return layer.mode == "nearest" and layer.scale_factor in (2, (2.0, 2.0))
 
 
-def _is_usual(conv: Any) -> bool:
+def _is_usual(conv: Any) -> TypeGuard[nn.Conv2d]:
     """Whether a layer is a 3x3 convolution of all channels, padded by 1 with zeros."""
     return (
         isinstance(conv, nn.Conv2d)

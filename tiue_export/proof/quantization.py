@@ -11,6 +11,7 @@ from typing import Any
 from tiue_export.bundle.read import Bundle
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.proof.quantization_plan import W8A8, WEIGHTS, QuantizationPlan
+from tiue_export.specs import TEXT_ENCODER, UNET_GRAPHS, VAE_DECODER
 
 KINDS = (W8A8, "hybrid", WEIGHTS)
 RANGE_METHODS = ("min-max", "percentile", "entropy")
@@ -19,6 +20,13 @@ SENSITIVITIES = (BY_LAYER, BY_BLOCK, BY_RULE)
 ONNX, OPENVINO = "onnx", "openvino"
 BACKENDS = (ONNX, OPENVINO)
 FASTER, SMALLER = "faster", "smaller"
+UNET, VAE, TEXT = "unet", "vae", "text"
+# What can be quantized, part by part; of the text encoder only the weights are.
+PARTS: Mapping[str, tuple[str, ...]] = {
+    UNET: UNET_GRAPHS,
+    VAE: (VAE_DECODER,),
+    TEXT: (TEXT_ENCODER,),
+}
 # What the new bundle is called beside the float ones that it is held against.
 CONTENDER = "quantized"
 # How the graphs were loaded while they were timed.
@@ -100,12 +108,14 @@ class VerdictOptions:
 class QuantizeOptions:
     """What to make and what it must reach.
 
-    `kind` is one of the analysis' kinds, or 4-bit with the openvino backend. `plan` replays a file
-    in place of an analysis. `any_speed` leaves speed and size unjudged.
+    `parts` are keys of `PARTS`; a `plan`, a file in place of an analysis, names its layers itself.
+    `kind` is one of the analysis' kinds, or 4-bit with the openvino backend. `any_speed` leaves
+    speed and size unjudged.
     """
 
     kind: str = W8A8
     backend: str = ONNX
+    parts: tuple[str, ...] = (UNET,)
     analysis: AnalysisOptions = field(default_factory=AnalysisOptions)
     judged: VerdictOptions = field(default_factory=VerdictOptions)
     plan: Path | None = None
@@ -133,13 +143,27 @@ class MeasuredPlan:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What became of an output, and the gate that it has to pass."""
+
+    psnr_db: float
+    max_abs_error: float
+    gate_psnr_db: float
+
+    @property
+    def passed(self) -> bool:
+        return self.psnr_db >= self.gate_psnr_db
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What was measured. `latency_ms`: contender -> graph -> median of all its runs in one drawing;
-    `unet` is their sum.
+    `unet` is the sum of its graphs, `all` of all that are quantized.
 
-    `speed_ratio` is the fastest float contender's time over the quantized one's: above 1 is a gain.
-    `loading` says how the graphs were held: `TOGETHER` or `ALONE`. Loading itself is never timed.
-    Sizes are of the UNet's files in the form that ran, under "float" and `CONTENDER`.
+    `pictures` are a quantized VAE decoder's of the float graphs' latents, None where it stays as it
+    is. `speed_ratio` is the fastest float contender's time over the quantized one's: above 1 is a
+    gain. `loading` says how the graphs were held: `TOGETHER` or `ALONE`; loading itself is never
+    timed. Sizes are of those graphs' files in the form that ran, under "float" and `CONTENDER`.
     """
 
     runtime: str
@@ -154,10 +178,12 @@ class Verdict:
     int8_share: float
     must_be: str | None
     blame: tuple[str, ...]
+    pictures: Loss | None = None
 
     @property
     def accurate(self) -> bool:
-        return self.latents_psnr_db >= self.gate_psnr_db
+        latents = self.latents_psnr_db >= self.gate_psnr_db
+        return latents and (self.pictures is None or self.pictures.passed)
 
     @property
     def worth_it(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class FoldPlan:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """All layers of a bundle's UNet, in running order; `total_flops` counts attention too."""
+    """All layers of some graphs of a bundle in running order; `total_flops` has attention too."""
 
     format_version: int
     created_by: str
@@ -106,6 +106,17 @@ class QuantizationPlan:
             lines = ",\n  ".join(json.dumps(value, allow_nan=False) for value in values)
             parts.append(f' "{key}": [\n  {lines}\n ]' if values else f' "{key}": []')
         return ",\n".join(parts) + "\n}\n"
+
+
+def joined(plans: Sequence[QuantizationPlan]) -> QuantizationPlan:
+    """One plan of several parts of the same bundle, made with the same data."""
+    ranged = [plan for plan in plans if plan.ranges != "none"]
+    return dataclasses.replace(
+        (ranged or plans)[0],
+        total_flops=sum(plan.total_flops for plan in plans),
+        layers=tuple(layer for plan in plans for layer in plan.layers),
+        folds=tuple(fold for plan in plans for fold in plan.folds),
+    )
 
 
 def read_plan(path: Path) -> QuantizationPlan:
@@ -203,12 +214,12 @@ def require_same_student(plan: QuantizationPlan, manifest: Manifest, what: str) 
         )
 
 
-def largest_losses(plan: QuantizationPlan) -> list[str]:
-    """The quantized layers or blocks that cost most by themselves, worst first, as text."""
+def largest_losses(plan: QuantizationPlan, graphs: Collection[str]) -> list[str]:
+    """The quantized layers or blocks of graphs that cost most alone, worst first, as text."""
     losses = {
         f"{layer.graph}/{layer.unit or layer.name}": layer.psnr_db
         for layer in plan.layers
-        if layer.psnr_db is not None and layer.mode == W8A8
+        if layer.graph in graphs and layer.psnr_db is not None and layer.mode == W8A8
     }
     worst = sorted(losses.items(), key=lambda entry: entry[1])[:_LISTED]
     return [f"{unit} ({psnr_db:.1f} dB alone)" for unit, psnr_db in worst]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.bundle.read import Bundle, vae_tile_px
 from tiue_export.errors import UsageError
-from tiue_export.specs import CONTROLNET, UNET_DECODER, UNET_ENCODER
+from tiue_export.specs import CONTROLNET
 
 # What a bundle can be given to, beside the runtimes it draws on.
 VERBS: Mapping[str, str] = {
@@ -45,8 +45,7 @@ class Feature:
 
 def _is_quantized(manifest: Manifest) -> bool:
     float_precisions = ("fp32", "fp16", "bf16")
-    unet = (manifest.graphs.get(name) for name in (UNET_ENCODER, UNET_DECODER))
-    return any(graph is not None and graph.precision not in float_precisions for graph in unet)
+    return any(graph.precision not in float_precisions for graph in manifest.graphs.values())
 
 
 FEATURES: Mapping[str, Feature] = {
