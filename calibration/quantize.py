@@ -107,6 +107,8 @@ def check_quantize(bundle: Bundle, options: QuantizeOptions) -> None:
         raise unknown_name("backend", options.backend, BACKENDS)
     if options.kind not in (*KINDS, INT4):
         raise unknown_name("kind", options.kind, (*KINDS, INT4))
+    if not options.parts:
+        raise UsageError(f"--parts is empty; expected {', '.join(PARTS)} or several")
     for part in options.parts:
         if part not in PARTS:
             raise unknown_name("part", part, PARTS)

@@ -47,7 +47,8 @@ class BenchRequest(JsonOptions, ThreadOptions, SizeOptions, PartOptions):
     no_peak: bool = option(False, "Do not measure the peak.")
     work: Path | None = option(None, "Folder that keeps graphs made for measuring.")
     timeout_s: float = option(3600.0, "Seconds for one turn.", "--timeout")
-    out: Path | None = option(None, "Record to write (.json).")
+    out: Path | None = option(None, "Record to write (.json), after each round.")
+    resume: bool = option(False, "Go on with the rounds that --out holds.")
     markdown: Path | None = option(None, "Table to write.")
     plot: Path | None = option(None, "Picture to write (.png).")
     compare: tuple[Path, Path] | None = option(

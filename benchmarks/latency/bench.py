@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tiue_export.proof.latency_record import (
     Measurement,
     Record,
     Settings,
+    read_record,
     to_json,
     write_text,
 )
@@ -48,7 +50,7 @@ from .made_bundle import is_made, made
 from .report import first_measured, full_names, markdown, number, standing_warnings
 from .settings import GraphSettings, LoopSettings, SessionSettings
 from .summary import RATIO_STAGES, summarized
-from .turns import measure
+from .turns import Earlier, measure
 
 Tell = Callable[[str], None]
 
@@ -65,7 +67,8 @@ def measure_latency(plan: LatencyPlan, tell: Tell = lambda line: None) -> Latenc
     request = replace(plan.request, bundles=tuple(open_bundle(path) for path in plan.bundles))
     contenders = expand(request)
     asked = full_names([contender.name for contender in contenders], plan.ratios_to)
-    record = measure_contenders(contenders, plan, environment, tell)
+    earlier = earlier_record(plan, [contender.name for contender in contenders], environment, tell)
+    record = measure_contenders(contenders, plan, environment, tell, earlier)
     ratios_to = asked or first_measured(record)
     changes = compare_with_first_bundle(record, bundle_titles(request.bundles))
     text = to_json(record, summarized(record, ratios_to))
@@ -76,27 +79,100 @@ def measure_latency(plan: LatencyPlan, tell: Tell = lambda line: None) -> Latenc
 
 
 def measure_contenders(
-    contenders: Sequence[Contender], plan: LatencyPlan, environment: Environment, tell: Tell
+    contenders: Sequence[Contender],
+    plan: LatencyPlan,
+    environment: Environment,
+    tell: Tell,
+    earlier: Record | None = None,
 ) -> Record:
-    """Make the bundles that contenders lack, let all take turns, count operations."""
+    """Make the bundles that contenders lack, let all take turns, count operations.
+
+    The record is written after each whole round. With an `earlier` one only the rounds that it
+    lacks are measured, and it stays of the day that it began.
+    """
     given = parse_ceilings(plan.peaks)
     if environment.is_busy:
         tell(f"warning: the machine is busy: load {environment.load_average[0]:.1f}")
     with work_folder(plan.work) as work:
         contenders = [ready(contender, Path(work), tell) for contender in contenders]
-        ceilings = given or _ceilings(plan, tell)
-        told = _Teller(plan.settings, tell)
-        rows = measure(contenders, plan.settings, timeout_s=plan.timeout_s, on_turn=told.turn_taken)
+        ceilings = given or (earlier.ceilings if earlier else _ceilings(plan, tell))
+        begun = earlier.environment if earlier else environment
+        told = _Teller(len(contenders), plan.settings, tell)
+
+        def keep(rounds: int, rows: Sequence[Measurement]) -> None:
+            if plan.outputs.record is not None and rounds < plan.settings.rounds:
+                record = _record_of(begun, plan, rows, ceilings, rounds, "unfinished:")
+                text = to_json(record, summarized(record, first_measured(record)))
+                write_text(plan.outputs.record, text)
+
+        rows = measure(
+            contenders,
+            plan.settings,
+            timeout_s=plan.timeout_s,
+            on_turn=told.turn_taken,
+            on_round=keep,
+            earlier=Earlier.of(earlier),
+        )
         # Graphs are counted from their files, which may go with the folder.
         rows = [counted(one.settings, row) for one, row in zip(contenders, rows, strict=True)]
-    asked_rounds = plan.settings.rounds
-    rounds = min((len(row.turns) for row in rows if row.measured), default=asked_rounds)
+    rounds = min((len(row.turns) for row in rows if row.measured), default=plan.settings.rounds)
+    return _record_of(begun, plan, rows, ceilings, rounds, "stopped by Ctrl-C after")
+
+
+def _record_of(
+    environment: Environment,
+    plan: LatencyPlan,
+    rows: Sequence[Measurement],
+    ceilings: Mapping[str, Ceiling],
+    rounds: int,
+    if_short: str,
+) -> Record:
     settings = replace(plan.settings, rounds=rounds)
     record = Record(environment, settings, tuple(rows), ceilings)
     warnings = standing_warnings(record)
-    if rounds < asked_rounds:
-        warnings.append(f"stopped by Ctrl-C after {rounds} of {asked_rounds} rounds")
+    if rounds < plan.settings.rounds:
+        warnings.append(f"{if_short} {rounds} of {plan.settings.rounds} rounds")
     return replace(record, warnings=tuple(warnings))
+
+
+def earlier_record(
+    plan: LatencyPlan, names: Sequence[str], environment: Environment, tell: Tell
+) -> Record | None:
+    """The record that `--resume` goes on with; None where there is none to go on with.
+
+    Raises `UsageError` for one of other contenders, settings, programs or of another machine.
+    """
+    if not plan.resume:
+        return None
+    path = plan.outputs.record
+    if path is None:
+        raise UsageError(
+            "--resume goes on with a record, and --out names none",
+            "Add --out RECORD.json: it is written after each round.",
+        )
+    if not path.exists():
+        tell(f"{path} is not there yet: nothing to resume, so this begins")
+        return None
+    record = read_record(path)
+    changed = [
+        name
+        for name in ("runs", "warmup", "unet_only", "reload")
+        if getattr(record.settings, name) != getattr(plan.settings, name)
+    ]
+    changed += [
+        name
+        for name in ("cpu", "cores", "packages")
+        if getattr(record.environment, name) != getattr(environment, name)
+    ]
+    if [row.name for row in record.contenders] != list(names):
+        changed.insert(0, "contenders")
+    if changed:
+        raise UsageError(
+            f"{path} was measured with other {', '.join(changed).replace('_', '-')}",
+            "Repeat the line that began it, or leave --resume out to begin anew.",
+        )
+    tell(f"{path} holds {record.settings.rounds} of {plan.settings.rounds} rounds")
+    return record
 
 
 def check_settings(plan: LatencyPlan) -> None:
@@ -219,21 +295,39 @@ def _counted_bundle(folder: str) -> Bundle:
 
 
 class _Teller:
-    """Says what each turn took."""
+    """Says what each turn took, and how long those will take that are left."""
 
-    def __init__(self, settings: Settings, tell: Tell) -> None:
-        self._settings, self._tell = settings, tell
+    def __init__(self, contenders: int, settings: Settings, tell: Tell) -> None:
+        self._settings, self._tell, self._contenders = settings, tell, contenders
+        self._last_s, self._turn_s = time.monotonic(), dict[str, float]()
+        self._round = self._taken = 0
 
     def turn_taken(self, number_of_round: int, row: Measurement) -> None:
         """One line for a turn."""
-        head = f"round {number_of_round} of {self._settings.rounds}  {row.name}"
+        now_s = time.monotonic()
+        turn_s, self._last_s = now_s - self._last_s, now_s
+        self._taken = self._taken + 1 if number_of_round == self._round else 1
+        self._round = number_of_round
+        head = f"round {number_of_round} of {self._settings.rounds}"
         if row.reason is not None:
-            self._tell(f"{head}: {row.reason}")
+            self._contenders -= 1
+            self._taken -= 1
+            self._turn_s.pop(row.name, None)
+            self._tell(f"{head}  {row.name}: {row.reason}")
             return
+        self._turn_s[row.name] = turn_s
         last = row.turns[-1].latency_ms
         parts = [
             f"{stage.replace('_', ' ')} {number(sorted(last[stage])[len(last[stage]) // 2])} ms"
             for stage in RATIO_STAGES
             if stage in last
         ]
-        self._tell(f"{head}: {', '.join(parts)}")
+        self._tell(f"{head}{self._left()}  {row.name}: {', '.join(parts)}")
+
+    def _left(self) -> str:
+        """By the mean of each contender's last turn; loading in the first round counts too."""
+        turns = (self._settings.rounds - self._round + 1) * self._contenders - self._taken
+        left_s = turns * sum(self._turn_s.values()) / len(self._turn_s)
+        if left_s == 0:
+            return ""
+        return f", {left_s / 60:.0f} min left" if left_s >= 90 else f", {left_s:.0f} s left"

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tiue_export.bundle.manifest import structured
-from tiue_export.proof.latency_record import Facts, Measurement, Settings, Turn
+from tiue_export.errors import UsageError
+from tiue_export.proof.latency_record import Facts, Measurement, Record, Settings, Turn
 from tiue_export.system.machine import available_memory_bytes
 
 from .contenders import Contender
@@ -22,11 +23,6 @@ from .process import ContenderFailure, WorkerProcess
 # Memory left to the rest of the machine when deciding what may stay loaded.
 _RESERVE_BYTES = 500_000_000
 _SHORT_TURN_S = 0.5
-
-
-def schedule(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
-    """(round, name) of every turn: all names in order, round after round."""
-    return [(number, name) for number in range(1, rounds + 1) for name in names]
 
 
 def to_unload(
@@ -115,6 +111,21 @@ class WorkerPool:
             self._workers.pop(name).close()
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """Whole rounds that were measured before, with the contenders' rows by name."""
+
+    rounds: int
+    rows: Mapping[str, Measurement]
+
+    @staticmethod
+    def of(record: Record | None) -> Earlier:
+        """Those of a record; none without one."""
+        return (
+            Earlier(0, {}) if record is None else Earlier(record.settings.rounds, record.by_name())
+        )
+
+
 @dataclass
 class _Row:
     """A measurement in the making."""
@@ -129,31 +140,41 @@ def measure(
     *,
     timeout_s: float,
     on_turn: Callable[[int, Measurement], None] = lambda number, measurement: None,
+    on_round: Callable[[int, list[Measurement]], None] = lambda number, measurements: None,
+    earlier: Earlier | None = None,
 ) -> list[Measurement]:
     """Take all turns; a contender that fails keeps its row, with the reason.
 
-    `on_turn` hears of the round and of the contender's measurement so far, after each turn. Ctrl-C
-    in the first round is raised; later it ends the measuring, and the whole rounds are returned.
+    `on_turn` hears of the round and of the contender's measurement so far, after each turn,
+    `on_round` of all of them after each whole round. With `earlier` rounds only those that are left
+    are taken. Ctrl-C before there is a whole round is raised; later it ends the measuring, and the
+    whole rounds are returned. Raises `UsageError` for a contender that is another than it was.
     """
-    rows = {contender.name: _Row(contender, _unmeasured(contender)) for contender in contenders}
-    number = 1
+    earlier = earlier or Earlier.of(None)
+    rows = {
+        contender.name: _Row(contender, earlier.rows.get(contender.name) or _unmeasured(contender))
+        for contender in contenders
+    }
+    whole = earlier.rounds
     try:
         with WorkerPool(timeout_s, reload=settings.reload) as pool:
-            for number, name in schedule(list(rows), settings.rounds):
-                row = rows[name]
-                if row.measurement.reason is not None:
-                    continue
-                try:
-                    row.measurement = _take_turn(pool, row, number, settings)
-                except ContenderFailure as failure:
-                    if name in pool.loaded:
-                        pool.unload([name])
-                    row.measurement = replace(row.measurement, reason=_reason(failure, number))
-                on_turn(number, row.measurement)
+            for number in range(whole + 1, settings.rounds + 1):
+                for name, row in rows.items():
+                    if row.measurement.reason is not None:
+                        continue
+                    try:
+                        row.measurement = _take_turn(pool, row, number, settings)
+                    except ContenderFailure as failure:
+                        if name in pool.loaded:
+                            pool.unload([name])
+                        row.measurement = replace(row.measurement, reason=_reason(failure, number))
+                    on_turn(number, row.measurement)
+                whole = number
+                on_round(whole, [row.measurement for row in rows.values()])
     except KeyboardInterrupt:
-        if number == 1:
+        if whole == 0:
             raise
-        return [_up_to(number - 1, row.measurement) for row in rows.values()]
+        return [_up_to(whole, row.measurement) for row in rows.values()]
     return [row.measurement for row in rows.values()]
 
 
@@ -194,6 +215,7 @@ def _turn(pool: WorkerPool, row: _Row, number: int, settings: Settings) -> Measu
     loaded = pool.load(contender)
     if loaded is not None:
         facts = structured(Facts, loaded["facts"], contender.name)
+        _require_same(contender.name, so_far.facts, facts)
         so_far = replace(so_far, facts=facts, load_s=so_far.load_s or loaded["load_s"])
     busy = busy_core_seconds()
     request = {"command": "run", "warmup": settings.warmup, "runs": settings.runs}
@@ -203,7 +225,7 @@ def _turn(pool: WorkerPool, row: _Row, number: int, settings: Settings) -> Measu
         latency_ms={stage: tuple(runs) for stage, runs in answer["latency_ms"].items()},
         others_cpu=_others_share(busy, answer),
     )
-    if number == 1:
+    if not so_far.turns:
         so_far = replace(so_far, flops=_flops(pool, contender.name))
     return replace(
         so_far,
@@ -213,6 +235,17 @@ def _turn(pool: WorkerPool, row: _Row, number: int, settings: Settings) -> Measu
             so_far.run_peak_memory_bytes, answer["run_peak_memory_bytes"]
         ),
     )
+
+
+def _require_same(name: str, before: Facts | None, now: Facts) -> None:
+    """Refuse to add rounds of one thing to rounds of another."""
+    for fact in ("weights_sha256", "precision", "device", "size_px", "batch"):
+        if before is not None and (was := getattr(before, fact)) != (is_now := getattr(now, fact)):
+            raise UsageError(
+                f"{name} is not what the earlier rounds measured: its {fact} was {was}, now it is "
+                f"{is_now}",
+                "Leave --resume out to begin anew.",
+            )
 
 
 def _flops(pool: WorkerPool, name: str) -> dict[str, float]:

@@ -92,10 +92,18 @@ def made_record(*rows, **changed):
 # Turns
 
 
-def test_contenders_take_turns_round_by_round():
-    assert turns.schedule(["a", "b", "c"], 2) == [
-        (1, "a"), (1, "b"), (1, "c"), (2, "a"), (2, "b"), (2, "c"),
-    ]  # fmt: skip
+def test_contenders_take_turns_round_by_round(tiny_bundle):
+    taken, whole = [], []
+    pair = [of_bundle(tiny_bundle, name) for name in ("a", "b")]
+    turns.measure(
+        pair,
+        replace(FEW, rounds=2, runs=1),
+        timeout_s=120,
+        on_turn=lambda number, row: taken.append((number, row.name)),
+        on_round=lambda number, rows: whole.append((number, [len(row.turns) for row in rows])),
+    )
+    assert taken == [(1, "a"), (1, "b"), (2, "a"), (2, "b")]
+    assert whole == [(1, [1, 1]), (2, [2, 2])]
 
 
 def test_what_ran_last_is_unloaded_first_and_no_more_than_needed():
@@ -684,6 +692,85 @@ def test_the_command_writes_what_ctrl_c_left_and_ends_with_130(
     written = record.read_record(tmp_path / "r.json")
     assert written.settings.rounds == 1
     assert written.warnings[-1] == "stopped by Ctrl-C after 1 of 2 rounds"
+
+
+def test_a_killed_run_leaves_its_whole_rounds_and_resume_takes_the_others(
+    run, tiny_bundle, tmp_path, monkeypatch
+):
+    words = ("bench", tiny_bundle.root, "--runs", 1, "--no-peak", "--unet-only", "--rounds", 3)
+    path = tmp_path / "r.json"
+    take = turns._take_turn
+
+    def killed(pool, row, number, settings):
+        if number == 3:
+            raise RuntimeError("killed")
+        return take(pool, row, number, settings)
+
+    monkeypatch.setattr(turns, "_take_turn", killed)
+    with pytest.raises(RuntimeError):
+        run(*words, "--out", path)
+    left = record.read_record(path)
+    assert (left.settings.rounds, left.warnings[-1]) == (2, "unfinished: 2 of 3 rounds")
+    numbers = []
+
+    def counted(pool, row, number, settings):
+        numbers.append(number)
+        return take(pool, row, number, settings)
+
+    monkeypatch.setattr(turns, "_take_turn", counted)
+    code, _, err = run(*words, "--out", path, "--resume")
+    assert code == 0, err
+    assert "r.json holds 2 of 3 rounds" in " ".join(err.split())
+    whole = record.read_record(path)
+    assert set(numbers) == {3}
+    assert whole.settings.rounds == 3
+    assert not any("unfinished" in warning for warning in whole.warnings)
+    assert whole.environment == left.environment
+    for row, before in zip(whole.contenders, left.contenders, strict=True):
+        assert row.turns[:2] == before.turns
+        assert [turn.round for turn in row.turns] == [1, 2, 3]
+    code, out, err = run(*words, "--out", path, "--resume", "--json")
+    assert (code, set(numbers)) == (0, {3}), err  # nothing was left to measure
+    assert json.loads(out)["settings"]["rounds"] == 3
+
+
+def test_resume_refuses_a_record_of_something_else(run, tiny_bundle, tmp_path):
+    words = ("bench", tiny_bundle.root, "--no-peak", "--unet-only", "--runtime", "ort")
+    path = tmp_path / "r.json"
+    code, _, err = run(*words, "--resume")
+    assert (code, "--resume goes on with a record, and --out names none" in err) == (2, True), err
+    code, _, err = run(*words, "--rounds", 1, "--runs", 1, "--out", path, "--resume")
+    assert (code, "nothing to resume, so this begins" in " ".join(err.split())) == (0, True), err
+    code, _, err = run(*words, "--rounds", 2, "--runs", 2, "--out", path, "--resume")
+    told = " ".join(err.split())
+    assert (code, "was measured with other runs" in told) == (2, True), err
+    assert "leave --resume out" in told
+    kept = path.read_text()
+    other = json.loads(kept)
+    other["contenders"][0]["facts"]["weights_sha256"] = "0" * 64
+    path.write_text(json.dumps(other))
+    code, _, err = run(*words, "--rounds", 2, "--runs", 1, "--out", path, "--resume")
+    told = " ".join(err.split())
+    assert (code, "is not what the earlier rounds measured: its weights_sha256" in told) == (
+        2,
+        True,
+    ), err
+    assert json.loads(path.read_text()) == other
+
+
+def test_a_turn_says_how_long_the_others_will_take(monkeypatch):
+    told, clock = [], iter([0.0, 10.0, 40.0, 60.0, 80.0])
+    monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
+    teller = bench._Teller(2, record.Settings(2, 1, 0, unet_only=True), told.append)
+    row = turns.Measurement("a", "", "graph", {}, (record.Turn(1, {"unet": (5.0,)}),))
+    for number, name in ((1, "a"), (1, "b"), (2, "a"), (2, "b")):
+        teller.turn_taken(number, replace(row, name=name))
+    assert [line.partition("  ")[0] for line in told] == [
+        "round 1 of 2, 30 s left",
+        "round 1 of 2, 40 s left",
+        "round 2 of 2, 25 s left",
+        "round 2 of 2",
+    ]
 
 
 def test_reloading_keeps_one_process_at_a_time(tiny_bundle):

@@ -14,6 +14,7 @@ from typing import Any
 
 from tiue_export.bundle.manifest import structured
 from tiue_export.errors import BundleError, UsageError
+from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.disk_errors import disk_errors
 from tiue_export.system.json_file import read_json
 
@@ -172,7 +173,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a report file, with an error that says what to do where that fails."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
+        write_atomically(path, text.encode())
 
 
 def read_record(path: Path) -> Record:

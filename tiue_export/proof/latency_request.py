@@ -44,7 +44,8 @@ class LatencyOutputs:
 @dataclass(frozen=True)
 class LatencyPlan:
     """A whole run. `peaks` are "PRECISION=TFLOPS"; without any, they are measured if
-    `measure_peak`. `work` keeps bundles that are made for measuring; None: they are removed."""
+    `measure_peak`. `work` keeps bundles that are made for measuring; None: they are removed.
+    `resume`: the rounds that the record to write holds already are not measured again."""
 
     bundles: tuple[Path, ...]
     request: ContenderRequest
@@ -54,6 +55,7 @@ class LatencyPlan:
     measure_peak: bool = True
     work: Path | None = None
     timeout_s: float = 3600.0
+    resume: bool = False
     outputs: LatencyOutputs = field(default_factory=LatencyOutputs)
 
 
