@@ -20,7 +20,7 @@ def pack(
     bundle: Path, out: Path | None = None, runtime: str | None = None, *, force: bool, as_json: bool
 ) -> None:
     """Write the archive and say what is in it."""
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, anew=True)
     name = opened.root.resolve().name
     path = out or Path(f"{name}-{runtime}{_SUFFIX}" if runtime else f"{name}{_SUFFIX}")
     if path.suffix != _SUFFIX:

@@ -14,6 +14,7 @@ from tiue_export.errors import UsageError, unknown_name
 from tiue_export.registry.backends import BACKENDS
 from tiue_export.system.cache_folder import user_cache_folder
 from tiue_export.system.disk_errors import disk_errors
+from tiue_export.system.file_hash import CACHE_KIND as HASHES
 from tiue_export.system.kept_folder import LIMIT_VARIABLE, limit_bytes
 
 from .browser.npm_packages import CACHE_KIND
@@ -25,6 +26,7 @@ _TIMINGS = "timings"
 KINDS = {
     **{kind: title for entry in BACKENDS.values() for kind, title in entry.caches.items()},
     "runtime-choice": "which runtime was fastest",
+    HASHES: "SHA-256 of large files that have not changed",
     CACHE_KIND: "onnxruntime-web and what else a page of `web` loads",
 }
 _DAY_S = 86400.0

@@ -47,7 +47,7 @@ class Rows:
 
 def run(path: Path, as_json: bool) -> None:
     """Open (which verifies every file) and print."""
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, anew=True)
     if as_json:
         print_json(dataclasses.asdict(bundle.manifest))
         return

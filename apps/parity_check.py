@@ -21,7 +21,7 @@ from .report.tables import console, parity_table, placement_table, print_json
 
 def run(path: Path, runtime_name: str, options: RuntimeOptions, as_json: bool) -> None:
     """Measure, print, and end with exit code 7 if a gate fails."""
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, anew=True)
     reference = load_reference(bundle)
     runtime = open_runtime(runtime_name, bundle, options)
     try:

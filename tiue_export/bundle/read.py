@@ -79,10 +79,11 @@ class Bundle:
         return sum(record.size_bytes for _, record in all_files(self.manifest))
 
 
-def open_bundle(path: str | Path, *, sealed: bool = True) -> Bundle:
+def open_bundle(path: str | Path, *, sealed: bool = True, anew: bool = False) -> Bundle:
     """Open a bundle folder, checking the manifest and the SHA-256 of every file in it.
 
-    `sealed`: the manifest must be as the program wrote it, by its own SHA-256.
+    `sealed`: the manifest must be as the program wrote it, by its own SHA-256. `anew`: large files
+    are read even where they have not changed since they were hashed last.
 
     Raises `BundleError`: no bundle, unfinished export, unknown format version, a missing,
     truncated or altered file.
@@ -103,7 +104,7 @@ def open_bundle(path: str | Path, *, sealed: bool = True) -> Bundle:
     problem = contract_problem(manifest)
     if problem is not None:
         raise BundleError(f"{root}: {MANIFEST_FILE} cannot be drawn from: {problem}", _COPY_AGAIN)
-    _verify(root, manifest)
+    _verify(root, manifest, anew=anew)
     return Bundle(root, manifest)
 
 
@@ -165,12 +166,16 @@ def all_files(manifest: Manifest) -> list[tuple[str, FileRecord]]:
     return files
 
 
-def file_records(root: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+def file_records(root: Path, names: Iterable[str], *, anew: bool = False) -> dict[str, FileRecord]:
     """Size and SHA-256 of files below `root`, hashed side by side."""
     listed = sorted(names)
     with ThreadPoolExecutor() as pool:
         return dict(
-            zip(listed, pool.map(lambda name: file_record(root / name), listed), strict=True)
+            zip(
+                listed,
+                pool.map(lambda name: file_record(root / name, anew=anew), listed),
+                strict=True,
+            )
         )
 
 
@@ -185,9 +190,9 @@ def files_below(root: Path, folder: str = "") -> tuple[str, ...]:
     return tuple(sorted(p.relative_to(root).as_posix() for p in paths if p.is_file()))
 
 
-def file_record(path: Path) -> FileRecord:
+def file_record(path: Path, *, anew: bool = False) -> FileRecord:
     """Size and SHA-256 of one file."""
-    return FileRecord(*size_and_sha256(path))
+    return FileRecord(*size_and_sha256(path, anew=anew))
 
 
 def check_listed(root: Path, manifest: Manifest) -> None:
@@ -214,7 +219,7 @@ def check_listed(root: Path, manifest: Manifest) -> None:
             raise BundleError(f"{root}: the manifest lists itself", _COPY_AGAIN)
 
 
-def _verify(root: Path, manifest: Manifest) -> None:
+def _verify(root: Path, manifest: Manifest, *, anew: bool) -> None:
     check_listed(root, manifest)
     files, inside = dict(all_files(manifest)), root.resolve()
     for name, record in files.items():
@@ -232,7 +237,7 @@ def _verify(root: Path, manifest: Manifest) -> None:
                 f"{root}: {name} has {size_bytes:,} bytes; the manifest says {record.size_bytes:,}",
                 _COPY_AGAIN,
             )
-    for name, found in file_records(root, files).items():
+    for name, found in file_records(root, files, anew=anew).items():
         if found.sha256 != files[name].sha256:
             raise BundleError(
                 f"{root}: {name} was altered after the export: its SHA-256 is "
