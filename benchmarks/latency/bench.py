@@ -97,7 +97,8 @@ def measure_contenders(
         contenders = [ready(contender, Path(work), tell) for contender in contenders]
         ceilings = given or (earlier.ceilings if earlier else _ceilings(plan, tell))
         begun = earlier.environment if earlier else environment
-        told = _Teller(len(contenders), plan.settings, tell)
+        taking_turns = sum(one.missing is None for one in contenders)
+        told = _Teller(taking_turns, plan.settings, tell)
 
         def keep(rounds: int, rows: Sequence[Measurement]) -> None:
             if plan.outputs.record is not None and rounds < plan.settings.rounds:

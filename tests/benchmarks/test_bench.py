@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -300,8 +301,10 @@ def test_the_graphs_count_as_torch_counts_the_running_modules(tiny_pipeline, tin
     running = session.open_session("torch", {"checkpoint": str(tiny_pipeline), **unet_passes})
     counted = running.count()
     graphs = {name: count.total for name, count in flops.bundle_flops(tiny_bundle).items()}
-    for name in ("text_encoder", "vae_decoder"):
-        assert graphs[name] == pytest.approx(counted[name], rel=0.03), name
+    assert graphs["text_encoder"] == pytest.approx(counted["text_encoder"], rel=0.03)
+    assert (
+        0.7 * counted["vae_decoder"] < graphs["vae_decoder"] < counted["vae_decoder"]
+    )  # sub-pixel
     if passes:
         # An ordinary pass is the encoder and one of the naive decoder's four rows.
         assert counted[UNET] > graphs["unet_encoder"]
@@ -583,7 +586,8 @@ def test_the_plot_is_a_picture(outcome):
 def test_progress_is_told_turn_by_turn(outcome):
     # Whether sd.cpp is installed decides whether it takes a turn.
     told = [line for line in outcome[2] if line.startswith("round ") and "sd-cpp" not in line]
-    assert told[0].startswith("round 1 of 2  tiny-fp32/ort/fp32: unet ")
+    assert re.match(r"round 1 of 2, \d+ \w+ left  tiny-fp32/ort/fp32: unet ", told[0])
+    assert told[-1].startswith("round 2 of 2  ")
     # Two rounds of four contenders, one that failed once; those that are missing take no turn.
     assert len(told) == 2 * 4 + 1
 
@@ -707,8 +711,8 @@ def test_a_killed_run_leaves_its_whole_rounds_and_resume_takes_the_others(
         return take(pool, row, number, settings)
 
     monkeypatch.setattr(turns, "_take_turn", killed)
-    with pytest.raises(RuntimeError):
-        run(*words, "--out", path)
+    code, _, _ = run(*words, "--out", path)
+    assert code not in (0, 130)
     left = record.read_record(path)
     assert (left.settings.rounds, left.warnings[-1]) == (2, "unfinished: 2 of 3 rounds")
     numbers = []
@@ -1033,7 +1037,8 @@ def test_points_of_a_sweep_differ_in_one_thing_alone():
         points[f"steps=4/{variant}/ort/fp32"].made["bundle"] for variant in ("naive", "merged")
     )
     assert (naive.steps, naive.hoist, naive.merge_below) == (4, "none", 0)
-    assert merged == replace(naive, hoist="decoder", merge_below=0.02)
+    assert naive.upsampling == "nearest"  # as the official path
+    assert merged == replace(naive, hoist="decoder", merge_below=0.02, upsampling="subpixel")
     small = points["size=64/naive/ort/fp32"].made["bundle"]
     assert small == replace(naive, steps=None, height=64, width=64)
 

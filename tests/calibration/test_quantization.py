@@ -528,7 +528,7 @@ def test_slower_or_larger_is_refused_unless_allowed(made):
     assert "--any-speed" in caught.value.next_step
     verdict.require_worth(slow, allow_loss=False, allow_slower=True)
     large = replace(made.verdict, must_be=SMALLER, size_bytes={"float": 1, "quantized": 2})
-    with pytest.raises(RegressionError, match="is not smaller"):
+    with pytest.raises(RegressionError, match="are not smaller"):
         verdict.require_worth(large, allow_loss=False, allow_slower=False)
     verdict.require_worth(replace(slow, must_be=None), allow_loss=False, allow_slower=False)
 
