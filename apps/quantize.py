@@ -123,7 +123,7 @@ def _options(request: QuantizeRequest) -> QuantizeOptions:
     return picked(
         QuantizeOptions,
         request,
-        parts=tuple(dict.fromkeys(part for part in request.parts.split(",") if part)),
+        parts=tuple(dict.fromkeys(filter(None, map(str.strip, request.parts.split(","))))),
         analysis=analysis,
         judged=judged,
         allow_loss=request.allow_parity_loss,

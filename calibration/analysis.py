@@ -99,6 +99,7 @@ class Analyser:
         """Make the plan; see the module's docstring."""
         if self.options.kind == WEIGHTS:
             return Analysis(self._plan({}, {}), None)
+        self.part.prepare([*self._ranged, *self._judged], self._observer)
         self._find_ranges()
         if self.options.sensitivity == BY_RULE:
             return Analysis(self._plan({}, {}), None)

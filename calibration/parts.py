@@ -22,10 +22,11 @@ from tiue_export.drawing.vae_tiles import tile_size, tiles_of
 from tiue_export.proof.calibration import CalibrationData, graphs_sha256
 from tiue_export.proof.gates import psnr_db
 from tiue_export.proof.parity import with_dtypes
-from tiue_export.proof.quantization import PARTS, TEXT, UNET, VAE
+from tiue_export.proof.quantization import PARTS, UNET, VAE
 from tiue_export.sampling.sampler import sample
 from tiue_export.specs import VAE_DECODER, Array, Feeds
 from tiue_export.system.atomic_file import write_atomically
+from tiue_export.system.progress import Observer
 
 from .onnx_session import OnnxSession
 from .probe import Probe
@@ -53,13 +54,24 @@ class Part:
     def runs(self, graph: str, drawings: Sequence[int]) -> Iterator[Feeds]:
         """What the graph is fed in each run of some drawings, in the dtypes of its contract."""
         spec = self._bundle.spec(graph)
-        for drawing in drawings:
-            if self.name == UNET:
-                for run in self._data.runs(self._data.drawing_runs(drawing)):
-                    yield with_dtypes(spec, run)
-            else:
-                (latents,) = drawn_latents(self._bundle, self._data, [drawing], self._threads)
+        if self.name == VAE:
+            for latents in drawn_latents(self._bundle, self._data, drawings, self._threads):
                 yield from vae_feeds(self._bundle, latents)
+            return
+        for drawing in drawings:
+            for run in self._data.runs(self._data.drawing_runs(drawing)):
+                yield with_dtypes(spec, run)
+
+    def prepare(self, drawings: Sequence[int], observer: Observer) -> None:
+        """Make what `runs` needs beside the captured data, with its progress."""
+        if self.name != VAE:
+            return
+        observer.on_start("draw latents")
+
+        def on_drawing(done: int, missing: int) -> None:
+            observer.on_progress(done / missing, f"latents of drawing {done}/{missing}")
+
+        drawn_latents(self._bundle, self._data, drawings, self._threads, on_drawing)
 
     def run_count(self, graph: str, drawings: Sequence[int]) -> int:
         """How many runs those are."""
@@ -84,13 +96,6 @@ class Part:
         return {"vae": json.dumps({name: file.sha256 for name, file in files.items()})}
 
 
-def parts_of(
-    names: Sequence[str], bundle: Bundle, data: CalibrationData, threads: int | None = None
-) -> list[Part]:
-    """The parts in running order."""
-    return [Part(name, bundle, data, threads) for name in (TEXT, UNET, VAE) if name in names]
-
-
 def part_named(graph: str) -> str:
     """The part that a graph belongs to."""
     return next(name for name, graphs in PARTS.items() if graph in graphs)
@@ -110,15 +115,31 @@ def drawn_latents(
     data: CalibrationData,
     drawings: Sequence[int],
     threads: int | None = None,
-    on_drawing: Callable[[int], None] = lambda done: None,
+    on_drawing: Callable[[int, int], None] = lambda done, missing: None,
 ) -> Iterator[Array]:
     """The latents (B, 4, H, W) float32 of captured drawings, by the bundle's float graphs.
 
-    Each is kept in the calibration folder once it is drawn, so that no drawing is drawn twice.
+    Each is kept in the calibration folder once it is drawn, so that no drawing is drawn twice. All
+    that are missing are drawn before the first is given, and the UNet's memory given back.
     """
     decides = [data.sha256, graphs_sha256(bundle)]
     digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     folder = data.root / "analysis" / f"latents-{digest[:16]}"
+    places = {drawing: folder / f"{drawing:05d}.npy" for drawing in drawings}
+    missing = {drawing: path for drawing, path in places.items() if not path.is_file()}
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        _draw_latents(bundle, data, missing, threads, on_drawing)
+    return map(np.load, places.values())
+
+
+def _draw_latents(
+    bundle: Bundle,
+    data: CalibrationData,
+    places: Mapping[int, Path],
+    threads: int | None,
+    on_drawing: Callable[[int, int], None],
+) -> None:
     sessions: dict[str, OnnxSession] = {}
 
     def run(graph: str, pool: Feeds) -> dict[str, Array]:
@@ -128,17 +149,13 @@ def drawn_latents(
             sessions[graph] = OnnxSession(model, path.parent, threads)
         return sessions[graph].run(with_dtypes(bundle.spec(graph), pool))
 
-    for done, drawing in enumerate(drawings, 1):
-        path = folder / f"{drawing:05d}.npy"
-        if not path.is_file():
-            ((noises, text),) = data.drawings(bundle, [drawing])
-            latents = sample(bundle.manifest.plan, run, noises, text).astype(np.float32)
-            folder.mkdir(parents=True, exist_ok=True)
-            file = io.BytesIO()
-            np.save(file, latents)
-            write_atomically(path, file.getvalue())
-        on_drawing(done)
-        yield np.load(path)
+    for done, (drawing, place) in enumerate(places.items(), 1):
+        ((noises, text),) = data.drawings(bundle, [drawing])
+        latents = sample(bundle.manifest.plan, run, noises, text).astype(np.float32)
+        file = io.BytesIO()
+        np.save(file, latents)
+        write_atomically(place, file.getvalue())
+        on_drawing(done, len(places))
 
 
 class PictureProbe:

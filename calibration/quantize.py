@@ -30,6 +30,7 @@ from tiue_export.proof.quantization import (
     Verdict,
 )
 from tiue_export.proof.quantization_plan import (
+    W8A8,
     WEIGHTS,
     QuantizationPlan,
     joined,
@@ -194,6 +195,7 @@ def _judge(
     options: QuantizeOptions,
 ) -> Verdict:
     _, held_out = choose_drawings(data, options.analysis.held_out)
-    must_be = SMALLER if options.kind in (WEIGHTS, INT4) else FASTER
+    # Weights alone cost their unpacking: what they save is memory.
+    must_be = FASTER if any(layer.mode == W8A8 for layer in plan.layers) else SMALLER
     judged = replace(options.judged, must_be=None if options.any_speed else must_be)
     return judge(bundle, draft, plan, data, held_out, judged)

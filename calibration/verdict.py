@@ -122,7 +122,7 @@ def judge(
         },
         int8_share=round(plan.int8_share, 4),
         must_be=options.must_be,
-        blame=tuple(largest_losses(plan, graphs)),
+        blame=(*largest_losses(plan, UNET_GRAPHS), *largest_losses(plan, (VAE_DECODER,))),
         pictures=pictures,
     )
 

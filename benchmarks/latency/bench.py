@@ -97,8 +97,13 @@ def measure_contenders(
         contenders = [ready(contender, Path(work), tell) for contender in contenders]
         ceilings = given or (earlier.ceilings if earlier else _ceilings(plan, tell))
         begun = earlier.environment if earlier else environment
-        taking_turns = sum(one.missing is None for one in contenders)
-        told = _Teller(taking_turns, plan.settings, tell)
+        before = Earlier.of(earlier)
+        rows_before = [before.row_of(one) for one in contenders]
+        turns = sum(
+            (one.missing if row is None else row.reason) is None
+            for one, row in zip(contenders, rows_before, strict=True)
+        )
+        told = _Teller(turns, plan.settings, tell)
 
         def keep(rounds: int, rows: Sequence[Measurement]) -> None:
             if plan.outputs.record is not None and rounds < plan.settings.rounds:
@@ -112,7 +117,7 @@ def measure_contenders(
             timeout_s=plan.timeout_s,
             on_turn=told.turn_taken,
             on_round=keep,
-            earlier=Earlier.of(earlier),
+            earlier=before,
         )
         # Graphs are counted from their files, which may go with the folder.
         rows = [counted(one.settings, row) for one, row in zip(contenders, rows, strict=True)]
@@ -172,7 +177,12 @@ def earlier_record(
             f"{path} was measured with other {', '.join(changed).replace('_', '-')}",
             "Repeat the line that began it, or leave --resume out to begin anew.",
         )
-    tell(f"{path} holds {record.settings.rounds} of {plan.settings.rounds} rounds")
+    left = plan.settings.rounds - record.settings.rounds
+    tell(
+        f"{path} holds {record.settings.rounds} of {plan.settings.rounds} rounds"
+        if left > 0
+        else f"{path} holds {record.settings.rounds} rounds already: nothing is left to measure"
+    )
     return record
 
 

@@ -125,6 +125,11 @@ class Earlier:
             Earlier(0, {}) if record is None else Earlier(record.settings.rounds, record.by_name())
         )
 
+    def row_of(self, contender: Contender) -> Measurement | None:
+        """The contender's row; with the reason if it can take no further turn."""
+        row = self.rows.get(contender.name)
+        return row and replace(row, reason=row.reason or contender.missing)
+
 
 @dataclass
 class _Row:
@@ -152,7 +157,7 @@ def measure(
     """
     earlier = earlier or Earlier.of(None)
     rows = {
-        contender.name: _Row(contender, earlier.rows.get(contender.name) or _unmeasured(contender))
+        contender.name: _Row(contender, earlier.row_of(contender) or _unmeasured(contender))
         for contender in contenders
     }
     whole = earlier.rounds

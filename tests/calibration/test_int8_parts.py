@@ -105,10 +105,10 @@ def test_pictures_are_judged_on_float_latents_that_no_range_has_seen(made, tiny_
 
 
 def test_what_the_text_encoder_loses_counts_in_the_latents(made, tiny_bundle, data, tmp_path):
-    alone = replace(ALL, parts=("text",))
+    alone = replace(ALL, parts=("text",), any_speed=False)  # weights need not be faster
     text = quantizer.quantize(tiny_bundle, data, tmp_path / "text", alone)
     assert 30 < text.verdict.latents_psnr_db < 300
-    assert text.verdict.gate_psnr_db == 45
+    assert (text.verdict.gate_psnr_db, text.verdict.must_be) == (45, "smaller")
     assert set(text.verdict.latency_ms["quantized"]) == {TEXT_ENCODER, "all"}
     assert text.verdict.size_bytes["quantized"] < text.verdict.size_bytes["float"]
 
