@@ -49,6 +49,18 @@ def test_four_small_convolutions_give_what_one_gives_on_the_doubled_picture(
     torch.testing.assert_close(small(x), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("side", [2, 4])
+def test_no_kernel_is_as_large_as_its_picture_without_padding_before_it(tmp_path, side):
+    """WebGPU of onnxruntime-web 1.30 would leave out the padding behind it."""
+    module = SubPixelConvolution(nn.Conv2d(3, 3, 3, padding=1)).eval()
+    x = torch.randn(1, 3, side, side)
+    program = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
+    convolutions = [n for n in program.model_proto.graph.node if n.op_type == "Conv"]
+    assert len(convolutions) == 4
+    pads = [next(a.ints for a in n.attribute if a.name == "pads") for n in convolutions]
+    assert [list(each)[:2] == [0, 0] for each in pads].count(True) == (0 if side == 2 else 1)
+
+
 @torch.no_grad()
 def test_weights_that_float32_holds_sum_up_without_any_loss():
     conv = nn.Conv2d(3, 5, 3, padding=1)
