@@ -341,4 +341,4 @@ class _Teller:
         left_s = turns * sum(self._turn_s.values()) / len(self._turn_s)
         if left_s == 0:
             return ""
-        return f", {left_s / 60:.0f} min left" if left_s >= 90 else f", {left_s:.0f} s left"
+        return f", {left_s / 60:.0f} min left" if left_s >= 90 else f", {max(left_s, 1):.0f} s left"
