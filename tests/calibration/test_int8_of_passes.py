@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from int8_options import ANY_SPEED, PROMPTS
 
 from tiue_export import export_onnx, open_bundle
 from tiue_export.bundle.write import write_manifest
@@ -20,23 +21,12 @@ from tiue_export.methods.load import CheckpointRequest, load_for_method
 from tiue_export.methods.method import SamplingOptions
 from tiue_export.proof import calibration as dataset
 from tiue_export.proof.gates import psnr_db
-from tiue_export.proof.quantization import (
-    AnalysisOptions,
-    QuantizeOptions,
-    RangeMethod,
-    VerdictOptions,
-)
 from tiue_export.proof.quantization_plan import FLOAT
 from tiue_export.sampling.noise import noises_from_seed
 from tiue_export.sampling.plan_change import PlanChange
 from tiue_export.sampling.sampler import combined
 from tiue_export.specs import UNET_DECODER, UNET_ENCODER, UNET_GRAPHS
 
-PROMPTS = ("a red fox", "an owl in a tree", "two boats")
-BY_RULE = AnalysisOptions(ranges=RangeMethod("min-max"), sensitivity="none", held_out=1, probed=1)
-ANY_SPEED = QuantizeOptions(
-    analysis=BY_RULE, judged=VerdictOptions(rounds=1, threads=1), any_speed=True
-)
 OPTIONS = dataset.CaptureOptions(prompts=PROMPTS)
 
 

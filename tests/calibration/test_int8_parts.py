@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+from int8_options import ANY_SPEED, BY_RULE, PROMPTS
 
 from tiue_export import open_bundle
 from tiue_export.bundle.chain import scaled_latents
@@ -21,22 +22,11 @@ from tiue_export.export.openvino import compile_openvino
 from tiue_export.proof import calibration as dataset
 from tiue_export.proof.quantization import (
     BY_BLOCK,
-    AnalysisOptions,
-    QuantizeOptions,
-    RangeMethod,
-    VerdictOptions,
 )
 from tiue_export.proof.quantization_plan import W8A8, WEIGHTS, read_plan
 from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_GRAPHS, VAE_DECODER
 
-PROMPTS = ("a red fox", "an owl in a tree", "two boats")
-BY_RULE = AnalysisOptions(ranges=RangeMethod("min-max"), sensitivity="none", held_out=1, probed=1)
-ALL = QuantizeOptions(
-    parts=("vae", "unet", "text"),
-    analysis=BY_RULE,
-    judged=VerdictOptions(rounds=1, threads=1),
-    any_speed=True,
-)
+ALL = replace(ANY_SPEED, parts=("vae", "unet", "text"))
 VAE_ALONE = replace(ALL, parts=("vae",))
 
 

@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from int8_options import ANY_SPEED, BY_RULE, PROMPTS, QUICK
 
 from tiue_export.bundle.read import open_bundle
 from tiue_export.calibration import (
@@ -39,10 +40,6 @@ from tiue_export.proof.quantization import (
     BY_LAYER,
     FASTER,
     SMALLER,
-    AnalysisOptions,
-    QuantizeOptions,
-    RangeMethod,
-    VerdictOptions,
 )
 from tiue_export.proof.quantization_plan import (
     FLOAT,
@@ -62,11 +59,6 @@ from tiue_export.system.tensorrt_flavor import MODULES
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec(MODULES["rtx"]) is None, reason="TensorRT-RTX is not installed"
 )
-PROMPTS = ("a red fox", "an owl in a tree", "two boats")
-BY_RULE = AnalysisOptions(ranges=RangeMethod("min-max"), sensitivity="none", held_out=1, probed=1)
-QUICK = VerdictOptions(rounds=1, threads=1)
-# Whether int8 is faster on this machine is not what most tests are about.
-ANY_SPEED = QuantizeOptions(analysis=BY_RULE, judged=QUICK, any_speed=True)
 
 
 @pytest.fixture(scope="module")
