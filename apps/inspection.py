@@ -13,6 +13,7 @@ from tiue_export.bundle.manifest import Manifest
 from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.proof.half_range import load_audit
 from tiue_export.sampling.plan import Plan
+from tiue_export.specs import NEAREST, SUBPIXEL
 
 from .report.tables import (
     console,
@@ -70,7 +71,7 @@ def bundle_facts(bundle: Bundle) -> list[tuple[str, str]]:
     hoisting = {"none": "none (naive decoder)"}.get(
         manifest.hoisted, f"into the {manifest.hoisted}"
     )
-    upsampling = {"nearest": "nearest (as the model)", "subpixel": "sub-pixel"}[manifest.upsampling]
+    upsampling = {NEAREST: "nearest (as the model)", SUBPIXEL: "sub-pixel"}[manifest.upsampling]
     longest = manifest.max_prompt_tokens
     rows = [
         ("student", f"{source.name} ({source.family}; {weights})"),

@@ -214,7 +214,7 @@ def _plan_table(plan: QuantizationPlan) -> Table:
 def _verdict_table(verdict: Verdict) -> Table:
     title = f"Side by side on {verdict.runtime}, {verdict.inputs}; {verdict.loading}"
     timed = {
-        key: f"{title} ms" for key, title in _TIMED.items() if key in verdict.latency_ms[CONTENDER]
+        key: f"{name} ms" for key, name in _TIMED.items() if key in verdict.latency_ms[CONTENDER]
     }
     losses = [("latents", verdict.latents_psnr_db, verdict.gate_psnr_db)]
     if (pictures := verdict.pictures) is not None:

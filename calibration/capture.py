@@ -168,7 +168,7 @@ def _continued(old: CalibrationIndex, fresh: CalibrationIndex) -> CalibrationInd
 
 def _difference(old: CalibrationIndex, fresh: CalibrationIndex) -> str:
     if old.student != fresh.student:
-        return "another student, schedule, hoisting or size"
+        return "another student, schedule, hoisting, upsampling or size"
     if old.graphs_sha256 != fresh.graphs_sha256:
         return f"another bundle of this student ({old.precision})"
     if old.seed != fresh.seed:

@@ -93,9 +93,7 @@ def judge(
         times["all"] = total
     floats = [times["all"] for name, times in latency_ms.items() if name != CONTENDER]
     # The VAE has no part in the latents; with no other graph quantized they have no gate to miss.
-    kinds = {
-        name: kind for name in graphs if (kind := new.manifest.graphs[name].precision) is not None
-    }
+    kinds = {name: new.manifest.graphs[name].precision for name in graphs}
     vae_kind = kinds.pop(VAE_DECODER, None)
     gate = gate_of(kinds.values()) if kinds else 0.0
     gate = gate if options.gate_psnr_db is None else options.gate_psnr_db
@@ -237,10 +235,9 @@ def _draw(
         return outputs
 
     plan, drawn = bundle.manifest.plan, []
-    tokenizer = tokenizer_of_bundle(bundle)
     for number, (noises, text) in zip(numbers, data.drawings(bundle, numbers), strict=True):
         if TEXT_ENCODER in graphs:
-            tokens = drawing_tokens(tokenizer, data.index, number)
+            tokens = drawing_tokens(tokenizer_of_bundle(bundle), data.index, number)
             (text,) = run(TEXT_ENCODER, {TOKENS: tokens}).values()
         drawn.append(sample(plan, run, noises, text.astype(np.float32)))
     latents = np.concatenate(drawn)

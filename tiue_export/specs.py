@@ -27,6 +27,10 @@ VAE_DECODER = "vae_decoder"
 GRAPH_NAMES = (TEXT_ENCODER, UNET_ENCODER, UNET_DECODER, VAE_DECODER)
 UNET_GRAPHS = (UNET_ENCODER, UNET_DECODER)
 
+# How graphs double a picture: by four small convolutions, or as the model does.
+SUBPIXEL, NEAREST = "subpixel", "nearest"
+UPSAMPLINGS = (SUBPIXEL, NEAREST)
+
 # Only in bundles of Faster Diffusion with a ControlNet; its outputs are added to the encoder's.
 CONTROLNET = "controlnet"
 # All graphs that a bundle may have, in running order.

@@ -20,7 +20,7 @@ from tiue_export.errors import BundleError
 from tiue_export.proof.half_range import load_audit
 from tiue_export.registry.packages import EXPORT_NEEDS, require
 from tiue_export.registry.support import features_of, refusal_of
-from tiue_export.specs import CONTROLNET, GRAPH_NAMES, TEXT_ENCODER, VAE_DECODER
+from tiue_export.specs import CONTROLNET, GRAPH_NAMES, NEAREST, TEXT_ENCODER, VAE_DECODER
 from tiue_export.system.command_line import command_line
 
 from ..draw.prompt_file import prompts_in
@@ -92,7 +92,7 @@ def export_checkpoint(
     export.check_audit(precision)
     check_fan_out(export)
     if from_student is not None:
-        export = replace(export, upsampling="nearest")
+        export = replace(export, upsampling=NEAREST)
     options, quiet = graph_options(export, precision), export.as_json
     method, sampling = export.method, export.sampling()
     check_request(verb, export.checkpoint(ckpt), method, sampling, options)

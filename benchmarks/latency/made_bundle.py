@@ -21,6 +21,7 @@ from tiue_export.bundle.read import MANIFEST_FILE
 from tiue_export.errors import RuntimeFailure
 from tiue_export.registry.backends import open_exporter
 from tiue_export.registry.spokes import run_explained
+from tiue_export.specs import SUBPIXEL, UPSAMPLINGS
 from tiue_export.system.child_process import child_command
 
 from .settings import TorchSettings
@@ -46,7 +47,7 @@ class MadeBundle:
     steps: int | None = None
     precision: str = "fp32"
     hoist: str = "decoder"
-    upsampling: str = "subpixel"
+    upsampling: str = SUBPIXEL
     merge_below: float = 0.0
     height: int | None = None
     width: int | None = None
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="K; default: the checkpoint's own")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--hoist", default="decoder", choices=("decoder", "encoder", "none"))
-    parser.add_argument("--upsampling", default="subpixel", choices=("subpixel", "nearest"))
+    parser.add_argument("--upsampling", default=SUBPIXEL, choices=UPSAMPLINGS)
     parser.add_argument("--merge-below", type=float, default=0.0)
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)

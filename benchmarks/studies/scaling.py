@@ -39,7 +39,7 @@ from tiue_export.proof.latency_record import (
 from tiue_export.proof.latency_request import ContenderRequest, LatencyOutputs, LatencyPlan
 from tiue_export.registry.spokes import run_explained
 from tiue_export.sampling.plan_change import PlanChange
-from tiue_export.specs import UNET_DECODER, UNET_ENCODER
+from tiue_export.specs import NEAREST, SUBPIXEL, UNET_DECODER, UNET_ENCODER
 
 from ..figure import check_plot, new_figure, save_figure
 from ..latency.bench import check_settings, measure_contenders
@@ -71,11 +71,11 @@ class Variant:
     merge_below: float
     colour: str
     marker: str
-    upsampling: str = "subpixel"
+    upsampling: str = SUBPIXEL
 
 
 VARIANTS: Mapping[str, Variant] = {
-    "naive": Variant("none", 0.0, "#555555", "s", "nearest"),
+    "naive": Variant("none", 0.0, "#555555", "s", NEAREST),
     "hoisted": Variant("decoder", 0.0, "#0072B2", "o"),
     "merged": Variant("decoder", 0.02, "#D55E00", "^"),
 }

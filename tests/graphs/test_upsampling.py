@@ -19,10 +19,10 @@ from tiue_export.errors import BundleError, UsageError
 from tiue_export.export.onnx.write import onnx_from_graph
 from tiue_export.graphs.build import build_graphs, run_graph
 from tiue_export.graphs.flops import count_flops
-from tiue_export.graphs.options import HOISTS, NEAREST, SUBPIXEL, ExportOptions
+from tiue_export.graphs.options import HOISTS, ExportOptions
 from tiue_export.graphs.upsampling import SubPixelConvolution, with_subpixel_upsampling
 from tiue_export.proof.gates import psnr_db
-from tiue_export.specs import UNET_GRAPHS, VAE_DECODER
+from tiue_export.specs import NEAREST, SUBPIXEL, UNET_GRAPHS, VAE_DECODER
 
 EXACT_DB = 120.0
 

@@ -14,7 +14,15 @@ from typing import Any
 
 from tiue_export.errors import BundleError
 from tiue_export.sampling.plan import Plan
-from tiue_export.specs import TEXT_ENCODER, UNET_ENCODER, VAE_DECODER, GraphSpec, TensorSpec
+from tiue_export.specs import (
+    NEAREST,
+    TEXT_ENCODER,
+    UNET_ENCODER,
+    UPSAMPLINGS,
+    VAE_DECODER,
+    GraphSpec,
+    TensorSpec,
+)
 from tiue_export.system.json_file import parse_json
 
 FORMAT_VERSION = 2
@@ -160,8 +168,8 @@ class Manifest:
     parity_loss_allowed: bool = False
     # How many times the text encoder's positions a prompt may fill (`--max-prompt-tokens`).
     text_chunks: int = 1
-    # "subpixel": doubling and its convolution are four convolutions of the smaller picture.
-    upsampling: str = "nearest"
+    # One of `UPSAMPLINGS`; bundles of earlier versions, which do not say, have the model's own.
+    upsampling: str = NEAREST
     tools: Mapping[str, str] = field(default_factory=dict)
     # By the name of the folder that holds them, such as "trt" or "openvino".
     compiled: Mapping[str, Compiled] = field(default_factory=dict)
@@ -249,8 +257,8 @@ class Manifest:
         sides = (*self.latent_shape, *self.text_shape)
         if any(side < 1 for side in sides if isinstance(side, int)):
             return f"latents {self.latent_shape} and text {self.text_shape} need sides of 1 or more"
-        if self.upsampling not in ("subpixel", "nearest"):
-            return f"upsampling is {self.upsampling}; expected subpixel or nearest"
+        if self.upsampling not in UPSAMPLINGS:
+            return f"upsampling is {self.upsampling}; expected {' or '.join(UPSAMPLINGS)}"
         if self.text_chunks < 1 or int(self.text_shape[1]) % self.text_chunks:
             return f"text {self.text_shape} cannot be {self.text_chunks} chunks"
         for graph, tensor, own in (

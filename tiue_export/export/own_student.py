@@ -7,9 +7,9 @@ from collections.abc import Callable
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.bundle.read import vae_tile_px
 from tiue_export.errors import CheckpointError
-from tiue_export.graphs.options import NEAREST, ExportOptions
+from tiue_export.graphs.options import ExportOptions
 from tiue_export.methods.load import CheckpointRequest, completed
-from tiue_export.specs import CONTROLNET, TEXT_ENCODER, VAE_DECODER
+from tiue_export.specs import CONTROLNET, NEAREST, TEXT_ENCODER, VAE_DECODER
 from tiue_export.student.embedding import embedding_options
 from tiue_export.student.load import PlanChoice, load_model
 from tiue_export.student.lora import lora_options

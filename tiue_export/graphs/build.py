@@ -16,7 +16,7 @@ from tiue_export.errors import UnsupportedModelError, UsageError, first_line
 from tiue_export.graphs.folded import NaiveDecoder, TextEncoder, UNetEncoder, VaeDecoder
 from tiue_export.graphs.hoisting import RowDecoder, SharedDecoder, hoist, hoist_any_time
 from tiue_export.graphs.lowering import NO_PATHS, InFloat32, ModulePaths, below, compute_in_float32
-from tiue_export.graphs.options import DTYPES, SUBPIXEL, ExportOptions
+from tiue_export.graphs.options import DTYPES, ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.graphs.timed import (
     ControlNet,
@@ -35,6 +35,7 @@ from tiue_export.specs import (
     CONTROLNET,
     RUNNING_ORDER,
     STEPS,
+    SUBPIXEL,
     TEXT_ENCODER,
     UNET_DECODER,
     UNET_ENCODER,

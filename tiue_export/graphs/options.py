@@ -11,14 +11,12 @@ import torch
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.proof.half_range import WHOLE_GRAPH, Float32Parts
 from tiue_export.sampling.fan_out import FanOut
-from tiue_export.specs import VAE_DECODER
+from tiue_export.specs import SUBPIXEL, UPSAMPLINGS, VAE_DECODER
 
 PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 VAE_PRECISIONS = ("auto", "fp16", "fp32", "bf16")
 DTYPES = {**PRECISIONS, "bf16": torch.bfloat16}
 HOISTS = ("decoder", "encoder", "none")
-SUBPIXEL, NEAREST = "subpixel", "nearest"
-UPSAMPLINGS = (SUBPIXEL, NEAREST)
 
 
 @dataclass(frozen=True)

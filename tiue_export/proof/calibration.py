@@ -273,14 +273,14 @@ def read_index(root: Path) -> CalibrationIndex:
 def open_calibration(root: Path, bundle: Bundle | None = None) -> CalibrationData:
     """Open captured data, every hash checked; with `bundle` only if they fit it.
 
-    Raises `UsageError` for data of another student, schedule, hoisting or size, `BundleError` for
-    an unfinished capture or an altered shard.
+    Raises `UsageError` for data of another student, schedule, hoisting, upsampling or size,
+    `BundleError` for an unfinished capture or an altered shard.
     """
     index = read_index(root)
     if bundle is not None and index.student != student_identity(bundle.manifest):
         raise UsageError(
-            f"{root} was captured from another student, schedule, hoisting or size than "
-            f"{bundle.root}",
+            f"{root} was captured from another student, schedule, hoisting, upsampling or size "
+            f"than {bundle.root}",
             "Capture from this one: " + command_line("calibrate", bundle.root, "--out", "FOLDER"),
         )
     verify_shards(root, index)

@@ -2,7 +2,7 @@
 
 A plan is made from measurements and may be edited by hand: set a layer's `mode` and give the file
 to `quantize --plan`. It names layers as the graphs do, so it fits every bundle of the same student
-that was exported with the same hoisting, whatever its precision.
+that was exported with the same hoisting and upsampling, whatever its precision.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from tiue_export.bundle.manifest import Manifest, structured
 from tiue_export.errors import BundleError, UsageError, unknown_name
 from tiue_export.proof.gates import GATES_PSNR_DB, weakest
+from tiue_export.specs import NEAREST
 from tiue_export.system.json_file import read_json
 
 PLAN_VERSION = 1
@@ -196,7 +197,7 @@ def student_identity(manifest: Manifest) -> str:
     }
     if plan.fan_out:
         decides["fan_out"] = str(plan.fan_out)
-    if manifest.upsampling != "nearest":  # other layers, of the same names
+    if manifest.upsampling != NEAREST:  # other layers, of the same names
         decides["upsampling"] = manifest.upsampling
     if plan.recipe:  # bundles of format 1 had no recipe
         decides["passes"] = [dataclasses.asdict(one) for one in plan.passes]
@@ -206,10 +207,11 @@ def student_identity(manifest: Manifest) -> str:
 
 
 def require_same_student(plan: QuantizationPlan, manifest: Manifest, what: str) -> None:
-    """Refuse a plan that was made for other weights, another schedule, hoisting or size."""
+    """Refuse a plan made for other weights, another schedule, hoisting, upsampling or size."""
     if plan.student != student_identity(manifest):
         raise UsageError(
-            f"the plan was made for another student, schedule, hoisting or size than {what}",
+            f"the plan was made for another student, schedule, hoisting, upsampling or size than "
+            f"{what}",
             "Make one for it: leave out --plan and give --calibration.",
         )
 
