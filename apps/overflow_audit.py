@@ -59,6 +59,6 @@ def _audits(request: AuditRequest, prompts: list[str]) -> Iterator[GraphAudit]:
     )
     tokenizer = None
     if student.tokenizer_folder is not None:
-        tokenizer = tokenizer_of(student.tokenizer_folder, shapes_of(student, options).text[1])
+        tokenizer = tokenizer_of(student.tokenizer_folder, shapes_of(student, options).tokens)
     for ranges in audit_student(student, options, tokenizer, prompts):
         yield ranges.audit(request.top)

@@ -23,7 +23,7 @@ def run(as_json: bool) -> None:
             _steps(recipe),
             recipe.scheduler,
             _guidance(recipe),
-            "LoRA" if recipe.form == "lora" else "UNet",
+            _FORMS[recipe.form],
             ", ".join(recipe.models) or recipe.title,
         )
     console.print(table)
@@ -34,6 +34,9 @@ def run(as_json: bool) -> None:
         "Licences and sources: tiue-export recipes --json, docs/few-step.md",
         highlight=False,
     )
+
+
+_FORMS = {"unet": "UNet", "lora": "LoRA", "either": "UNet, LoRA"}
 
 
 def _steps(recipe: Recipe) -> str:

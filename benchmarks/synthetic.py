@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tiue_export.checkpoint.family import load_family
 from tiue_export.checkpoint.ldm_names import LDM_PREFIX, ldm_names
@@ -48,25 +49,38 @@ def write_synthetic_pipeline(
 ) -> Path:
     """Write a whole diffusers pipeline of `family` with random weights; returns `folder`.
 
-    UNet, text encoder, VAE, tokenizer and scheduler, as safetensors in `dtype`. `steps` is the K
-    that a student records; None makes an ordinary model. Equal arguments give equal files.
+    UNet, text encoder, VAE, tokenizer and scheduler, of SDXL the second text encoder and tokenizer
+    too, as safetensors in `dtype`. `steps` is the K that a student records; None makes an ordinary
+    model. Equal arguments give equal files.
     """
     config = load_family(family)
     generator = torch.Generator().manual_seed(seed)
-    for part, model in (
+    second = config.text_encoder_2
+    parts: list[tuple[str, Callable[[], Any]]] = [
         ("unet", lambda: UNet2DConditionModel.from_config(config.unet)),
         ("text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**config.text_encoder))),
         ("vae", lambda: VAES[config.vae["_class_name"]].from_config(config.vae)),
-    ):
+    ]
+    if second is not None:
+        pooling = CLIPTextConfig(**second)
+        parts.append(("text_encoder_2", lambda: CLIPTextModelWithProjection(pooling)))
+    for part, model in parts:
         built = _on_cpu(model, dtype)
         fill(built, generator)
         with quiet_libraries():
             built.save_pretrained(folder / part, safe_serialization=True)
         del built
-    write_tokenizer(folder / "tokenizer", [PROMPT_WORDS], config.text_encoder)
+    first, words = config.text_encoder, [PROMPT_WORDS]
+    openclip = first["hidden_size"] == _OPENCLIP_WIDTH
+    write_tokenizer(folder / "tokenizer", words, first, of_openclip=openclip)
+    if second is not None:
+        write_tokenizer(folder / "tokenizer_2", words, second, of_openclip=True)
     write_scheduler(folder, config.scheduler, steps)
-    write_model_index(folder, config.scheduler, config.vae["_class_name"])
+    write_model_index(folder, config.scheduler, config.vae["_class_name"], paired=bool(second))
     return folder
+
+
+_OPENCLIP_WIDTH = 1024  # of SD 2.x
 
 
 def write_ldm_file(pipeline: Path, file: Path) -> Path:

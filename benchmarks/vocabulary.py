@@ -21,11 +21,14 @@ _END = "</w>"
 _PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+|_+")
 
 
-def write_tokenizer(folder: Path, texts: Iterable[str], text_config: dict[str, Any]) -> None:
+def write_tokenizer(
+    folder: Path, texts: Iterable[str], text_config: dict[str, Any], *, of_openclip: bool = False
+) -> None:
     """Write vocab.json, merges.txt and tokenizer_config.json, as CLIPTokenizer reads them.
 
     `text_config` is the CLIP text encoder's: vocab_size pieces at most, its begin and end ids, its
-    number of positions.
+    number of positions. OpenCLIP's (SD 2.x, SDXL's second) pads with "!", OpenAI's with
+    end-of-text.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(letter + _END for letter in alphabet)]
@@ -38,8 +41,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str], text_config: dict[str, A
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), "utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
     (folder / "merges.txt").write_text("\n".join(lines), "utf-8")
-    # OpenCLIP's tokenizer (SD 2.x, 1024 wide) pads with "!", OpenAI's (SD 1.x) with end-of-text.
-    pad = "!" if text_config["hidden_size"] == 1024 else "<|endoftext|>"
+    pad = "!" if of_openclip else "<|endoftext|>"
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": text_config["max_position_embeddings"],

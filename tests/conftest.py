@@ -86,6 +86,16 @@ def tiny_student(tiny_pipeline: Path):
 
 
 @pytest.fixture(scope="session")
+def sdxl_folder(made_once) -> Path:
+    """A small SDXL as a diffusers pipeline folder, an ordinary model. Shared."""
+    from tiue_export.benchmarks.synthetic import write_synthetic_pipeline
+
+    return made_once(
+        "tiny-sdxl", lambda folder: write_synthetic_pipeline(folder, "tiny-sdxl", steps=None)
+    )
+
+
+@pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline as an ordinary model: it records no K."""
     from tiue_export.benchmarks.synthetic import write_synthetic_pipeline

@@ -58,7 +58,7 @@ def measured_fan_out(
     from tiue_export.reference.fan_out_loss import fan_out_curve
 
     folder, shapes = student.tokenizer_folder, shapes_of(student, options)
-    tokenizer = None if folder is None else tokenizer_of(folder, shapes.text[1], shapes.text_chunks)
+    tokenizer = None if folder is None else tokenizer_of(folder, shapes.tokens, shapes.text_chunks)
     with stage(observer, name := "measure fan-out"):
         told = observer.steps_of(name)
         curve = fan_out_curve(student, options, tokenizer, target_psnr_db, told)

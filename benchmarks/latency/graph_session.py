@@ -74,7 +74,7 @@ class GraphSession:
             batch=self._batch,
             threads=self._settings.threads,
             weights_sha256=manifest.source.sha256,
-            text_tokens=int(manifest.text_shape[1]),
+            text_tokens=manifest.text_tokens,
         )
 
     def run(self) -> dict[str, float]:

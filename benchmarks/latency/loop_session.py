@@ -103,7 +103,7 @@ class LoopSession:
             batch=len(self._known["noise"]),
             threads=settings.threads,
             weights_sha256=manifest.source.sha256,
-            text_tokens=int(manifest.text_shape[1]),
+            text_tokens=manifest.text_tokens,
             notes=()
             if self._plan.recipe
             else (

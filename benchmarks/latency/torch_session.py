@@ -82,7 +82,7 @@ class TorchSession:
             batch=self._settings.batch,
             threads=torch.get_num_threads(),
             weights_sha256=self._student.source.sha256,
-            text_tokens=shapes_of(self._student).text[1],
+            text_tokens=shapes_of(self._student).tokens,
         )
 
     def run(self) -> dict[str, float]:

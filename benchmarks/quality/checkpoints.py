@@ -101,7 +101,7 @@ def _opened(student: Student, folder: Path, precision: str) -> Checkpoint:
     shapes = shapes_of(student)
     height, width = (side * shapes.vae_scale for side in shapes.latents[2:])
     require_size(folder, height, width, "Give a pipeline of the demo family.")
-    tokenizer = tokenizer_of(student.tokenizer_folder, shapes.text[1])
+    tokenizer = tokenizer_of(student.tokenizer_folder, shapes.tokens)
     return Checkpoint(student.float().requires_grad_(False), tokenizer, _PRECISIONS[precision])
 
 

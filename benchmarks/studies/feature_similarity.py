@@ -124,7 +124,7 @@ def load_pipeline(folder: Path, device: str = "cpu") -> LoadedPipeline:
     student = load_student(folder, without=("vae",)).to(torch.device(device), torch.float32)
     return LoadedPipeline(
         student,
-        tokenizer_of(folder / "tokenizer", shapes_of(student).text[1]),
+        tokenizer_of(folder / "tokenizer", shapes_of(student).tokens),
         folder.resolve().name,
         _sha256(folder, student),
         # The paper's spacing in figure (c).

@@ -168,6 +168,8 @@ class Manifest:
     parity_loss_allowed: bool = False
     # How many times the text encoder's positions a prompt may fill (`--max-prompt-tokens`).
     text_chunks: int = 1
+    # Rows of the text that are no tokens but SDXL's pooled text (`student/added_conditions.py`).
+    pooled_rows: int = 0
     # One of `UPSAMPLINGS`; bundles of earlier versions, which do not say, have the model's own.
     upsampling: str = NEAREST
     tools: Mapping[str, str] = field(default_factory=dict)
@@ -180,9 +182,14 @@ class Manifest:
         return all(record.has_onnx for record in self.graphs.values())
 
     @property
+    def text_tokens(self) -> int:
+        """Tokens of a prompt, L: what the text encoder takes."""
+        return int(self.text_shape[1]) - self.pooled_rows
+
+    @property
     def max_prompt_tokens(self) -> int | None:
         """`--max-prompt-tokens` of the export; None: what the text encoder reads at once."""
-        tokens = int(self.text_shape[1]) - 2 * self.text_chunks  # without start and end
+        tokens = self.text_tokens - 2 * self.text_chunks  # without start and end
         return tokens if self.text_chunks > 1 else None
 
     @property
@@ -259,7 +266,9 @@ class Manifest:
             return f"latents {self.latent_shape} and text {self.text_shape} need sides of 1 or more"
         if self.upsampling not in UPSAMPLINGS:
             return f"upsampling is {self.upsampling}; expected {' or '.join(UPSAMPLINGS)}"
-        if self.text_chunks < 1 or int(self.text_shape[1]) % self.text_chunks:
+        if self.pooled_rows not in (0, 1):
+            return f"pooled_rows is {self.pooled_rows}; expected 0 or 1"
+        if self.text_chunks < 1 or self.text_tokens < 1 or self.text_tokens % self.text_chunks:
             return f"text {self.text_shape} cannot be {self.text_chunks} chunks"
         for graph, tensor, own in (
             (UNET_ENCODER, "sample", self.latent_shape),

@@ -10,20 +10,25 @@ import torch
 from torch import Tensor
 
 from tiue_export.checkpoint.tensors import WeightFile, read_weights
-from tiue_export.errors import CheckpointError, UnsupportedModelError, UsageError
+from tiue_export.errors import CheckpointError, UsageError
 
 # Custom Diffusion (Kumari et al. 2023) as diffusers saves it: layers that replace the UNet's own.
 _CUSTOM = re.compile(r"(?P<block>.+)\.processor\.(?P<layer>to_\w+?)_custom_diffusion\.(?P<rest>.+)")
 # A1111's and kohya's safetensors name no token: it is the file's name.
 _NAMELESS = ("emb_params", "clip_l")
+_OF_SDXL = ("clip_g", "clip_l")
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """A token and its vectors (N, D): the word in a prompt stands for N in a row."""
+    """A token and its vectors (N, D): the word in a prompt stands for N in a row.
+
+    `second` are those of SDXL's second text encoder.
+    """
 
     token: str
     vectors: Tensor
+    second: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,22 +65,21 @@ def read_embedding(path: Path, token: str | None) -> Embedding | ReplacedWeights
                 f"Leave :{token} out; the words are in files of their own, such as <new1>.bin.",
             )
         return _replaced(file)
-    if "clip_g" in names:
-        raise UnsupportedModelError(
-            f"{path} is a textual inversion of SDXL, which has two text encoders",
-            "Give one of Stable Diffusion 1.x or 2.x.",
-        )
+    second: Tensor | None = None
+    if sorted(names) == list(_OF_SDXL):
+        names, second = [_OF_SDXL[1]], _checked(path, _OF_SDXL[0], file.tensors[_OF_SDXL[0]])
     if len(names) != 1:
         raise CheckpointError(
             f"{path} is no textual inversion: it holds {len(names)} tensors, the first is "
             f'"{names[0]}"; expected one',
             "A LoRA is given by --lora, a whole model by --ckpt.",
         )
-    (name,), (vectors,) = names, file.tensors.values()
-    if vectors.ndim not in (1, 2) or 0 in vectors.shape or not torch.isfinite(vectors).all():
+    (name,) = names
+    vectors = _checked(path, name, file.tensors[name])
+    if second is not None and len(second) != len(vectors):
         raise CheckpointError(
-            f"{path} is no textual inversion: {name} has shape {tuple(vectors.shape)} or is not "
-            "finite; expected vectors (N, D)",
+            f"{path} is no textual inversion: it holds {len(vectors)} vectors for one of SDXL's "
+            f"text encoders and {len(second)} for the other; expected as many",
             "Download it again.",
         )
     own = path.stem if name in _NAMELESS else name
@@ -85,7 +89,18 @@ def read_embedding(path: Path, token: str | None) -> Embedding | ReplacedWeights
             f"{path} is of the token {chosen!r}; expected one without spaces",
             f"Give another: --embedding {path}:TOKEN",
         )
-    return Embedding(chosen, vectors.reshape(-1, vectors.shape[-1]).float())
+    return Embedding(chosen, vectors, second)
+
+
+def _checked(path: Path, name: str, vectors: Tensor) -> Tensor:
+    """The vectors (N, D) float32 of a file."""
+    if vectors.ndim not in (1, 2) or 0 in vectors.shape or not torch.isfinite(vectors).all():
+        raise CheckpointError(
+            f"{path} is no textual inversion: {name} has shape {tuple(vectors.shape)} or is not "
+            "finite; expected vectors (N, D)",
+            "Download it again.",
+        )
+    return vectors.reshape(-1, vectors.shape[-1]).float()
 
 
 def _replaced(file: WeightFile) -> ReplacedWeights:

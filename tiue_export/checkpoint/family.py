@@ -31,6 +31,7 @@ class Family:
     scheduler: Config
     text_encoder: Config
     vae: Config
+    text_encoder_2: Config | None = None
 
 
 def family_names() -> tuple[str, ...]:
@@ -48,12 +49,12 @@ def load_family(name: str) -> Family:
     parts = json.loads((_FAMILIES / f"{name}.json").read_text("utf-8"))
     if (like := parts.pop("like", None)) is not None:
         own = load_family(like)
-        shared = ((part, getattr(own, part)) for part in _PARTS)
-        parts |= {part: config | parts.get(part, {}) for part, config in shared}
+        shared = {part: config for part in _PARTS if (config := getattr(own, part)) is not None}
+        parts |= {part: config | parts.get(part, {}) for part, config in shared.items()}
     return Family(name=name, **parts)
 
 
-_PARTS = ("unet", "scheduler", "text_encoder", "vae")
+_PARTS = ("unet", "scheduler", "text_encoder", "vae", "text_encoder_2")
 
 
 def families_of(shapes: Shapes) -> tuple[str, ...]:
@@ -78,7 +79,8 @@ def config_fits(config: Config, shapes: Shapes) -> bool:
 
 
 def _misfit(config: Config, shapes: Shapes) -> int | None:
-    """How many resnets and attentions are in one and not in the other; None: other widths."""
+    """How many resnets, attentions and their layers are in one and not in the other; None: other
+    widths."""
     wanted = (
         config["block_out_channels"][0],
         config.get("cross_attention_dim", 1280),
@@ -93,25 +95,58 @@ def _misfit(config: Config, shapes: Shapes) -> int | None:
     return min(len(blocks ^ known) for known in _block_weights(config))
 
 
-_BLOCK_ENDS = (".conv1.weight", ".in_layers.2.weight", ".proj_in.weight")
+_LAYER_END = ".attn2.to_k.weight"
+_BLOCK_ENDS = (".conv1.weight", ".in_layers.2.weight", ".proj_in.weight", _LAYER_END)
 
 
 def _block_weights(config: Config) -> list[set[str]]:
-    """One weight of each resnet and each attention, in every spelling of a UNet's names."""
+    """One weight of each resnet, attention and layer of it, in every spelling of a UNet's names."""
+    depths = attention_depths(config)
     spellings = []
     for table in ldm_spellings(config):
         modules = {o: n for o, n in table.items() if o.endswith(".conv1") or ".attentions." in o}
         for names in (modules, modules.values()):
-            ends = (".proj_in.weight" if ".attentions." in own else ".weight" for own in modules)
-            spellings.append({f"{name}{end}" for name, end in zip(names, ends, strict=True)})
+            weights = set()
+            for own, name in zip(modules, names, strict=True):
+                if ".attentions." not in own:
+                    weights.add(f"{name}.weight")
+                    continue
+                layers = (f"{name}.transformer_blocks.{i}" for i in range(depths[own]))
+                weights |= {f"{name}.proj_in.weight", *(layer + _LAYER_END for layer in layers)}
+            spellings.append(weights)
     return spellings
 
 
-_MIDDLE_BLOCK = "UNetMidBlock2DCrossAttn"
+def attention_depths(config: Config) -> dict[str, int]:
+    """How many transformer layers each attention of a UNet has, by its diffusers name.
+
+    As diffusers' UNet2DConditionModel reads `transformer_layers_per_block`, of which the up path
+    takes the reverse unless `reverse_transformer_layers_per_block` says its own.
+    """
+    layers = config.get("layers_per_block", 2)
+    down = _by_block(config.get("transformer_layers_per_block", 1), len(config["down_block_types"]))
+    own = config.get("reverse_transformer_layers_per_block")
+    up = down[::-1] if own is None else _by_block(own, len(config["up_block_types"]))
+    depths = {}
+    for path, blocks, count in (("down_blocks", down, layers), ("up_blocks", up, layers + 1)):
+        for number, block in enumerate(blocks):
+            for layer, depth in enumerate(_by_block(block, count)):
+                depths[f"{path}.{number}.attentions.{layer}"] = depth
+    middle = down[-1]
+    depths["mid_block.attentions.0"] = middle if isinstance(middle, int) else middle[0]
+    return depths
+
+
+def _by_block(value: Any, count: int) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value] * count
+
+
+# What stands in the middle: resnets around an attention; one resnet, as in SSD-1B and Vega;
+# nothing, as in BK-SDM-Small and -Tiny and SDXS-512.
+_MIDDLE_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None)
 _ATTENTION_BLOCKS = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
-# (key, value a Stable Diffusion 1.x/2.x UNet has, what another value means)
+# (key, value a UNet of Stable Diffusion 1.x, 2.x or XL has, what another value means)
 _PLAIN_UNET: tuple[tuple[str, Any, str], ...] = (
-    ("addition_embed_type", None, "added conditions, as in SDXL"),
     ("class_embed_type", None, "class conditions"),
     ("num_class_embeds", None, "class conditions"),
     ("encoder_hid_dim", None, "a projected text embedding, as in Kandinsky or DeepFloyd IF"),
@@ -150,7 +185,7 @@ def check_sizes(config: Config, what: str) -> None:
 
 
 def check_unet_config(config: Config) -> None:
-    """Raise `UnsupportedModelError`, naming the feature, unless this is an SD 1.x/2.x UNet.
+    """Raise `UnsupportedModelError`, naming the feature, unless this is an SD 1.x/2.x/XL UNet.
 
     Raises `CheckpointError` for numbers that no UNet has.
     """
@@ -172,13 +207,63 @@ def check_unet_config(config: Config) -> None:
         value = config.get(key, plain)
         if value != plain and not (plain in (None, False) and value in (None, False)):
             raise _not_plain(f"{meaning} ({key}={value!r})")
-    # None: no middle block, as in BK-SDM-Small and -Tiny and SDXS-512.
-    middle = config.get("mid_block_type", _MIDDLE_BLOCK)
-    if middle not in (_MIDDLE_BLOCK, None):
+    middle = config.get("mid_block_type", _MIDDLE_BLOCKS[0])
+    if middle not in _MIDDLE_BLOCKS:
         raise _not_plain(f"another middle block (mid_block_type={middle!r})")
+    _check_added_conditions(config)
+    try:
+        understood = all(type(depth) is int for depth in attention_depths(config).values())
+    except (TypeError, LookupError):
+        understood = False
+    if not understood:
+        raise _not_plain(
+            f"transformer_layers_per_block {config.get('transformer_layers_per_block')!r}"
+        )
     for kind in (*config.get("down_block_types", ()), *config.get("up_block_types", ())):
         if kind not in _ATTENTION_BLOCKS:
             raise _not_plain(f"blocks of type {kind}")
+
+
+# SDXL's UNets are told six numbers: the picture's original size, where it was cut, its size.
+SIZE_CONDITIONS = 6
+ADDED_CONDITIONS = "text_time"
+
+
+def pooled_width(config: Mapping[str, Any]) -> int:
+    """Width of the pooled text that a UNet takes beside the prompt's, as SDXL's do; 0 without."""
+    if config.get("addition_embed_type") != ADDED_CONDITIONS:
+        return 0
+    sizes = SIZE_CONDITIONS * int(config["addition_time_embed_dim"])
+    return int(config["projection_class_embeddings_input_dim"]) - sizes
+
+
+def _check_added_conditions(config: Config) -> None:
+    """Refuse conditions other than SDXL's, and the refiner's."""
+    kind = config.get("addition_embed_type")
+    if kind is None:
+        return
+    if kind != ADDED_CONDITIONS:
+        raise _not_plain(f"other added conditions than SDXL's (addition_embed_type={kind!r})")
+    width, total = (config.get(key) for key in ("addition_time_embed_dim", _ADDED_WIDTH))
+    if type(width) is not int or type(total) is not int or width < 2:
+        raise _not_plain(f"added conditions of no width ({_ADDED_WIDTH}={total!r})")
+    text = config.get("cross_attention_dim")
+    if total - (SIZE_CONDITIONS - 1) * width == text:  # an aesthetic score for two cuts
+        raise _refiner()
+    if type(text) is not int or not 0 < total - SIZE_CONDITIONS * width <= text:
+        raise _not_plain(f"added conditions that do not fit its text ({_ADDED_WIDTH}={total})")
+
+
+_ADDED_WIDTH = "projection_class_embeddings_input_dim"
+_REFINER_WIDTH = 2560  # of its added conditions: 1280 of text and five numbers
+
+
+def _refiner() -> UnsupportedModelError:
+    return _not_plain(
+        "it is an SDXL refiner, which draws on what the base began",
+        prefix="",
+        next_step="Give the base model: few-step students need no refiner.",
+    )
 
 
 _INPUT_CHANNELS = {
@@ -197,9 +282,6 @@ _FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
     (".lora.", _LORA),
     ("emb_params", _WORDS),
     ("_custom_diffusion.", _WORDS),
-    ("add_embedding.", "an SDXL-style UNet (added conditions)"),
-    ("label_emb.", "an SDXL-style UNet (added conditions)"),
-    ("conditioner.embedders.1.", "an SDXL checkpoint (added conditions)"),
     ("joint_blocks.", "a Stable Diffusion 3 transformer"),
     ("double_blocks.", "a Flux transformer"),
     ("single_transformer_blocks.", "a Flux transformer"),
@@ -218,12 +300,15 @@ def check_tensor_names(shapes: Shapes) -> None:
                 prefix="",
                 next_step=_NEXT_STEPS.get(kind, _OF_A_FAMILY),
             )
+    for name in ("add_embedding.linear_1.weight", "label_emb.0.0.weight"):
+        if shapes.get(name, ())[1:] == (_REFINER_WIDTH,):
+            raise _refiner()
     conv_in = shapes.get("conv_in.weight")
     if conv_in is not None and len(conv_in) == 4 and conv_in[1] != 4:
         raise _not_plain(_INPUT_CHANNELS.get(conv_in[1], f"{conv_in[1]} input channels"))
 
 
-_OF_A_FAMILY = "TiUE students are distilled from Stable Diffusion 1.5, 2.1-base or 2.1."
+_OF_A_FAMILY = "Give a model of Stable Diffusion 1.x, 2.x or XL, or a student distilled from one."
 _NEXT_STEPS = {
     _LORA: "Name its model with --ckpt, and this file with --lora.",
     _WORDS: "Name its model with --ckpt, and this file with --embedding.",
@@ -234,6 +319,6 @@ def _not_plain(
     what: str, prefix: str = "the UNet has ", next_step: str = _OF_A_FAMILY
 ) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{prefix}{what}; expected a Stable Diffusion 1.x or 2.x text-to-image UNet",
+        f"{prefix}{what}; expected a text-to-image UNet of Stable Diffusion 1.x, 2.x or XL",
         next_step,
     )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LDM_PREFIX = "model.diffusion_model."
+_ATTENDING_MIDDLE = "UNetMidBlock2DCrossAttn"
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -27,6 +28,8 @@ _STEM = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+# Of SDXL's UNets alone: what is told beside the timestep.
+_ADDED = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 
 
 def ldm_spellings(unet_config: dict[str, Any]) -> list[dict[str, str]]:
@@ -49,7 +52,7 @@ def ldm_module_names(unet_config: dict[str, Any], *, gaps: bool = False) -> dict
     """
     layers = int(unet_config.get("layers_per_block", 2))
     down, up = unet_config["down_block_types"], unet_config["up_block_types"]
-    modules = dict(_STEM)
+    modules = {**_STEM, **(_ADDED if unet_config.get("addition_embed_type") else {})}
 
     def resnet(diffusers: str, ldm: str) -> None:
         modules.update(
@@ -67,8 +70,10 @@ def ldm_module_names(unet_config: dict[str, Any], *, gaps: bool = False) -> dict
         if block < len(down) - 1:
             modules[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{position}.0.op"
             position += 1
-    if unet_config.get("mid_block_type", "") is not None:
+    middle = unet_config.get("mid_block_type", _ATTENDING_MIDDLE)
+    if middle is not None:
         resnet("mid_block.resnets.0", "middle_block.0")
+    if middle == _ATTENDING_MIDDLE:
         modules["mid_block.attentions.0"] = "middle_block.1"
         resnet("mid_block.resnets.1", "middle_block.2")
     position = 0

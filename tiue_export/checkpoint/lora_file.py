@@ -23,12 +23,10 @@ from tiue_export.checkpoint.config_file import config_from, read_config
 from tiue_export.checkpoint.tensors import read_weights
 from tiue_export.errors import CheckpointError, UnsupportedModelError, UsageError
 
-UNET, TEXT = "unet", "text_encoder"
+UNET, TEXT, TEXT_2 = "unet", "text_encoder", "text_encoder_2"
+PARTS = (UNET, TEXT, TEXT_2)
 # (mark in a tensor's name, what such a file is); looked for in this order.
 _FOREIGN = (
-    ("lora_te1_", "a LoRA of SDXL: it has two text encoders"),
-    ("lora_te2_", "a LoRA of SDXL: it has two text encoders"),
-    ("text_encoder_2.", "a LoRA of SDXL: it has two text encoders"),
     ("double_blocks", "a LoRA of Flux"),
     ("single_blocks", "a LoRA of Flux"),
     ("joint_blocks", "a LoRA of Stable Diffusion 3"),
@@ -62,8 +60,8 @@ _PREFIXES = ("base_model.model.", "model.")
 class Adapter:
     """What is added to one layer: down (r, in, ...), up (out, r, ...), scale alpha / r.
 
-    `part` is "unet" or "text_encoder"; `layer` the path of its module, its dots as underscores:
-    kohya's names do not tell the two apart.
+    `part` is "unet", "text_encoder" or SDXL's "text_encoder_2"; `layer` the path of its module, its
+    dots as underscores: kohya's names do not tell the two apart.
     """
 
     part: str
@@ -108,7 +106,7 @@ def read_adapters(path: Path) -> list[Adapter]:
         if example is not None:
             raise UnsupportedModelError(
                 f'{path} is {kind}: it holds "{example}"',
-                "Give a LoRA of the model's own family: Stable Diffusion 1.x or 2.x.",
+                "Give a LoRA of the model's own family: Stable Diffusion 1.x, 2.x or XL.",
             )
     sides: dict[tuple[str, str], dict[str, Tensor]] = {}
     alphas: dict[tuple[str, str], float] = {}
@@ -171,12 +169,16 @@ def _side_of(name: str) -> tuple[str, str] | None:
     return None if match is None else (match["module"], _SIDES[match["side"]])
 
 
+# SDXL's trainers number the text encoders.
+_KOHYA = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT, "lora_te2_": TEXT_2}
+
+
 def _place(module: str) -> tuple[str, str]:
     """(part, layer) of a module's name in any of the spellings."""
-    for start, part in (("lora_unet_", UNET), ("lora_te_", TEXT)):
+    for start, part in _KOHYA.items():
         if module.startswith(start):
             return part, _layer(part, module.removeprefix(start))
-    for part in (UNET, TEXT):
+    for part in PARTS:
         if module.startswith(f"{part}."):
             return part, _layer(part, module.removeprefix(f"{part}."))
     # peft's own files name no part: text layers are those of a transformer's encoder.
@@ -189,7 +191,7 @@ def _layer(part: str, module: str) -> str:
         module = module.removeprefix(prefix)
     layer = module.replace(".", "_")
     # transformers 5 has dropped the level that older files name.
-    return layer.removeprefix("text_model_") if part == TEXT else layer
+    return layer if part == UNET else layer.removeprefix("text_model_")
 
 
 def _recorded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
@@ -200,7 +202,8 @@ def _recorded_alphas(path: Path, metadata: Mapping[str, str]) -> dict[str, float
         (inside, config_from(metadata.get("lora_adapter_metadata", "{}"), inside)),
         (str(peft), read_config(peft) if peft.is_file() else {}),
     ):
-        for part, prefix in ((UNET, "unet."), (TEXT, "text_encoder."), (UNET, ""), (TEXT, "")):
+        named = [(part, f"{part}.") for part in PARTS]
+        for part, prefix in (*named, (UNET, ""), (TEXT, "")):
             if (alpha := config.get(f"{prefix}lora_alpha")) is not None:
                 if config.get(f"{prefix}use_rslora"):
                     raise UnsupportedModelError(

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, ModelMixi
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from tiue_export.checkpoint.config_file import read_config
@@ -25,15 +25,21 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 VAES = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
 
-def load_text_encoder(folder: Path) -> Any:
-    """A CLIPTextModel in its own dtype; missing or non-finite weights are errors."""
+_TEXT_ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
+
+
+def load_text_encoder(folder: Path, *, pooled: bool = False) -> Any:
+    """A CLIPTextModel in its own dtype; missing or non-finite weights are errors.
+
+    `pooled`: SDXL's second, a CLIPTextModelWithProjection.
+    """
     config = _config_of(folder)
     kind = config.get("model_type", "clip_text_model")
     if kind != "clip_text_model":
         raise UnsupportedModelError(
             f"{folder} holds a {kind}; expected a clip_text_model (CLIPTextModel)"
         )
-    return _from_pretrained(CLIPTextModel, folder, "model")
+    return _from_pretrained(_TEXT_ENCODERS[pooled], folder, "model")
 
 
 def load_vae(folder: Path) -> Any:
@@ -57,7 +63,7 @@ def check_vae_config(config: Config, where: str) -> None:
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < 1e6:
         raise CheckpointError(
             f"the VAE in {where} has scaling_factor {factor!r}; expected a positive number",
-            "Stable Diffusion 1.x and 2.x have 0.18215, AutoencoderTiny has 1.0.",
+            "Stable Diffusion 1.x and 2.x have 0.18215, XL has 0.13025, AutoencoderTiny has 1.0.",
         )
 
 
@@ -76,6 +82,12 @@ def load_controlnet(folder: Path, unet_config: Mapping[str, Any]) -> Any:
             f"the ControlNet in {folder} adds to the output of a middle block, and this model has "
             "none",
             "Leave --controlnet out, or give a model with a middle block.",
+        )
+    if unet_config.get("addition_embed_type") is not None:
+        raise UnsupportedModelError(
+            f"{folder} would steer a model of SDXL; ControlNets are taken for Stable Diffusion 1.x "
+            "and 2.x",
+            "Leave --controlnet out.",
         )
     plain = {
         "controlnet_conditioning_channel_order": "rgb",
@@ -108,7 +120,8 @@ def _from_pretrained(kind: Any, folder: Path, stem: str) -> Any:
     files = weight_files(folder, stem)
     tensors = read_weights(files).tensors
     dtype = common_dtype(t for t in tensors.values() if t.is_floating_point())
-    options: dict[str, Any] = {"dtype": dtype} if kind is CLIPTextModel else {"torch_dtype": dtype}
+    # transformers and diffusers do not call it the same.
+    options: dict[str, Any] = {"dtype" if kind in _TEXT_ENCODERS else "torch_dtype": dtype}
     if files[0].name.endswith(".fp16.safetensors"):
         options["variant"] = "fp16"
     with quiet_libraries(), at_most(len(tensors)):

@@ -20,7 +20,7 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tiue_export.checkpoint.clip_tokenizer import OPENAI_PAD, OPENCLIP_PAD
 from tiue_export.checkpoint.config_file import read_config
@@ -33,9 +33,15 @@ from tiue_export.sampling.ddim import PREDICTION_TYPES
 # Stability's newer configurations name the same text encoder otherwise.
 _CONDITIONER, _CONDITION = "conditioner.embedders.0.", "cond_stage_model."
 _CLIP, _OPEN_CLIP = f"{_CONDITION}transformer.", f"{_CONDITION}model."
+# SDXL's second text encoder is OpenCLIP's, whole.
+_SECOND = "conditioner.embedders.1.model."
 _VAE = "first_stage_model."
 # In a checkpoint of OpenCLIP beside the text transformer: no part of what Stable Diffusion runs.
-_NOT_RUN = ("logit_scale", "text_projection", "attn_mask")
+_NOT_RUN = ("logit_scale", "attn_mask")
+_PROJECTION = "text_projection"
+
+
+_PARTS = ("text_encoder", "text_encoder_2", "vae")
 
 
 @dataclass(frozen=True)
@@ -47,18 +53,19 @@ class FileParts:
 
     path: Path
     text_encoder: Mapping[str, Tensor]
+    text_encoder_2: Mapping[str, Tensor]
     vae: Mapping[str, Tensor]
     others: tuple[str, ...]
 
     @property
     def held(self) -> tuple[str, ...]:
         """The parts that it has."""
-        return tuple(name for name in ("text_encoder", "vae") if getattr(self, name))
+        return tuple(name for name in _PARTS if getattr(self, name))
 
     def without(self, parts: Collection[str]) -> FileParts:
         """The same less the parts that are not wanted."""
-        text = {} if "text_encoder" in parts else self.text_encoder
-        return replace(self, text_encoder=text, vae={} if "vae" in parts else self.vae)
+        left: dict[str, Any] = {name: {} for name in _PARTS if name.removesuffix("_2") in parts}
+        return replace(self, **left)
 
     @property
     def pad_token(self) -> str:
@@ -77,9 +84,14 @@ def file_parts(path: Path, others: Mapping[str, Tensor]) -> FileParts:
     """Sort the tensors that lie beside a UNet under original names."""
     named = {_renamed(name): tensor for name, tensor in others.items() if name not in MARKS}
     text = {name: t for name, t in named.items() if name.startswith((_CLIP, _OPEN_CLIP))}
+    second = {
+        name.replace(_SECOND, _OPEN_CLIP, 1): t
+        for name, t in named.items()
+        if name.startswith(_SECOND)
+    }
     vae = {name.removeprefix(_VAE): t for name, t in named.items() if name.startswith(_VAE)}
-    rest = [name for name in named if not name.startswith((_CLIP, _OPEN_CLIP, _VAE))]
-    return FileParts(path, text, _without_training(vae), tuple(rest))
+    rest = [name for name in named if not name.startswith((_CLIP, _OPEN_CLIP, _SECOND, _VAE))]
+    return FileParts(path, text, second, _without_training(vae), tuple(rest))
 
 
 def _renamed(name: str) -> str:
@@ -103,20 +115,14 @@ def build_text_encoder(parts: FileParts) -> Any:
     what = f"the text encoder in {parts.path}"
     given = parts.text_encoder
     with _understood(what):
-        converted = _from_open_clip if _is_open_clip(given) else convert_ldm_clip_checkpoint
-        named = converted(given)
+        if _is_open_clip(given):
+            named = _from_open_clip(given)
+        else:
+            named = convert_ldm_clip_checkpoint(given)
     named = {name.removeprefix("text_model."): tensor for name, tensor in named.items()}
     # CLIP checkpoints older than transformers 4.31 store the position ids, which are no weight.
     named.pop("embeddings.position_ids", None)
-    table = named.get("embeddings.token_embedding.weight")
-    size = None if table is None else tuple(table.shape)
-    config = _config_of(
-        what,
-        "table of tokens",
-        size,
-        lambda family: family.text_encoder,
-        lambda text: (text["vocab_size"], text["hidden_size"]),
-    )
+    config = _text_config(what, named, lambda family: family.text_encoder)
     if _is_open_clip(given):
         # Stable Diffusion 2.x reads the layer before the last, which the file holds all the same.
         last = f"encoder.layers.{config['num_hidden_layers']}."
@@ -124,12 +130,40 @@ def build_text_encoder(parts: FileParts) -> Any:
     return build(lambda: CLIPTextModel(CLIPTextConfig(**config)), named, what)
 
 
+def build_text_encoder_2(parts: FileParts) -> Any:
+    """The file's second text encoder, with its projection, as `build_text_encoder` builds one."""
+    what = f"the second text encoder in {parts.path}"
+    with _understood(what):
+        named = _from_open_clip(parts.text_encoder_2)
+        projection = parts.text_encoder_2.get(_OPEN_CLIP + _PROJECTION)
+        named |= {} if projection is None else {"text_projection.weight": projection.T}
+    own = {name.removeprefix("text_model."): tensor for name, tensor in named.items()}
+    config = _text_config(what, own, lambda family: family.text_encoder_2)
+    return build(lambda: CLIPTextModelWithProjection(CLIPTextConfig(**config)), named, what)
+
+
+def _text_config(
+    what: str, named: Mapping[str, Tensor], part: Callable[[Family], Config | None]
+) -> Config:
+    """The configuration of a text encoder with this table of tokens."""
+    table = named.get("embeddings.token_embedding.weight")
+    return _config_of(
+        what,
+        "table of tokens",
+        None if table is None else tuple(table.shape),
+        part,
+        lambda text: (text["vocab_size"], text["hidden_size"]),
+    )
+
+
 def _from_open_clip(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In transformers' names; what diffusers' converter would drop keeps its own."""
+    """In transformers' names, less the projection; what diffusers' converter would drop keeps its
+    own."""
     table = given.get(f"{_OPEN_CLIP}token_embedding.weight")
     width = 0 if table is None else table.shape[-1]
     # It cuts the joint projections by the size of text_projection, which some files lack.
-    own = {n: t for n, t in given.items() if n.removeprefix(_OPEN_CLIP) not in _NOT_RUN}
+    left = (*_NOT_RUN, _PROJECTION)
+    own = {n: t for n, t in given.items() if n.removeprefix(_OPEN_CLIP) not in left}
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=width))
     named: dict[str, Tensor] = convert_open_clip_checkpoint(model, own)
     kept = ("positional_embedding", "token_embedding.", "ln_final.", "transformer.")
@@ -137,11 +171,18 @@ def _from_open_clip(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**named, **unknown}
 
 
-def build_vae(tensors: Mapping[str, Tensor], path: Path, config: Config | None = None) -> Any:
+def build_vae(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    config: Config | None = None,
+    *,
+    of_sdxl: bool = False,
+) -> Any:
     """A VAE of original or diffusers' names, in its own dtype; what does not fit is named.
 
     `config` is known where a config.json came along, else it is that of the family whose sizes the
-    weights have. Raises `UnsupportedModelError` where none has.
+    weights have; SDXL's has the sizes of Stable Diffusion 1.x and another scaling factor. Raises
+    `UnsupportedModelError` where none has.
     """
     what = f"the VAE in {path}"
     if any(name.startswith("decoder.layers.") for name in tensors):
@@ -153,7 +194,7 @@ def build_vae(tensors: Mapping[str, Tensor], path: Path, config: Config | None =
             what,
             "first widths of its halves",
             tuple(width for t in sizes if t is not None for width in t.shape[:1]),
-            lambda family: family.vae,
+            lambda family: family.vae if (family.text_encoder_2 is not None) == of_sdxl else None,
             lambda vae: (vae["block_out_channels"][0], vae["block_out_channels"][-1]),
         )
     named = dict(tensors)
@@ -181,12 +222,12 @@ def _config_of(
     what: str,
     sizes: str,
     size: tuple[int, ...] | None,
-    part: Callable[[Family], Config],
+    part: Callable[[Family], Config | None],
     size_of: Callable[[Config], tuple[int, ...]],
 ) -> Config:
     """The configuration of the first family whose part has this size: no file holds any."""
-    known = [part(load_family(name)) for name in family_names()]
-    known = [config for config in known if config.get("_class_name") != "AutoencoderTiny"]
+    parts = [part(load_family(name)) for name in family_names()]
+    known = [c for c in parts if c is not None and c.get("_class_name") != "AutoencoderTiny"]
     found = next((config for config in known if size_of(config) == size), None)
     if found is None:
         listed = ", ".join(sorted({str(size_of(config)) for config in known}))
@@ -197,11 +238,11 @@ def _config_of(
     return found
 
 
-def vae_from_file(path: Path) -> Any:
+def vae_from_file(path: Path, *, of_sdxl: bool = False) -> Any:
     """An AutoencoderKL or AutoencoderTiny from one `.safetensors`, original or diffusers' names.
 
-    A whole checkpoint will do: its VAE is taken. Raises `UnsupportedModelError` for what is no VAE
-    of Stable Diffusion 1.x or 2.x.
+    A whole checkpoint will do: its VAE is taken. `of_sdxl` says for which models; no weight does.
+    Raises `UnsupportedModelError` for what is no VAE of theirs.
     """
     file = read_weights([path])
     tensors = file.tensors
@@ -214,15 +255,18 @@ def vae_from_file(path: Path) -> Any:
             "of TAESD give the folder or file in diffusers' form, with both halves.",
         )
     made_for = file.metadata.get("modelspec.architecture", "")
-    if "-xl-" in made_for:  # its sizes are the same, its scaling factor is not
+    # Their sizes are the same, their scaling factors are not.
+    if made_for and ("-xl-" in made_for) != of_sdxl:
         raise UnsupportedModelError(
             f"{path} is the VAE of another family: {made_for}",
-            "Give one of Stable Diffusion 1.x or 2.x, such as vae-ft-mse-840000-ema-pruned.",
+            "Give one of SDXL, such as sdxl-vae-fp16-fix."
+            if of_sdxl
+            else "Give one of Stable Diffusion 1.x or 2.x, such as vae-ft-mse-840000-ema-pruned.",
         )
     beside = path.with_name("config.json")
     config = read_config(beside) if beside.is_file() else {}
     if "latent_channels" not in config:
-        return build_vae(_without_training(tensors), path)
+        return build_vae(_without_training(tensors), path, of_sdxl=of_sdxl)
     check_vae_config(config, str(beside))
     return build_vae(_without_training(tensors), path, config)
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import CLIPTokenizer
 
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
-from tiue_export.errors import CheckpointError, UsageError, first_line
+from tiue_export.errors import CheckpointError, UnsupportedModelError, UsageError, first_line
 from tiue_export.system.json_file import read_object
 from tiue_export.system.owned_path import temporary_folder
 
@@ -49,6 +49,47 @@ def write_tokenizer(source: Path, folder: Path, length: int) -> None:
         "pad_token": tokenizer.pad_token,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+class SpecialTokens(NamedTuple):
+    """The ids of a tokenizer's end of text and of its padding."""
+
+    end: int
+    pad: int
+
+
+def special_tokens(source: Path) -> SpecialTokens:
+    """Of the CLIP tokenizer in a folder."""
+    with _readable(source):
+        tokenizer: Any = CLIPTokenizer.from_pretrained(source, local_files_only=True)
+    return SpecialTokens(int(tokenizer.eos_token_id), int(tokenizer.pad_token_id))
+
+
+def write_with_pad(source: Path, folder: Path, pad: int) -> None:
+    """Write the tokenizer of `source` with this token for padding."""
+    with _readable(source):
+        tokenizer: Any = CLIPTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    tokenizer.save_pretrained(folder)
+
+
+def check_same_words(first: Path, second: Path) -> None:
+    """Raise `UnsupportedModelError` unless two tokenizers differ in their padding alone."""
+    own, other = (_words(folder) for folder in (first, second))
+    if own != other:
+        raise UnsupportedModelError(
+            f"{first} and {second} give other tokens for the same words; expected tokenizers that "
+            "differ in their padding alone, as SDXL's do",
+            "Restore the tokenizers that belong to this model.",
+        )
+
+
+def _words(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """A tokenizer's vocabulary and merges."""
+    with _readable(folder):
+        tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return tokenizer.get_vocab(), [str(pair) for pair in model["merges"]]
 
 
 def write_with_tokens(source: Path, folder: Path, tokens: Sequence[str]) -> list[int]:

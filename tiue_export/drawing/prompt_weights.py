@@ -89,10 +89,16 @@ def weighted_tokens(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[Array
 
 
 def weighted_text(text: Array, weights: Array) -> Array:
-    """A text embedding (B, L, D) under weights (B, L), of the same mean and dtype as before."""
+    """A text embedding (B, L, D) under weights (B, L), of the same mean and dtype as before.
+
+    Rows behind the L tokens, which hold SDXL's pooled text, stay as they are.
+    """
+    tokens = weights.shape[1]
+    text, pooled = text[:, :tokens], text[:, tokens:]
     wide = text.astype(np.float32)
     scaled = wide * weights[:, :, None]
     before, after = (each.mean(axis=(1, 2), keepdims=True) for each in (wide, scaled))
     ratio = np.divide(before, after, out=np.ones_like(before), where=after != 0)
     same = (weights == 1).all(axis=1)[:, None, None]
-    return np.where(same, wide, scaled * ratio).astype(text.dtype)
+    weighted: Array = np.where(same, wide, scaled * ratio).astype(text.dtype)
+    return np.concatenate([weighted, pooled], axis=1) if pooled.size else weighted

@@ -148,4 +148,4 @@ def tokenizer_of_bundle(bundle: Bundle) -> Tokenizer:
     """The tokenizer that a bundle holds. Raises `BundleError` where it has none."""
     manifest = bundle.manifest
     path = bundle.file("tokenizer/tokenizer.json")
-    return open_tokenizer(path, int(manifest.text_shape[1]), manifest.text_chunks)
+    return open_tokenizer(path, manifest.text_tokens, manifest.text_chunks)

@@ -34,7 +34,9 @@ from tiue_export.proof.parity import require_passed
 from tiue_export.reference.capture import Capture, capture
 from tiue_export.reference.half_audit import RangeRecorder
 from tiue_export.specs import BATCH, TEXT_ENCODER, UNET_GRAPHS, VAE_DECODER
+from tiue_export.student.added_conditions import pooled_rows
 from tiue_export.student.model import Student
+from tiue_export.student.paired_text_encoder import PairedTextEncoder
 from tiue_export.system.progress import Observer, stage
 
 TOOLS = ("torch", "diffusers", "transformers", "numpy")
@@ -116,17 +118,25 @@ def write_parts(student: Student, options: ExportOptions, folder: Path) -> Token
         index["vae"] = ["diffusers", type(student.vae).__name__]
     tokenizer = None
     if student.text_encoder is not None and student.tokenizer_folder is not None:
-        config = student.text_encoder.config.to_diff_dict()
-        config.pop("_name_or_path", None)
-        _write_json(folder / "text_encoder" / "config.json", config)
+        for name, encoder in _text_encoders(student.text_encoder).items():
+            config = encoder.config.to_diff_dict()
+            config.pop("_name_or_path", None)
+            _write_json(folder / name / "config.json", config)
+            index[name] = ["transformers", type(encoder).__name__]
         shapes = shapes_of(student, options)
-        length, chunks = shapes.text[1], shapes.text_chunks
+        length, chunks = shapes.tokens, shapes.text_chunks
         write_tokenizer(student.tokenizer_folder, folder / "tokenizer", length // chunks)
-        index["text_encoder"] = ["transformers", "CLIPTextModel"]
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
         tokenizer = open_tokenizer(folder / "tokenizer" / "tokenizer.json", length, chunks)
     _write_json(folder / "model_index.json", index)
     return tokenizer
+
+
+def _text_encoders(text_encoder: Any) -> dict[str, Any]:
+    """The text encoders by the names of their folders: SDXL has two."""
+    if isinstance(text_encoder, PairedTextEncoder):
+        return {"text_encoder": text_encoder.first, "text_encoder_2": text_encoder.second}
+    return {"text_encoder": text_encoder}
 
 
 def write_reference(
@@ -168,6 +178,7 @@ def new_manifest(
         latent_shape=latents,
         text_shape=text,
         text_chunks=shapes.text_chunks,
+        pooled_rows=pooled_rows(student.unet),
         vae_scale=shapes.vae_scale,
         vae_scaling_factor=shapes.vae_scaling_factor,
         precision=options.precision,

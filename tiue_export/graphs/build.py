@@ -17,7 +17,7 @@ from tiue_export.graphs.folded import NaiveDecoder, TextEncoder, UNetEncoder, Va
 from tiue_export.graphs.hoisting import RowDecoder, SharedDecoder, hoist, hoist_any_time
 from tiue_export.graphs.lowering import NO_PATHS, InFloat32, ModulePaths, below, compute_in_float32
 from tiue_export.graphs.options import DTYPES, ExportOptions
-from tiue_export.graphs.shapes import shapes_of
+from tiue_export.graphs.shapes import Shapes, shapes_of
 from tiue_export.graphs.timed import (
     ControlNet,
     TimedDecoder,
@@ -137,17 +137,17 @@ def build_graphs(
     if plan.max_decoder_rows is not None:  # a bound that leaves out a whole step is refused
         steps_within(plan.max_decoder_rows, plan.copies * options.batch)
     shapes = shapes_of(student, options)
-    latents, text = shapes.latents, shapes.text
     if options.upsampling == SUBPIXEL:
         student = _with_subpixel_upsampling(student, only)
     graphs = []
     if student.text_encoder is not None and TEXT_ENCODER in only:
         module = TextEncoder(student.text_encoder, *_precision(TEXT_ENCODER, options))
-        inputs = {"input_ids": torch.zeros(text[:2], dtype=torch.int64)}
+        ids = torch.zeros((shapes.text[0], shapes.tokens), dtype=torch.int64)
+        inputs = {"input_ids": ids}
         graphs.append(_graph(TEXT_ENCODER, module, inputs, ["last_hidden_state"], options))
     if {CONTROLNET, *UNET_GRAPHS} & set(only):
         build = _folded_unet_graphs if plan.one_pass else _timed_unet_graphs
-        graphs += build(student, options, latents, text)
+        graphs += build(student, options, shapes)
     if student.vae is not None and VAE_DECODER in only:
         inputs = {"latent_sample": torch.zeros(shapes.vae_input)}
         module_vae = VaeDecoder(student.vae, *_precision(VAE_DECODER, options))
@@ -170,39 +170,37 @@ def _precision(graph: str, options: ExportOptions) -> tuple[torch.dtype, ModuleP
     return DTYPES[options.precision_of(graph)], options.float32.of(graph)
 
 
-def _folded_unet_graphs(
-    student: Student,
-    options: ExportOptions,
-    latents: tuple[int, int, int, int],
-    text: tuple[int, int, int],
-) -> list[Graph]:
+def _folded_unet_graphs(student: Student, options: ExportOptions, shapes: Shapes) -> list[Graph]:
     """Encoder and decoder with timesteps and constants folded in, for rows of one pass."""
     plan = exported_plan(student, options)
+    unet, picture_px = student.unet, shapes.picture_px
     (dtype, islands), (rows_dtype, rows_islands) = (
         _precision(name, options) for name in UNET_GRAPHS
     )
     request = {
-        "sample": torch.zeros(latents),
+        "sample": torch.zeros(shapes.latents),
         "encoder_hidden_states": torch.zeros(
-            text, dtype=options.carried_in("encoder_hidden_states")
+            shapes.text, dtype=options.carried_in("encoder_hidden_states")
         ),
     }
-    names = _feature_names(student.unet)
+    names = _feature_names(unet)
     encoder: nn.Module
     decoder: nn.Module
     if options.hoist == "encoder":
         # The shared part lies in the encoder's graph: its precision and paths are that graph's.
-        shared, rows = hoist(student.unet, plan, dtype, islands | rows_islands, rows_dtype)
-        own = UNetEncoder(student.unet, plan, dtype, below(islands, "encoder"))
+        both = islands | rows_islands
+        shared, rows = hoist(unet, plan, picture_px, dtype, both, rows_dtype)
+        own = UNetEncoder(unet, plan, picture_px, dtype, below(islands, "encoder"))
         encoder = SharingEncoder(own, shared)
         names = _shared_names(encoder, request, dtype)
         decoder = SharedRows(rows, names)
     else:
-        encoder = UNetEncoder(student.unet, plan, dtype, islands)
+        encoder = UNetEncoder(unet, plan, picture_px, dtype, islands)
         if options.hoist == "none":
-            decoder = NaiveDecoder(student.unet, plan, rows_dtype, rows_islands)
+            decoder = NaiveDecoder(unet, plan, picture_px, rows_dtype, rows_islands)
         else:
-            decoder = HoistedDecoder(*hoist(student.unet, plan, rows_dtype, rows_islands))
+            cut = hoist(unet, plan, picture_px, rows_dtype, rows_islands)
+            decoder = HoistedDecoder(*cut)
     encoder_graph = _graph(UNET_ENCODER, encoder, request, names, options)
     if options.hoist == "encoder":
         del request["encoder_hidden_states"]
@@ -240,18 +238,16 @@ def student_features(student: Student) -> frozenset[str]:
     return frozenset(name for name, there in present.items() if there)
 
 
-def _timed_unet_graphs(
-    student: Student,
-    options: ExportOptions,
-    latents: tuple[int, int, int, int],
-    text: tuple[int, int, int],
-) -> list[Graph]:
+def _timed_unet_graphs(student: Student, options: ExportOptions, shapes: Shapes) -> list[Graph]:
     """Encoder at one timestep, decoder at any number of them; with guidance rows are 2B."""
     (dtype, islands), (rows_dtype, rows_islands) = (
         _precision(name, options) for name in UNET_GRAPHS
     )
-    unet, rows = student.unet, student.plan.copies * latents[0]
-    embedding = torch.zeros((rows, *text[1:]), dtype=options.carried_in("encoder_hidden_states"))
+    unet, rows = student.unet, student.plan.copies * shapes.latents[0]
+    picture_px, latents = shapes.picture_px, shapes.latents
+    embedding = torch.zeros(
+        (rows, *shapes.text[1:]), dtype=options.carried_in("encoder_hidden_states")
+    )
     request = {
         "sample": torch.zeros(rows, *latents[1:]),
         "timestep": torch.zeros(1),
@@ -261,16 +257,18 @@ def _timed_unet_graphs(
     encoder: nn.Module
     decoder: nn.Module
     if options.hoist == "encoder":
-        shared, body = hoist_any_time(unet, dtype, islands | rows_islands, rows_dtype)
-        encoder = TimedSharingEncoder(TimedEncoder(unet, dtype, below(islands, "encoder")), shared)
+        both = islands | rows_islands
+        shared, body = hoist_any_time(unet, picture_px, dtype, both, rows_dtype)
+        own = TimedEncoder(unet, picture_px, dtype, below(islands, "encoder"))
+        encoder = TimedSharingEncoder(own, shared)
         names = _shared_names(encoder, request, dtype)
         decoder = TimedSharedRows(body, names, TimeEmbedding(unet, rows_dtype))
     else:
-        encoder = TimedEncoder(unet, dtype, islands)
+        encoder = TimedEncoder(unet, picture_px, dtype, islands)
         if options.hoist == "none":
-            decoder = TimedNaiveDecoder(unet, rows_dtype, rows_islands)
+            decoder = TimedNaiveDecoder(unet, picture_px, rows_dtype, rows_islands)
         else:
-            cut = hoist_any_time(unet, rows_dtype, rows_islands)
+            cut = hoist_any_time(unet, picture_px, rows_dtype, rows_islands)
             decoder = TimedDecoder(*cut, TimeEmbedding(unet, rows_dtype))
     encoder_graph = _graph(UNET_ENCODER, encoder, request, names, options)
     control = _control_graphs(student, options, request, names)
@@ -293,7 +291,7 @@ def _control_graphs(
     if student.controlnet is None:
         return []
     rows, _, height, width = request["sample"].shape
-    scale = shapes_of(student, options).vae_scale
+    scale = student.px_per_latent
     inputs = {
         **request,
         "controlnet_cond": torch.zeros(rows // 2, 3, height * scale, width * scale),

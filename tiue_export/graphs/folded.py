@@ -13,25 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiue_export.graphs.conditions import FixedTime, Size, TextConditions, fixed_time
 from tiue_export.graphs.lowering import (
     NO_PATHS,
     ModulePaths,
     below,
     copied,
-    fold_time,
     in_precision,
     lowered,
-    time_embedding_float64,
     with_plain_attention,
 )
 from tiue_export.sampling.fan_out import FanOut
-from tiue_export.sampling.plan import Combination, Plan
+from tiue_export.sampling.plan import Combination, Plan, Timestep
 from tiue_export.student.model import output_head, text_embedding
 from tiue_export.student.up_path import UpPath, cut_up_path, run_up_blocks, skip_count, text_for
 
 
 class TextEncoder(nn.Module):
-    """input_ids (B, L) -> last_hidden_state (B, L, D)."""
+    """input_ids (B, L) -> last_hidden_state (B, L, D), of SDXL's (B, L + 1, D)."""
 
     def __init__(
         self, text_encoder: Any, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
@@ -68,22 +67,29 @@ class UNetEncoder(nn.Module):
     """
 
     def __init__(
-        self, unet: Any, plan: Plan, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
+        self,
+        unet: Any,
+        plan: Plan,
+        picture_px: Size,
+        dtype: torch.dtype,
+        float32: ModulePaths = NO_PATHS,
     ) -> None:
         super().__init__()
         body = nn.ModuleDict(
             {"conv_in": unet.conv_in, "down_blocks": unet.down_blocks, "mid_block": unet.mid_block}
         )
-        embedding = time_embedding_float64(unet, plan.timesteps[:1])
-        self.unet: Any = folded(body, embedding, dtype, below(float32, "unet"))
+        first = plan.timesteps[:1]
+        self.conditions = TextConditions(unet, picture_px, dtype)
+        self.unet: Any
+        self.unet, self.time = folded(unet, body, first, dtype, below(float32, "unet"))
         with_plain_attention(self.unet, bool(unet.config.upcast_attention))
         fold_input_scale(self.unet["conv_in"], plan.passes[0].input.noise)
         self.dtype = dtype
 
     def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, ...]:
-        rows = encoder_hidden_states[:, 0, :1]  # (B, 1): folded time asks only for the row count
+        text, added = self.conditions(encoder_hidden_states)
         hidden = self.unet["conv_in"](sample.to(self.dtype))
-        return encoder_features(self.unet, hidden, rows, encoder_hidden_states)
+        return encoder_features(self.unet, hidden, self.time(text, added), text)
 
 
 def fold_input_scale(conv_in: Any, scale: float) -> None:
@@ -104,7 +110,7 @@ def encoder_features(unet: Any, hidden: Tensor, time: Tensor, text: Tensor) -> t
         skips.extend(more)
     if unet["mid_block"] is None:
         return tuple(skips)  # the last block's output is the last skip
-    return (unet["mid_block"](hidden, time, encoder_hidden_states=text), *skips)
+    return (unet["mid_block"](hidden, time, **text_for(unet["mid_block"], text)), *skips)
 
 
 def mid_and_skips(features: Sequence[Tensor], skip_count: int) -> tuple[Tensor, list[Tensor]]:
@@ -114,10 +120,15 @@ def mid_and_skips(features: Sequence[Tensor], skip_count: int) -> tuple[Tensor, 
 
 
 def folded(
-    body: nn.Module, embedding: Tensor, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
-) -> Any:
-    """A copy of a UNet's part in `dtype` with the timesteps' embedding (K, D_t) folded in."""
-    return in_precision(fold_time(copied(body), embedding), dtype, float32)
+    unet: Any,
+    body: nn.Module,
+    timesteps: tuple[Timestep, ...],
+    dtype: torch.dtype,
+    float32: ModulePaths = NO_PATHS,
+) -> tuple[Any, FixedTime]:
+    """A copy of a UNet's part in `dtype` at fixed timesteps, and what its resnets take as time."""
+    body, time = fixed_time(unet, copied(body), timesteps)
+    return in_precision(body, dtype, float32), time.to(dtype)
 
 
 def parted(unet: Any, plan: Plan) -> UpPath:
@@ -133,15 +144,24 @@ class NaiveDecoder(nn.Module):
     """
 
     def __init__(
-        self, unet: Any, plan: Plan, dtype: torch.dtype, float32: ModulePaths = NO_PATHS
+        self,
+        unet: Any,
+        plan: Plan,
+        picture_px: Size,
+        dtype: torch.dtype,
+        float32: ModulePaths = NO_PATHS,
     ) -> None:
         super().__init__()
         trunk, rows = parted(unet, plan)
-        embedding = time_embedding_float64(unet, plan.timesteps)
+        timesteps = plan.timesteps
+        self.conditions = TextConditions(unet, picture_px, dtype)
         body = nn.ModuleDict({"up_blocks": nn.ModuleList(rows), "head": OutputHead(unet)})
-        self.unet: Any = folded(body, embedding, dtype, below(float32, "unet"))
-        blocks = nn.ModuleList(trunk)
-        self.trunk: Any = folded(blocks, embedding[:1], dtype, below(float32, "trunk"))
+        self.unet: Any
+        self.unet, self.time = folded(unet, body, timesteps, dtype, below(float32, "unet"))
+        self.trunk: Any
+        self.trunk, self.trunk_time = folded(
+            unet, nn.ModuleList(trunk), timesteps[:1], dtype, below(float32, "trunk")
+        )
         with_plain_attention(self, bool(unet.config.upcast_attention))
         self.combine = Combine(plan.latents)
         self.steps = plan.rows
@@ -151,12 +171,14 @@ class NaiveDecoder(nn.Module):
     ) -> tuple[Tensor, ...]:
         left = skip_count(self.unet["up_blocks"])
         hidden, skips = mid_and_skips(features, left + skip_count(self.trunk))
-        text = encoder_hidden_states
-        hidden = run_up_blocks(self.trunk, hidden, skips[left:], text[:, 0, :1], text)
+        text, added = self.conditions(encoder_hidden_states)
+        time = self.trunk_time(text, added)
+        hidden = run_up_blocks(self.trunk, hidden, skips[left:], time, text)
         hidden = hidden.repeat(self.steps, 1, 1, 1)  # (K*B, C, h, w)
         skips = [skip.repeat(self.steps, 1, 1, 1) for skip in skips[:left]]
+        time = self.time(text, added)
         text = text.repeat(self.steps, 1, 1)  # (K*B, L, D)
-        hidden = run_up_blocks(self.unet["up_blocks"], hidden, skips, text[:, 0, :1], text)
+        hidden = run_up_blocks(self.unet["up_blocks"], hidden, skips, time, text)
         return (self.combine(sample, self.unet["head"](hidden)),)
 
 

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tiue_export.checkpoint.family import pooled_width
+from tiue_export.graphs.conditions import FixedTime, Size, TextConditions, fixed_time
 from tiue_export.graphs.folded import (
     Combine,
     OutputHead,
@@ -38,7 +40,6 @@ from tiue_export.graphs.lowering import (
     ModulePaths,
     below,
     copied,
-    fold_time,
     in_precision,
     project_out,
     split_heads,
@@ -52,13 +53,16 @@ from tiue_export.student.up_path import run_up_blocks, skip_count
 
 Shared = dict[str, Tensor]
 R = TypeVar("R", bound="RowBody")
-# Among the shared tensors: the activated time embedding (g, D_t), where timesteps are an input.
+# Among the shared tensors: what SDXL adds to the time embedding, (B, D_t); and for rows whose time
+# is not folded the activated sum, (K, D_t), or (K, B, D_t) with what is added.
+ADDED = "added_embedding"
 TIME = "time"
 
 
 def hoist(
     unet: Any,
     plan: Plan,
+    picture_px: Size,
     dtype: torch.dtype,
     float32: ModulePaths = NO_PATHS,
     rows_dtype: torch.dtype | None = None,
@@ -69,22 +73,27 @@ def hoist(
     `rows_dtype` is for rows that lie in another graph of another precision.
     """
     embedding = time_embedding_float64(unet, plan.timesteps)
+    added = bool(pooled_width(unet.config))  # time then depends on the text: it is not folded
     trunk, blocks = parted(unet, plan)
+    first, first_time = fixed_time(unet, copied(nn.ModuleList(trunk)), plan.timesteps[:1])
     path = _Path(
-        fold_time(copied(nn.ModuleList(trunk)), embedding[:1]),
+        first,
+        first_time,
         copied(nn.ModuleList(blocks)),
         plan.fan_out if trunk else FanOut(),
-        [[time_bias(resnet, embedding) for resnet in block.resnets] for block in blocks],
+        [[None if added else time_bias(resnet, embedding) for resnet in b.resnets] for b in blocks],
         plan.rows,
+        embedding.float() if added else None,
     )
     precision = _CutPrecision(dtype, rows_dtype or dtype, float32)
-    shared, rows = _cut(unet, RowDecoder, path, precision)
+    shared, rows = _cut(unet, RowDecoder, path, picture_px, precision)
     rows.combine = Combine(plan.latents)
     return shared, rows.eval()
 
 
 def hoist_any_time(
     unet: Any,
+    picture_px: Size,
     dtype: torch.dtype,
     float32: ModulePaths = NO_PATHS,
     rows_dtype: torch.dtype | None = None,
@@ -94,8 +103,9 @@ def hoist_any_time(
     The rows return their outputs (g*B, 4, H, W) float32, without the closed formula.
     """
     biases = [[None for _ in block.resnets] for block in unet.up_blocks]
-    path = _Path(nn.ModuleList(), copied(unet.up_blocks), FanOut(), biases, None)
-    return _cut(unet, RowBody, path, _CutPrecision(dtype, rows_dtype or dtype, float32))
+    path = _Path(nn.ModuleList(), None, copied(unet.up_blocks), FanOut(), biases, None, None)
+    precision = _CutPrecision(dtype, rows_dtype or dtype, float32)
+    return _cut(unet, RowBody, path, picture_px, precision)
 
 
 class _CutPrecision(NamedTuple):
@@ -107,18 +117,21 @@ class _CutPrecision(NamedTuple):
 
 
 class _Path(NamedTuple):
-    """The up path that is cut, in copies: its trunk with the first timestep folded in, and the
-    blocks that rows run, which begin at `start`.
+    """The up path that is cut, in copies: its trunk at the first timestep, and the blocks that rows
+    run, which begin at `start`.
 
-    `biases` are what the rows' resnets add for their timesteps, None where these are an input;
-    `steps` is K, None where it is known by the embedding alone.
+    `biases` are what the rows' resnets add for their timesteps, None where they are not folded;
+    `steps` is K, None where timesteps are an input; `time` their embeddings (K, D_t) where they are
+    neither folded nor an input.
     """
 
     trunk: nn.ModuleList
+    trunk_time: FixedTime | None
     blocks: nn.ModuleList
     start: FanOut
     biases: Sequence[Sequence[Tensor | None]]
     steps: int | None
+    time: Tensor | None
 
     def numbered(self) -> Iterator[tuple[int, int, Any]]:
         """Each block of the rows with its own number and its first resnet's in the up path."""
@@ -127,7 +140,7 @@ class _Path(NamedTuple):
 
 
 def _cut(
-    unet: Any, kind: type[R], path: _Path, precision: _CutPrecision
+    unet: Any, kind: type[R], path: _Path, picture_px: Size, precision: _CutPrecision
 ) -> tuple[SharedDecoder, R]:
     upcast = bool(unet.config.upcast_attention)
     channels = int(unet.config.block_out_channels[-1])
@@ -137,6 +150,7 @@ def _cut(
     islands = precision.float32
     shared = SharedDecoder(path, channels, upcast)
     in_precision(shared, precision.shared, below(islands, "shared"))
+    shared.conditions = TextConditions(unet, picture_px, precision.shared)
     rows = kind(path, channels, upcast)
     rows.head = copied(OutputHead(unet))
     in_precision(rows, precision.rows, below(islands, "rows"), border=torch.float32)
@@ -146,9 +160,12 @@ def _cut(
 class SharedDecoder(nn.Module):
     """text (B, L, D), mid and skips -> named tensors that every row uses, batch B."""
 
+    conditions: nn.Module
+
     def __init__(self, path: _Path, channels: int, upcast: bool) -> None:
         super().__init__()
         self.trunk = with_plain_attention(path.trunk, upcast)
+        self.trunk_time = path.trunk_time
         self.resnets = nn.ModuleDict()
         self.text = nn.ModuleDict()
         for i, first, block in path.numbered():
@@ -163,9 +180,12 @@ class SharedDecoder(nn.Module):
     def forward(self, text: Tensor, *features: Tensor) -> Shared:
         left = len(self.resnets)
         mid, skips = mid_and_skips(features, left + skip_count(self.trunk))
-        rows = text[:, 0, :1]  # (B, 1): folded time asks only for the row count
-        hidden = run_up_blocks(self.trunk, mid, skips[left:], rows, text)
-        shared: Shared = {}
+        text, added = self.conditions(text)
+        shared: Shared = {} if added is None else {ADDED: added}
+        hidden = mid
+        if self.trunk_time is not None:
+            time = self.trunk_time(text, added)
+            hidden = run_up_blocks(self.trunk, mid, skips[left:], time, text)
         for (name, share), skip in zip(self.resnets.items(), reversed(skips[:left]), strict=True):
             parts = share(hidden, skip) if isinstance(share, FirstShare) else share(skip)
             shared.update({f"{name}_{part}": value for part, value in parts.items()})
@@ -182,6 +202,8 @@ class RowBody(nn.Module):
     def __init__(self, path: _Path, channels: int, upcast: bool) -> None:
         super().__init__()
         with_plain_attention(path.blocks, upcast)
+        self.time: Tensor | None
+        self.register_buffer("time", path.time)
         self.up_blocks = nn.ModuleList()
         for (i, first, block), biases in zip(path.numbered(), path.biases, strict=True):
             resnets: list[nn.Module] = []
@@ -204,6 +226,8 @@ class RowBody(nn.Module):
 
     def outputs(self, shared: Shared) -> Tensor:
         """The K*B noise predictions, step-major."""
+        if self.time is not None:
+            shared = activated_time(shared, self.time)
         hidden: Tensor | None = None
         for block in self.up_blocks:
             hidden = block(hidden, shared)
@@ -275,11 +299,11 @@ class TimedRows(nn.Module):
             self.register_buffer("bias", bias[:, :, None, None])  # (K, C, 1, 1)
 
     def time_bias(self, shared: Shared) -> Tensor:
-        """(K, C, 1, 1)."""
+        """(K, C, 1, 1), or (K, B, C, 1, 1) where the time embedding depends on the text."""
         if self.time_emb_proj is None:
             return self.bias
         projected: Tensor = self.time_emb_proj(shared[TIME])
-        return projected[:, :, None, None]
+        return projected[..., None, None]
 
 
 class FirstRows(TimedRows):
@@ -294,7 +318,8 @@ class FirstRows(TimedRows):
         steps = bias.shape[0]
         spread = spreads_itself(conv, steps)
         repeated = conv if spread else conv.repeat(steps, 1, 1, 1)
-        x = repeated + bias if spread else add_bias(repeated, bias)  # (K*B, C, h, w)
+        # (K*B, C, h, w)
+        x = repeated + bias if spread and bias.ndim == _FOLDED else add_bias(repeated, bias)
         x = self.conv2(self.act(self.norm2(x)))
         return add_to_rows(x, shared[f"{self.name}_shortcut"], steps)
 
@@ -415,6 +440,14 @@ class TimedTextAttention(SharedTextAttention):
         return key.shape[0]
 
 
+def activated_time(shared: Shared, embedding: Tensor) -> Shared:
+    """The shared tensors, and the activated time of embeddings (K, D_t) and what is added."""
+    if ADDED in shared:
+        embedding = embedding.unsqueeze(1) + shared[ADDED]  # (K, B, D_t)
+    # Every resnet of Stable Diffusion activates the embedding by SiLU before projecting it.
+    return {**shared, TIME: nn.functional.silu(embedding)}
+
+
 def add_to_rows(rows: Tensor, shared: Tensor, steps: int) -> Tensor:
     """Add a (B, C, h, w) tensor to each of the K steps of (K*B, C, h, w) rows."""
     # A five-dimensional broadcast would save the copy, but torch.export cannot prove its strides
@@ -431,8 +464,13 @@ def spreads_itself(x: Tensor, steps: int) -> bool:
     return is_single(x) and isinstance(steps, int)
 
 
+_FOLDED = 4  # dimensions of a bias that is the same for all B
+
+
 def add_bias(rows: Tensor, bias: Tensor) -> Tensor:
-    """Add a (K, C, 1, 1) bias to (K*B, C, h, w) rows."""
+    """Add a (K, C, 1, 1) or (K, B, C, 1, 1) bias to (K*B, C, h, w) rows; where B is 1, to one."""
+    if bias.ndim > _FOLDED:
+        return rows + bias.flatten(0, 1)
     steps, channels = bias.shape[:2]
     if isinstance(rows.shape[0], int) and rows.shape[0] == steps:
         return rows + bias

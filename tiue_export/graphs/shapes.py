@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from tiue_export.drawing.tokenizer import MAX_CHUNKS
 from tiue_export.errors import UsageError
 from tiue_export.graphs.options import ExportOptions
+from tiue_export.student.added_conditions import pooled_rows
 from tiue_export.student.model import Student
 
-_DEFAULT_VAE_SCALE = 8
+_SD_SCALING, _SDXL_SCALING = 0.18215, 0.13025  # what latents are divided by before the VAE
 _SMALLEST_TILE = 8  # latents: below, group norms have too few values to tell anything
 
 
@@ -18,7 +19,8 @@ class Shapes:
     """`latents` (B, 4, H, W), `text` (B, L, D), `vae_input` (B, 4, h, w): all latents or one tile.
 
     `vae_scale` is pixels per latent along one side; latents are divided by `vae_scaling_factor`
-    before the VAE (1.0 for AutoencoderTiny). L is `text_chunks` times what the text encoder reads.
+    before the VAE (1.0 for AutoencoderTiny). L is `tokens`, `text_chunks` times what the text
+    encoder reads, and SDXL's row of pooled text.
     """
 
     latents: tuple[int, int, int, int]
@@ -27,22 +29,31 @@ class Shapes:
     vae_scale: int
     vae_scaling_factor: float
     text_chunks: int
+    tokens: int
+
+    @property
+    def picture_px(self) -> tuple[int, int]:
+        """Height and width of a picture."""
+        return self.latents[2] * self.vae_scale, self.latents[3] * self.vae_scale
 
 
 def shapes_of(student: Student, options: ExportOptions | None = None) -> Shapes:
     """Raises `UsageError` for sizes that the UNet cannot halve evenly, and for such tiles."""
     options = options or ExportOptions()
-    scale = _vae_scale(student)
+    scale = student.px_per_latent
     latents = _latents(student, options, scale)
     text_encoder, vae = student.text_encoder, student.vae
     length = 77 if text_encoder is None else int(text_encoder.config.max_position_embeddings)
     chunks = _text_chunks(options.max_prompt_tokens, length - 2)
+    usual = _SDXL_SCALING if pooled_rows(student.unet) else _SD_SCALING
+    tokens, width = chunks * length, int(student.unet.config.cross_attention_dim)
     return Shapes(
         latents=latents,
-        text=(latents[0], chunks * length, int(student.unet.config.cross_attention_dim)),
+        text=(latents[0], tokens + pooled_rows(student.unet), width),
+        tokens=tokens,
         vae_input=_vae_input(latents, options.vae_tile, scale),
         vae_scale=scale,
-        vae_scaling_factor=0.18215 if vae is None else float(vae.config.scaling_factor),
+        vae_scaling_factor=usual if vae is None else float(vae.config.scaling_factor),
         text_chunks=chunks,
     )
 
@@ -60,14 +71,6 @@ def _text_chunks(tokens: int | None, size: int) -> int:
             f"Write --max-prompt-tokens {near}.",
         )
     return chunks
-
-
-def _vae_scale(student: Student) -> int:
-    if student.vae is None:
-        return _DEFAULT_VAE_SCALE
-    config = student.vae.config
-    widths = getattr(config, "decoder_block_out_channels", None) or config.block_out_channels
-    return int(2 ** (len(widths) - 1))
 
 
 def _latents(student: Student, options: ExportOptions, scale: int) -> tuple[int, int, int, int]:

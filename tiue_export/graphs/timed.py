@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tiue_export.graphs.conditions import Size, TextConditions
 from tiue_export.graphs.folded import OutputHead, encoder_features, mid_and_skips
-from tiue_export.graphs.hoisting import TIME, RowBody, Shared, SharedDecoder
+from tiue_export.graphs.hoisting import RowBody, Shared, SharedDecoder, activated_time
 from tiue_export.graphs.lowering import (
     NO_PATHS,
     ModulePaths,
@@ -41,8 +42,15 @@ class TimeEmbedding(nn.Module):
 class TimedEncoder(nn.Module):
     """sample (N, 4, H, W), timestep (1,), encoder_hidden_states (N, L, D) -> mid, if any, skips."""
 
-    def __init__(self, unet: Any, dtype: torch.dtype, float32: ModulePaths = NO_PATHS) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        picture_px: Size,
+        dtype: torch.dtype,
+        float32: ModulePaths = NO_PATHS,
+    ) -> None:
         super().__init__()
+        self.conditions = TextConditions(unet, picture_px, dtype)
         body = nn.ModuleDict(
             {"conv_in": unet.conv_in, "down_blocks": unet.down_blocks, "mid_block": unet.mid_block}
         )
@@ -54,9 +62,12 @@ class TimedEncoder(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
     ) -> tuple[Tensor, ...]:
-        time = self.time(timestep).expand(sample.shape[0], -1)  # (N, D_t)
+        text, added = self.conditions(encoder_hidden_states)
+        time = self.time(timestep)
+        # (N, D_t)
+        time = time.expand(sample.shape[0], -1) if added is None else time + added
         hidden = self.unet["conv_in"](sample.to(self.dtype))
-        return encoder_features(self.unet, hidden, time, encoder_hidden_states)
+        return encoder_features(self.unet, hidden, time, text)
 
 
 class ControlNet(nn.Module):
@@ -102,8 +113,15 @@ class TimedNaiveDecoder(nn.Module):
     As the published code batches it: every feature is repeated g times (`--no-hoist`).
     """
 
-    def __init__(self, unet: Any, dtype: torch.dtype, float32: ModulePaths = NO_PATHS) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        picture_px: Size,
+        dtype: torch.dtype,
+        float32: ModulePaths = NO_PATHS,
+    ) -> None:
         super().__init__()
+        self.conditions = TextConditions(unet, picture_px, dtype)
         body = nn.ModuleDict({"up_blocks": unet.up_blocks, "head": OutputHead(unet)})
         self.unet: Any = lowered(body, dtype, below(float32, "unet"))
         with_plain_attention(self.unet, bool(unet.config.upcast_attention))
@@ -113,9 +131,11 @@ class TimedNaiveDecoder(nn.Module):
         self, timesteps: Tensor, encoder_hidden_states: Tensor, *features: Tensor
     ) -> tuple[Tensor, ...]:
         steps, batch = timesteps.shape[0], encoder_hidden_states.shape[0]
-        time = self.time(timesteps)
-        time = time.unsqueeze(1).expand(steps, batch, time.shape[1]).flatten(0, 1)  # (g*N, D_t)
-        text = encoder_hidden_states.repeat(steps, 1, 1)  # (g*N, L, D)
+        text, added = self.conditions(encoder_hidden_states)
+        time = self.time(timesteps).unsqueeze(1)  # (g, 1, D_t)
+        time = time.expand(steps, batch, time.shape[2]) if added is None else time + added
+        time = time.flatten(0, 1)  # (g*N, D_t)
+        text = text.repeat(steps, 1, 1)  # (g*N, L, D)
         repeated = [feature.repeat(steps, 1, 1, 1) for feature in features]
         hidden, skips = mid_and_skips(repeated, skip_count(self.unet["up_blocks"]))
         hidden = run_up_blocks(self.unet["up_blocks"], hidden, skips, time, text)
@@ -167,5 +187,4 @@ class TimedSharingEncoder(nn.Module):
 
 def with_time(shared: Shared, time: TimeEmbedding, timesteps: Tensor) -> Shared:
     """The shared tensors and the activated embedding of the rows' timesteps."""
-    # Every resnet of Stable Diffusion activates the embedding by SiLU before projecting it.
-    return {**shared, TIME: nn.functional.silu(time(timesteps))}
+    return activated_time(shared, time(timesteps))

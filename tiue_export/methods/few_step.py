@@ -14,7 +14,7 @@ from tiue_export.sampling.few_step import (
     few_step_plan,
 )
 from tiue_export.sampling.plan import Plan
-from tiue_export.sampling.recipes import EMBEDDED, recipe_named
+from tiue_export.sampling.recipes import EMBEDDED, Recipe, recipe_named, recipes
 from tiue_export.student.load import CheckpointFacts
 
 
@@ -61,6 +61,7 @@ class FewStep:
                 f"{checkpoint.name} is a TiUE student (it records K={checkpoint.recorded_steps})",
                 "Leave --recipe and --method out.",
             )
+        _check_base(recipe, checkpoint)
         embeds = checkpoint.guidance_width is not None
         if embeds and recipe.guidance != EMBEDDED:
             raise ScheduleError(
@@ -79,6 +80,19 @@ class FewStep:
         plan = few_step_plan(checkpoint.scheduler_config, recipe, FewStepOptions(**given))
         # An LCM distilled at one scale has no embedding to fold it into.
         return plan if embeds else replace(plan, embedded_guidance=None)
+
+
+def _check_base(recipe: Recipe, checkpoint: CheckpointFacts) -> None:
+    """Refuse a recipe whose numbers are of the other kind of model."""
+    if recipe.is_for(checkpoint.is_sdxl):
+        return
+    kinds = ("Stable Diffusion 1.x and 2.x", "SDXL")
+    fitting = [one.name for one in recipes().values() if one.is_for(checkpoint.is_sdxl)]
+    raise ScheduleError(
+        f"recipe {recipe.name} is for {kinds[not checkpoint.is_sdxl]}; {checkpoint.name} is a "
+        f"model of {kinds[checkpoint.is_sdxl]}",
+        f"Recipes for it: {', '.join(fitting)}.",
+    )
 
 
 def _check_steps(name: str, options: SamplingOptions) -> None:

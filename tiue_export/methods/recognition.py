@@ -9,12 +9,12 @@ from __future__ import annotations
 from tiue_export.student.load import CheckpointFacts
 
 _TRAILING = "trailing"
-# (scheduler class, its timestep spacing or None for any) -> recipe
-_BY_SCHEDULER: tuple[tuple[str, str | None, str], ...] = (
-    ("LCMScheduler", None, "lcm"),
-    ("TCDScheduler", None, "tcd"),
-    ("EulerDiscreteScheduler", _TRAILING, "sd-turbo"),
-    ("EulerAncestralDiscreteScheduler", _TRAILING, "euler-ancestral"),
+# (scheduler class, its timestep spacing or None for any) -> recipe, recipe of SDXL
+_BY_SCHEDULER: tuple[tuple[str, str | None, str, str], ...] = (
+    ("LCMScheduler", None, "lcm", "lcm"),
+    ("TCDScheduler", None, "tcd", "tcd"),
+    ("EulerDiscreteScheduler", _TRAILING, "sd-turbo", "lightning"),
+    ("EulerAncestralDiscreteScheduler", _TRAILING, "euler-ancestral", "sdxl-turbo"),
 )
 
 
@@ -34,8 +34,9 @@ def recognition(checkpoint: CheckpointFacts) -> tuple[str, str] | None:
         return "sdxs", "its UNet without a middle block and its AutoencoderTiny"
     name = checkpoint.scheduler_config.get("_class_name")
     spacing = checkpoint.scheduler_config.get("timestep_spacing")
-    for scheduler, wanted, recipe in _BY_SCHEDULER:
+    for scheduler, wanted, recipe, of_sdxl in _BY_SCHEDULER:
         if name == scheduler and wanted in (None, spacing):
             with_spacing = f" with {spacing} timesteps" if wanted else ""
-            return recipe, f"its scheduler, {name}{with_spacing}"
+            chosen = of_sdxl if checkpoint.is_sdxl else recipe
+            return chosen, f"its scheduler, {name}{with_spacing}"
     return None

@@ -66,7 +66,7 @@ class TorchModel:
         if TEXT_ENCODER not in self.graphs or self.teacher.tokenizer_folder is None:
             _, length, width = shapes_of(self.teacher).text
             return gaussian_text((2, length, width), len(prompt))
-        tokenizer = tokenizer_of(self.teacher.tokenizer_folder, shapes_of(self.teacher).text[1])
+        tokenizer = tokenizer_of(self.teacher.tokenizer_folder, shapes_of(self.teacher).tokens)
         runs = [
             self.run(TEXT_ENCODER, {TOKENS: tokenizer([words])}) for words in (negative, prompt)
         ]

@@ -15,6 +15,9 @@ from tiue_export.errors import unknown_name
 NO_GUIDANCE, EMBEDDED, ROWS = "none", "embedded", "rows"
 
 
+SDXL_FAMILIES = ("sdxl", "ssd-1b", "vega")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One kind of student; recipes.toml says what each field is."""
@@ -35,6 +38,10 @@ class Recipe:
     timesteps: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     alpha: float | None = None
     prediction_type: str | None = None
+
+    def is_for(self, sdxl: bool) -> bool:
+        """Whether it exists for SDXL and its relatives, or for Stable Diffusion 1.x and 2.x."""
+        return any((family in SDXL_FAMILIES) == sdxl for family in self.base)
 
     @property
     def usual_steps(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tiue_export.bundle.manifest import Source
 from tiue_export.bundle.read import file_record
@@ -18,6 +18,7 @@ from tiue_export.checkpoint.embedding_file import Embedding, ReplacedWeights, re
 from tiue_export.checkpoint.tokenizer_files import write_with_tokens
 from tiue_export.errors import UnsupportedModelError, UsageError
 from tiue_export.student.model import Student
+from tiue_export.student.paired_text_encoder import PairedTextEncoder
 from tiue_export.system.owned_path import session_folder
 
 _NOTE = re.compile(r"embedding (?P<file>.+) added(?: as (?P<token>\S+), \d+ vectors?)?")
@@ -67,23 +68,42 @@ def _add_words(student: Student, read: Embedding, path: Path) -> None:
             f"{path} adds words to the text encoder, and the checkpoint has none",
             "Pass --base with the pipeline folder that has it.",
         )
-    table = student.text_encoder.get_input_embeddings()
-    width = table.embedding_dim
-    if read.vectors.shape[1] != width:
+    encoder, vectors = student.text_encoder, [read.vectors]
+    encoders = [encoder]
+    if isinstance(encoder, PairedTextEncoder):
+        encoders = [encoder.first, encoder.second]
+    if read.second is not None:
+        vectors.append(read.second)
+    widths = [int(each.get_input_embeddings().embedding_dim) for each in encoders]
+    given = [int(each.shape[1]) for each in vectors]
+    if given != widths:
         raise UnsupportedModelError(
-            f"{path} is of another family: its vectors are {read.vectors.shape[1]} wide, this text "
-            f"encoder's {width}",
-            "Stable Diffusion 1.x has 768, 2.x has 1024: give one of this family.",
+            f"{path} is of another family: its vectors are {_and(given)} wide, this text "
+            f"encoder's {_and(widths)}",
+            "Stable Diffusion 1.x has 768, 2.x has 1024, XL has 768 and 1280: give one of this "
+            "family.",
         )
     tokens = [read.token, *(f"{read.token}_{i}" for i in range(1, len(read.vectors)))]
     folder = session_folder()
     ids = write_with_tokens(student.tokenizer_folder, folder, tokens)
-    weight = table.weight.new_zeros(max(len(table.weight), max(ids) + 1), width)
-    weight[: len(table.weight)] = table.weight
-    weight[ids] = read.vectors.to(weight)
-    table.weight, table.num_embeddings = nn.Parameter(weight, requires_grad=False), len(weight)
-    student.text_encoder.config.vocab_size = len(weight)
+    for each, own in zip(encoders, vectors, strict=True):
+        _extend_table(each, ids, own)
     student.tokenizer_folder = folder
+
+
+def _and(numbers: list[int]) -> str:
+    return " and ".join(map(str, numbers))
+
+
+def _extend_table(encoder: Any, ids: list[int], vectors: Tensor) -> None:
+    """Put vectors (N, D) at these ids of an encoder's table of tokens, made longer for them."""
+    table = encoder.get_input_embeddings()
+    length = max(len(table.weight), max(ids) + 1)
+    weight = table.weight.new_zeros(length, table.embedding_dim)
+    weight[: len(table.weight)] = table.weight
+    weight[ids] = vectors.to(weight)
+    table.weight, table.num_embeddings = nn.Parameter(weight, requires_grad=False), length
+    encoder.config.vocab_size = length
 
 
 @torch.no_grad()

@@ -7,9 +7,10 @@ student that ships. What a checkpoint lacks comes from `base`, a pipeline folder
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tiue_export.checkpoint.family import (
     families_of,
     family_names,
     load_family,
+    pooled_width,
 )
 from tiue_export.checkpoint.parts import (
     WEIGHTS_STEM,
@@ -39,6 +41,7 @@ from tiue_export.checkpoint.parts import (
 from tiue_export.checkpoint.single_file import (
     FileParts,
     build_text_encoder,
+    build_text_encoder_2,
     build_vae,
     file_parts,
     said_prediction,
@@ -57,6 +60,7 @@ from tiue_export.checkpoint.tensors import (
     unet_weights,
     weight_files,
 )
+from tiue_export.checkpoint.tokenizer_files import check_same_words, special_tokens
 from tiue_export.errors import (
     CheckpointError,
     ScheduleError,
@@ -70,11 +74,14 @@ from tiue_export.sampling.ddim import PREDICTION_TYPES
 from tiue_export.sampling.plan import Plan
 from tiue_export.student.guidance_embedding import GUIDANCE_WEIGHT, with_guidance
 from tiue_export.student.model import Student, time_embedding
+from tiue_export.student.paired_text_encoder import PairedTextEncoder
 from tiue_export.student.up_path import check_place
 from tiue_export.system.command_line import command_line
 from tiue_export.system.owned_path import session_folder
 
 _PARTS = ("text_encoder", "vae", "tokenizer", "scheduler")
+# Of SDXL alone.
+_SECOND_PARTS = ("text_encoder_2", "tokenizer_2")
 STEPS_KEY = "tiue_steps"
 FAN_OUT_KEY = "tiue_fan_out"
 _HUB_KINDS = ("json", "txt", "safetensors")
@@ -98,6 +105,11 @@ class CheckpointFacts:
     def guidance_width(self) -> int | None:
         """Width of the UNet's guidance embedding, which full LCMs have; None without one."""
         return self.unet_config.get("time_cond_proj_dim")
+
+    @property
+    def is_sdxl(self) -> bool:
+        """Whether the UNet is told the pooled text and the picture's size, as SDXL's are."""
+        return pooled_width(self.unet_config) > 0
 
     @property
     def has_mid_block(self) -> bool:
@@ -145,9 +157,9 @@ def load_model(
     own = file_parts(weights.path, weights.others).without(without)
     folders = {
         part: None
-        if part in without or part in own.held
+        if part.removesuffix("_2") in without or part in own.held
         else _part_folder(part, checkpoint.pipeline, base_folder)
-        for part in _PARTS
+        for part in (*_PARTS, *(_SECOND_PARTS if pooled_width(config) else ()))
     }
     origins = {part: _origin(folder, checkpoint) for part, folder in folders.items()}
     scheduler_config = {
@@ -177,7 +189,7 @@ def load_model(
     own_sha256 = sha256_of_files(checkpoint.unet_files, checkpoint.root_folder)
     if own.text_encoder or folders["text_encoder"] is not None:
         on_stage("text encoder")
-    text = _text_encoder(own, folders["text_encoder"], config, own_sha256)
+    text = _text_encoder(own, folders, config, own_sha256)
     tokenizer = folders["tokenizer"]
     if tokenizer is None and own.text_encoder and text.model.config.vocab_size == VOCABULARY_SIZE:
         tokenizer, origins["tokenizer"] = session_folder(), "CLIP's own"
@@ -187,12 +199,17 @@ def load_model(
         notes += (
             "the text encoder was left out, because no tokenizer came with it; --base gives one",
         )
+    if text.second is not None and tokenizer is not None:
+        text = _paired(text, tokenizer, folders["tokenizer_2"], _zeroes_empty(plan, checkpoint))
+        if folders["tokenizer_2"] is None:
+            origins["tokenizer_2"] = origins["tokenizer"]
     if vae is not None or own.vae or folders["vae"] is not None:
         on_stage("VAE")
-    decoder = _vae(own, folders["vae"], vae, own_sha256)
-    for name, part in (("text_encoder", text), ("vae", decoder)):
-        folder = None if part.model is None else folders[name]
-        origins[name] = part.origin or _origin(folder, checkpoint)
+    decoder = _vae(own, folders["vae"], vae, own_sha256, of_sdxl=bool(pooled_width(config)))
+    for name, part in (("text_encoder", text), ("text_encoder_2", text), ("vae", decoder)):
+        if name in folders:
+            folder = None if part.model is None else folders[name]
+            origins[name] = part.origin or _origin(folder, checkpoint)
     notes += choice.notes
 
     source = Source(
@@ -229,36 +246,87 @@ def load_model(
 
 @dataclass(frozen=True)
 class _Part:
-    """Text encoder or VAE as it was loaded; `origin` "" where its folder says it."""
+    """Text encoder or VAE as it was loaded; `origin` "" where its folder says it.
+
+    `second` is SDXL's second text encoder, until the two are one.
+    """
 
     model: Any = None
     sha256: str = ""
     origin: str = ""
+    second: Any = None
 
 
 _NO_PART = _Part()
 
 
 def _text_encoder(
-    own: FileParts, folder: Path | None, unet_config: Config, own_sha256: str
+    own: FileParts, folders: Mapping[str, Path | None], unet_config: Config, own_sha256: str
 ) -> _Part:
-    """The file's own text encoder, else the folder's, once it fits the UNet."""
+    """The file's own text encoder, else the folder's, once it fits the UNet; of SDXL's both."""
+    folder = folders["text_encoder"]
     if own.text_encoder:
         part, place = _Part(build_text_encoder(own), own_sha256, "checkpoint"), own.path
     elif folder is not None:
         part, place = _Part(load_text_encoder(folder), sha256_of_folder(folder, "model")), folder
     else:
         return _NO_PART
-    _check_text_width(part.model, unet_config, place)
+    if "text_encoder_2" in folders:
+        part = _with_second(part, own, folders["text_encoder_2"])
+    _check_text_width(part, unet_config, place)
     return part
 
 
-def _vae(own: FileParts, folder: Path | None, given: str | Path | None, own_sha256: str) -> _Part:
+def _with_second(part: _Part, own: FileParts, folder: Path | None) -> _Part:
+    if own.text_encoder_2:
+        return replace(part, second=build_text_encoder_2(own))
+    if folder is None:
+        return part
+    second, digest = load_text_encoder(folder, pooled=True), sha256_of_folder(folder, "model")
+    both = hashlib.sha256(f"{part.sha256} {digest}".encode()).hexdigest()
+    return replace(part, second=second, sha256=both)
+
+
+def _paired(part: _Part, tokenizer: Path, tokenizer_2: Path | None, zero_empty: bool) -> _Part:
+    """SDXL's text encoders as one, which reads the first tokenizer's tokens.
+
+    Raises `UnsupportedModelError` where the second tokenizer has other words.
+    """
+    end = special_tokens(tokenizer).end
+    pad = _OPENCLIP_PAD_TOKEN  # of a single file's second, which is OpenCLIP's
+    if tokenizer_2 is not None:
+        check_same_words(tokenizer, tokenizer_2)
+        pad = special_tokens(tokenizer_2).pad
+    model = PairedTextEncoder(part.model, part.second, end, pad, zero_empty)
+    return replace(part, model=model.eval(), second=None)
+
+
+_OPENCLIP_PAD_TOKEN = 0
+
+
+def _zeroes_empty(plan: Plan, checkpoint: _Checkpoint) -> bool:
+    """Whether a model with guidance was trained to be guided away from zeros, as SDXL was.
+
+    A pipeline says it (`force_zeros_for_empty_prompt`); a prompt without guidance is what it is.
+    """
+    index = checkpoint.pipeline and checkpoint.pipeline / "model_index.json"
+    said = read_config(index) if index is not None and index.is_file() else {}
+    return plan.guidance is not None and bool(said.get("force_zeros_for_empty_prompt", True))
+
+
+def _vae(
+    own: FileParts,
+    folder: Path | None,
+    given: str | Path | None,
+    own_sha256: str,
+    *,
+    of_sdxl: bool,
+) -> _Part:
     """The VAE that was given by itself, else the file's own, else the folder's."""
     if given is not None:
-        return _given_vae(str(given))
+        return _given_vae(str(given), of_sdxl)
     if own.vae:
-        return _Part(build_vae(own.vae, own.path), own_sha256, "checkpoint")
+        return _Part(build_vae(own.vae, own.path, of_sdxl=of_sdxl), own_sha256, "checkpoint")
     if folder is not None:
         return _Part(load_vae(folder), sha256_of_folder(folder, WEIGHTS_STEM))
     return _NO_PART
@@ -336,7 +404,7 @@ def _download(hub_id: str, *, with_unet: bool) -> Path:
                 hub_id,
                 allow_patterns=[
                     "model_index.json",
-                    *(f"{part}/*.{kind}" for part in _PARTS for kind in _HUB_KINDS),
+                    *(f"{part}*/*.{kind}" for part in _PARTS for kind in _HUB_KINDS),
                     "unet/config.json",
                     *(("unet/*.safetensors",) if with_unet else ()),
                 ],
@@ -465,12 +533,15 @@ def _understood(path: Path) -> Iterator[None]:
 _TINY = "tiny:"
 
 
-def _given_vae(given: str) -> _Part:
+def _given_vae(given: str, of_sdxl: bool) -> _Part:
     """A VAE given by itself: a file, a folder, a pipeline's vae/."""
     path = Path(given.removeprefix(_TINY)).expanduser()
     place = path / "vae" if (path / "vae").is_dir() else path
     if place.is_file():
-        model, digest = vae_from_file(place), sha256_of_files([place], place.parent)
+        model, digest = (
+            vae_from_file(place, of_sdxl=of_sdxl),
+            sha256_of_files([place], place.parent),
+        )
     elif (place / "config.json").is_file():
         model, digest = load_vae(place), sha256_of_folder(place, WEIGHTS_STEM)
     else:
@@ -517,10 +588,17 @@ def _scheduler_config(folder: Path | None, family: str) -> Config:
     return load_family(family).scheduler
 
 
-def _check_text_width(text_encoder: Any, config: Config, place: Path) -> None:
-    got, expected = text_encoder.config.hidden_size, config.get("cross_attention_dim")
-    if got != expected:
+def _check_text_width(part: _Part, config: Config, place: Path) -> None:
+    encoders = [model for model in (part.model, part.second) if model is not None]
+    got, expected = [int(m.config.hidden_size) for m in encoders], config.get("cross_attention_dim")
+    pooled = pooled_width(config)
+    fits = sum(got) == expected and len(got) == (2 if pooled else 1)
+    if fits and pooled:
+        fits = int(part.second.config.projection_dim) == pooled
+    if not fits:
         raise UnsupportedModelError(
-            f"the text encoder in {place} is {got} wide; the student expects {expected}",
-            "Stable Diffusion 1.x has 768, 2.x has 1024: pass the matching --base.",
+            f"the text encoder in {place} is {' + '.join(map(str, got))} wide; the student expects "
+            f"{expected}{' of two' if pooled else ''}",
+            "Stable Diffusion 1.x has 768, 2.x has 1024, XL has 768 + 1280: pass the matching "
+            "--base.",
         )

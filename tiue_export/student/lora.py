@@ -15,9 +15,10 @@ from torch import nn
 from tiue_export.bundle.manifest import Source
 from tiue_export.bundle.read import file_record
 from tiue_export.checkpoint.ldm_names import ldm_module_names, ldm_name
-from tiue_export.checkpoint.lora_file import TEXT, UNET, Adapter, read_adapters
+from tiue_export.checkpoint.lora_file import TEXT, TEXT_2, UNET, Adapter, read_adapters
 from tiue_export.errors import UnsupportedModelError, UsageError
 from tiue_export.student.model import Student
+from tiue_export.student.paired_text_encoder import PairedTextEncoder
 
 _LISTED = 3
 _NOTE = re.compile(r"LoRA (.+) merged at scale (\S+)")
@@ -32,8 +33,11 @@ def merge_lora(student: Student, path: Path, scale: float = 1.0) -> Student:
     """
     adapters = read_adapters(path)
     layers = {UNET: _layers(student.unet) | _ldm_layers(student.unet)}
-    if student.text_encoder is not None:
-        layers[TEXT] = _layers(student.text_encoder)
+    encoder = student.text_encoder
+    if isinstance(encoder, PairedTextEncoder):
+        layers |= {TEXT: _layers(encoder.first), TEXT_2: _layers(encoder.second)}
+    elif encoder is not None:
+        layers[TEXT] = _layers(encoder)
     _check_fits(path, adapters, layers)
     for adapter in adapters:
         layer = layers[adapter.part][adapter.layer]
@@ -81,6 +85,11 @@ def _check_fits(path: Path, adapters: list[Adapter], layers: dict[str, dict[str,
             f"{path} changes the text encoder too, and the checkpoint has none",
             "Pass --base with the pipeline folder that has it.",
         )
+    if TEXT_2 not in layers and any(adapter.part == TEXT_2 for adapter in adapters):
+        raise UnsupportedModelError(
+            f"{path} is a LoRA of SDXL, which has two text encoders; this model has one",
+            "Give a LoRA that was trained on this model's own family.",
+        )
     absent = [a for a in adapters if a.layer not in layers[a.part]]
     if absent:
         names = ", ".join(adapter.layer for adapter in absent[:_LISTED])
@@ -96,7 +105,7 @@ def _check_fits(path: Path, adapters: list[Adapter], layers: dict[str, dict[str,
             raise UnsupportedModelError(
                 f"{path} is of another family: its {adapter.layer} is {_shape(shape)}, this "
                 f"model's {_shape(tuple(weight.shape))}{_widths(adapter, weight)}",
-                "Stable Diffusion 1.x and 2.x do not share LoRAs: give one of this family.",
+                "Stable Diffusion 1.x, 2.x and XL do not share LoRAs: give one of this family.",
             )
 
 

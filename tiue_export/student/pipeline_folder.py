@@ -14,9 +14,11 @@ import torch
 from safetensors import SafetensorError
 
 from tiue_export.checkpoint.parts import quiet_libraries
+from tiue_export.checkpoint.tokenizer_files import write_with_pad
 from tiue_export.errors import UsageError
 from tiue_export.sampling.fan_out import FanOut
 from tiue_export.student.load import FAN_OUT_KEY, STEPS_KEY
+from tiue_export.student.paired_text_encoder import PairedTextEncoder
 from tiue_export.system.new_folder import new_folder
 
 
@@ -36,8 +38,9 @@ def write_pipeline(
 ) -> Path:
     """Write `folder` whole or not at all; returns it.
 
-    Weights are stored as `dtype` safetensors. `tokenizer` is a tokenizer folder, copied. `steps`
-    records a student's K, `fan_out` where its rows part; a teacher has neither. Raises `UsageError`
+    Weights are stored as `dtype` safetensors; a `PairedTextEncoder` is two parts. `tokenizer` is a
+    tokenizer folder, copied. `steps` records a student's K, `fan_out` where its rows part; a
+    teacher has neither. Raises `UsageError`
     when `folder` exists, unless `force`, and `ResourceError` when the disk is full.
     """
 
@@ -46,11 +49,18 @@ def write_pipeline(
             raise UsageError(f"{folder} exists", "Choose another output or pass --force.")
 
     with new_folder(folder, check) as partial:
-        for part, model in (("unet", unet), ("text_encoder", text_encoder), ("vae", vae)):
+        paired = isinstance(text_encoder, PairedTextEncoder)
+        texts = {"text_encoder": text_encoder}
+        if paired:
+            texts = {"text_encoder": text_encoder.first, "text_encoder_2": text_encoder.second}
+            second_pad = text_encoder.second_pad
+            write_with_pad(tokenizer, partial / "tokenizer_2", second_pad)
+        for part, model in {"unet": unet, **texts, "vae": vae}.items():
             save_part(partial / part, model, dtype)
         shutil.copytree(tokenizer, partial / "tokenizer")
         write_scheduler(partial, scheduler_config, steps, fan_out)
-        write_model_index(partial, scheduler_config, type(vae).__name__, licence)
+        vae_class = type(vae).__name__
+        write_model_index(partial, scheduler_config, vae_class, licence, paired=paired)
     return folder
 
 
@@ -91,9 +101,17 @@ def write_scheduler(
 
 
 def write_model_index(
-    folder: Path, scheduler_config: dict[str, Any], vae_class: str, licence: str | None = None
+    folder: Path,
+    scheduler_config: dict[str, Any],
+    vae_class: str,
+    licence: str | None = None,
+    *,
+    paired: bool = False,
 ) -> None:
-    """model_index.json, as diffusers' StableDiffusionPipeline reads it."""
+    """model_index.json, as diffusers' StableDiffusionPipeline reads it.
+
+    `paired`: there are two text encoders, and StableDiffusionXLPipeline reads it.
+    """
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
         "scheduler": ["diffusers", scheduler_config.get("_class_name", "DDIMScheduler")],
@@ -105,6 +123,16 @@ def write_model_index(
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
     }
+    if paired:
+        for key in ("safety_checker", "requires_safety_checker"):
+            del index[key]
+        index |= {
+            "_class_name": "StableDiffusionXLPipeline",
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "image_encoder": [None, None],
+            "force_zeros_for_empty_prompt": True,
+        }
     if licence is not None:
         index["license"] = licence
     write_json(folder / "model_index.json", index)

@@ -293,9 +293,7 @@ def _samples(job: GraphJob, size: Size) -> Iterator[dict[str, Array]]:
     graphs = {graph.spec.name: graph for graph in built}
     rows = options.batch
     assert job.tokenizer is not None  # checked where the options were
-    tokenize = open_tokenizer(
-        job.tokenizer, int(job.manifest.text_shape[1]), job.manifest.text_chunks
-    )
+    tokenize = open_tokenizer(job.tokenizer, job.manifest.text_tokens, job.manifest.text_chunks)
     shape = load_pool(job.work, "student", size)["sample"].shape
     for index, prompt in enumerate(job.prompts):
         pool = {TOKENS: tokenize([prompt] * rows), NOISE: noise_from_seed(index, shape)}

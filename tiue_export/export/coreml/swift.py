@@ -86,7 +86,7 @@ def _constants(bundle: Bundle, plan: CoremlPlan) -> dict[str, object]:
         "width": manifest.width_px,
         "latentHeight": manifest.height_px // manifest.vae_scale,
         "latentWidth": manifest.width_px // manifest.vae_scale,
-        "tokenCount": int(manifest.text_shape[1]),
+        "tokenCount": manifest.text_tokens,
         "padToken": int(padding.get("pad_id", 0)),
         "vaeScalingFactor": manifest.vae_scaling_factor,
         "timesteps": list(schedule.timesteps),
