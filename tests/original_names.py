@@ -65,6 +65,25 @@ def open_clip_names(tensors: Tensors, layers: int) -> Tensors:
     own = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     first = {n.replace("layers.0", f"layers.{layers}"): t for n, t in own.items() if ".0." in n}
     own |= {name: torch.full_like(tensor, 9.0) for name, tensor in first.items()}
+    named = _open_clip(own)
+    width = len(named["ln_final.weight"])
+    named |= {"text_projection": torch.eye(width), "logit_scale": torch.tensor(4.6)}
+    return {OPEN_CLIP + name: tensor for name, tensor in named.items()}
+
+
+def sdxl_text_names(first: Tensors, second: Tensors) -> Tensors:
+    """Both text encoders of SDXL, as Stability's file has them."""
+    own = {name.removeprefix("text_model."): tensor for name, tensor in second.items()}
+    projection = own.pop("text_projection.weight").T
+    named = {**_open_clip(own), "text_projection": projection, "logit_scale": torch.tensor(4.6)}
+    place = "conditioner.embedders.0.transformer.text_model."
+    return {
+        **{place + name.removeprefix("text_model."): tensor for name, tensor in first.items()},
+        **{f"conditioner.embedders.1.model.{name}": tensor for name, tensor in named.items()},
+    }
+
+
+def _open_clip(own: Tensors) -> Tensors:
     named: Tensors = {}
     for name, tensor in own.items():
         if "q_proj" in name:
@@ -73,16 +92,18 @@ def open_clip_names(tensors: Tensors, layers: int) -> Tensors:
             named[_changed(joint, _TEXT_NAMES)] = torch.cat(parts)
         elif "k_proj" not in name and "v_proj" not in name:
             named[_changed(name, _TEXT_NAMES)] = tensor
-    width = len(named["ln_final.weight"])
-    named |= {"text_projection": torch.eye(width), "logit_scale": torch.tensor(4.6)}
-    return {OPEN_CLIP + name: tensor for name, tensor in named.items()}
+    return named
 
 
 def write_whole_file(pipeline: Path, file: Path, *, form: str = "clip", **extra: torch.Tensor):
-    """One file with UNet, text encoder (`form`: clip, open_clip) and VAE; returns its tensors."""
+    """One file with UNet, text encoder (`form`: clip, open_clip, sdxl: both) and VAE; returns its
+    tensors."""
     text = part(pipeline, "text_encoder")
     tensors = load_file(write_ldm_file(pipeline, file))
-    tensors |= clip_names(text) if form == "clip" else open_clip_names(text, 2)
+    if form == "sdxl":
+        tensors |= sdxl_text_names(text, part(pipeline, "text_encoder_2"))
+    else:
+        tensors |= clip_names(text) if form == "clip" else open_clip_names(text, 2)
     tensors |= {VAE + name: t for name, t in vae_names(part(pipeline, "vae")).items()} | extra
     save(tensors, file)
     return tensors

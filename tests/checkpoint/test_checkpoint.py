@@ -384,8 +384,8 @@ def test_quantized_weights_are_refused(unet_tensors, tmp_path):
 @pytest.mark.parametrize(
     ("name", "shape", "what"),
     [
-        ("add_embedding.linear_1.weight", (4, 4), "SDXL-style UNet (added conditions)"),
-        (LDM_PREFIX + "label_emb.0.0.weight", (4, 4), "SDXL-style UNet (added conditions)"),
+        ("add_embedding.linear_1.weight", (4, 2560), "an SDXL refiner"),
+        (LDM_PREFIX + "label_emb.0.0.weight", (4, 2560), "an SDXL refiner"),
         ("controlnet_cond_embedding.conv_in.weight", (4, 3, 3, 3), "a ControlNet"),
         ("control_model.input_hint_block.0.weight", (4, 3, 3, 3), "a ControlNet"),
         ("conv_in.weight", (24, 9, 3, 3), "9 input channels, as inpainting has"),
@@ -398,13 +398,23 @@ def test_quantized_weights_are_refused(unet_tensors, tmp_path):
 )
 def test_other_kinds_of_model_are_refused_by_name(name, shape, what, unet_tensors, tmp_path):
     changed = {**unet_tensors, name: torch.zeros(shape)}
-    refused(UnsupportedModelError, saved(changed, tmp_path), what, "Stable Diffusion 1.x or 2.x")
+    refused(
+        UnsupportedModelError, saved(changed, tmp_path), what, "of Stable Diffusion 1.x, 2.x or XL"
+    )
+
+
+SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"addition_embed_type": "text_time"}, "added conditions, as in SDXL"),
+        ({"addition_embed_type": "text_image"}, "other added conditions than SDXL's"),
+        ({"addition_embed_type": "text_time"}, "added conditions of no width"),
+        (SDXL | {"projection_class_embeddings_input_dim": 32 + 5 * 8}, "it is an SDXL refiner"),
+        (SDXL | {"projection_class_embeddings_input_dim": 99}, "that do not fit its text"),
+        ({"transformer_layers_per_block": [1, "a", 1]}, "transformer_layers_per_block [1, 'a', 1]"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "another middle block"),
         ({"in_channels": 9}, "9 input channels, as inpainting has"),
         ({"class_embed_type": "timestep"}, "class conditions"),
         ({"down_block_types": ["DownBlock3D"]}, "blocks of type DownBlock3D"),

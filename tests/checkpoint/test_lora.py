@@ -171,7 +171,11 @@ FIRST = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 @pytest.mark.parametrize(
     ("tensors", "kind", "message"),
     [
-        ({"lora_te1_x.lora_down.weight": (2, 4)}, UnsupportedModelError, "is a LoRA of SDXL"),
+        (
+            {"lora_te2_x.lora_down.weight": (2, 4), "lora_te2_x.lora_up.weight": (4, 2)},
+            UnsupportedModelError,
+            "is a LoRA of SDXL, which has two text encoders; this model has one",
+        ),
         ({"lora_unet_x.hada_w1_a": (2, 4)}, UnsupportedModelError, "is a LoHa, not a LoRA"),
         ({"unet.x.lora_magnitude_vector": (2, 4)}, UnsupportedModelError, "is a DoRA"),
         ({"transformer.x.lora_A.weight": (2, 4)}, UnsupportedModelError, "diffusion transformer"),

@@ -77,7 +77,9 @@ def pair(request, tmp_path_factory) -> Pair:
         "max_position_embeddings": LENGTH,
         "hidden_size": WIDTHS[request.param],
     }
-    train_tokenizer(folder / "source", [PROMPT_WORDS], {**config, "vocab_size": 1024})
+    of_openclip = request.param == "sd21"
+    shape = {**config, "vocab_size": 1024}
+    train_tokenizer(folder / "source", [PROMPT_WORDS], shape, of_openclip=of_openclip)
     write_tokenizer(folder / "source", folder / "written", LENGTH)
     return Pair(
         folder / "source",

@@ -19,6 +19,8 @@ from tiue_export.sampling.fan_out import FanOut
 from tiue_export.student.model import Student, output_head
 from tiue_export.student.up_path import places, text_for
 
+SIZE_PX = (64, 64)  # which only SDXL is told
+
 
 def parted(student: Student, fan_out: FanOut) -> Student:
     """The same model with rows that part at `fan_out`."""
@@ -104,10 +106,10 @@ def test_hoisted_equals_naive_equals_the_parted_student(student, batch, size):
     noise, text = request(student, batch, *size)
     expected = student.sample(noise, text)
     plan = exported_plan(student, ExportOptions())
-    features = UNetEncoder(student.unet, plan, torch.float64)(noise, text)
-    naive = NaiveDecoder(student.unet, plan, torch.float64)
+    features = UNetEncoder(student.unet, plan, SIZE_PX, torch.float64)(noise, text)
+    naive = NaiveDecoder(student.unet, plan, SIZE_PX, torch.float64)
     assert_same(expected, naive(noise, text, *features)[0])
-    shared, rows = hoist(student.unet, plan, torch.float64)
+    shared, rows = hoist(student.unet, plan, SIZE_PX, torch.float64)
     assert_same(expected, rows(noise, shared(text, *features)))
 
 

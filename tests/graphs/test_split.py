@@ -33,6 +33,8 @@ FEW = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 
+SIZE_PX = (64, 64)  # which only SDXL is told
+
 
 @st.composite
 def students(draw) -> Student:
@@ -128,15 +130,15 @@ def test_row_k_times_b_plus_b_equals_its_single_call(student):
 def test_hoisted_equals_naive_equals_the_student(student, batch, size):
     noise, text = request(student, batch, *size)
     expected = student.sample(noise, text)
-    encoder = UNetEncoder(student.unet, student.plan, torch.float64)
+    encoder = UNetEncoder(student.unet, student.plan, SIZE_PX, torch.float64)
     features = encoder(noise, text)
     whole = student.encode(noise, text)
     without_mid = student.unet.mid_block is None
     assert len(features) == len(whole.skips) + (not without_mid)
     assert_same(whole.mid, features[-1 if without_mid else 0])
-    naive = NaiveDecoder(student.unet, student.plan, torch.float64)
+    naive = NaiveDecoder(student.unet, student.plan, SIZE_PX, torch.float64)
     assert_same(expected, naive(noise, text, *features)[0])
-    shared, rows = hoist(student.unet, student.plan, torch.float64)
+    shared, rows = hoist(student.unet, student.plan, SIZE_PX, torch.float64)
     assert_same(expected, rows(noise, shared(text, *features)))
 
 
@@ -146,8 +148,10 @@ def test_hoisted_equals_naive_equals_the_student(student, batch, size):
 def test_half_precision_graphs_stay_close_and_give_float32_latents(student, batch):
     noise, text = request(student, batch)
     expected = student.sample(noise, text)
-    features = UNetEncoder(student.unet, student.plan, torch.float16)(noise.float(), text.half())
-    shared, rows = hoist(student.unet, student.plan, torch.float16)
+    features = UNetEncoder(student.unet, student.plan, SIZE_PX, torch.float16)(
+        noise.float(), text.half()
+    )
+    shared, rows = hoist(student.unet, student.plan, SIZE_PX, torch.float16)
     latents = rows(noise.float(), shared(text.half(), *features))
     assert latents.dtype == torch.float32
     assert all(feature.dtype == torch.float16 for feature in features)

@@ -58,8 +58,10 @@ def plan_for(name: str, config=SD15, **options):
 def diffusers_scheduler(plan, prediction: str):
     """The scheduler as its users make it: from Stable Diffusion's configuration."""
     kind = CLASSES[plan.scheduler]
-    made = kind.from_config({**SD15, "prediction_type": prediction}, timestep_spacing="trailing")
-    if plan.recipe == "dmd2":
+    named = recipe_named(plan.recipe)
+    predicts = {"prediction_type": named.prediction_type or prediction}
+    made = kind.from_config({**SD15, **predicts}, timestep_spacing="trailing")
+    if plan.steps in named.timesteps:
         made.set_timesteps(timesteps=list(plan.timesteps))
     else:
         made.set_timesteps(plan.steps)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 from teachers import load_teacher
 
 from tiue_export.checkpoint.family import load_family
-from tiue_export.errors import ScheduleError, TiueError, UnsupportedModelError, UsageError
+from tiue_export.errors import ScheduleError, TiueError, UsageError
 from tiue_export.graphs.build import build_graphs, run_graph
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.methods.scheduler import diffusers_scheduler, plan_from_config
@@ -478,12 +476,3 @@ def test_a_distilled_student_is_refused(tiny_pipeline):
     with pytest.raises(ScheduleError) as caught:
         load_teacher(tiny_pipeline)
     assert "is a distilled student (it records K=4)" in caught.value.message
-
-
-def test_sdxl_is_refused_by_name(teacher_folder, tmp_path):
-    folder = Path(shutil.copytree(teacher_folder, tmp_path / "xl"))
-    file = folder / "unet" / "config.json"
-    config = {**json.loads(file.read_text("utf-8")), "addition_embed_type": "text_time"}
-    file.write_text(json.dumps(config), "utf-8")
-    with pytest.raises(UnsupportedModelError, match="SDXL"):
-        load_teacher(folder)
