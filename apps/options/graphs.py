@@ -110,7 +110,9 @@ class GraphOptions(OptionGroup):
     )
     fan_out_curve: Path | None = option(None, "auto: write what was measured, .png or .json.")
     vae_precision: str | None = option(
-        None, "fp16, fp32 or bf16 \\[default: as the other graphs, by the audit]."
+        None,
+        "fp16, fp32 or bf16 \\[default: as the other graphs, by the audit; of SDXL in fp16: fp32, "
+        "unless it is the VAE's fp16 fix].",
     )
     vae_tile: int | None = option(None, "Decode in tiles of so many pixels, for less memory.")
     max_prompt_tokens: int | None = option(

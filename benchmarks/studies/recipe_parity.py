@@ -28,6 +28,7 @@ from diffusers import (
     LatentConsistencyModelPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     TCDScheduler,
     UNet2DConditionModel,
 )
@@ -52,6 +53,7 @@ from tiue_export.sampling.recipes import recipe_named, recipes
 from tiue_export.sampling.sampler import sample
 from tiue_export.specs import Array, RuntimeOptions
 from tiue_export.student.model import Student
+from tiue_export.student.paired_text_encoder import PairedTextEncoder
 from tiue_export.system.owned_path import temporary_folder
 
 from ..synthetic import fill, write_synthetic_pipeline
@@ -67,6 +69,7 @@ _SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
 }
 _ATTENDING = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+_RESNET_ALONE = "UNetMidBlock2D"
 # What differs from the tiny family's UNet, of three levels and one resnet a level.
 _SHAPES: dict[str, dict[str, Any]] = {
     "SD": {},
@@ -80,6 +83,21 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "mid_block_type": None,
         "down_block_types": ("CrossAttnDownBlock2D",) * 3,
         "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+    },
+}
+# The same of the tiny SDXL.
+_SDXL_SHAPES: dict[str, dict[str, Any]] = {
+    "SDXL": {},
+    "LCM-SDXL": {"time_cond_proj_dim": 32},
+    "SSD-1B": {
+        "mid_block_type": _RESNET_ALONE,
+        "transformer_layers_per_block": [1, [2], [3]],
+        "reverse_transformer_layers_per_block": [[3, 4], [2, 1], 1],
+    },
+    "Vega": {
+        "mid_block_type": _RESNET_ALONE,
+        "transformer_layers_per_block": [1, [1], [2]],
+        "reverse_transformer_layers_per_block": [[2, 2], [1, 1], 1],
     },
 }
 
@@ -104,16 +122,21 @@ class Row:
 
 
 def cases() -> list[Case]:
-    """Every recipe in its usual steps and in its fewest, SDXS's and tiny-sd's shapes too."""
+    """Every recipe in its usual steps and in its fewest, on SD's shape and on SDXL's; SDXS's,
+    tiny-sd's, SSD-1B's and Vega's shapes too."""
     listed = []
     for name, recipe in recipes().items():
-        shape = {"lcm": "LCM", "sdxs": "SDXS"}.get(name, "SD")
+        shapes = {"lcm": ("LCM", "LCM-SDXL"), "sdxs": ("SDXS", "")}.get(name, ("SD", "SDXL"))
         listed += [
             Case(name, steps, shape)
+            for shape, sdxl in zip(shapes, (False, True), strict=True)
+            if recipe.is_for(sdxl)
             for steps in dict.fromkeys((recipe.usual_steps, min(recipe.steps), 4))
             if steps in recipe.steps
         ]
-    return [*listed, Case("lcm-lora", 4, "tiny-sd"), Case("sd-turbo", 1, "tiny-sd")]
+    small = [Case("lcm-lora", 4, "tiny-sd"), Case("sd-turbo", 1, "tiny-sd")]
+    relatives = [Case("lcm-lora", 4, "SSD-1B"), Case("lcm-lora", 4, "Vega")]
+    return [*listed, *small, *relatives]
 
 
 def measure(case: Case, models: Path, work: Path) -> Row:
@@ -144,15 +167,21 @@ def reference(student: Student, folder: Path) -> tuple[Array, Array]:
     noises = np.stack([noise, *fresh])
     embeds = plan.embedded_guidance is not None
     kind: Any = LatentConsistencyModelPipeline if embeds else StableDiffusionPipeline
+    unchecked = {"safety_checker": None, "requires_safety_checker": False}
+    if isinstance(student.text_encoder, PairedTextEncoder):
+        kind, unchecked = StableDiffusionXLPipeline, {}
     with quiet_libraries():
         disable_progress_bar()
-        pipe = kind.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+        pipe = kind.from_pretrained(folder, **unchecked)
     pipe.set_progress_bar_config(disable=True)
     if plan.scheduler not in _SCHEDULERS:
         text = pipe.encode_prompt(_PROMPT, "cpu", 1, False)[0]
         return noises, _written_out(student, noise, text)
     scheduler = _SCHEDULERS[plan.scheduler]
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    predicts = {"prediction_type": recipe.prediction_type} if recipe.prediction_type else {}
+    pipe.scheduler = scheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="trailing", **predicts
+    )
     call: dict[str, Any] = {"num_inference_steps": plan.steps}
     if plan.steps in recipe.timesteps:
         call = {"timesteps": list(recipe.timesteps[plan.steps])}
@@ -209,9 +238,11 @@ def _model(shape: str, models: Path) -> Path:
     folder = models / shape
     if folder.exists():
         return folder
-    write_synthetic_pipeline(folder, "tiny", steps=None)
+    of_sdxl = shape in _SDXL_SHAPES
+    write_synthetic_pipeline(folder, "tiny-sdxl" if of_sdxl else "tiny", steps=None)
     config = UNet2DConditionModel.load_config(folder / "unet")
-    unet = UNet2DConditionModel.from_config({**config, "sample_size": _SIDE, **_SHAPES[shape]})
+    changes = (_SDXL_SHAPES if of_sdxl else _SHAPES)[shape]
+    unet = UNet2DConditionModel.from_config({**config, "sample_size": _SIDE, **changes})
     fill(unet, torch.Generator().manual_seed(3))
     shutil.rmtree(folder / "unet")
     unet.save_pretrained(folder / "unet")
@@ -241,12 +272,18 @@ def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--recipe", action="append", help="only these; default: all")
+    parser.add_argument("--shape", action="append", help="only these UNets; default: all")
     parser.add_argument("--out", type=Path, help="JSON of all rows")
     arguments = parser.parse_args()
     console = Console(stderr=True)
 
     def run() -> None:
-        chosen = [c for c in cases() if arguments.recipe is None or c.recipe in arguments.recipe]
+        chosen = [
+            case
+            for case in cases()
+            if arguments.recipe is None or case.recipe in arguments.recipe
+            if arguments.shape is None or case.shape in arguments.shape
+        ]
         rows = list(measured(chosen, console.print))
         Console().print(table(rows))
         if arguments.out is not None:

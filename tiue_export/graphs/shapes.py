@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tiue_export.drawing.tokenizer import MAX_CHUNKS
 from tiue_export.errors import UsageError
@@ -56,6 +56,20 @@ def shapes_of(student: Student, options: ExportOptions | None = None) -> Shapes:
         vae_scaling_factor=usual if vae is None else float(vae.config.scaling_factor),
         text_chunks=chunks,
     )
+
+
+def with_vae_precision(student: Student, options: ExportOptions) -> ExportOptions:
+    """The options with float32 for a VAE that says of itself that half precision overflows in it.
+
+    SDXL's does (`force_upcast`), its fp16 fix says the contrary; a precision that was chosen
+    stands. diffusers takes true where nothing is said, as in Stable Diffusion 1.x, whose VAE does
+    not overflow: that is left to the audit.
+    """
+    upcast = student.vae is not None and bool(student.vae.config.get("force_upcast"))
+    sdxl = pooled_rows(student.unet) > 0
+    if options.precision != "fp16" or options.vae_precision != "auto" or not (upcast and sdxl):
+        return options
+    return replace(options, vae_precision="fp32")
 
 
 def _text_chunks(tokens: int | None, size: int) -> int:

@@ -27,6 +27,7 @@ from tiue_export.export.contract import (
 from tiue_export.export.onnx.write import MODEL_FILE, OPSET, onnx_from_graph
 from tiue_export.graphs.build import Graph, build_graphs
 from tiue_export.graphs.options import ExportOptions
+from tiue_export.graphs.shapes import with_vae_precision
 from tiue_export.proof.gates import accept_loss, weakest
 from tiue_export.proof.half_range import (
     AUDIT_FILE,
@@ -83,6 +84,7 @@ def export_onnx(
     options, observer = options or ExportOptions(), observer or Observer()
     require("checking an export", ("onnxruntime",), "export")
     check_target(out, force=force)
+    options = with_vae_precision(student, options)
     with new_bundle(out, force=force) as folder:
         tokenizer = write_parts(student, options, folder)
         recorder = RangeRecorder(student, options, _audited(options) if audit else ())
