@@ -470,3 +470,24 @@ def test_without_the_extra_the_command_names_the_pip_line(run, monkeypatch):
     assert code == 8
     assert "distillation needs peft, which is not installed" in err
     assert install_line("train") in err
+
+
+def test_a_student_of_sdxl_is_trained_and_written_as_a_pipeline_of_its_own(
+    tiny_distillation, sdxl_folder, tmp_path
+):
+    config = replace(
+        tiny_distillation,
+        teacher=str(sdxl_folder),
+        out=str(tmp_path / "run"),
+        iterations=2,
+        save_every=2,
+        sample_every=2,
+    )
+    distill(config)
+    student = load_student(tmp_path / "run" / "student")
+    teacher = load_student(sdxl_folder, steps=STEPS)
+    assert (student.plan.method, student.plan.rows) == ("tiue", STEPS)
+    assert student.source.parts["text_encoder_2"] == "checkpoint"
+    layer = "add_embedding.linear_1.weight"
+    moved = student.unet.get_parameter(layer).float() - teacher.unet.get_parameter(layer)
+    assert 0 < moved.abs().max() < 0.1
