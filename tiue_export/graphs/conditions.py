@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiue_export.checkpoint.family import pooled_width
-from tiue_export.graphs.lowering import copied, fold_time, time_embedding_float64
+from tiue_export.graphs.lowering import copied, fold_time, is_single, time_embedding_float64
 from tiue_export.sampling.plan import Timestep
 from tiue_export.student.added_conditions import POOLED_ROWS, size_conditions
 
@@ -70,12 +70,15 @@ class FixedTime(nn.Module):
 
     def __init__(self, embedding: Tensor) -> None:
         super().__init__()
-        self.register_buffer("embedding", embedding.float()[:, None])  # (K, 1, D_t)
+        self.register_buffer("embedding", embedding.float())  # (K, D_t)
 
     def forward(self, tokens: Tensor, added: Tensor | None) -> Tensor:
+        steps = len(self.embedding)
         if added is not None:
-            return (self.embedding + added).flatten(0, 1)  # (K*B, D_t)
-        rows, steps = tokens[:, 0, :1], len(self.embedding)
+            if steps == 1 or is_single(added):
+                return self.embedding + added  # (B, D_t) or (K, D_t)
+            return (self.embedding.unsqueeze(1) + added).flatten(0, 1)  # (K*B, D_t)
+        rows = tokens[:, 0, :1]
         return rows if steps == 1 else rows.repeat(steps, 1)  # (K*B, 1)
 
 

@@ -20,6 +20,7 @@ from tiue_export.graphs.lowering import (
     below,
     copied,
     in_precision,
+    is_single,
     lowered,
     with_plain_attention,
 )
@@ -216,8 +217,3 @@ class Combine(nn.Module):
             rows = outputs.reshape(len(weights), *sample.shape)  # (K, B, 4, H, W)
             total = (weights.unsqueeze(1) * rows).sum(0)
         return self.noise_coefficient * sample + total
-
-
-def is_single(x: Tensor) -> bool:
-    """Whether the batch is a static 1: then rows broadcast in four dimensions, without reshapes."""
-    return isinstance(x.shape[0], int) and x.shape[0] == 1

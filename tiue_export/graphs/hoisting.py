@@ -30,7 +30,6 @@ from tiue_export.graphs.conditions import FixedTime, Size, TextConditions, fixed
 from tiue_export.graphs.folded import (
     Combine,
     OutputHead,
-    is_single,
     mid_and_skips,
     parted,
 )
@@ -41,6 +40,7 @@ from tiue_export.graphs.lowering import (
     below,
     copied,
     in_precision,
+    is_single,
     project_out,
     split_heads,
     time_bias,
@@ -284,6 +284,17 @@ class FirstShare(nn.Module):
         return {"conv": self.conv1(self.act(self.norm1(joined))), "shortcut": shortcut}
 
 
+class TimeBias(NamedTuple):
+    """(K, C, 1, 1), or `of_rows` (K*B, C, 1, 1) where the time embedding depends on the text."""
+
+    values: Tensor
+    steps: int
+    of_rows: bool
+
+
+_OF_STEPS = 2  # dimensions of a time embedding that is the same for all B
+
+
 class TimedRows(nn.Module):
     """What the rows of a resnet add for their timesteps: constants, or projected as they run."""
 
@@ -298,12 +309,15 @@ class TimedRows(nn.Module):
         else:
             self.register_buffer("bias", bias[:, :, None, None])  # (K, C, 1, 1)
 
-    def time_bias(self, shared: Shared) -> Tensor:
-        """(K, C, 1, 1), or (K, B, C, 1, 1) where the time embedding depends on the text."""
+    def time_bias(self, shared: Shared) -> TimeBias:
+        """What is added, and for how many steps."""
         if self.time_emb_proj is None:
-            return self.bias
+            return TimeBias(self.bias, self.bias.shape[0], of_rows=False)
         projected: Tensor = self.time_emb_proj(shared[TIME])
-        return projected[..., None, None]
+        steps, of_rows = projected.shape[0], projected.ndim > _OF_STEPS
+        if of_rows:
+            projected = projected.flatten(0, 1)
+        return TimeBias(projected[:, :, None, None], steps, of_rows)
 
 
 class FirstRows(TimedRows):
@@ -315,11 +329,11 @@ class FirstRows(TimedRows):
 
     def forward(self, hidden: None, shared: Shared) -> Tensor:
         conv, bias = shared[f"{self.name}_conv"], self.time_bias(shared)
-        steps = bias.shape[0]
+        steps = bias.steps
         spread = spreads_itself(conv, steps)
         repeated = conv if spread else conv.repeat(steps, 1, 1, 1)
         # (K*B, C, h, w)
-        x = repeated + bias if spread and bias.ndim == _FOLDED else add_bias(repeated, bias)
+        x = repeated + bias.values if spread else add_bias(repeated, bias)
         x = self.conv2(self.act(self.norm2(x)))
         return add_to_rows(x, shared[f"{self.name}_shortcut"], steps)
 
@@ -362,7 +376,7 @@ class Rows(TimedRows):
 
     def forward(self, hidden: Tensor, shared: Shared) -> Tensor:
         bias = self.time_bias(shared)
-        steps = bias.shape[0]
+        steps = bias.steps
         x = hidden
         if self.straddles:
             straddle = shared[f"{self.name}_straddle"]
@@ -443,7 +457,9 @@ class TimedTextAttention(SharedTextAttention):
 def activated_time(shared: Shared, embedding: Tensor) -> Shared:
     """The shared tensors, and the activated time of embeddings (K, D_t) and what is added."""
     if ADDED in shared:
-        embedding = embedding.unsqueeze(1) + shared[ADDED]  # (K, B, D_t)
+        added = shared[ADDED]
+        # (K, D_t) of one picture, else (K, B, D_t)
+        embedding = embedding + added if is_single(added) else embedding.unsqueeze(1) + added
     # Every resnet of Stable Diffusion activates the embedding by SiLU before projecting it.
     return {**shared, TIME: nn.functional.silu(embedding)}
 
@@ -464,17 +480,13 @@ def spreads_itself(x: Tensor, steps: int) -> bool:
     return is_single(x) and isinstance(steps, int)
 
 
-_FOLDED = 4  # dimensions of a bias that is the same for all B
-
-
-def add_bias(rows: Tensor, bias: Tensor) -> Tensor:
-    """Add a (K, C, 1, 1) or (K, B, C, 1, 1) bias to (K*B, C, h, w) rows; where B is 1, to one."""
-    if bias.ndim > _FOLDED:
-        return rows + bias.flatten(0, 1)
-    steps, channels = bias.shape[:2]
-    if isinstance(rows.shape[0], int) and rows.shape[0] == steps:
-        return rows + bias
-    spread = bias.unsqueeze(1).expand(steps, rows.shape[0] // steps, channels, 1, 1)
+def add_bias(rows: Tensor, bias: TimeBias) -> Tensor:
+    """Add a bias to (K*B, C, h, w) rows."""
+    values, steps = bias.values, bias.steps
+    if bias.of_rows or (isinstance(rows.shape[0], int) and rows.shape[0] == steps):
+        return rows + values
+    channels = values.shape[1]
+    spread = values.unsqueeze(1).expand(steps, rows.shape[0] // steps, channels, 1, 1)
     return rows + spread.reshape(rows.shape[0], channels, 1, 1)
 
 

@@ -201,6 +201,11 @@ def with_plain_attention(module: M, upcast: bool) -> M:
     return module
 
 
+def is_single(x: Tensor) -> bool:
+    """Whether the batch is a static 1: then rows broadcast in four dimensions, without reshapes."""
+    return isinstance(x.shape[0], int) and x.shape[0] == 1
+
+
 def time_embedding_float64(unet: Any, timesteps: tuple[Timestep, ...]) -> Tensor:
     """Time embeddings (K, D_t) in float64 whatever the UNet's dtype.
 
