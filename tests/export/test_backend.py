@@ -171,6 +171,22 @@ def test_help_and_the_first_steps_name_it(toys):
     assert "tiue-export toy --bundle" in steps
 
 
+@pytest.mark.parametrize(("gigabytes", "crowded"), [(24, True), (32, False), (None, False)])
+def test_graphs_are_proven_in_turn_where_all_would_crowd_the_memory(
+    gigabytes, crowded, monkeypatch
+):
+    from types import SimpleNamespace
+
+    from tiue_export.export import backend
+
+    sizes = {"unet_encoder": (6_800_000_000, "fp16"), "vae_decoder": (200_000_000, "fp32")}
+    graphs = {n: SimpleNamespace(size_bytes=s, precision=p) for n, (s, p) in sizes.items()}
+    bundle = SimpleNamespace(manifest=SimpleNamespace(graphs=graphs))
+    total = None if gigabytes is None else gigabytes * 10**9
+    monkeypatch.setattr(backend, "memory_bytes", lambda: total)
+    assert backend.crowds_memory(bundle) == crowded
+
+
 def test_a_backend_stays_small():
     text = (HERE / "toy_backend.py").read_text("utf-8")
     assert len([line for line in text.splitlines() if line.strip()]) <= 70
