@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,22 @@ from .vocabulary import write_tokenizer
 # Last layers of residual branches: kept small, so that depth does not amplify.
 _RESIDUAL = ("conv2", "to_out.0", "ff.net.2", "proj_out", "out_proj", "fc2")
 _RESIDUAL_GAIN = 0.4
+# What differs from the tiny SDXL's UNet in small copies of its relatives' shapes.
+SMALL_SDXL_SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "sdxl": {},
+        "ssd-1b": {
+            "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [1, [2], [3]],
+            "reverse_transformer_layers_per_block": [[3, 4], [2, 1], 1],
+        },
+        "vega": {
+            "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [1, [1], [2]],
+            "reverse_transformer_layers_per_block": [[2, 2], [1, 1], 1],
+        },
+    }
+)
 PROMPT_WORDS = """
 a an the of in on at with and over under beside near photo photograph picture painting drawing
 watercolor sketch portrait landscape red green blue yellow orange purple pink black white

@@ -9,28 +9,13 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from tiue_export.benchmarks.synthetic import fill
+from tiue_export.benchmarks.synthetic import SMALL_SDXL_SHAPES, fill
 from tiue_export.checkpoint.family import load_family
-
-# What differs from the small SDXL, as in the large ones.
-SHAPES: dict[str, dict[str, Any]] = {
-    "sdxl": {},
-    "ssd-1b": {
-        "mid_block_type": "UNetMidBlock2D",
-        "transformer_layers_per_block": [1, [2], [3]],
-        "reverse_transformer_layers_per_block": [[3, 4], [2, 1], 1],
-    },
-    "vega": {
-        "mid_block_type": "UNetMidBlock2D",
-        "transformer_layers_per_block": [1, [1], [2]],
-        "reverse_transformer_layers_per_block": [[2, 2], [1, 1], 1],
-    },
-}
 
 
 def sdxl_unet(shape: str = "sdxl", **changes: Any) -> UNet2DConditionModel:
     """A small UNet of one of the shapes, seeded."""
-    config = load_family("tiny-sdxl").unet | SHAPES[shape] | changes
+    config = load_family("tiny-sdxl").unet | SMALL_SDXL_SHAPES[shape] | changes
     unet = UNet2DConditionModel.from_config(config)
     fill(unet, torch.Generator().manual_seed(0))
     return unet.eval()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ from tiue_export.student.model import Student
 from tiue_export.student.paired_text_encoder import PairedTextEncoder
 from tiue_export.system.owned_path import temporary_folder
 
-from ..synthetic import fill, write_synthetic_pipeline
+from ..synthetic import SMALL_SDXL_SHAPES, fill, write_synthetic_pipeline
 
 _PROMPT = "a red fox in the snow"
 _SIDE = 16  # latents
@@ -69,7 +69,6 @@ _SCHEDULERS: dict[str, Any] = {
     "ddim": DDIMScheduler,
 }
 _ATTENDING = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
-_RESNET_ALONE = "UNetMidBlock2D"
 # What differs from the tiny family's UNet, of three levels and one resnet a level.
 _SHAPES: dict[str, dict[str, Any]] = {
     "SD": {},
@@ -86,19 +85,11 @@ _SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 # The same of the tiny SDXL.
-_SDXL_SHAPES: dict[str, dict[str, Any]] = {
-    "SDXL": {},
+_SDXL_SHAPES: dict[str, Mapping[str, Any]] = {
+    "SDXL": SMALL_SDXL_SHAPES["sdxl"],
     "LCM-SDXL": {"time_cond_proj_dim": 32},
-    "SSD-1B": {
-        "mid_block_type": _RESNET_ALONE,
-        "transformer_layers_per_block": [1, [2], [3]],
-        "reverse_transformer_layers_per_block": [[3, 4], [2, 1], 1],
-    },
-    "Vega": {
-        "mid_block_type": _RESNET_ALONE,
-        "transformer_layers_per_block": [1, [1], [2]],
-        "reverse_transformer_layers_per_block": [[2, 2], [1, 1], 1],
-    },
+    "SSD-1B": SMALL_SDXL_SHAPES["ssd-1b"],
+    "Vega": SMALL_SDXL_SHAPES["vega"],
 }
 
 
@@ -241,7 +232,7 @@ def _model(shape: str, models: Path) -> Path:
     of_sdxl = shape in _SDXL_SHAPES
     write_synthetic_pipeline(folder, "tiny-sdxl" if of_sdxl else "tiny", steps=None)
     config = UNet2DConditionModel.load_config(folder / "unet")
-    changes = (_SDXL_SHAPES if of_sdxl else _SHAPES)[shape]
+    changes = _SDXL_SHAPES[shape] if of_sdxl else _SHAPES[shape]
     unet = UNet2DConditionModel.from_config({**config, "sample_size": _SIDE, **changes})
     fill(unet, torch.Generator().manual_seed(3))
     shutil.rmtree(folder / "unet")

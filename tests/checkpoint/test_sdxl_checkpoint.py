@@ -11,9 +11,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
-from sdxl_models import SHAPES, sdxl_unet, with_unet
+from sdxl_models import sdxl_unet, with_unet
 
 from tiue_export import load_student
+from tiue_export.benchmarks.synthetic import SMALL_SDXL_SHAPES
 from tiue_export.checkpoint.family import families_of, family_names, load_family
 from tiue_export.checkpoint.tensors import ldm_signature_shapes
 from tiue_export.checkpoint.tokenizer_files import tokenizer_of
@@ -117,7 +118,7 @@ def test_a_second_encoder_without_its_projection_is_named(sdxl_folder, file):
 # --- folders
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SMALL_SDXL_SHAPES)
 def test_every_shape_loads_from_a_folder(sdxl_folder, tmp_path, shape):
     folder = with_unet(sdxl_folder, tmp_path / shape, sdxl_unet(shape))
     student = loaded(folder)
