@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import original_names as original
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from sdxl_models import sdxl_unet, with_unet
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tiue_export import load_student
 from tiue_export.benchmarks.synthetic import SMALL_SDXL_SHAPES
+from tiue_export.checkpoint import single_file
 from tiue_export.checkpoint.family import families_of, family_names, load_family
+from tiue_export.checkpoint.ldm_names import ldm_names
 from tiue_export.checkpoint.tensors import ldm_signature_shapes
 from tiue_export.checkpoint.tokenizer_files import tokenizer_of
 from tiue_export.errors import CheckpointError, UnsupportedModelError
@@ -55,10 +59,6 @@ def edit_json(path: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize("family", ["sdxl", "ssd-1b", "vega"])
 def test_weights_tell_its_family_by_the_layers_of_its_attentions(family):
-    from diffusers import UNet2DConditionModel
-
-    from tiue_export.checkpoint.ldm_names import ldm_names
-
     config = load_family(family).unet
     with torch.device("meta"):
         state = UNet2DConditionModel.from_config(config).state_dict()
@@ -89,21 +89,33 @@ def test_a_files_own_text_encoders_and_vae_are_used(sdxl_folder, tmp_path, file)
     assert not any("were left" in note for note in student.source.notes)
 
 
-def test_a_file_of_clips_own_vocabulary_needs_no_base(sdxl_folder, tmp_path, file):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
+def test_a_file_of_clips_own_vocabulary_needs_no_base(sdxl_folder, tmp_path, file, monkeypatch):
     folder = Path(shutil.copytree(sdxl_folder, tmp_path / "clip"))
-    family = load_family("tiny-sdxl")
     vocabulary = {"vocab_size": 49_408, "bos_token_id": 49_406, "eos_token_id": 49_407}
+    tiny = load_family("tiny-sdxl")
+    first, second = tiny.text_encoder | vocabulary, tiny.text_encoder_2 | vocabulary
     for name, kind, config in (
-        ("text_encoder", CLIPTextModel, family.text_encoder),
-        ("text_encoder_2", CLIPTextModelWithProjection, family.text_encoder_2),
+        ("text_encoder", CLIPTextModel, first),
+        ("text_encoder_2", CLIPTextModelWithProjection, second),
     ):
         shutil.rmtree(folder / name)
-        kind(CLIPTextConfig(**{**config, **vocabulary})).save_pretrained(folder / name)
+        kind(CLIPTextConfig(**config)).save_pretrained(folder / name)
     original.write_whole_file(folder, file, form="sdxl")
     with pytest.raises(UnsupportedModelError, match="of no known size"):
         loaded(file)  # as wide as no model that is known
+
+    def family(name: str):
+        own = load_family(name)
+        return replace(own, text_encoder=first, text_encoder_2=second) if name == tiny.name else own
+
+    monkeypatch.setattr(single_file, "load_family", family)
+    student = loaded(file)
+    assert student.source.parts["tokenizer"] == student.source.parts["tokenizer_2"] == "CLIP's own"
+    assert (student.text_encoder.end_token, student.text_encoder.second_pad) == (49_407, 0)
+    for part in ("first", "second"):
+        ours = getattr(student.text_encoder, part).state_dict()
+        saved = original.part(folder, "text_encoder" if part == "first" else "text_encoder_2")
+        assert all(torch.equal(ours[name], tensor) for name, tensor in saved.items())
 
 
 def test_a_second_encoder_without_its_projection_is_named(sdxl_folder, file):

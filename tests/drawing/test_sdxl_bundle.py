@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -41,8 +42,10 @@ def test_its_text_has_a_row_more_than_tokens(bundle):
     assert (manifest.text_shape, manifest.text_tokens) == ((1, 155, 80), 154)
     assert (manifest.pooled_rows, manifest.max_prompt_tokens) == (1, 150)
     assert manifest.source.family == "tiny-sdxl"
-    for part in ("text_encoder", "text_encoder_2"):
-        assert bundle.json_object(f"{part}/config.json")["architectures"]
+    assert "text_encoder_2/config.json" in manifest.files  # hashed as every file is
+    for part, width in (("text_encoder", 32), ("text_encoder_2", 48)):
+        config = json.loads((bundle.root / part / "config.json").read_text("utf-8"))
+        assert config["hidden_size"] == width
 
 
 def test_a_bundle_draws_what_its_student_draws(pipeline, student):

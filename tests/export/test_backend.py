@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tiue_export.bundle.read import open_bundle
+from tiue_export.export import backend
 
 HERE = Path(__file__).parent
 PROGRAM = (
@@ -175,10 +177,6 @@ def test_help_and_the_first_steps_name_it(toys):
 def test_graphs_are_proven_in_turn_where_all_would_crowd_the_memory(
     gigabytes, crowded, monkeypatch
 ):
-    from types import SimpleNamespace
-
-    from tiue_export.export import backend
-
     sizes = {"unet_encoder": (6_800_000_000, "fp16"), "vae_decoder": (200_000_000, "fp32")}
     graphs = {n: SimpleNamespace(size_bytes=s, precision=p) for n, (s, p) in sizes.items()}
     bundle = SimpleNamespace(manifest=SimpleNamespace(graphs=graphs))

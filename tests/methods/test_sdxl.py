@@ -17,7 +17,6 @@ from diffusers import (
 from sdxl_models import sdxl_unet, with_unet
 
 from tiue_export import load_student
-from tiue_export.benchmarks.synthetic import fill
 from tiue_export.checkpoint.tokenizer_files import tokenizer_of
 from tiue_export.errors import ScheduleError
 from tiue_export.graphs.build import build_graphs, run_graph
@@ -26,6 +25,7 @@ from tiue_export.methods.load import CheckpointRequest, load_for_method
 from tiue_export.methods.method import SamplingOptions
 from tiue_export.methods.recognition import recipe_of
 from tiue_export.proof.gates import psnr_db
+from tiue_export.sampling.fan_out import FanOut
 from tiue_export.sampling.recipes import recipes
 from tiue_export.sampling.sampler import sample
 from tiue_export.student.load import CheckpointFacts
@@ -90,9 +90,6 @@ def drawn_by_graphs(student, noises: np.ndarray, **options) -> np.ndarray:
     prompts = ["", PROMPT] if student.plan.copies == 2 else [PROMPT]
     rows = [run("text_encoder", {"input_ids": tokenizer([p])}) for p in prompts]
     text = np.concatenate([row["last_hidden_state"] for row in rows])
-    if student.plan.one_pass:
-        pool = {"sample": noises[:1], "encoder_hidden_states": text}
-        return run("unet_decoder", pool | run("unet_encoder", pool))["latents"]
     return sample(student.plan, run, noises[: student.plan.noises, None], text)
 
 
@@ -105,7 +102,10 @@ CASES = [
     ("hyper-sdxl-1-unet", 1, LCMScheduler, {}, FREE | {"timesteps": [800]}),
     ("hyper-sd-1", 1, TCDScheduler, {}, FREE | {"eta": 1.0}),
     ("hyper-sd-2", 2, DDIMScheduler, {}, FREE),
+    ("hyper-sd-4", 4, DDIMScheduler, {}, FREE),
+    ("hyper-sd-8", 8, DDIMScheduler, {}, FREE),
     ("hyper-sd-8-cfg", 8, DDIMScheduler, {}, {"guidance_scale": 5.0}),
+    ("hyper-sd-12-cfg", 12, DDIMScheduler, {}, {"guidance_scale": 5.0}),
     ("lcm-lora", 4, LCMScheduler, {}, {"guidance_scale": 1.0}),
     ("dmd2-sdxl", 4, LCMScheduler, {}, FREE | {"timesteps": [999, 749, 499, 249]}),
     ("dmd2-sdxl", 1, LCMScheduler, {}, FREE | {"timesteps": [399]}),
@@ -129,7 +129,7 @@ def test_its_graphs_draw_what_diffusers_own_pipeline_draws(
 
 
 def test_every_recipe_of_sdxl_is_held_against_diffusers():
-    held = {case[0] for case in CASES} | {"lcm", "hyper-sd-4", "hyper-sd-8", "hyper-sd-12-cfg"}
+    held = {case[0] for case in CASES} | {"lcm"}  # which needs a UNet of its own: the next test
     assert held == {recipe.name for recipe in recipes().values() if recipe.is_for(sdxl=True)}
 
 
@@ -230,8 +230,6 @@ def test_a_student_in_one_pass_over_four_timesteps_is_cut_without_loss(model):
 @pytest.mark.parametrize("hoist", ["decoder", "encoder", "none"])
 @pytest.mark.parametrize("fan_out", [None, "1", "1.1", "3"])
 def test_its_rows_part_late_as_well(sdxl_folder, hoist, fan_out):
-    from tiue_export.sampling.fan_out import FanOut
-
     student = load_student(sdxl_folder, steps=4)
     place = None if fan_out is None else FanOut.parse(fan_out)
     options = ExportOptions(batch=2, hoist=hoist, fan_out=place)
@@ -275,8 +273,6 @@ def test_a_recipe_of_the_other_kind_is_refused(sdxl_folder, ordinary_model):
 
 
 def test_it_trains_as_any_student(sdxl_folder):
-    unet = load_student(sdxl_folder, steps=4).unet
-    fill(unet, torch.Generator().manual_seed(5))
     student = load_student(sdxl_folder, steps=4)
     latents = student.sample(torch.randn(1, 4, 8, 8), torch.randn(1, 78, 80))
     latents.square().mean().backward()

@@ -70,7 +70,8 @@ def hoist(
     """Cut the decoder in two: what all rows share, and the rows. Weights are the student's own.
 
     `float32` names the submodules that stay in float32 in half precision: "shared...", "rows...";
-    `rows_dtype` is for rows that lie in another graph of another precision.
+    `picture_px` (height, width) is told to SDXL's UNets alone; `rows_dtype` is for rows that lie in
+    another graph of another precision.
     """
     embedding = time_embedding_float64(unet, plan.timesteps)
     added = bool(pooled_width(unet.config))  # time then depends on the text: it is not folded

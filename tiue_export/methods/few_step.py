@@ -91,7 +91,7 @@ def _check_base(recipe: Recipe, checkpoint: CheckpointFacts) -> None:
     raise ScheduleError(
         f"recipe {recipe.name} is for {kinds[not checkpoint.is_sdxl]}; {checkpoint.name} is a "
         f"model of {kinds[checkpoint.is_sdxl]}",
-        f"Recipes for it: {', '.join(fitting)}.",
+        f"Type --recipe NAME, one of {', '.join(fitting)}",
     )
 
 

@@ -47,18 +47,12 @@ class PairedTextEncoder(nn.Module):
         return SimpleNamespace(
             max_position_embeddings=own.max_position_embeddings,
             hidden_size=own.hidden_size + other.hidden_size,
-            vocab_size=own.vocab_size,
         )
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self.first.device
         return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.first.dtype
-        return dtype
 
     def forward(self, input_ids: Tensor) -> SimpleNamespace:
         """(B, L) int64 -> `last_hidden_state` (B, L + 1, D)."""
