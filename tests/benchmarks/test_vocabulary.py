@@ -129,10 +129,13 @@ def test_words_of_the_text_become_single_tokens_between_start_and_end(tmp_path):
     assert len(ids) == config["max_position_embeddings"]
 
 
-@pytest.mark.parametrize(("family", "pad"), [("sd21-base", "!"), ("sd15", "<|endoftext|>")])
-def test_the_pad_token_is_the_familys(family, pad, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "of_openclip", "pad"),
+    [("sd21-base", True, "!"), ("sd15", False, "<|endoftext|>")],
+)
+def test_openclip_pads_with_an_exclamation_mark(family, of_openclip, pad, tmp_path):
     config = load_family(family).text_encoder
-    write_tokenizer(tmp_path / "t", ["an owl"], config)
+    write_tokenizer(tmp_path / "t", ["an owl"], config, of_openclip=of_openclip)
     written = json.loads((tmp_path / "t" / "tokenizer_config.json").read_text("utf-8"))
     assert written["pad_token"] == pad
     ids = tokenizer_of(tmp_path / "t", 77)(["an owl"])[0].tolist()
