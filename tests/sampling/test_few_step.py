@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -212,12 +214,18 @@ def test_a_bundles_steps_can_be_changed_without_a_scheduler_library():
     assert changed_plan(SD15, plan, PlanChange(steps=8)) == plan_for("lcm", steps=8)
     kept = changed_plan(SD15, plan_for("tcd", eta=0.7), PlanChange(steps=2))
     assert kept == plan_for("tcd", steps=2, eta=0.7)
+    single = changed_plan(SD15, plan_for("sd-turbo", steps=4), PlanChange(steps=1))
+    assert single == replace(plan_for("sd-turbo", steps=1), open_time=True)
+
+
+def test_a_plan_that_graphs_hold_is_not_changed():
+    with pytest.raises(UsageError, match="the plan of one pass is held by the graphs"):
+        changed_plan(SD15, plan_for("sd-turbo", steps=1), PlanChange(steps=2))
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (PlanChange(steps=1), "a plan of one pass is held by the graphs"),
         (PlanChange(key_steps="0,2"), "decoder takes one step at a time"),
         (PlanChange(inject="on"), "--inject is for Faster Diffusion"),
         (PlanChange(steps=9), "--steps is 9; recipe sd-turbo is for 1, 2, 3, 4"),

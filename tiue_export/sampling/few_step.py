@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,13 @@ from tiue_export.sampling.ddim import alphas_cumprod, ddim_settings, ddim_steps,
 from tiue_export.sampling.key_step_plan import key_steps_from
 from tiue_export.sampling.plan import Plan, check_decoder_rows, check_guidance
 from tiue_export.sampling.recipes import EMBEDDED, NO_GUIDANCE, ROWS, Recipe
-from tiue_export.sampling.trajectory import LinearStep, linear_trajectory, passes_of
+from tiue_export.sampling.strength import check_strength, first_step
+from tiue_export.sampling.trajectory import (
+    LinearStep,
+    key_steps_after,
+    linear_trajectory,
+    passes_of,
+)
 
 METHOD = "few-step"
 # Every step runs the encoder.
@@ -42,6 +48,7 @@ class FewStepOptions:
     """What differs from a recipe's usual; None is the recipe's own.
 
     `key_steps` is spelled as on the command line, or numbers: the steps that run the encoder.
+    `strength`: the share of the noise to start with, of a drawing that starts from a picture.
     """
 
     steps: int | None = None
@@ -50,6 +57,7 @@ class FewStepOptions:
     eta: float | None = None
     max_decoder_rows: int | None = None
     allow_other_steps: bool = False
+    strength: float | None = None
 
 
 def few_step_plan(config: Mapping[str, Any], recipe: Recipe, options: FewStepOptions) -> Plan:
@@ -63,19 +71,25 @@ def few_step_plan(config: Mapping[str, Any], recipe: Recipe, options: FewStepOpt
     eta = _checked_eta(recipe, steps, options.eta)
     rows_scale, embedded = _guidance(recipe, options.guidance)
     check_decoder_rows(options.max_decoder_rows)
+    if options.strength is not None:
+        check_strength(options.strength)
     settings = schedule_settings(config, recipe)
-    start, listed = _SAMPLERS[recipe.scheduler](settings, recipe, steps, eta)
+    request = _Request(settings, recipe, steps, eta, options.strength)
+    start, listed = _SAMPLERS[recipe.scheduler](request)
+    first = 0
+    if options.strength is not None and recipe.scheduler != "lcm":
+        first = first_step(steps, options.strength)
+    if first:  # at a picture, which takes the place of the noise
+        start, listed = 1.0, listed[first:]
     trajectory = linear_trajectory(start, listed)
-    key_steps = options.key_steps
+    chosen = options.key_steps
+    keys = key_steps_from(chosen, steps) if isinstance(chosen, str) else chosen
     return Plan(
         method=METHOD,
         recipe=recipe.name,
         steps=steps,
-        passes=passes_of(
-            trajectory,
-            key_steps_from(key_steps, steps) if isinstance(key_steps, str) else key_steps,
-        ),
-        latents=trajectory.combination(steps),
+        passes=passes_of(trajectory, key_steps_after(first, keys)),
+        latents=trajectory.combination(len(listed)),
         prediction_type=str(settings["prediction_type"]),
         scheduler=recipe.scheduler,
         timestep_spacing=_SPACING,
@@ -83,7 +97,7 @@ def few_step_plan(config: Mapping[str, Any], recipe: Recipe, options: FewStepOpt
         embedded_guidance=embedded,
         eta=eta,
         max_decoder_rows=options.max_decoder_rows,
-        chosen_by=key_steps if isinstance(key_steps, str) else "list",
+        chosen_by=chosen if isinstance(chosen, str) else "list",
     )
 
 
@@ -163,17 +177,24 @@ def schedule_settings(config: Mapping[str, Any], recipe: Recipe) -> dict[str, An
     return checked
 
 
-Settings = Mapping[str, Any]
-# (settings, recipe, steps, eta) -> the initial sample as a multiple of the noise, and the steps.
-Sampler = Callable[[Settings, Recipe, int, float], tuple[float, list[LinearStep]]]
+class _Request(NamedTuple):
+    """What a sampler is asked for: `schedule_settings`, and the options with the recipe's usual."""
+
+    settings: Mapping[str, Any]
+    recipe: Recipe
+    steps: int
+    eta: float
+    strength: float | None
 
 
-def _lcm(
-    settings: Settings, recipe: Recipe, steps: int, eta: float
-) -> tuple[float, list[LinearStep]]:
+# -> the initial sample as a multiple of the noise, and the steps.
+_Sampler = Callable[[_Request], tuple[float, list[LinearStep]]]
+
+
+def _lcm(asked: _Request) -> tuple[float, list[LinearStep]]:
     """Luo et al. 2023: x0 by the boundary-condition scalings, noised anew to the next timestep."""
-    alphas = alphas_cumprod(settings)
-    timesteps = _consistency_timesteps(settings, recipe, steps)
+    settings, alphas = asked.settings, alphas_cumprod(asked.settings)
+    timesteps = _consistency_timesteps(asked)
     scaling = float(settings.get("timestep_scaling", _TIMESTEP_SCALING))
     listed = []
     for timestep, following in zip(timesteps, (*timesteps[1:], None), strict=True):
@@ -189,43 +210,35 @@ def _lcm(
     return 1.0, listed
 
 
-def _tcd(
-    settings: Settings, recipe: Recipe, steps: int, eta: float
-) -> tuple[float, list[LinearStep]]:
+def _tcd(asked: _Request) -> tuple[float, list[LinearStep]]:
     """Zheng et al. 2024, Algorithm 4 (gamma-sampling): down to (1 - eta) t', noised up to t'."""
-    alphas = alphas_cumprod(settings)
-    timesteps = _consistency_timesteps(settings, recipe, steps)
+    settings, alphas = asked.settings, alphas_cumprod(asked.settings)
+    timesteps = _consistency_timesteps(asked)
     listed = []
     for timestep, following in zip(timesteps, (*timesteps[1:], None), strict=True):
         target = float(alphas[following or 0])
-        between = float(alphas[int((1 - eta) * (following or 0))])
+        between = float(alphas[int((1 - asked.eta) * (following or 0))])
         kept, added = _moved(float(alphas[timestep]), between, settings["prediction_type"])
         fresh = 0.0
-        if following is not None and eta > 0:
+        if following is not None and asked.eta > 0:
             ratio = target / between
             kept, added, fresh = ratio**0.5 * kept, ratio**0.5 * added, (1 - ratio) ** 0.5
         listed.append(LinearStep(timestep, kept, added, fresh))
     return 1.0, listed
 
 
-def _euler(
-    settings: Settings, recipe: Recipe, steps: int, eta: float
-) -> tuple[float, list[LinearStep]]:
-    return _sigma_steps(settings, steps, ancestral=False)
+def _euler(asked: _Request) -> tuple[float, list[LinearStep]]:
+    return _sigma_steps(asked, ancestral=False)
 
 
-def _euler_ancestral(
-    settings: Settings, recipe: Recipe, steps: int, eta: float
-) -> tuple[float, list[LinearStep]]:
-    return _sigma_steps(settings, steps, ancestral=True)
+def _euler_ancestral(asked: _Request) -> tuple[float, list[LinearStep]]:
+    return _sigma_steps(asked, ancestral=True)
 
 
-def _sigma_steps(
-    settings: Settings, steps: int, *, ancestral: bool
-) -> tuple[float, list[LinearStep]]:
+def _sigma_steps(asked: _Request, *, ancestral: bool) -> tuple[float, list[LinearStep]]:
     """Karras et al. 2022 in sigmas: the network sees x / sqrt(sigma^2 + 1)."""
-    alphas = alphas_cumprod(settings)
-    timesteps = _trailing(settings, steps)
+    settings, alphas = asked.settings, alphas_cumprod(asked.settings)
+    timesteps = [int(step.timestep) for step in ddim_steps(settings, asked.steps)]
     sigmas = [float(((1 - alphas[t]) / alphas[t]) ** 0.5) for t in timesteps]
     listed = []
     for timestep, sigma, target in zip(timesteps, sigmas, (*sigmas[1:], 0.0), strict=True):
@@ -240,31 +253,27 @@ def _sigma_steps(
     return sigmas[0], listed
 
 
-def _ddim(
-    settings: Settings, recipe: Recipe, steps: int, eta: float
-) -> tuple[float, list[LinearStep]]:
-    return 1.0, ddim_steps(settings, steps)
+def _ddim(asked: _Request) -> tuple[float, list[LinearStep]]:
+    return 1.0, ddim_steps(asked.settings, asked.steps)
 
 
-def _flow(
-    settings: Settings, recipe: Recipe, steps: int, eta: float
-) -> tuple[float, list[LinearStep]]:
+def _flow(asked: _Request) -> tuple[float, list[LinearStep]]:
     """Liu et al. 2023 (arXiv 2309.06380): x += v / N from t = 1000 down."""
-    count = int(settings["num_train_timesteps"])
+    count, steps = int(asked.settings["num_train_timesteps"]), asked.steps
     times = [count * (1 - step / steps) for step in range(steps)]
     return 1.0, [LinearStep(int(t) if t.is_integer() else t, 1.0, 1 / steps) for t in times]
 
 
-def _x0(
-    settings: Settings, recipe: Recipe, steps: int, eta: float
-) -> tuple[float, list[LinearStep]]:
+def _x0(asked: _Request) -> tuple[float, list[LinearStep]]:
     """One prediction of x0 at the last timestep, with the alpha that training had there."""
+    settings, alpha = asked.settings, asked.recipe.alpha
     last = int(settings["num_train_timesteps"]) - 1
-    alpha = float(alphas_cumprod(settings)[last]) if recipe.alpha is None else recipe.alpha
+    if alpha is None:
+        alpha = float(alphas_cumprod(settings)[last])
     return 1.0, [LinearStep(last, *_moved(alpha, 1.0, settings["prediction_type"]))]
 
 
-_SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
+_SAMPLERS: Mapping[str, _Sampler] = MappingProxyType(
     {
         "lcm": _lcm,
         "tcd": _tcd,
@@ -277,8 +286,12 @@ _SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
 )
 
 
-def _consistency_timesteps(settings: Settings, recipe: Recipe, steps: int) -> tuple[int, ...]:
-    """Evenly spaced among the timesteps of the distillation; see diffusers' set_timesteps."""
+def _consistency_timesteps(asked: _Request) -> tuple[int, ...]:
+    """Evenly spaced among the timesteps of the distillation; see diffusers' set_timesteps.
+
+    LCM's of a lower strength are spaced among the lower share of them, all steps done.
+    """
+    settings, recipe, steps = asked.settings, asked.recipe, asked.steps
     if steps in recipe.timesteps:
         return recipe.timesteps[steps]
     if recipe.timesteps:
@@ -295,13 +308,18 @@ def _consistency_timesteps(settings: Settings, recipe: Recipe, steps: int) -> tu
             "some",
             f"Give --steps 1 to {min(original, count)}.",
         )
-    trained: npt.NDArray[np.int64] = np.arange(original, 0, -1) * (count // original) - 1
-    chosen = np.floor(np.linspace(0, original, num=steps, endpoint=False)).astype(np.int64)
+    taken = original
+    if asked.strength is not None and recipe.scheduler == "lcm":
+        taken = int(original * asked.strength)
+        if taken < steps:
+            raise UsageError(
+                f"--strength {asked.strength:g} leaves {taken} of the {original} timesteps of the "
+                f"distillation for {steps} steps",
+                f"Type a --strength of {steps / original:g} or more, or fewer --steps.",
+            )
+    trained: npt.NDArray[np.int64] = np.arange(taken, 0, -1) * (count // original) - 1
+    chosen = np.floor(np.linspace(0, taken, num=steps, endpoint=False)).astype(np.int64)
     return tuple(int(t) for t in trained[chosen])
-
-
-def _trailing(settings: Settings, steps: int) -> list[int]:
-    return [int(step.timestep) for step in ddim_steps(settings, steps)]
 
 
 def _moved(alpha: float, target: float, prediction_type: str) -> tuple[float, float]:

@@ -16,7 +16,8 @@ from tiue_export.sampling.key_step_plan import (
     make_plan,
 )
 from tiue_export.sampling.plan import DEFAULT_GUIDANCE, Plan
-from tiue_export.sampling.trajectory import Trajectory
+from tiue_export.sampling.strength import first_step
+from tiue_export.sampling.trajectory import Trajectory, key_steps_after
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class FasterOptions:
     """What the user chose for Faster Diffusion; `steps` None is the usual number of the sampler.
 
     `key_steps` and `inject` are spelled as on the command line; `key_steps` may also be numbers.
+    `strength`: the share of the noise to start with, of a drawing that starts from a picture.
     """
 
     scheduler: str = "ddim"
@@ -33,6 +35,7 @@ class FasterOptions:
     guidance: float = DEFAULT_GUIDANCE
     max_decoder_rows: int | None = None
     chosen_by: str = ""
+    strength: float | None = None
 
     @property
     def asked_steps(self) -> int:
@@ -47,7 +50,9 @@ def ddim_plan(config: Mapping[str, Any], options: FasterOptions) -> Plan:
     Raises `ScheduleError` for a configuration without a closed formula, `UsageError` for key steps
     that do not fit.
     """
-    trajectory = ddim_trajectory(config, options.asked_steps, injection_from(options.inject))
+    steps, injection = options.asked_steps, injection_from(options.inject)
+    first = 0 if options.strength is None else first_step(steps, options.strength)
+    trajectory = ddim_trajectory(config, steps, injection, first)
     settings = ddim_settings(config)
     return planned(
         options,
@@ -62,11 +67,13 @@ def planned(
 ) -> Plan:
     """A sampler's trajectory, with the injection already in it, cut at the chosen key steps."""
     chosen = options.key_steps
-    count = len(trajectory.timesteps)
+    first = options.asked_steps - len(trajectory.timesteps) if options.strength is not None else 0
+    count = first + len(trajectory.timesteps)
+    keys = key_steps_from(chosen, count) if isinstance(chosen, str) else chosen
     return make_plan(
         options.scheduler,
         trajectory,
-        key_steps_from(chosen, count) if isinstance(chosen, str) else chosen,
+        key_steps_after(first, keys),
         steps=options.asked_steps,
         prediction_type=prediction_type,
         timestep_spacing=timestep_spacing,

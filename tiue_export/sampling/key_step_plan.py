@@ -52,14 +52,14 @@ _REFUSED = {
 
 
 def ddim_trajectory(
-    config: Mapping[str, Any], steps: int, injection: Injection | None = None
+    config: Mapping[str, Any], steps: int, injection: Injection | None = None, first: int = 0
 ) -> Trajectory:
-    """DDIM (eta 0) from a diffusers scheduler configuration, float64.
+    """DDIM (eta 0) from a diffusers scheduler configuration, float64, from step `first` on.
 
     Per group this is the telescoped closed form: z_out = sqrt(a_e / a_s) z_s + sum_k sqrt(a_e)
     (sqrt(1/a_{k+1} - 1) - sqrt(1/a_k - 1)) eps_k + the injected noise. Raises `ScheduleError`.
     """
-    listed = ddim_steps(config, steps)
+    listed = ddim_steps(config, steps)[first:]
 
     def step(k: int, sample: Weights, output: Weights) -> Weights:
         return listed[k].kept * sample + listed[k].added * output

@@ -11,6 +11,7 @@ from tiue_export.sampling.few_step import FewStepOptions, few_step_plan
 from tiue_export.sampling.key_step_options import FasterOptions, ddim_plan
 from tiue_export.sampling.plan import DEFAULT_GUIDANCE, Plan, check_decoder_rows
 from tiue_export.sampling.recipes import recipe_named
+from tiue_export.sampling.strength import least_steps
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class PlanChange:
     """What shall differ from a bundle's own plan; None leaves it as it is.
 
     The graphs take any timesteps and any number of rows, so a plan can be changed when drawing.
+    `strength` starts it later, for a drawing that starts from a picture.
     """
 
     steps: int | None = None
     key_steps: str | tuple[int, ...] | None = None
     inject: str | None = None
     max_decoder_rows: int | None = None
+    strength: float | None = None
 
 
 def changed_plan(config: Mapping[str, Any], plan: Plan, change: PlanChange) -> Plan:
@@ -37,6 +40,8 @@ def changed_plan(config: Mapping[str, Any], plan: Plan, change: PlanChange) -> P
         plan = replace(plan, max_decoder_rows=change.max_decoder_rows)
     if change == PlanChange(max_decoder_rows=change.max_decoder_rows):
         return plan
+    if plan.one_pass:
+        raise _held_by_graphs(plan, change)
     if plan.recipe:
         return _few_step_change(config, plan, change)
     if plan.scheduler != "ddim":
@@ -45,13 +50,22 @@ def changed_plan(config: Mapping[str, Any], plan: Plan, change: PlanChange) -> P
             "steps, key steps and injection are fixed",
             "Export again with the options wanted; with --scheduler ddim they stay open.",
         )
+    if change.strength is not None and change.inject not in (None, "off"):
+        raise UsageError(
+            f"--inject {change.inject} adds the noise that drawing began with; it begins with a "
+            "picture here",
+            "Leave --inject out.",
+        )
+    own = "off" if plan.injection is None else plan.injection.placement
     options = FasterOptions(
-        steps=plan.steps if change.steps is None else change.steps,
+        steps=_steps(plan, change),
         key_steps=_key_steps(plan, change),
-        inject=change.inject or ("off" if plan.injection is None else plan.injection.placement),
+        # Injected is the initial noise, whose place the noised picture takes.
+        inject="off" if change.strength is not None else change.inject or own,
         guidance=DEFAULT_GUIDANCE if plan.guidance is None else plan.guidance,
         max_decoder_rows=plan.max_decoder_rows,
         chosen_by=plan.chosen_by if change.key_steps is None else "",
+        strength=change.strength,
     )
     return ddim_plan(config, options)
 
@@ -63,31 +77,53 @@ def _few_step_change(config: Mapping[str, Any], plan: Plan, change: PlanChange) 
             "Leave --inject out.",
         )
     recipe = recipe_named(plan.recipe)
-    steps = plan.steps if change.steps is None else change.steps
+    steps = _steps(plan, change)
     own_eta = plan.eta != recipe.eta_of(plan.steps)
     options = FewStepOptions(
         steps=steps,
         key_steps=_key_steps(plan, change),
         eta=plan.eta if own_eta else None,
         max_decoder_rows=plan.max_decoder_rows,
-        allow_other_steps=steps == plan.steps,
+        # Of steps that begin at a picture the student takes some: no number is its own.
+        allow_other_steps=steps == plan.steps or change.strength is not None,
+        strength=change.strength,
     )
     changed = replace(
         few_step_plan(config, recipe, options),
         guidance=plan.guidance,
         embedded_guidance=plan.embedded_guidance,
     )
-    if changed.one_pass:
-        raise UsageError(
-            "a plan of one pass is held by the graphs, and this bundle's are for several",
-            f"Export again with --recipe {plan.recipe} --steps {steps}.",
-        )
+    # Graphs of several passes take their timestep, also that of a single one.
+    changed = replace(changed, open_time=plan.open_time or changed.one_pass)
     if not plan.open_rows and any(one.rows > 1 for one in changed.passes):
         raise UsageError(
             "the bundle's decoder takes one step at a time, so every step runs the encoder",
             "Export again with the --key-steps wanted.",
         )
     return changed
+
+
+def _steps(plan: Plan, change: PlanChange) -> int:
+    """As asked, or the plan's own; more where of those none would be left after a picture."""
+    if change.steps is not None:
+        return change.steps
+    if change.strength is None or plan.scheduler == "lcm":  # which does all of its steps
+        return plan.steps
+    return max(plan.steps, least_steps(change.strength))
+
+
+def _held_by_graphs(plan: Plan, change: PlanChange) -> UsageError:
+    if change.strength is None:
+        return UsageError(
+            "the plan of one pass is held by the graphs",
+            "Leave --steps, --key-steps and --inject out.",
+        )
+    (only,) = plan.passes
+    return UsageError(
+        f"the graphs start at t = {only.encoder_timestep:g} alone, so --strength "
+        f"{change.strength:g} cannot be had",
+        "Leave --strength out.",
+    )
 
 
 def _key_steps(plan: Plan, change: PlanChange) -> str | tuple[int, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiue_export.errors import UsageError
+from tiue_export.sampling.picture_start import Kept
 from tiue_export.sampling.plan import Combination, Pass, Plan, check_guidance, steps_within
 from tiue_export.specs import CONTROLNET, UNET_DECODER, UNET_ENCODER, Array, Feeds
 
@@ -27,19 +28,22 @@ def sample(
     guidance: float | Sequence[float] | None = None,
     on_step: OnStep = lambda done, total: None,
     control: Feeds | None = None,
+    kept: Kept | None = None,
 ) -> Array:
     """Noises (N, B, 4, H, W) and text -> latents (B, 4, H, W); N is `plan.noises`.
 
     Text is (B, L, D), with guidance (2B, L, D), unconditional rows first. `guidance` is one scale,
     or one for each row b; None is the plan's. Sums run in float64. `control` is what a ControlNet
     is fed beside the sample: controlnet_cond (B, 3, 8H, 8W) in [0, 1] and conditioning_scale (1,).
-    It runs where the encoder does.
+    It runs where the encoder does. `kept` is what stays as it is, outside a mask.
     """
     if plan.one_pass:  # timesteps and the sum are constants of the graphs
         pool = {"sample": noises[0], "encoder_hidden_states": text}
-        return run(UNET_DECODER, {**pool, **run(UNET_ENCODER, pool)})["latents"]
-    outputs = sampled_outputs(plan, run, noises, text, guidance, on_step, control)
-    return combined(plan.latents, noises, outputs)
+        latents = run(UNET_DECODER, {**pool, **run(UNET_ENCODER, pool)})["latents"]
+    else:
+        outputs = sampled_outputs(plan, run, noises, text, guidance, on_step, control, kept)
+        latents = combined(plan.latents, noises, outputs)
+    return latents if kept is None else kept.latents(latents)
 
 
 def sampled_outputs(
@@ -50,6 +54,7 @@ def sampled_outputs(
     guidance: float | Sequence[float] | None = None,
     on_step: OnStep = lambda done, total: None,
     control: Feeds | None = None,
+    kept: Kept | None = None,
 ) -> Array:
     """The network's outputs after guidance, (rows, B, 4, H, W) float32, of a plan in passes."""
     shape = noises.shape[1:]  # (B, 4, H, W)
@@ -57,8 +62,9 @@ def sampled_outputs(
     if plan.guidance is not None:
         scales = guidance_rows(plan.guidance if guidance is None else guidance, shape[0])
     outputs = np.zeros((plan.rows, *shape), np.float32)
-    for one in plan.passes:
-        feeds = encoder_feeds(one, combined(one.input, noises, outputs), text)
+    for number, one in enumerate(plan.passes):
+        fed = combined(one.input, noises, outputs)  # (B, 4, H, W)
+        feeds = encoder_feeds(one, fed if kept is None else kept.sample(number, fed), text)
         features = run(UNET_ENCODER, feeds)
         if control is not None:
             features = added(features, run(CONTROLNET, {**feeds, **control}))

@@ -114,6 +114,16 @@ def checked_key_steps(key_steps: Sequence[int], steps: int) -> tuple[int, ...]:
     return tuple(key_steps)
 
 
+def key_steps_after(first: int, key_steps: Sequence[int]) -> tuple[int, ...]:
+    """A whole sampler's key steps as those of what is left from step `first` on.
+
+    The first step that is left takes the place of the key steps before it.
+    """
+    if not first:
+        return tuple(key_steps)
+    return tuple(sorted({max(key, first) - first for key in key_steps}))
+
+
 def passes_of(
     trajectory: Trajectory, key_steps: Sequence[int], *, injected: bool = False
 ) -> tuple[Pass, ...]:
