@@ -130,7 +130,8 @@ def draws(plan, picture, noise, mask=None, *, pure=False):
 @pytest.mark.parametrize(("name", "strength"), CASES)
 def test_a_drawing_from_a_picture_is_diffusers_own(name, strength):
     plan = started_plan(name, strength)
-    assert plan.problem() is None and not plan.one_pass
+    assert plan.problem() is None
+    assert not plan.one_pass
     picture, noise = seeded(1), seeded(2)
     expected = diffusers_draws(plan, strength, picture, noise)
     assert psnr_db(expected, draws(plan, picture.numpy(), noise.numpy())) > 110
@@ -181,7 +182,8 @@ def test_key_steps_before_the_start_move_to_it():
 def test_a_students_first_timestep_is_its_own_strength():
     plan = one_pass_plan({**SD15, "timestep_spacing": "leading", "set_alpha_to_one": False}, 4)
     (level,) = noise_levels(SD15, plan)
-    assert plan.one_pass and plan.timesteps[0] == 751
+    assert plan.one_pass
+    assert plan.timesteps[0] == 751
     assert level.picture**2 + level.noise**2 == pytest.approx(1)
     picture, noise = seeded(1).numpy(), seeded(2).numpy()
     np.testing.assert_allclose(
