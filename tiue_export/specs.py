@@ -33,8 +33,18 @@ UPSAMPLINGS = (SUBPIXEL, NEAREST)
 
 # Only in bundles of Faster Diffusion with a ControlNet; its outputs are added to the encoder's.
 CONTROLNET = "controlnet"
+# Only in bundles that draw from pictures: a picture to its latents.
+VAE_ENCODER = "vae_encoder"
+VAE_GRAPHS = (VAE_ENCODER, VAE_DECODER)
 # All graphs that a bundle may have, in running order.
-RUNNING_ORDER = (TEXT_ENCODER, CONTROLNET, UNET_ENCODER, UNET_DECODER, VAE_DECODER)
+RUNNING_ORDER = (
+    TEXT_ENCODER,
+    VAE_ENCODER,
+    CONTROLNET,
+    UNET_ENCODER,
+    UNET_DECODER,
+    VAE_DECODER,
+)
 
 BATCH = "batch"
 # The open axis of a decoder whose timesteps are an input and that takes several of them at once; an

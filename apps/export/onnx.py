@@ -142,6 +142,7 @@ def export_checkpoint(
             )
             return _exported(bundle, start, reports, student, curve)
         graphs = 2 + (student.text_encoder is not None) + (student.vae is not None)
+        graphs += options.with_vae_encoder
         loop = not student.plan.one_pass
         # Load, fan-out, reference, audit, export each, verify each, verify the loop.
         bar.expect(2 + bool(curve) + bool(prompts) + 2 * graphs + loop)

@@ -115,6 +115,9 @@ class GraphOptions(OptionGroup):
         "unless it is the VAE's fp16 fix].",
     )
     vae_tile: int | None = option(None, "Decode in tiles of so many pixels, for less memory.")
+    with_vae_encoder: bool = option(
+        False, "A graph more: generate --image and --mask start from a picture."
+    )
     max_prompt_tokens: int | None = option(
         None, "Take longer prompts: 150, 225 ... tokens \\[default: 75]."
     )

@@ -32,6 +32,7 @@ from tiue_export.specs import (
     UNET_DECODER,
     UNET_ENCODER,
     VAE_DECODER,
+    VAE_ENCODER,
     RuntimeOptions,
 )
 
@@ -81,6 +82,11 @@ def with_feature(manifest: Manifest, feature: str) -> Manifest:
         (picture,) = graphs[VAE_DECODER].outputs
         pixels = replace(picture, shape=(*picture.shape[:2], 16, 16))
         graphs[VAE_DECODER] = replace(graphs[VAE_DECODER], inputs=(tile,), outputs=(pixels,))
+    if feature == "vae-encoder":
+        decoder = graphs[VAE_DECODER]
+        (latents,), (picture,) = decoder.inputs, decoder.outputs
+        ends = {"inputs": (picture,), "outputs": (replace(latents, name="latent_parameters"),)}
+        graphs[VAE_ENCODER] = replace(decoder, **ends)
     if feature == "long-prompts":
         batch, length, width = manifest.text_shape
         text = (batch, 2 * length, width)

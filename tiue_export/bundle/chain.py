@@ -18,7 +18,7 @@ from types import MappingProxyType
 import numpy as np
 
 from tiue_export.sampling.plan import Plan
-from tiue_export.specs import TEXT_ENCODER, VAE_DECODER, Array, Feeds, GraphSpec
+from tiue_export.specs import TEXT_ENCODER, VAE_DECODER, VAE_ENCODER, Array, Feeds, GraphSpec
 
 # Values: tokens (B, L) int64, text (B, L, D), noise and latents (B, 4, H, W), scaled latents of the
 # same shape or one tile of them, picture (B, 3, 8H, 8W).
@@ -28,6 +28,10 @@ NOISE = "sample"
 LATENTS = "latents"
 SCALED_LATENTS = "latent_sample"
 PICTURE = "picture"
+# Where drawing starts from a picture: that (B, 3, 8H, 8W) in [-1, 1], and what its latents are
+# drawn from, mean and logarithm of the variance (B, 8, H, W) or, of AutoencoderTiny, latents.
+SOURCE_PICTURE = "source_picture"
+LATENT_PARAMETERS = "latent_parameters"
 
 # Of a plan in passes: the prompt's embedding (B, L, D), one half of the text with guidance.
 PROMPT_TEXT = "prompt_embeds"
@@ -56,7 +60,14 @@ class Chain:
 
 
 ONE_PASS = Chain(
-    MappingProxyType({(TEXT_ENCODER, "last_hidden_state"): TEXT, (VAE_DECODER, "sample"): PICTURE})
+    MappingProxyType(
+        {
+            (TEXT_ENCODER, "last_hidden_state"): TEXT,
+            (VAE_DECODER, "sample"): PICTURE,
+            (VAE_ENCODER, "sample"): SOURCE_PICTURE,
+            (VAE_ENCODER, SCALED_LATENTS): LATENT_PARAMETERS,
+        }
+    )
 )
 IN_PASSES = Chain(
     MappingProxyType({**ONE_PASS.renamed, (TEXT_ENCODER, "last_hidden_state"): PROMPT_TEXT})

@@ -15,6 +15,7 @@ from tiue_export.specs import (
     UNET_DECODER,
     UNET_ENCODER,
     VAE_DECODER,
+    VAE_ENCODER,
     TensorSpec,
 )
 
@@ -47,6 +48,7 @@ def contract_problem(manifest: Manifest) -> str | None:
 # Names and numbers of sides; other tensors are fed by the name that another graph gives them.
 _TAKES: Mapping[str, Mapping[str, int]] = {
     TEXT_ENCODER: {"input_ids": 2},
+    VAE_ENCODER: {"sample": 4},
     CONTROLNET: {"controlnet_cond": 4},
     UNET_ENCODER: {"sample": 4, "encoder_hidden_states": 3},
     UNET_DECODER: {},
@@ -54,6 +56,7 @@ _TAKES: Mapping[str, Mapping[str, int]] = {
 }
 _GIVES: Mapping[str, Mapping[str, int]] = {
     TEXT_ENCODER: {"last_hidden_state": 3},
+    VAE_ENCODER: {},
     CONTROLNET: {},
     UNET_ENCODER: {},
     VAE_DECODER: {"sample": 4},

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,12 +21,26 @@ from tiue_export.bundle.read import Bundle, open_bundle
 from tiue_export.drawing.picture import image_from_pixels, pixels_from_sample, save_png
 from tiue_export.drawing.picture_parameters import picture_parameters
 from tiue_export.drawing.prompt_weights import parse_weights, weighted_text, weighted_tokens
+from tiue_export.drawing.source_picture import (
+    PictureSource,
+    SourcePicture,
+    pasted,
+    source_picture,
+)
+from tiue_export.drawing.start import (
+    Start,
+    check_takes_pictures,
+    refuse_without_picture,
+    start_of,
+    started_change,
+)
 from tiue_export.drawing.text_memory import TextMemory
 from tiue_export.drawing.tokenizer import Tokenizer, tokenizer_of_bundle
 from tiue_export.drawing.vae_tiles import decode_in_tiles, is_tiled, tile_size
 from tiue_export.errors import UsageError
 from tiue_export.registry.backends import open_runtime
 from tiue_export.sampling.noise import check_picture_count, check_seeds, noises_from_seed
+from tiue_export.sampling.picture_start import Kept
 from tiue_export.sampling.plan import check_guidance
 from tiue_export.sampling.plan_change import PlanChange, changed_plan
 from tiue_export.sampling.sampler import OnStep, sample
@@ -34,6 +48,7 @@ from tiue_export.specs import (
     CONTROLNET,
     TEXT_ENCODER,
     VAE_DECODER,
+    VAE_ENCODER,
     Array,
     BatchLimited,
     ChainRuntime,
@@ -94,10 +109,11 @@ def _no_step(done: int, total: int) -> None:
 
 
 class Loop(NamedTuple):
-    """What only plans in several passes have use for: who listens, what a ControlNet is fed."""
+    """What else decides a drawing: who listens, what a ControlNet is fed, what a mask keeps."""
 
     on_step: OnStep = _no_step
     control: Mapping[str, Array] | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +143,7 @@ class Pipeline:
     runtime: Runtime
     tokenizer: Tokenizer
     _texts: TextMemory = field(default_factory=TextMemory, repr=False, compare=False)
+    _start: Start | None = field(default=None, repr=False, compare=False)
     _timer: Callable[[], float] = field(default=time.perf_counter, repr=False)
 
     @staticmethod
@@ -152,6 +169,41 @@ class Pipeline:
         """
         return replace(self, bundle=replanned(self.bundle, change))
 
+    def starting_at(
+        self,
+        image: PictureSource | SourcePicture,
+        mask: PictureSource | None = None,
+        *,
+        strength: float | None = None,
+        steps: int | None = None,
+        sampled: bool = False,
+    ) -> Pipeline:
+        """The same graphs, which start from a picture; the runtime is shared.
+
+        The bundle is one exported with `--with-vae-encoder`. `image` is a file, its bytes, Pillow's
+        image or an array; with a `mask`, white where is drawn anew, the rest stays. `strength` is
+        the share of noise it starts with, above 0 to 1: None is 0.8, with a mask 1; a TiUE student
+        has its own. `steps` are the sampler's, of which that share is done. The picture's latents
+        are the mean of what the VAE's encoder gives, or are `sampled` from it, by the seed.
+
+        >>> edited = pipeline.starting_at("fox.png", strength=0.5)    # doctest: +SKIP
+        >>> edited("a red fox in snow", seed=0).pictures[0].save("snow.png")  # doctest: +SKIP
+        """
+        check_takes_pictures(self.bundle)
+        manifest = self.bundle.manifest
+        if isinstance(image, SourcePicture):
+            if mask is not None:
+                raise UsageError("a SourcePicture brings its mask; another was given", "Give one.")
+            source = image
+        else:
+            source = source_picture(image, (manifest.width_px, manifest.height_px), mask)
+        masked = source.mask is not None
+        change = started_change(manifest.plan, strength, steps, masked=masked)
+        bundle = replanned(self.bundle, change)
+        parameters = self.encode(source.pixels[None])
+        start = start_of(bundle, source, parameters, change.strength, sampled=sampled)
+        return replace(self, bundle=bundle, _start=start)
+
     def forgetful(self) -> Pipeline:
         """The same, which knows no text from before: its first drawing runs every graph."""
         return replace(self, _texts=TextMemory())
@@ -168,6 +220,11 @@ class Pipeline:
         prompt_weights: bool = False,
         control: Array | None = None,
         control_scale: float = 1.0,
+        image: PictureSource | SourcePicture | None = None,
+        mask: PictureSource | None = None,
+        strength: float | None = None,
+        steps: int | None = None,
+        sampled: bool = False,
         on_picture: Callable[[Picture], None] = lambda picture: None,
         on_step: OnStep = _no_step,
     ) -> Result:
@@ -181,7 +238,14 @@ class Pipeline:
         for each. `on_step(done, total)` is called while a batch of pictures is drawn in passes.
         `prompt_weights` reads "(word:1.3)" as a weight (`prompt_weights.py`); else it is letters.
         `control` (3, 8H, 8W) float in [0, 1] and its strength are for bundles with a ControlNet.
+        `image`, `mask`, `strength`, `steps` and `sampled` are `starting_at`'s.
         """
+        if image is None:
+            refuse_without_picture(mask=mask, strength=strength, steps=steps, sampled=sampled)
+            drawing = self
+        else:
+            how: Any = {"strength": strength, "steps": steps, "sampled": sampled}
+            drawing = self.starting_at(image, mask, **how)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UsageError("no prompt was given")
@@ -189,20 +253,20 @@ class Pipeline:
             raise UsageError(f"count is {count}; expected 1 or more")
         if latents is not None and count != 1:
             raise UsageError("latents fix the noise, so count must be 1")
-        shape = tuple(int(side) for side in self.bundle.manifest.latent_shape[1:])
-        noises = self.bundle.manifest.plan.noises
+        shape = tuple(int(side) for side in drawing.bundle.manifest.latent_shape[1:])
+        noises = drawing.bundle.manifest.plan.noises
         if latents is not None and latents.shape not in _noise_shapes(noises, shape):
             raise UsageError(f"latents have shape {latents.shape}; expected {(noises, *shape)}")
         check_seeds(seed, count)
         check_picture_count(len(prompts) * count)
-        scales, negatives = self._steering(guidance, negative_prompt, len(prompts))
+        scales, negatives = drawing._steering(guidance, negative_prompt, len(prompts))
         jobs = [
             Job(text, seed + i, negatives[number], scales[number], prompt_weights)
             for number, text in enumerate(prompts)
             for i in range(count)
         ]
-        loop = Loop(on_step, self._control(control, control_scale))
-        return self._draw_all(jobs, latents, on_picture, loop)
+        loop = Loop(on_step, drawing._control(control, control_scale))
+        return drawing._draw_all(jobs, latents, on_picture, loop)
 
     def _control(self, picture: Array | None, scale: float) -> dict[str, Array] | None:
         """What the ControlNet's graph is fed beside the sample; a bundle without one takes none."""
@@ -319,7 +383,14 @@ class Pipeline:
         else:
             rows = [latents.astype(np.float32).reshape(count, 1, *shape)] * len(filled)
         noises = np.concatenate(rows, axis=1)  # (N, B, 4, H, W)
-        result, picture = self._run_all(filled, noises, stages, loop)
+        start, kept = self._start, None
+        if start is not None:
+            manifest, seeds = self.bundle.manifest, [job.seed for job in filled]
+            noises, kept = start.apply(manifest.plan, noises, seeds, manifest.vae_scale)
+        result, picture = self._run_all(filled, noises, stages, loop._replace(kept=kept))
+        if start is not None and start.source.mask is not None:
+            scale = self.bundle.manifest.vae_scale
+            picture = pasted(picture, start.source.pixels, start.source.mask, scale)
         pixels = pixels_from_sample(picture)
         pictures = []
         for row, job in enumerate(jobs):
@@ -328,6 +399,8 @@ class Pipeline:
             parameters = picture_parameters(
                 job.prompt, seed, *steering, job.weighted, self.bundle.manifest, self.runtime
             )
+            if start is not None:
+                parameters |= start.parameters
             image = image_from_pixels(pixels[row])
             pictures.append(Picture(image, job.prompt, seed, result[row], *steering, parameters))
         return pictures
@@ -345,6 +418,7 @@ class Pipeline:
         # A chain hands text and latents on inside the device: it cannot weigh or tile them.
         if (
             weights is None
+            and loop.kept is None
             and self.bundle.manifest.plan.one_pass
             and isinstance(self.runtime, ChainRuntime)
             and not is_tiled(self.bundle.spec(VAE_DECODER), noises[0])
@@ -424,6 +498,23 @@ class Pipeline:
             stages.setdefault(VAE_DECODER, []).append(sum(tiles[VAE_DECODER]))
         return picture
 
+    def encode(self, pictures: Array) -> Array:
+        """Pictures (B, 3, 8H, 8W) in [-1, 1] -> what their latents are drawn from, (B, C, H, W).
+
+        C is 8, mean and logarithm of the variance, or of AutoencoderTiny 4; before scaling. In a
+        bundle of a fixed batch as many run as it takes, the last one repeated.
+        """
+        size = self.bundle.manifest.batch
+        filled = pictures
+        if size is not None and len(pictures) % size:
+            missing = size - len(pictures) % size
+            filled = np.concatenate([pictures, np.repeat(pictures[-1:], missing, axis=0)])
+        parts = []
+        for run in np.split(filled, len(filled) // size) if size else [filled]:
+            (parameters,) = self._run(VAE_ENCODER, {"sample": run}, None).values()
+            parts.append(parameters)
+        return np.concatenate(parts)[: len(pictures)]
+
     def _run(
         self, graph: str, pool: Mapping[str, Array], stages: dict[str, list[float]] | None
     ) -> dict[str, Array]:
@@ -455,6 +546,13 @@ def replanned(bundle: Bundle, change: PlanChange) -> Bundle:
     if change == PlanChange():
         return bundle
     plan = manifest.plan
+    if change.strength is not None and plan.one_pass:
+        (only,) = plan.passes
+        raise UsageError(
+            f"{bundle.root} starts at t = {only.encoder_timestep:g} alone, as its encoder was "
+            "trained: it has one strength",
+            "Leave --strength out.",
+        )
     if plan.one_pass or (plan.guidance is None and not plan.recipe):
         raise UsageError(
             f"{bundle.root} is a distilled student: its steps are part of its weights and graphs",

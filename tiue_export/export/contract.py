@@ -26,14 +26,14 @@ from tiue_export.bundle.read import (
 from tiue_export.bundle.write import check_target, new_bundle
 from tiue_export.checkpoint.tokenizer_files import write_tokenizer
 from tiue_export.drawing.tokenizer import Tokenizer, open_tokenizer
-from tiue_export.graphs.build import build_graphs, exported_plan
+from tiue_export.graphs.build import build_graphs, exported_plan, taking_pictures
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.proof.gates import accept_loss
 from tiue_export.proof.parity import require_passed
 from tiue_export.reference.capture import Capture, capture
 from tiue_export.reference.half_audit import RangeRecorder
-from tiue_export.specs import BATCH, TEXT_ENCODER, UNET_GRAPHS, VAE_DECODER
+from tiue_export.specs import BATCH, TEXT_ENCODER, UNET_GRAPHS, VAE_GRAPHS
 from tiue_export.student.added_conditions import pooled_rows
 from tiue_export.student.model import Student
 from tiue_export.student.paired_text_encoder import PairedTextEncoder
@@ -41,7 +41,7 @@ from tiue_export.system.progress import Observer, stage
 
 TOOLS = ("torch", "diffusers", "transformers", "numpy")
 # What needs one part of the student alone, so that the others are not built beside it.
-GRAPH_GROUPS = ((TEXT_ENCODER,), UNET_GRAPHS, (VAE_DECODER,))
+GRAPH_GROUPS = ((TEXT_ENCODER,), UNET_GRAPHS, VAE_GRAPHS)
 
 
 def export_contract(
@@ -63,6 +63,7 @@ def export_contract(
     """
     options, observer = options or ExportOptions(), observer or Observer()
     check_target(out, force=force)
+    student = taking_pictures(student, options)
     with new_bundle(out, force=force) as folder:
         tokenizer = write_parts(student, options, folder)
         records = _contracts(student, options)
@@ -114,7 +115,8 @@ def write_parts(student: Student, options: ExportOptions, folder: Path) -> Token
     if student.vae is not None:
         config = {k: v for k, v in student.vae.config.items() if k != "_name_or_path"}
         config["_class_name"] = type(student.vae).__name__
-        _write_json(folder / "vae_decoder" / "config.json", config)
+        for graph in VAE_GRAPHS[0 if options.with_vae_encoder else 1 :]:
+            _write_json(folder / graph / "config.json", config)
         index["vae"] = ["diffusers", type(student.vae).__name__]
     tokenizer = None
     if student.text_encoder is not None and student.tokenizer_folder is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tiue_export.graphs.build import taking_pictures
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import shapes_of
 from tiue_export.methods.faster import faster_options, with_plan
@@ -41,7 +42,7 @@ def load_to_export(
 
     Raises `UsageError` for a size that the model cannot have.
     """
-    student = load_for_method(request, method, options, on_stage)
+    student = taking_pictures(load_for_method(request, method, options, on_stage), graphs)
     shapes_of(student, graphs)
     if options.key_steps != AUTO:
         return student

@@ -9,7 +9,7 @@ from tiue_export.bundle.read import vae_tile_px
 from tiue_export.errors import CheckpointError
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.methods.load import CheckpointRequest, completed
-from tiue_export.specs import CONTROLNET, NEAREST, TEXT_ENCODER, VAE_DECODER
+from tiue_export.specs import CONTROLNET, NEAREST, TEXT_ENCODER, VAE_DECODER, VAE_ENCODER
 from tiue_export.student.embedding import embedding_options
 from tiue_export.student.load import PlanChoice, load_model
 from tiue_export.student.lora import lora_options
@@ -101,5 +101,6 @@ def fp32_options(manifest: Manifest, size: Size) -> ExportOptions:
         hoist=manifest.hoisted,
         upsampling=NEAREST,
         vae_tile=vae_tile_px(manifest),
+        with_vae_encoder=VAE_ENCODER in manifest.graphs,
         max_prompt_tokens=manifest.max_prompt_tokens,
     )

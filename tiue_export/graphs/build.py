@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from tiue_export.errors import UnsupportedModelError, UsageError, first_line
-from tiue_export.graphs.folded import NaiveDecoder, TextEncoder, UNetEncoder, VaeDecoder
+from tiue_export.graphs.folded import (
+    NaiveDecoder,
+    TextEncoder,
+    UNetEncoder,
+    VaeDecoder,
+    VaeEncoder,
+)
 from tiue_export.graphs.hoisting import RowDecoder, SharedDecoder, hoist, hoist_any_time
 from tiue_export.graphs.lowering import NO_PATHS, InFloat32, ModulePaths, below, compute_in_float32
 from tiue_export.graphs.options import DTYPES, ExportOptions
@@ -41,6 +47,8 @@ from tiue_export.specs import (
     UNET_ENCODER,
     UNET_GRAPHS,
     VAE_DECODER,
+    VAE_ENCODER,
+    VAE_GRAPHS,
     Array,
     Feeds,
     GraphSpec,
@@ -145,6 +153,11 @@ def build_graphs(
         ids = torch.zeros((shapes.text[0], shapes.tokens), dtype=torch.int64)
         inputs = {"input_ids": ids}
         graphs.append(_graph(TEXT_ENCODER, module, inputs, ["last_hidden_state"], options))
+    if student.vae is not None and options.with_vae_encoder and VAE_ENCODER in only:
+        inputs = {"sample": torch.zeros(shapes.latents[0], 3, *shapes.picture_px)}
+        encoder = VaeEncoder(student.vae, *_precision(VAE_ENCODER, options))
+        names = [vae_encoder_output(student.vae)]
+        graphs.append(_graph(VAE_ENCODER, encoder, inputs, names, options))
     if {CONTROLNET, *UNET_GRAPHS} & set(only):
         build = _folded_unet_graphs if plan.one_pass else _timed_unet_graphs
         graphs += build(student, options, shapes)
@@ -153,6 +166,30 @@ def build_graphs(
         module_vae = VaeDecoder(student.vae, *_precision(VAE_DECODER, options))
         graphs.append(_graph(VAE_DECODER, module_vae, inputs, ["sample"], options))
     return graphs
+
+
+def vae_encoder_output(vae: Any) -> str:
+    """The name of what the VAE encoder gives: parameters of a distribution, or latents."""
+    return "latent_parameters" if hasattr(vae, "quant_conv") else "latent_sample"
+
+
+def taking_pictures(student: Student, options: ExportOptions) -> Student:
+    """The student whose drawing may start from a picture, where the options ask for it.
+
+    A few-step student's single timestep is then an input of its graphs, as those of several are:
+    where it starts from a picture, it starts later. A TiUE student starts where its encoder was
+    trained. Raises `UsageError` for a model without a VAE.
+    """
+    if not options.with_vae_encoder:
+        return student
+    if student.vae is None:
+        raise UsageError(
+            f"{student.source.name} brings no VAE, whose encoder --with-vae-encoder asks for",
+            "Give --base PIPELINE_FOLDER, or --vae, or leave --with-vae-encoder out.",
+        )
+    if student.plan.one_pass and student.plan.recipe:
+        return student.by_plan(replace(student.plan, open_time=True))
+    return student
 
 
 def _with_subpixel_upsampling(student: Student, only: tuple[str, ...]) -> Student:
@@ -353,6 +390,7 @@ _MEANINGS = {
     "encoder_hidden_states": "text embedding",
     "sample": "initial noise",
     "mid_sample": "output of the UNet's mid block",
+    "latent_parameters": "mean and logarithm of the variance of latents",
     "latents": "image latents, Eq. 11 applied",
     "timestep": "the pass's timestep",
     "timesteps": "timesteps of the decoder's steps",
@@ -398,7 +436,7 @@ def _graph(
 
 def _carried(tensor: str, graph: str, options: ExportOptions) -> torch.dtype:
     """The dtype of a graph's output: latents and pictures are float32 at every precision."""
-    final = graph in (UNET_DECODER, VAE_DECODER)
+    final = graph in (UNET_DECODER, *VAE_GRAPHS)
     return torch.float32 if final else options.carried_in(tensor)
 
 
@@ -418,7 +456,7 @@ def _spec(
     batch: int | str = BATCH if options.dynamic_batch else int(tensor.shape[0])
     batch = open_axes.get(name, batch)
     meaning = _MEANINGS.get(name, "encoder feature")
-    if graph == VAE_DECODER and name == "sample":
+    if graph in VAE_GRAPHS and name == "sample":
         meaning = "picture in [-1, 1]"
     dtype = str(tensor.dtype).removeprefix("torch.")
     return TensorSpec(name, dtype, (batch, *(int(side) for side in tensor.shape[1:])), meaning)

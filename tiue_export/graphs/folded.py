@@ -61,6 +61,28 @@ class VaeDecoder(nn.Module):
         return (image.float(),)
 
 
+class VaeEncoder(nn.Module):
+    """sample (B, 3, 8H, 8W) in [-1, 1] -> latents before scaling, or what they are drawn from.
+
+    Of AutoencoderKL `latent_parameters` (B, 8, H, W), mean and logarithm of the variance; of
+    AutoencoderTiny `latent_sample` (B, 4, H, W). Names and meaning are optimum's.
+    """
+
+    def __init__(self, vae: Any, dtype: torch.dtype, float32: ModulePaths = NO_PATHS) -> None:
+        super().__init__()
+        self.vae: Any = copied(vae)
+        self.dtype = dtype
+        self.vae.decoder = None
+        if hasattr(self.vae, "post_quant_conv"):
+            self.vae.post_quant_conv = None
+        in_precision(self.vae, dtype, below(float32, "vae"))
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, ...]:
+        encoded = self.vae.encode(sample.to(self.dtype), return_dict=False)[0]
+        # AutoencoderKL's is a distribution, AutoencoderTiny's the latents themselves.
+        return (getattr(encoded, "parameters", encoded).float(),)
+
+
 class UNetEncoder(nn.Module):
     """sample (B, 4, H, W), encoder_hidden_states (B, L, D) -> mid, if any, and all skips.
 

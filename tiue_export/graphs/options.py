@@ -11,7 +11,7 @@ import torch
 from tiue_export.errors import UsageError, unknown_name
 from tiue_export.proof.half_range import WHOLE_GRAPH, Float32Parts
 from tiue_export.sampling.fan_out import FanOut
-from tiue_export.specs import SUBPIXEL, UPSAMPLINGS, VAE_DECODER
+from tiue_export.specs import SUBPIXEL, UPSAMPLINGS, VAE_GRAPHS
 
 PRECISIONS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 VAE_PRECISIONS = ("auto", "fp16", "fp32", "bf16")
@@ -31,7 +31,7 @@ class ExportOptions:
     `float32` names what a half-precision graph computes in float32, as an overflow audit finds it.
     `vae_tile`: the side in pixels of what the VAE decoder's graph draws at once, None for the whole
     picture. `max_prompt_tokens`: a multiple of the 75 that the text encoder reads at once, None for
-    those.
+    those. `with_vae_encoder`: a graph more, so that drawing may start from a picture.
     """
 
     precision: str = "fp32"
@@ -47,6 +47,7 @@ class ExportOptions:
     float32: Float32Parts = field(default_factory=Float32Parts)
     vae_tile: int | None = None
     max_prompt_tokens: int | None = None
+    with_vae_encoder: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -75,6 +76,7 @@ class ExportOptions:
             "hoisted-into-encoder": self.hoist == "encoder",
             "tiles": self.vae_tile is not None,
             "bf16": self.vae_precision == "bf16",
+            "vae-encoder": self.with_vae_encoder,
             "long-prompts": (self.max_prompt_tokens or 0) > 75,
         }
         return frozenset(name for name, asked in present.items() if asked)
@@ -86,7 +88,7 @@ class ExportOptions:
 
     def precision_of(self, graph: str) -> str:
         """The precision that one graph computes in: fp32, fp16 (with islands) or bf16."""
-        if graph == VAE_DECODER and self.vae_precision != "auto":
+        if graph in VAE_GRAPHS and self.vae_precision != "auto":
             return self.vae_precision
         if WHOLE_GRAPH in self.float32.of(graph):
             return "fp32"

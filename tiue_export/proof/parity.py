@@ -16,6 +16,7 @@ from tiue_export.bundle.chain import (
     LATENTS,
     PICTURE,
     SCALED_LATENTS,
+    SOURCE_PICTURE,
     chain_of,
     scaled_latents,
 )
@@ -31,6 +32,7 @@ from tiue_export.specs import (
     UNET_DECODER,
     UNET_ENCODER,
     VAE_DECODER,
+    VAE_ENCODER,
     Array,
     Feeds,
     GraphSpec,
@@ -68,7 +70,8 @@ class Reference:
     latents (B, 4, H, W), latent_sample (B, 4, H, W), picture (B, 3, 8H, 8W). A part that the
     checkpoint lacked is absent. Of a plan in passes: noise (B, 4, H, W), fresh_noise
     (F, B, 4, H, W) where it draws some, prompt_embeds (B, L, D), and of one pass sample
-    (N, 4, H, W), timestep, timesteps, outputs (g*N, 4, H, W); N is B, or with guidance 2B.
+    (N, 4, H, W), timestep, timesteps, outputs (g*N, 4, H, W); N is B, or with guidance 2B. With a
+    VAE encoder: source_picture (B, 3, 8H, 8W), the picture that was drawn, and latent_parameters.
     """
 
     arrays: Mapping[str, Array]
@@ -195,6 +198,8 @@ def measure_runtime(
         records.append(measure_loop(bundle, runtime, reference, hop, on_step))
     if VAE_DECODER in graphs and scope == WHOLE:
         measure(VAE_DECODER, known)
+    if VAE_ENCODER in graphs and scope == WHOLE:
+        measure(VAE_ENCODER, {"sample": known[SOURCE_PICTURE]})
     return records
 
 

@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tiue_export.bundle.chain import (
+    LATENT_PARAMETERS,
     LATENTS,
     PROMPT_TEXT,
     SCALED_LATENTS,
+    SOURCE_PICTURE,
     TEXT,
     TOKENS,
     chain_of,
@@ -50,6 +52,7 @@ from tiue_export.specs import (
     UNET_DECODER,
     UNET_GRAPHS,
     VAE_DECODER,
+    VAE_ENCODER,
     Array,
 )
 from tiue_export.student.model import Student, combine, text_embedding
@@ -184,8 +187,26 @@ class _Run:
         with torch.no_grad():
             plain = own.decode(torch.from_numpy(known["latent_sample"])).sample
         self.hops.append(_lowered(VAE_DECODER, plain, known["picture"], inputs))
+        picture = known["picture"]
         if is_tiled(graph.spec, whole):
             self.hops.append(_tiled(graph, own, whole, inputs))
+            with torch.no_grad():
+                picture = _np(own.decode(torch.from_numpy(whole)).sample)
+        if self.options.with_vae_encoder:
+            self._vae_encoder(student.vae, np.clip(picture, -1, 1), inputs)
+
+    def _vae_encoder(self, vae: Any, picture: Array, inputs: str) -> None:
+        """The VAE's encoder on the picture that was drawn."""
+        part, known = self.student.of_parts(vae=vae), self.known
+        (graph,) = build_graphs(part, self.options, only=(VAE_ENCODER,))
+        known[SOURCE_PICTURE] = picture
+        (value,) = self._watched(graph, {"sample": picture}).values()
+        known[LATENT_PARAMETERS] = value
+        own = copied(vae, torch.float32, plain=False)
+        with torch.no_grad():
+            (encoded,) = own.encode(torch.from_numpy(picture), return_dict=False)
+        plain = getattr(encoded, "parameters", encoded)
+        self.hops.append(_lowered(VAE_ENCODER, plain, value, inputs))
 
     def _watched(self, graph: Graph, pool: Mapping[str, Array]) -> dict[str, Array]:
         """Run a graph, recorded; its outputs."""

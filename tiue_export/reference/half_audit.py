@@ -33,7 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tiue_export.bundle.chain import SCALED_LATENTS, TOKENS, scaled_latents
 from tiue_export.drawing.tokenizer import Tokenizer
-from tiue_export.drawing.vae_tiles import tile_size, tiles_of
+from tiue_export.drawing.vae_tiles import decode_in_tiles, tile_size
 from tiue_export.errors import ParityError, UsageError
 from tiue_export.graphs.build import Graph, build_graphs, gaussian_text, meta_twin, run_graph
 from tiue_export.graphs.options import ExportOptions
@@ -48,6 +48,7 @@ from tiue_export.specs import (
     TEXT_ENCODER,
     UNET_GRAPHS,
     VAE_DECODER,
+    VAE_ENCODER,
     Array,
     Feeds,
 )
@@ -88,12 +89,14 @@ def audit_student(
         if name in recorder.watched:
             yield recorder.ranges(name)
     if student.vae is not None and VAE_DECODER in recorder.only:
-        (graph,) = build_graphs(student, options, only=(VAE_DECODER,))
-        for array in latents:
-            for rows, columns in tiles_of(array, tile_size(graph.spec)):
-                with recorder.watching(graph):
-                    run_graph(graph, {SCALED_LATENTS: array[:, :, rows, columns]})
+        pictures = _decode(student, options, latents, recorder)
         yield recorder.ranges(VAE_DECODER)
+        if options.with_vae_encoder:
+            (graph,) = build_graphs(student, options, only=(VAE_ENCODER,))
+            for picture in pictures:
+                with recorder.watching(graph):
+                    run_graph(graph, {"sample": np.clip(picture, -1, 1)})
+            yield recorder.ranges(VAE_ENCODER)
 
 
 def float32_options(options: ExportOptions) -> ExportOptions:
@@ -147,6 +150,19 @@ def _denoise(
         latents = sample(plan, run, noises, text, control=control)
         scaled.append(scaled_latents(latents, shapes.vae_scaling_factor))
     return scaled
+
+
+def _decode(
+    student: Student, options: ExportOptions, latents: list[Array], recorder: RangeRecorder
+) -> list[Array]:
+    """Pictures (B, 3, 8H, 8W) of scaled latents, as whole or in tiles."""
+    (graph,) = build_graphs(student, options, only=(VAE_DECODER,))
+
+    def decode(tile: Array) -> Array:
+        with recorder.watching(graph):
+            return run_graph(graph, {SCALED_LATENTS: tile})[1]["sample"]
+
+    return [decode_in_tiles(decode, array, tile_size(graph.spec)) for array in latents]
 
 
 def control_to_check(shape: Sequence[int]) -> dict[str, Array]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tiue_export.bundle.manifest import Manifest
 from tiue_export.bundle.read import Bundle, vae_tile_px
 from tiue_export.errors import UsageError
-from tiue_export.specs import CONTROLNET
+from tiue_export.specs import CONTROLNET, VAE_ENCODER
 
 # What a bundle can be given to, beside the runtimes it draws on.
 VERBS: Mapping[str, str] = {
@@ -80,7 +80,7 @@ FEATURES: Mapping[str, Feature] = {
     "pieces": Feature(
         "a student's rows in pieces (--max-decoder-rows)",
         "runs its decoder in pieces",
-        lambda manifest: manifest.plan.open_time,
+        lambda manifest: manifest.plan.open_time and manifest.plan.max_decoder_rows is not None,
     ),
     "naive": Feature(
         "naive decoder (--no-hoist)",
@@ -101,6 +101,11 @@ FEATURES: Mapping[str, Feature] = {
         "VAE in tiles (--vae-tile)",
         "decodes its pictures in tiles",
         lambda manifest: vae_tile_px(manifest) is not None,
+    ),
+    "vae-encoder": Feature(
+        "drawing from pictures (--with-vae-encoder)",
+        "has a VAE encoder",
+        lambda manifest: VAE_ENCODER in manifest.graphs,
     ),
     "long-prompts": Feature(
         "long prompts (--max-prompt-tokens)",

@@ -25,7 +25,7 @@ from tiue_export.export.contract import (
     write_reference,
 )
 from tiue_export.export.onnx.write import MODEL_FILE, OPSET, onnx_from_graph
-from tiue_export.graphs.build import Graph, build_graphs
+from tiue_export.graphs.build import Graph, build_graphs, taking_pictures
 from tiue_export.graphs.options import ExportOptions
 from tiue_export.graphs.shapes import with_vae_precision
 from tiue_export.proof.gates import accept_loss, weakest
@@ -53,6 +53,8 @@ from tiue_export.specs import (
     RUNNING_ORDER,
     UNET_DECODER,
     VAE_DECODER,
+    VAE_ENCODER,
+    VAE_GRAPHS,
     Runtime,
     RuntimeOptions,
 )
@@ -84,6 +86,7 @@ def export_onnx(
     options, observer = options or ExportOptions(), observer or Observer()
     require("checking an export", ("onnxruntime",), "export")
     check_target(out, force=force)
+    student = taking_pictures(student, options)
     options = with_vae_precision(student, options)
     with new_bundle(out, force=force) as folder:
         tokenizer = write_parts(student, options, folder)
@@ -112,7 +115,7 @@ def _audited(options: ExportOptions) -> tuple[str, ...]:
     if options.precision != "fp16":
         return ()
     chosen = options.vae_precision != "auto"
-    return tuple(name for name in RUNNING_ORDER if not (chosen and name == VAE_DECODER))
+    return tuple(name for name in RUNNING_ORDER if not (chosen and name in VAE_GRAPHS))
 
 
 def _audit(
@@ -200,8 +203,8 @@ def _measure(
             with _ort(bundle) as runtime:
                 typed, hop = with_dtypes(spec, feeds), f"ONNX {precision}"
                 graphs.append(measure_graph(runtime, spec, typed, expected, hop, kind, inputs))
-                if not bundle.manifest.plan.one_pass:
-                    continue  # its chain is the loop below
+                if not bundle.manifest.plan.one_pass or name == VAE_ENCODER:
+                    continue  # its chain is the loop below, or it stands before all chains
                 outputs = runtime.run(name, with_dtypes(spec, pool))
         values = links.values(name, outputs)
         pool.update(values)
