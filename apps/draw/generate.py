@@ -7,8 +7,10 @@ import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -25,6 +27,12 @@ from tiue_export.drawing.pipeline import (
     replanned,
 )
 from tiue_export.drawing.prompt_weights import without_weights
+from tiue_export.drawing.source_picture import SourcePicture, source_picture
+from tiue_export.drawing.start import (
+    check_takes_pictures,
+    refuse_without_picture,
+    started_change,
+)
 from tiue_export.errors import UsageError, printable
 from tiue_export.sampling.noise import check_picture_count, check_seeds, noise_from_file
 from tiue_export.sampling.plan_change import PlanChange
@@ -52,8 +60,8 @@ def run(draw: DrawOptions) -> dict[str, object]:
     there = _existing(draw, paths)
     _check_sheet(draw)
     start = time.perf_counter()
-    change = PlanChange(draw.steps, draw.key_steps, draw.inject, draw.max_decoder_rows)
-    bundle = replanned(open_bundle(draw.bundle), change)
+    bundle = _planned(draw, open_bundle(draw.bundle))
+    source = _source(draw, bundle)
     noise, control = _noise(draw, bundle), _control(draw, bundle)
     options, quiet = draw.runtime_options(draw), draw.as_json
     written: list[Path] = []
@@ -87,6 +95,10 @@ def run(draw: DrawOptions) -> dict[str, object]:
                 prompt_weights=draw.prompt_weights,
                 control=control,
                 control_scale=1.0 if draw.control_scale is None else draw.control_scale,
+                image=source,
+                strength=draw.strength,
+                steps=None if source is None else draw.steps,
+                sampled=draw.sampled,
                 on_picture=write,
                 on_step=on_step,
             )
@@ -159,6 +171,31 @@ def _parameters(picture: Picture, latents: Path | None) -> Mapping[str, object]:
     return {"prompt": picture.prompt, "latents": printable(latents.name), **picture.parameters}
 
 
+def _planned(draw: DrawOptions, bundle: Bundle) -> Bundle:
+    """The bundle with the plan that was asked for, as far as no picture decides it."""
+    change = PlanChange(draw.steps, draw.key_steps, draw.inject, draw.max_decoder_rows)
+    if draw.image is None:
+        return replanned(bundle, change)
+    check_takes_pictures(bundle)
+    plan, masked = bundle.manifest.plan, draw.mask is not None
+    started = started_change(plan, draw.strength, draw.steps, masked=masked)
+    # As a whole, so that what contradicts itself is refused; the picture brings steps and strength.
+    replanned(bundle, replace(change, strength=started.strength))
+    return replanned(bundle, replace(change, steps=None))
+
+
+def _source(draw: DrawOptions, bundle: Bundle) -> SourcePicture | None:
+    """The picture to start from, at the bundle's size; what was done to it is told."""
+    if draw.image is None:
+        refuse_without_picture(mask=draw.mask, strength=draw.strength, sampled=draw.sampled)
+        return None
+    size = bundle.manifest.width_px, bundle.manifest.height_px
+    source = source_picture(draw.image, size, draw.mask)
+    for note in source.notes:
+        Console(stderr=True).print(f"[yellow]note:[/] {escape(note)}", soft_wrap=True)
+    return source
+
+
 def _control(what: PromptOptions, bundle: Bundle) -> Array | None:
     """The picture that a ControlNet follows, at the bundle's size."""
     if what.control is None:
@@ -210,7 +247,8 @@ def _paths(draw: DrawOptions, prompts: list[str]) -> list[Path]:
 def _existing(draw: DrawOptions, paths: list[Path]) -> list[Path]:
     """Those that are there and may not be replaced; refused where nothing can tell them apart."""
     existing = [] if draw.force else [path for path in paths if path.exists()]
-    if existing and (draw.latents is not None or draw.control is not None):
+    files = draw.latents, draw.control, draw.image
+    if existing and any(file is not None for file in files):
         raise _in_the_way(existing, "drawn from a file, which a picture does not hold")
     return existing
 
@@ -313,8 +351,6 @@ def _warn_of_cut_prompts(pipeline: Pipeline, prompts: list[str], *, weighted: bo
         words = without_weights(prompt) if weighted else prompt
         note = pipeline.tokenizer.cut_note(words)
         if note is not None:
-            from rich.console import Console
-
             Console(stderr=True).print(f"[yellow]note:[/] {note}: {escape(repr(prompt[:50]))}...")
 
 

@@ -32,6 +32,23 @@ class PromptOptions(BundleOptions):
 
 
 @dataclass(frozen=True)
+class StartOptions(OptionGroup):
+    """A picture to start from, instead of noise alone."""
+
+    panel = "From a picture (a bundle exported --with-vae-encoder)"
+    image: Path | None = option(None, "Picture to start from; scaled and cut to the bundle's size.")
+    mask: Path | None = option(None, "As large as --image: white is drawn anew, black stays.")
+    strength: float | None = option(
+        None,
+        r"Share of the noise, above 0 to 1; a TiUE student has its own \[default: 0.8, with "
+        "--mask 1].",
+    )
+    sampled: bool = option(
+        False, "Its latents as the VAE's encoder spreads them, by the seed; else their mean."
+    )
+
+
+@dataclass(frozen=True)
 class PlanOptions(OptionGroup):
     """Another plan for the graphs of a model in a loop; None leaves the bundle's."""
 
@@ -71,5 +88,12 @@ class BulkOptions(OptionGroup):
 
 
 @dataclass(frozen=True)
-class DrawOptions(PlanOptions, ReferenceOptions, RuntimeOrAutoChoice, PictureOutput, PromptOptions):
+class DrawOptions(
+    PlanOptions,
+    StartOptions,
+    ReferenceOptions,
+    RuntimeOrAutoChoice,
+    PictureOutput,
+    PromptOptions,
+):
     """A request for pictures."""

@@ -120,7 +120,8 @@ class Loop(NamedTuple):
 class Result:
     """Pictures in request order (prompt by prompt, seed by seed), and time per stage and run.
 
-    The text of a prompt that was drawn a moment ago is known: its encoder does not run again.
+    The text of a prompt that was drawn a moment ago is known: its encoder does not run again. Where
+    drawing starts from a picture, that was encoded once, before.
     """
 
     pictures: list[Picture]
@@ -200,8 +201,10 @@ class Pipeline:
         masked = source.mask is not None
         change = started_change(manifest.plan, strength, steps, masked=masked)
         bundle = replanned(self.bundle, change)
-        parameters = self.encode(source.pixels[None])
+        stages: dict[str, list[float]] = {}
+        parameters = self.encode(source.pixels[None], stages)
         start = start_of(bundle, source, parameters, change.strength, sampled=sampled)
+        start = replace(start, stage_latency_ms=stages)
         return replace(self, bundle=bundle, _start=start)
 
     def forgetful(self) -> Pipeline:
@@ -347,7 +350,8 @@ class Pipeline:
                 parse_weights(text)  # refuses before anything is drawn
         smallest, largest = self.batch_range()
         pictures: list[Picture] = []
-        stages: dict[str, list[float]] = {}
+        known = {} if self._start is None else self._start.stage_latency_ms
+        stages = {stage: list(times) for stage, times in known.items()}
         for start in range(0, len(jobs), largest):
             chunk = jobs[start : start + largest]
             size = max(smallest, len(chunk))
@@ -498,7 +502,7 @@ class Pipeline:
             stages.setdefault(VAE_DECODER, []).append(sum(tiles[VAE_DECODER]))
         return picture
 
-    def encode(self, pictures: Array) -> Array:
+    def encode(self, pictures: Array, stages: dict[str, list[float]] | None = None) -> Array:
         """Pictures (B, 3, 8H, 8W) in [-1, 1] -> what their latents are drawn from, (B, C, H, W).
 
         C is 8, mean and logarithm of the variance, or of AutoencoderTiny 4; before scaling. In a
@@ -511,7 +515,7 @@ class Pipeline:
             filled = np.concatenate([pictures, np.repeat(pictures[-1:], missing, axis=0)])
         parts = []
         for run in np.split(filled, len(filled) // size) if size else [filled]:
-            (parameters,) = self._run(VAE_ENCODER, {"sample": run}, None).values()
+            (parameters,) = self._run(VAE_ENCODER, {"sample": run}, stages).values()
             parts.append(parameters)
         return np.concatenate(parts)[: len(pictures)]
 
@@ -546,14 +550,15 @@ def replanned(bundle: Bundle, change: PlanChange) -> Bundle:
     if change == PlanChange():
         return bundle
     plan = manifest.plan
-    if change.strength is not None and plan.one_pass:
-        (only,) = plan.passes
+    held = plan.one_pass or (plan.guidance is None and not plan.recipe)
+    if change.strength is not None and held:
+        only = plan.passes[0]
         raise UsageError(
             f"{bundle.root} starts at t = {only.encoder_timestep:g} alone, as its encoder was "
             "trained: it has one strength",
             "Leave --strength out.",
         )
-    if plan.one_pass or (plan.guidance is None and not plan.recipe):
+    if held:
         raise UsageError(
             f"{bundle.root} is a distilled student: its steps are part of its weights and graphs",
             "Leave --steps, --key-steps, --inject and --max-decoder-rows out.",

@@ -143,8 +143,9 @@ def _image_of(source: PictureSource) -> Image:
     if isinstance(source, bytes):
         return Image.open(io.BytesIO(source), formats=_KINDS)
     path = Path(source)
-    if path.exists() and not path.is_file():  # a named pipe would be waited for without end
-        raise UsageError(f"{path} cannot be read as a picture: it is no file")
+    if not path.is_file():  # a named pipe would be waited for without end
+        why = "it is no file" if path.exists() else "it is not there"
+        raise UsageError(f"{path} cannot be read as a picture: {why}", "Check its path.")
     return Image.open(path, formats=_KINDS)
 
 

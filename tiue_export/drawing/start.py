@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,7 +23,8 @@ class Start:
     """Where a drawing starts. `mean` and `spread` (1, 4, H, W) are of its latents, scaled.
 
     `sampled`: the latents are drawn from them, else they are the mean. `from_noise`: nothing of the
-    picture is in what is drawn inside of the mask. `strength` is told with the picture.
+    picture is in what is drawn inside of the mask. `strength` is told with the picture;
+    `stage_latency_ms` what encoding it took.
     """
 
     source: SourcePicture
@@ -33,6 +34,7 @@ class Start:
     strength: float | None
     sampled: bool = False
     from_noise: bool = False
+    stage_latency_ms: Mapping[str, list[float]] = field(default_factory=dict)
 
     def apply(
         self, plan: Plan, noises: Array, seeds: Sequence[int], px_per_latent: int
@@ -131,7 +133,7 @@ def check_takes_pictures(bundle: Bundle) -> None:
 def refuse_without_picture(**given: object) -> None:
     """Refuse what says how to start from a picture where there is none."""
     for name, value in given.items():
-        if value not in (None, False):
+        if value is not None and value is not False:
             raise UsageError(
                 f"--{name} is of a drawing that starts from a picture, and none was given",
                 "Add --image PICTURE.",

@@ -41,7 +41,7 @@ def changed_plan(config: Mapping[str, Any], plan: Plan, change: PlanChange) -> P
     if change == PlanChange(max_decoder_rows=change.max_decoder_rows):
         return plan
     if plan.one_pass:
-        raise _held_by_graphs(plan, change)
+        raise UsageError("the plan of one pass is held by the graphs", "Leave its changes out.")
     if plan.recipe:
         return _few_step_change(config, plan, change)
     if plan.scheduler != "ddim":
@@ -110,20 +110,6 @@ def _steps(plan: Plan, change: PlanChange) -> int:
     if change.strength is None or plan.scheduler == "lcm":  # which does all of its steps
         return plan.steps
     return max(plan.steps, least_steps(change.strength))
-
-
-def _held_by_graphs(plan: Plan, change: PlanChange) -> UsageError:
-    if change.strength is None:
-        return UsageError(
-            "the plan of one pass is held by the graphs",
-            "Leave --steps, --key-steps and --inject out.",
-        )
-    (only,) = plan.passes
-    return UsageError(
-        f"the graphs start at t = {only.encoder_timestep:g} alone, so --strength "
-        f"{change.strength:g} cannot be had",
-        "Leave --strength out.",
-    )
 
 
 def _key_steps(plan: Plan, change: PlanChange) -> str | tuple[int, ...]:
