@@ -184,10 +184,10 @@ def test_a_mask_without_white_is_refused():
         source_picture(noisy(), SIZE, np.full((8, 16), 127, np.uint8))
 
 
-def test_latents_are_drawn_anew_where_their_first_pixel_is():
+def test_latents_are_drawn_anew_where_any_of_their_pixels_is():
     mask = np.zeros((16, 16), bool)
     mask[0, 8] = mask[9, 1] = True
-    np.testing.assert_array_equal(latent_mask(mask, 8), [[[[0, 1], [0, 0]]]])
+    np.testing.assert_array_equal(latent_mask(mask, 8), [[[[0, 1], [1, 0]]]])
 
 
 def test_pasting_keeps_what_is_far_from_the_mask_and_what_is_inside():

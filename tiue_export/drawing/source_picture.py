@@ -85,24 +85,26 @@ def source_picture(
 def latent_mask(mask: Array, scale: int) -> Array:
     """A mask (H, W) of pixels -> (1, 1, H / scale, W / scale) float32 of latents, 1 or 0.
 
-    A latent is drawn anew where its first pixel is: torch's "nearest", as diffusers does it.
+    A latent is drawn anew where any of its pixels is: else the old would show along the border, in
+    squares. diffusers takes the first pixel of each; where squares are whole, both say the same.
     """
-    sampled: Array = mask[::scale, ::scale].astype(np.float32)[None, None]
-    return sampled
+    height, width = (side // scale for side in mask.shape)
+    squares = mask.reshape(height, scale, width, scale).any(axis=(1, 3))
+    latents: Array = squares.astype(np.float32)[None, None]
+    return latents
 
 
 def pasted(picture: Array, source: Array, mask: Array, scale: int) -> Array:
     """A drawn picture (B, 3, H, W) inside of a mask (H, W), the source (3, H, W) outside.
 
-    Inside is what the latents' mask says, in squares of `scale` pixels. The border is soft, as
-    wide as such a square: there both show the same, as the decoder drew what stays, too.
+    All that is inside is drawn; the border outside of it is soft, about as wide as the square of
+    `scale` pixels that a latent is.
     """
     from PIL import Image, ImageFilter
 
-    inside = np.kron(latent_mask(mask, scale)[0, 0], np.ones((scale, scale), np.float32))
-    image = Image.fromarray((inside * 255).astype(np.uint8))
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
     soft = np.asarray(image.filter(ImageFilter.GaussianBlur(scale / 2)), np.float32) / 255
-    share = np.maximum(soft, inside * mask)  # (H, W)
+    share = np.maximum(soft, mask)  # (H, W)
     mixed: Array = (share * picture + (1 - share) * source).astype(np.float32)
     return mixed
 
