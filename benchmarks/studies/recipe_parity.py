@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     TCDScheduler,
-    UNet2DConditionModel,
 )
 from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
@@ -56,10 +54,9 @@ from tiue_export.student.model import Student
 from tiue_export.student.paired_text_encoder import PairedTextEncoder
 from tiue_export.system.owned_path import temporary_folder
 
-from ..synthetic import SMALL_SDXL_SHAPES, fill, write_synthetic_pipeline
+from .small_models import SIDE, small_model
 
 _PROMPT = "a red fox in the snow"
-_SIDE = 16  # latents
 _GENERATOR = 7
 _SCHEDULERS: dict[str, Any] = {
     "lcm": LCMScheduler,
@@ -67,29 +64,6 @@ _SCHEDULERS: dict[str, Any] = {
     "euler": EulerDiscreteScheduler,
     "euler-ancestral": EulerAncestralDiscreteScheduler,
     "ddim": DDIMScheduler,
-}
-_ATTENDING = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
-# What differs from the tiny family's UNet, of three levels and one resnet a level.
-_SHAPES: dict[str, dict[str, Any]] = {
-    "SD": {},
-    "LCM": {"time_cond_proj_dim": 32},
-    "SDXS": {
-        "mid_block_type": None,
-        "down_block_types": _ATTENDING,
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    },
-    "tiny-sd": {
-        "mid_block_type": None,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
-    },
-}
-# The same of the tiny SDXL.
-_SDXL_SHAPES: dict[str, Mapping[str, Any]] = {
-    "SDXL": SMALL_SDXL_SHAPES["sdxl"],
-    "LCM-SDXL": {"time_cond_proj_dim": 32},
-    "SSD-1B": SMALL_SDXL_SHAPES["ssd-1b"],
-    "Vega": SMALL_SDXL_SHAPES["vega"],
 }
 
 
@@ -132,7 +106,7 @@ def cases() -> list[Case]:
 
 def measure(case: Case, models: Path, work: Path) -> Row:
     """Draw one case everywhere."""
-    folder = _model(case.shape, models)
+    folder = small_model(case.shape, models)
     options = SamplingOptions(recipe=case.recipe, steps=case.steps)
     student = load_for_method(CheckpointRequest(str(folder)), None, options)
     plan = student.plan
@@ -151,7 +125,7 @@ def measure(case: Case, models: Path, work: Path) -> Row:
 def reference(student: Student, folder: Path) -> tuple[Array, Array]:
     """The noises (N, 1, 4, H, W) and what diffusers draws from them: latents (1, 4, H, W)."""
     plan, recipe = student.plan, recipe_named(student.plan.recipe)
-    shape = (1, 4, _SIDE, _SIDE)
+    shape = (1, 4, SIDE, SIDE)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     drawn = torch.Generator().manual_seed(_GENERATOR)
     fresh = [torch.randn(shape, generator=drawn) for _ in range(plan.noises - 1)]
@@ -222,24 +196,6 @@ def torch_latents(student: Student, bundle: Bundle, noises: Array) -> Array:
 
 def _decibels(expected: Array, value: Array) -> float:
     return round(psnr_db(expected, value), 1)
-
-
-def _model(shape: str, models: Path) -> Path:
-    """An ordinary model with random weights and SD 1.5's kind of scheduler, made once."""
-    folder = models / shape
-    if folder.exists():
-        return folder
-    of_sdxl = shape in _SDXL_SHAPES
-    write_synthetic_pipeline(folder, "tiny-sdxl" if of_sdxl else "tiny", steps=None)
-    config = UNet2DConditionModel.load_config(folder / "unet")
-    changes = _SDXL_SHAPES[shape] if of_sdxl else _SHAPES[shape]
-    unet = UNet2DConditionModel.from_config({**config, "sample_size": _SIDE, **changes})
-    fill(unet, torch.Generator().manual_seed(3))
-    shutil.rmtree(folder / "unet")
-    unet.save_pretrained(folder / "unet")
-    file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "clip_sample": False}))
-    return folder
 
 
 def measured(chosen: list[Case], tell: Callable[[str], None]) -> Iterator[Row]:

@@ -60,7 +60,8 @@ def source_picture(
     """
     image, notes = _opened(picture, "the picture")
     given = image.size
-    pixels = np.asarray(_fitted(image, size), np.float32).transpose(2, 0, 1) / 127.5 - 1
+    pixels: Array = np.asarray(_fitted(image, size), np.float32).transpose(2, 0, 1)
+    pixels = pixels / 127.5 - 1
     if given != size:
         notes += (_fit_note(_name(picture, "the picture"), given, size),)
     if mask is None:
@@ -89,8 +90,8 @@ def latent_mask(mask: Array, scale: int) -> Array:
     squares. diffusers takes the first pixel of each; where squares are whole, both say the same.
     """
     height, width = (side // scale for side in mask.shape)
-    squares = mask.reshape(height, scale, width, scale).any(axis=(1, 3))
-    latents: Array = squares.astype(np.float32)[None, None]
+    squares = mask.reshape(height, scale, width, scale).max(axis=(1, 3))
+    latents: Array = np.asarray(squares, np.float32)[None, None]
     return latents
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tiue_export._version import __version__
 from tiue_export.errors import ResourceError, RuntimeFailure, first_line
 from tiue_export.export.coreml.profiles import CoremlPlan
-from tiue_export.specs import UNET_DECODER, VAE_DECODER, GraphSpec, TensorSpec
+from tiue_export.specs import UNET_DECODER, VAE_DECODER, VAE_ENCODER, GraphSpec, TensorSpec
 from tiue_export.system.quiet import errors_only
 
 P = ParamSpec("P")
@@ -162,6 +162,7 @@ _PURPOSES = {
     "text_encoder": "CLIP text encoder: token ids to a text embedding.",
     "unet_encoder": "UNet encoder of a one-pass student: runs once, at the first timestep.",
     UNET_DECODER: "UNet decoder of a one-pass student: all timesteps at once, combined to latents.",
+    VAE_ENCODER: "VAE encoder: a picture in [-1, 1] to what its latents are drawn from.",
     VAE_DECODER: "VAE decoder: scaled latents to a picture in [-1, 1].",
 }
 # Faster Diffusion's.

@@ -21,6 +21,7 @@ from tiue_export.bundle.chain import (
     NOISE,
     ONE_PASS,
     SCALED_LATENTS,
+    SOURCE_PICTURE,
     TOKENS,
     chain_of,
     scaled_latents,
@@ -45,6 +46,8 @@ from tiue_export.specs import (
     UNET_ENCODER,
     UNET_GRAPHS,
     VAE_DECODER,
+    VAE_ENCODER,
+    VAE_GRAPHS,
     Array,
 )
 from tiue_export.student.model import Student
@@ -60,6 +63,7 @@ _SUBJECTS = {
     TEXT_ENCODER: "encoder_hidden_states",
     UNET_ENCODER: "encoder features",
     UNET_DECODER: "latents",
+    VAE_ENCODER: "latent_parameters",
     VAE_DECODER: "picture",
 }
 # In a loop the decoder's outputs are rows, and a text is embedded for each half of the guidance.
@@ -225,9 +229,9 @@ def _capture(job: GraphJob, graph: Graph, size: Size) -> None:
         if (value := chain.value(job.graph, spec.name)) in pool
     }
     if len(outputs) < len(graph.spec.outputs):
-        outputs = run_graph(graph, pool)[1]
+        outputs = run_graph(graph, _feeds(job, size))[1]
     save_pool(job.work, f"expected-{job.graph}", size, outputs)
-    if job.graph == VAE_DECODER:
+    if job.graph in VAE_GRAPHS:
         return
     more = chain.values(job.graph, outputs)
     if LATENTS in more and SCALED_LATENTS not in pool:
@@ -243,6 +247,8 @@ def _feeds(job: GraphJob, size: Size) -> dict[str, Array]:
     pool = load_pool(job.work, "student", size)
     if job.graph == UNET_DECODER:
         pool |= load_pool(job.work, "features", size)
+    if job.graph == VAE_ENCODER:  # whose picture has the name of the noise
+        pool["sample"] = pool[SOURCE_PICTURE]
     return pool
 
 
@@ -270,6 +276,13 @@ def start_pool(
         scale = manifest.vae_scale
         shape = (manifest.batch or 1, 4, size[0] // scale, size[1] // scale)
         pool["sample"] = noise_from_seed(0, shape)
+        if SOURCE_PICTURE in reference:  # of that size: repeated and cut
+            picture = reference[SOURCE_PICTURE]
+            height, width = (
+                -(-side // own) for side, own in zip(size, picture.shape[2:], strict=True)
+            )
+            tiled = np.tile(picture, (1, 1, height, width))
+            pool[SOURCE_PICTURE] = tiled[:, :, : size[0], : size[1]]
     rows = manifest.batch or 1
     save_pool(work, "student", size, {name: array[:rows] for name, array in pool.items()})
 

@@ -15,7 +15,7 @@ from tiue_export.bundle.read import Bundle
 from tiue_export.errors import BundleError, TiueWarning
 from tiue_export.export.coreml.profiles import CoremlPlan
 from tiue_export.registry.support import check_options, features_of
-from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER
+from tiue_export.specs import TEXT_ENCODER, UNET_DECODER, UNET_ENCODER, VAE_DECODER, VAE_ENCODER
 
 RESOURCES = "Resources"
 SCRIPT = "compile.sh"
@@ -24,6 +24,7 @@ COMPILED_NAMES = {
     TEXT_ENCODER: "TextEncoder",
     UNET_ENCODER: "UnetEncoder",
     UNET_DECODER: "UnetDecoder",
+    VAE_ENCODER: "VAEEncoder",
     VAE_DECODER: "VAEDecoder",
 }
 _VOCABULARY = ("vocab.json", "merges.txt")
