@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderTiny,
-    DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LatentConsistencyModelImg2ImgPipeline,
-    LCMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-    TCDScheduler,
-    UNet2DConditionModel,
-)
-from PIL import Image
 
 from tiue_export import ExportOptions, Pipeline, export_onnx, load_student
-from tiue_export.benchmarks.synthetic import fill
+from tiue_export.benchmarks.studies.picture_parity import (
+    cases,
+    drawn_latents,
+    example_picture,
+    expected_latents,
+    options_of,
+)
+from tiue_export.benchmarks.studies.small_models import small_model
 from tiue_export.drawing.source_picture import source_picture
 from tiue_export.errors import UsageError
 from tiue_export.export.contract import export_contract
 from tiue_export.graphs.build import build_graphs, taking_pictures
 from tiue_export.methods.load import CheckpointRequest, load_for_method
-from tiue_export.methods.method import SamplingOptions
 from tiue_export.proof.gates import psnr_db
 from tiue_export.runtimes.torch_reference import TorchRuntime
 from tiue_export.sampling.noise import noises_from_seed
@@ -56,157 +46,25 @@ def left_half() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def lcm_model(ordinary_model, tmp_path_factory):
-    """With a guidance embedding, as full LCMs have."""
-    folder = shutil.copytree(ordinary_model, tmp_path_factory.mktemp("pictures") / "lcm")
-    config = UNet2DConditionModel.load_config(folder / "unet")
-    unet = UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": 32})
-    fill(unet, torch.Generator().manual_seed(3))
-    shutil.rmtree(folder / "unet")
-    unet.save_pretrained(folder / "unet")
-    return folder
+def models(tmp_path_factory):
+    """Where small models of each shape lie, made once."""
+    return tmp_path_factory.mktemp("models")
 
 
-def opened(folder, place, method=None, **options) -> Pipeline:
-    """A checkpoint as a bundle that takes pictures, drawn by PyTorch."""
-    request = CheckpointRequest(str(folder))
-    student = load_for_method(request, method, SamplingOptions(**options))
-    bundle = export_contract(student, place, PICTURES)
+@pytest.mark.parametrize(
+    "case", cases(), ids=lambda case: f"{case.recipe or 'faster'}-{case.kind}-{case.strength}"
+)
+def test_latents_are_those_of_diffusers_own_pipeline(case, models, tmp_path):
+    folder = small_model(case.shape, models)
+    method, options = options_of(case)
+    student = load_for_method(CheckpointRequest(str(folder)), method, options)
+    bundle = export_contract(student, tmp_path / "bundle", PICTURES)
     graphs = build_graphs(taking_pictures(student, PICTURES), PICTURES)
-    return Pipeline.open(bundle, TorchRuntime(bundle, graphs, "cpu"))
-
-
-def stream(seed: int, count: int) -> np.ndarray:
-    """Noises (N, 4, H, W), as a generator of torch gives them to a pipeline and its scheduler."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.randn(SHAPE, generator=generator) for _ in range(count)]).numpy()
-
-
-def diffusers_latents(folder, kind, scheduler, picture, **call) -> np.ndarray:
-    """What diffusers' own pipeline draws from latents of a picture, or from a picture."""
-    # Not from_pretrained: of inpainting it reads diffusers' version, which our folders do not tell.
-    without = {"safety_checker": None, "requires_safety_checker": False}
-    parts = StableDiffusionPipeline.from_pretrained(folder, **without).components
-    pipe = kind(**parts, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    drawn = pipe(
-        PROMPT,
-        image=picture,
-        generator=torch.Generator().manual_seed(7),
-        output_type="latent",
-        **call,
-    )
-    return drawn.images.numpy()
-
-
-def mean_latents(folder, pixels: np.ndarray) -> torch.Tensor:
-    """What diffusers' VAE makes of a picture, scaled as the UNet's."""
-    vae = AutoencoderTiny.from_pretrained(folder / "vae")
-    with torch.no_grad():
-        latents = vae.encode(torch.from_numpy(pixels[None])).latents
-    return latents * vae.config.scaling_factor
-
-
-FREE = {"guidance_scale": 0.0}
-FEW_STEPS = [
-    ("sd-turbo", 1, 2, 0.5, EulerDiscreteScheduler, FREE),
-    ("sd-turbo", 4, 4, 0.8, EulerDiscreteScheduler, FREE),
-    ("euler-ancestral", 4, 4, 0.6, EulerAncestralDiscreteScheduler, FREE),
-    ("hyper-sd-4", 4, 4, 0.5, DDIMScheduler, FREE),
-    ("tcd", 4, 4, 0.75, TCDScheduler, FREE | {"eta": 0.3}),
-    ("pcm-cfg", 4, 4, 0.5, TCDScheduler, {"guidance_scale": 7.5}),
-]
-
-
-@pytest.mark.parametrize(("recipe", "steps", "of", "strength", "scheduler", "call"), FEW_STEPS)
-def test_few_steps_from_a_picture_are_those_of_diffusers(
-    ordinary_model, tmp_path, recipe, steps, of, strength, scheduler, call
-):
-    source = source_picture(picture_of_stripes(), (SIZE, SIZE))
-    latents = mean_latents(ordinary_model, source.pixels)
-    how = {"num_inference_steps": of, "strength": strength, **call}
-    expected = diffusers_latents(
-        ordinary_model, StableDiffusionImg2ImgPipeline, scheduler, latents, **how
-    )
-    with opened(ordinary_model, tmp_path / "b", recipe=recipe, steps=steps) as pipeline:
-        started = pipeline.starting_at(source, strength=strength)
-        assert started.bundle.manifest.plan.steps == of
-        noises = stream(7, started.bundle.manifest.plan.noises)
-        drawn = started(PROMPT, latents=noises).pictures[0]
-    assert psnr_db(expected[0], drawn.latents) > 105
-
-
-def test_an_lcm_does_all_its_steps_below_the_strength_as_in_its_own_pipeline(lcm_model, tmp_path):
-    source = source_picture(picture_of_stripes(), (SIZE, SIZE))
-    latents = mean_latents(lcm_model, source.pixels)
-    how = {"num_inference_steps": 4, "strength": 0.6, "guidance_scale": 8.0}
-    expected = diffusers_latents(
-        lcm_model, LatentConsistencyModelImg2ImgPipeline, LCMScheduler, latents, **how
-    )
-    with opened(lcm_model, tmp_path / "b") as pipeline:
-        started = pipeline.starting_at(source, strength=0.6)
-        noises = stream(7, started.bundle.manifest.plan.noises)
-        drawn = started(PROMPT, latents=noises).pictures[0]
-    assert psnr_db(expected[0], drawn.latents) > 105
-
-
-@pytest.mark.parametrize("strength", [0.3, 0.75])
-def test_faster_diffusion_at_every_step_is_ddims_img2img(ordinary_model, tmp_path, strength):
-    source = source_picture(picture_of_stripes(), (SIZE, SIZE))
-    latents = mean_latents(ordinary_model, source.pixels)
-    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(
-        ordinary_model, safety_checker=None, requires_safety_checker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    expected = pipe(
-        PROMPT,
-        image=latents,
-        strength=strength,
-        num_inference_steps=10,
-        guidance_scale=5.0,
-        generator=torch.Generator().manual_seed(7),
-        output_type="latent",
-    ).images.numpy()
-    options = {"steps": 10, "key_steps": "uniform:1", "guidance": 5.0}
-    with opened(ordinary_model, tmp_path / "b", "faster", **options) as pipeline:
-        drawn = pipeline(PROMPT, image=source, strength=strength, latents=stream(7, 1)).pictures[0]
-    assert drawn.parameters["inject"] == "off"
-    assert psnr_db(expected[0], drawn.latents) > 100
-
-
-INPAINTED = [
-    ("sd-turbo", 4, 1.0, EulerDiscreteScheduler, FREE),
-    ("euler-ancestral", 4, 0.75, EulerAncestralDiscreteScheduler, FREE),
-    ("hyper-sd-4", 4, 1.0, DDIMScheduler, FREE),
-    ("tcd", 4, 0.5, TCDScheduler, FREE | {"eta": 0.3}),
-]
-
-
-@pytest.mark.parametrize(("recipe", "steps", "strength", "scheduler", "call"), INPAINTED)
-def test_what_a_mask_keeps_is_kept_as_in_diffusers_inpainting(
-    ordinary_model, tmp_path, recipe, steps, strength, scheduler, call
-):
-    source = source_picture(picture_of_stripes(), (SIZE, SIZE), left_half())
-    latents = mean_latents(ordinary_model, source.pixels)
-    how = {"num_inference_steps": steps, "strength": strength, **call}
-    expected = diffusers_latents(
-        ordinary_model,
-        StableDiffusionInpaintPipeline,
-        scheduler,
-        latents,
-        mask_image=Image.fromarray(left_half()),
-        masked_image_latents=torch.zeros(SHAPE),  # of UNets with 9 channels
-        height=SIZE,
-        width=SIZE,
-        **how,
-    )
-    with opened(ordinary_model, tmp_path / "b", recipe=recipe, steps=steps) as pipeline:
-        started = pipeline.starting_at(source, strength=strength)
-        noises = stream(7, started.bundle.manifest.plan.noises)
-        drawn = started(PROMPT, latents=noises).pictures[0]
-    assert psnr_db(expected[0], drawn.latents) > 105
+    source = example_picture(bundle.manifest.width_px, masked=case.masked)
+    with Pipeline.open(bundle, TorchRuntime(bundle, graphs, "cpu")) as pipeline:
+        latents, done = drawn_latents(case, pipeline, source)
+    assert done == (case.steps if case.recipe == "lcm" else int(case.steps * case.strength))
+    assert psnr_db(expected_latents(case, folder, source), latents) > 100
 
 
 @pytest.fixture(scope="module")
