@@ -246,6 +246,16 @@ def few_step_bundle(ordinary_model, made_once):
 
 
 @pytest.fixture(scope="session")
+def picture_bundle(teacher_folder: Path, made_once):
+    """One step of SD-Turbo with a full VAE, which starts from pictures too. Shared."""
+    from tiue_export import ExportOptions, export_onnx, load_student, open_bundle
+
+    student = load_student(teacher_folder, recipe="sd-turbo")
+    pictures = ExportOptions(with_vae_encoder=True)
+    return open_bundle(made_once("pictures", lambda folder: export_onnx(student, folder, pictures)))
+
+
+@pytest.fixture(scope="session")
 def micro_bundle(micro_folder, made_once):
     """Its ONNX bundle: both UNet graphs. Shared."""
     from tiue_export import export_onnx, load_student, open_bundle

@@ -68,11 +68,9 @@ def test_latents_are_those_of_diffusers_own_pipeline(case, models, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def turbo(teacher_folder, tmp_path_factory):
-    """One step of SD-Turbo with a full VAE, as a bundle of ONNX graphs that takes pictures."""
-    student = load_student(teacher_folder, recipe="sd-turbo")
-    bundle = export_onnx(student, tmp_path_factory.mktemp("turbo") / "bundle", PICTURES)
-    with Pipeline.open(bundle) as pipeline:
+def turbo(picture_bundle):
+    """That bundle, opened."""
+    with Pipeline.open(picture_bundle) as pipeline:
         yield pipeline
 
 
