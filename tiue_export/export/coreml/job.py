@@ -229,7 +229,7 @@ def _capture(job: GraphJob, graph: Graph, size: Size) -> None:
         if (value := chain.value(job.graph, spec.name)) in pool
     }
     if len(outputs) < len(graph.spec.outputs):
-        outputs = run_graph(graph, _feeds(job, size))[1]
+        outputs = run_graph(graph, _named_as_taken(job, pool))[1]
     save_pool(job.work, f"expected-{job.graph}", size, outputs)
     if job.graph in VAE_GRAPHS:
         return
@@ -247,9 +247,13 @@ def _feeds(job: GraphJob, size: Size) -> dict[str, Array]:
     pool = load_pool(job.work, "student", size)
     if job.graph == UNET_DECODER:
         pool |= load_pool(job.work, "features", size)
-    if job.graph == VAE_ENCODER:  # whose picture has the name of the noise
-        pool["sample"] = pool[SOURCE_PICTURE]
-    return pool
+    return _named_as_taken(job, pool)
+
+
+def _named_as_taken(job: GraphJob, pool: Mapping[str, Array]) -> dict[str, Array]:
+    """The pool under the names of the graph's inputs: a VAE encoder's picture has the noise's."""
+    picture = {"sample": pool[SOURCE_PICTURE]} if job.graph == VAE_ENCODER else {}
+    return {**pool, **picture}
 
 
 def start_pool_of_loop(reference: Mapping[str, Array], steps: int, size: Size, work: Path) -> None:
