@@ -18,6 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Time belongs to benchmarks/: beside other work an example takes what it takes.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("TIUE_EXPORT_DEBUG", None)
