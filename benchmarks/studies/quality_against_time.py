@@ -2,7 +2,8 @@
 
     python -m tiue_export.benchmarks.studies.quality_against_time POINTS.toml --plot picture.png
 
-A point of the TOML file is one contender: its scores by `quality --json`, its time by `bench --out`.
+A point of the TOML file is one contender, with its scores by `quality --json` and its time by
+`bench --out`:
 
     latency = "latency.json"             # all times are of this one run
     [[points]]
@@ -20,11 +21,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import tomllib
 
 from tiue_export.errors import UsageError
 from tiue_export.proof.latency_record import UNET, Record, read_record
