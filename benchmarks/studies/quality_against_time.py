@@ -94,12 +94,15 @@ def _point(file: Path, entry: Mapping[str, Any], record: Record) -> Point:
 
 def save_points_plot(points: Sequence[Point], path: Path, title: str) -> None:
     """One panel a measure, over time on a logarithmic axis. Needs matplotlib."""
-    figure = new_figure((15.0, 5.2))
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    figure = new_figure((15.0, 5.6))
     inks = dict(zip(dict.fromkeys(point.series for point in points), _INKS * 3, strict=False))
     for panel, (measure, said, factor) in zip(
         figure.subplots(1, len(_MEASURES)), _MEASURES, strict=True
     ):
-        for series, ink in inks.items():
+        for number, (series, ink) in enumerate(inks.items()):
+            beside = (5, 5) if number % 2 else (-4, -13)  # neighbours' labels keep apart
             own = [point for point in points if point.series == series]
             heights = [factor * point.scores[measure] for point in own]
             times = [point.unet_ms for point in own]
@@ -108,12 +111,15 @@ def save_points_plot(points: Sequence[Point], path: Path, title: str) -> None:
                 panel.annotate(
                     point.label,
                     (point.unet_ms, height),
-                    (5, 5),
+                    beside,
                     textcoords="offset points",
                     fontsize=8,
                     color=ink,
                 )
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.margins(x=0.12, y=0.1)
         panel.set(xlabel="UNet, ms a picture", ylabel=said)
         panel.grid(alpha=0.3, which="both")
