@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiue_export.bundle.read import MANIFEST_FILE
-from tiue_export.errors import RuntimeFailure
+from tiue_export.errors import RuntimeFailure, UsageError
 from tiue_export.registry.backends import open_exporter
 from tiue_export.registry.spokes import run_explained
 from tiue_export.specs import SUBPIXEL, UPSAMPLINGS
@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 class MadeBundle:
     """What decides such a bundle. `steps` is K, None the checkpoint's own; `forms` of backends.
 
-    `turbo_steps` replaces the student's plan by SD-Turbo's in so many steps. Sizes in pixels.
+    `turbo_steps` replaces the student's plan by SD-Turbo's in so many steps. Rows part at `fan_out`
+    as in a student that was trained so: what that costs untrained weights is not measured. Sizes in
+    pixels.
     """
 
     checkpoint: str
@@ -49,6 +51,7 @@ class MadeBundle:
     hoist: str = "decoder"
     upsampling: str = SUBPIXEL
     merge_below: float = 0.0
+    fan_out: str = "0"
     height: int | None = None
     width: int | None = None
     batch: int = 1
@@ -121,14 +124,23 @@ def measured_student(checkpoint: str, asked: MadeBundle | TorchSettings) -> Stud
 
 
 def _student(asked: MadeBundle) -> Student:
+    from tiue_export.sampling.fan_out import FanOut
     from tiue_export.sampling.few_step import FewStepOptions, few_step_plan
     from tiue_export.sampling.recipes import recipe_named
 
     student = measured_student(asked.checkpoint, asked)
+    fan_out = FanOut.parse(asked.fan_out)
     if asked.turbo_steps is not None:
+        if fan_out:
+            raise UsageError(
+                f"--fan-out is {fan_out} with --turbo-steps: an ordinary pass has one row, which "
+                "parts from nothing",
+                "Leave one of the two out.",
+            )
         options = FewStepOptions(steps=asked.turbo_steps)
         student.plan = few_step_plan(student.scheduler_config, recipe_named(_RECIPE), options)
-    return student
+        return student
+    return student.by_plan(student.plan.parting_at(fan_out))
 
 
 def _folder(asked: MadeBundle, work: Path) -> Path:
@@ -163,6 +175,7 @@ def main() -> None:
     parser.add_argument("--hoist", default="decoder", choices=("decoder", "encoder", "none"))
     parser.add_argument("--upsampling", default=SUBPIXEL, choices=UPSAMPLINGS)
     parser.add_argument("--merge-below", type=float, default=0.0)
+    parser.add_argument("--fan-out", default="0", help="where rows part, such as 2 or 1.2")
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--batch", type=int, default=1)

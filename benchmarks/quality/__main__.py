@@ -24,8 +24,8 @@ from tiue_export.specs import RuntimeOptions
 
 from ..figure import check_file, check_plot
 from .bundles import pipeline_contender, plan_contenders, require_family
-from .judge import Contender, choose_prompts, compare
-from .report import ComparisonSheet, plot_quality, print_table, write_json
+from .judge import Contender, Draws, choose_prompts, compare
+from .report import ComparisonSheet, MistakenNames, plot_quality, print_table, write_json
 from .yardstick import QualityData, load_quality_data
 
 
@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     asking.add_argument("--seeds", type=int, default=1, help="pictures per prompt")
     asking.add_argument("--keep", type=Path, help="folder for draws, to resume or to score again")
     asking.add_argument("--json", type=Path, help="file to write")
+    asking.add_argument("--mistaken", type=Path, help=".json to write: what was taken for what")
     asking.add_argument("--sheet", type=Path, help=".png to write: prompts by contenders")
     asking.add_argument("--plot", type=Path, help=".png to write: quality against steps or time")
     running = argparse.ArgumentParser(add_help=False)
@@ -156,15 +157,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _judge(asked: argparse.Namespace) -> None:
     check_file("--json", asked.json)
+    check_file("--mistaken", asked.mistaken)
     check_file("--sheet", asked.sheet)
     check_plot(asked.plot)
     data = load_quality_data(asked.data)
     request = choose_prompts(data, asked.prompts, asked.seeds)
     sheet = ComparisonSheet(asked.sheet, request)
+    names = MistakenNames(asked.mistaken, request, data)
+
+    def on_draws(name: str, draws: Draws) -> None:
+        sheet.add(name, draws)
+        names.add(name, draws)
+
     with ExitStack() as opened:
         contenders = asked.contenders(asked, data, opened)
-        scores = compare(contenders, request, data, keep=asked.keep, on_draws=sheet.add)
+        scores = compare(contenders, request, data, keep=asked.keep, on_draws=on_draws)
     sheet.write()
+    names.write()
     print_table(scores, request)
     write_json(scores, request, data, asked.json)
     if asked.plot is not None:

@@ -13,6 +13,7 @@ import io
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -152,6 +153,22 @@ def score(
         row_shares=None if draws.row_norms is None else row_shares(draws.row_norms),
         picture_ms=None if draws.seconds is None else 1e3 * float(np.median(draws.seconds)),
     )
+
+
+def mistaken(draws: Draws, request: Request, data: QualityData) -> dict[str, dict[str, int]]:
+    """What each name was taken for, and how often, where its own prototype was not the nearest.
+
+    Names with most mistakes come first; names without are left out.
+    """
+    shown = np.repeat([prompt.name for _, prompt in request.prompts], request.seeds)
+    embeddings = data.network.embeddings_of(data.network.features_of(draws.pictures))
+    nearest = (embeddings @ data.prototypes.T).argmax(1)
+    found: dict[str, Counter[str]] = {}
+    for own, taken in zip(shown, nearest, strict=True):
+        if own != taken:
+            found.setdefault(data.names[own], Counter())[data.names[taken]] += 1
+    ordered = sorted(found.items(), key=lambda entry: -entry[1].total())
+    return {name: dict(counts.most_common()) for name, counts in ordered}
 
 
 def score_real(request: Request, data: QualityData) -> Scores:

@@ -21,7 +21,7 @@ from tiue_export.system.atomic_file import write_atomically
 from tiue_export.system.disk_errors import disk_errors
 
 from ..figure import new_figure, save_figure
-from .judge import Contender, Draws, Request, Scores
+from .judge import Contender, Draws, Request, Scores, mistaken
 from .yardstick import QualityData
 
 if TYPE_CHECKING:
@@ -182,3 +182,22 @@ class ComparisonSheet:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             sheet = contact_sheet(rows, list(self._columns))
             save_png(sheet, self._file, {"prompt": " | ".join(self._prompts)})
+
+
+class MistakenNames:
+    """What was taken for what, contender by contender; a JSON file in the making."""
+
+    def __init__(self, file: Path | None, request: Request, data: QualityData) -> None:
+        self._file, self._request, self._data = file, request, data
+        self._found: dict[str, dict[str, dict[str, int]]] = {}
+
+    def add(self, name: str, draws: Draws) -> None:
+        """One contender's mistakes."""
+        if self._file is not None:
+            self._found[name] = mistaken(draws, self._request, self._data)
+
+    def write(self) -> None:
+        """Write the file where one was asked for."""
+        if self._file is not None:
+            with disk_errors(self._file):
+                write_atomically(self._file, (json.dumps(self._found, indent=1) + "\n").encode())

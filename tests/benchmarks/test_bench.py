@@ -854,6 +854,17 @@ def test_one_ordinary_pass_as_graphs_is_the_unet_and_its_one_step_formula(micro_
     assert graphs == pytest.approx(counted, rel=0.03)
 
 
+@pytest.mark.slow
+def test_a_made_bundle_parts_its_rows_where_it_is_asked_to(micro_pipeline, tmp_path):
+    asked = made_bundle.MadeBundle(str(micro_pipeline), fan_out="1", unet_only=True)
+    parted = open_bundle(made_bundle.made(asked, tmp_path)).manifest
+    assert str(parted.plan.fan_out) == "1"
+    assert all(entry.passed for entry in parted.parity)
+    assert not any(entry.hop.startswith("fan-out") for entry in parted.parity)
+    with pytest.raises(UsageError, match="an ordinary pass has one row"):
+        made_bundle.make(replace(asked, turbo_steps=1), tmp_path / "both")
+
+
 # Comparing
 
 

@@ -379,6 +379,18 @@ def test_a_contender_is_drawn_scored_and_held_against_the_first(data):
     assert first.pixel_diversity > 0
 
 
+def test_mistaken_names_are_counted_and_are_what_top1_lacks(data, tmp_path):
+    request = quality.choose_prompts(data, 8, 2)
+    names = report.MistakenNames(tmp_path / "names.json", request, data)
+    contender = quality.Contender("a painter", Painter(), "weights 1")
+    _, scored = quality.compare([contender], request, data, on_draws=names.add)
+    names.write()
+    found = json.loads((tmp_path / "names.json").read_text())["a painter"]
+    wrong = sum(sum(taken.values()) for taken in found.values())
+    assert wrong == round((1 - scored.top1) * 16) > 0
+    assert all(name not in taken for name, taken in found.items())
+
+
 def test_kept_draws_are_not_drawn_again(data, tmp_path):
     request = quality.choose_prompts(data, 8)
     painter = Painter()

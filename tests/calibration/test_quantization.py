@@ -21,6 +21,7 @@ from tiue_export.bundle.read import open_bundle
 from tiue_export.calibration import (
     analysis,
     capture,
+    int8_for_timing,
     placement,
     probe,
     simulate,
@@ -671,6 +672,19 @@ def test_nncf_quantizes_what_the_plan_names_and_nothing_else(
     assert _with_fake_inputs(bundle, UNET_DECODER) == wanted
     if kind != "4-bit":
         assert result.verdict.latents_psnr_db > 40
+    with Pipeline.open(bundle, "openvino", RuntimeOptions(precision="fp32")) as pipeline:
+        assert pipeline("a red fox").images[0].size == (64, 64)
+
+
+def test_a_bundle_for_timing_has_every_layer_in_int8_that_no_rule_keeps_out(
+    compiled_bundle, made, tmp_path, monkeypatch
+):
+    pytest.importorskip("nncf", reason="NNCF is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = int8_for_timing.write_for_timing(compiled_bundle, tmp_path / "timed")
+    for graph in UNET_GRAPHS:
+        assert bundle.manifest.graphs[graph].precision == W8A8
+        assert _with_fake_inputs(bundle, graph) == set(made.plan.of(graph))
     with Pipeline.open(bundle, "openvino", RuntimeOptions(precision="fp32")) as pipeline:
         assert pipeline("a red fox").images[0].size == (64, 64)
 
