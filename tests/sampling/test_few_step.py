@@ -7,14 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    LCMScheduler,
-    TCDScheduler,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler
+from few_step_schedulers import CLASSES, SD15
 
 from tiue_export.errors import ScheduleError, UsageError
 from tiue_export.proof.gates import psnr_db
@@ -24,25 +18,6 @@ from tiue_export.sampling.plan_change import PlanChange, changed_plan
 from tiue_export.sampling.recipes import recipe_named, recipes
 from tiue_export.sampling.sampler import combined
 
-# As Stable Diffusion 1.5's scheduler_config.json has it.
-SD15 = {
-    "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
-CLASSES = {
-    "lcm": LCMScheduler,
-    "tcd": TCDScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler-ancestral": EulerAncestralDiscreteScheduler,
-    "ddim": DDIMScheduler,
-}
 SHAPE = (1, 4, 8, 8)
 CASES = [
     (recipe.name, steps)

@@ -7,13 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    TCDScheduler,
-)
+from diffusers import DDIMScheduler
+from few_step_schedulers import CLASSES, SD15
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tiue_export.errors import UsageError
 from tiue_export.proof.gates import psnr_db
@@ -24,33 +21,15 @@ from tiue_export.sampling.picture_start import Kept, NoiseLevel, initial_noise, 
 from tiue_export.sampling.plan_change import PlanChange, changed_plan
 from tiue_export.sampling.recipes import recipe_named, recipes
 from tiue_export.sampling.sampler import combined, sample
-from tiue_export.sampling.strength import first_step, least_steps
+from tiue_export.sampling.strength import first_step, least_steps, least_strength
 
-SD15 = {
-    "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-}
-CLASSES = {
-    "lcm": LCMScheduler,
-    "tcd": TCDScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler-ancestral": EulerAncestralDiscreteScheduler,
-    "ddim": DDIMScheduler,
-}
 SHAPE = (1, 4, 8, 8)
 STRENGTHS = (0.3, 0.5, 0.8, 1.0)
 CASES = [
     (recipe.name, strength)
     for recipe in recipes().values()
-    if recipe.scheduler in CLASSES and not recipe.timesteps
     for strength in STRENGTHS
+    if recipe.scheduler in CLASSES and not (recipe.starts_once and strength < 1)
 ]
 
 
@@ -58,8 +37,11 @@ def started_plan(name: str, strength: float):
     """A recipe's plan of 4 steps, without guidance, as a drawing from a picture changes it."""
     recipe = recipe_named(name)
     guidance = 1.0 if recipe.guidance == "rows" else None
-    options = FewStepOptions(steps=4, allow_other_steps=True, guidance=guidance)
-    return changed_plan(SD15, few_step_plan(SD15, recipe, options), PlanChange(strength=strength))
+    steps = 4 if recipe.chooses_steps else recipe.usual_steps
+    options = FewStepOptions(steps=steps, allow_other_steps=True, guidance=guidance)
+    plan = few_step_plan(SD15, recipe, options)
+    opened = replace(plan, open_time=plan.one_pass)  # as an export for pictures leaves it
+    return changed_plan(SD15, opened, PlanChange(strength=strength))
 
 
 def network(sample: torch.Tensor, timestep: float) -> torch.Tensor:
@@ -84,10 +66,14 @@ def diffusers_start(plan, strength: float):
     recipe = recipe_named(plan.recipe)
     predicts = {"prediction_type": recipe.prediction_type or "epsilon"}
     made = CLASSES[plan.scheduler].from_config({**SD15, **predicts}, timestep_spacing="trailing")
-    if plan.scheduler == "lcm":  # LatentConsistencyModelImg2ImgPipeline
+    if plan.scheduler == "lcm" and not recipe.timesteps:  # LatentConsistencyModelImg2ImgPipeline
         made.set_timesteps(plan.steps, strength=strength)
         return made, made.timesteps
-    made.set_timesteps(plan.steps)  # StableDiffusionImg2ImgPipeline.get_timesteps
+    if recipe.timesteps:
+        made.set_timesteps(timesteps=list(recipe.timesteps[plan.steps]))
+    else:
+        made.set_timesteps(plan.steps)
+    # StableDiffusionImg2ImgPipeline.get_timesteps
     first = max(plan.steps - min(int(plan.steps * strength), plan.steps), 0)
     if hasattr(made, "set_begin_index"):
         made.set_begin_index(first)
@@ -227,7 +213,32 @@ def test_a_strength_that_is_no_share_is_refused(strength):
 def test_what_leaves_too_few_timesteps_says_which_strength_would_do():
     with pytest.raises(UsageError, match=r"leaves 2 of the 50 timesteps") as error:
         started_plan("lcm", 0.05)
-    assert "--strength of 0.08 or more" in error.value.next_step
+    assert error.value.next_step == "Type --strength 0.08, or fewer --steps"
+    assert started_plan("lcm", 0.08).rows == 4
+
+
+@pytest.mark.parametrize("name", [r.name for r in recipes().values() if r.starts_once])
+def test_a_student_of_one_timestep_starts_there_or_says_so(name):
+    with pytest.raises(UsageError, match=r"predicts at t = \d+ alone") as error:
+        started_plan(name, 0.8)
+    assert error.value.next_step == "Type --strength 1"
+    assert started_plan(name, 1.0).rows == 1
+
+
+def test_steps_whose_timesteps_are_named_are_cut_and_no_other_number_is_proposed():
+    assert started_plan("dmd2", 0.5).timesteps == (499, 249)
+    with pytest.raises(UsageError, match=r"--strength 0.2 of 4 steps leaves none") as error:
+        started_plan("dmd2", 0.2)
+    assert error.value.next_step == "Type --strength 0.25"
+    assert started_plan("dmd2", 0.25).timesteps == (249,)
+
+
+@given(steps=st.integers(1, 1000), part=st.integers(1, 1000))
+def test_the_strength_that_is_proposed_leaves_as_many_steps_and_hardly_less_would(steps, part):
+    left = min(steps, part)
+    strength = least_strength(left, steps)
+    assert int(steps * strength) >= left
+    assert int(steps * (strength - 0.002)) < left
 
 
 def test_injection_is_not_for_a_drawing_from_a_picture():

@@ -19,7 +19,7 @@ from tiue_export.sampling.ddim import alphas_cumprod, ddim_settings, ddim_steps,
 from tiue_export.sampling.key_step_plan import key_steps_from
 from tiue_export.sampling.plan import Plan, check_decoder_rows, check_guidance
 from tiue_export.sampling.recipes import EMBEDDED, NO_GUIDANCE, ROWS, Recipe
-from tiue_export.sampling.strength import check_strength, first_step
+from tiue_export.sampling.strength import check_strength, first_step, least_strength
 from tiue_export.sampling.trajectory import (
     LinearStep,
     key_steps_after,
@@ -77,8 +77,14 @@ def few_step_plan(config: Mapping[str, Any], recipe: Recipe, options: FewStepOpt
     request = _Request(settings, recipe, steps, eta, options.strength)
     start, listed = _SAMPLERS[recipe.scheduler](request)
     first = 0
-    if options.strength is not None and recipe.scheduler != "lcm":
-        first = first_step(steps, options.strength)
+    if options.strength is not None and not recipe.rescales_steps:
+        if recipe.starts_once and options.strength < 1:
+            raise UsageError(
+                f"--strength is {options.strength:g}; recipe {recipe.name} predicts at "
+                f"t = {listed[0].timestep:g} alone",
+                "Type --strength 1",
+            )
+        first = first_step(steps, options.strength, fixed=bool(recipe.timesteps))
     if first:  # at a picture, which takes the place of the noise
         start, listed = 1.0, listed[first:]
     trajectory = linear_trajectory(start, listed)
@@ -309,13 +315,13 @@ def _consistency_timesteps(asked: _Request) -> tuple[int, ...]:
             f"Give --steps 1 to {min(original, count)}.",
         )
     taken = original
-    if asked.strength is not None and recipe.scheduler == "lcm":
+    if asked.strength is not None and recipe.rescales_steps:
         taken = int(original * asked.strength)
         if taken < steps:
             raise UsageError(
                 f"--strength {asked.strength:g} leaves {taken} of the {original} timesteps of the "
                 f"distillation for {steps} steps",
-                f"Type a --strength of {steps / original:g} or more, or fewer --steps.",
+                f"Type --strength {least_strength(steps, original):g}, or fewer --steps",
             )
     trained: npt.NDArray[np.int64] = np.arange(taken, 0, -1) * (count // original) - 1
     chosen = np.floor(np.linspace(0, taken, num=steps, endpoint=False)).astype(np.int64)

@@ -107,7 +107,9 @@ def _steps(plan: Plan, change: PlanChange) -> int:
     """As asked, or the plan's own; more where of those none would be left after a picture."""
     if change.steps is not None:
         return change.steps
-    if change.strength is None or plan.scheduler == "lcm":  # which does all of its steps
+    recipe = recipe_named(plan.recipe) if plan.recipe else None
+    fixed = recipe is not None and (recipe.rescales_steps or not recipe.chooses_steps)
+    if change.strength is None or fixed:
         return plan.steps
     return max(plan.steps, least_steps(change.strength))
 

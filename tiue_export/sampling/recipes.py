@@ -48,6 +48,24 @@ class Recipe:
         """The number of steps where nobody says."""
         return self.steps[0]
 
+    @property
+    def rescales_steps(self) -> bool:
+        """Whether a drawing from a picture does all steps, below its strength; else the last share.
+
+        diffusers' LCMScheduler does, unless the timesteps are named.
+        """
+        return self.scheduler == "lcm" and not self.timesteps
+
+    @property
+    def starts_once(self) -> bool:
+        """Whether it has one timestep, whatever the number of steps."""
+        return self.scheduler == "x0" or tuple(self.timesteps) == (1,)
+
+    @property
+    def chooses_steps(self) -> bool:
+        """Whether other numbers of steps have timesteps, too."""
+        return self.scheduler != "x0" and not self.timesteps
+
     def eta_of(self, steps: int) -> float:
         """The share of fresh noise at so many steps."""
         return self.eta if steps > 1 or self.eta_one_step is None else self.eta_one_step

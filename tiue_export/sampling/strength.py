@@ -10,19 +10,29 @@ from tiue_export.errors import UsageError
 USUAL_STRENGTH, USUAL_MASKED_STRENGTH = 0.8, 1.0
 
 
-def first_step(steps: int, strength: float) -> int:
+def first_step(steps: int, strength: float, *, fixed: bool = False) -> int:
     """The number of the first step that is done: the last `steps` * `strength` are.
 
-    As in diffusers' img2img pipelines. Raises `UsageError` where none would be.
+    As in diffusers' img2img pipelines. Raises `UsageError` where none would be; `fixed`: there is
+    no other number of steps to choose.
     """
     check_strength(strength)
     left = min(int(steps * strength), steps)
     if left < 1:
+        enough = f"--strength {least_strength(1, steps):g}"
         raise UsageError(
             f"--strength {strength:g} of {_steps(steps)} leaves none to do",
-            f"Type --steps {least_steps(strength)}, or a strength of {1 / steps:g} or more.",
+            f"Type {enough}" if fixed else f"Type --steps {least_steps(strength)}, or {enough}",
         )
     return steps - left
+
+
+def least_strength(left: int, steps: int) -> float:
+    """The smallest strength, in thousandths, of which so many of all steps are left."""
+    thousandths = -(-1000 * left // steps)
+    if int(steps * (thousandths / 1000)) < left:  # 0.58 of 50 is 28.999...
+        thousandths += 1
+    return thousandths / 1000
 
 
 def least_steps(strength: float) -> int:
