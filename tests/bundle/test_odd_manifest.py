@@ -90,6 +90,26 @@ def test_graphs_that_nothing_can_be_drawn_with_are_told(bundle, change, message)
     assert f"tiue.json cannot be drawn from: {message}" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        (lambda own: [*own, *own], "latent_sample (1, 4, 8, 8), latent_sample (1, 4, 8, 8)"),
+        (lambda own: [{**own[0], "shape": [1, 4]}], "latent_sample (1, 4)"),
+    ],
+)
+def test_what_encodes_pictures_gives_one_tensor(bundle, outputs, said):
+    def change(data) -> None:
+        graphs = data["graphs"]
+        decoder = graphs["vae_decoder"]
+        ends = {"inputs": decoder["outputs"], "outputs": outputs(decoder["inputs"])}
+        graphs["vae_encoder"] = {**decoder, **ends}
+
+    seal(bundle, change)
+    with pytest.raises(BundleError) as caught:
+        open_bundle(bundle)
+    assert f"vae_encoder gives {said}; expected one tensor of 4 sides" in caught.value.message
+
+
 @pytest.mark.parametrize("name", ["", ".", "/etc/passwd", "../x", "a/./b", "a\\b", "\x1b[31m"])
 def test_a_file_is_named_in_one_plain_way(bundle, name):
     seal(bundle, put("files", name, value={"size_bytes": 1, "sha256": "a"}))

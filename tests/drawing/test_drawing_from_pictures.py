@@ -21,6 +21,7 @@ from tiue_export.export.contract import export_contract
 from tiue_export.graphs.build import build_graphs, taking_pictures
 from tiue_export.methods.load import CheckpointRequest, load_for_method
 from tiue_export.proof.gates import psnr_db
+from tiue_export.proof.half_range import load_audit
 from tiue_export.runtimes.torch_reference import TorchRuntime
 from tiue_export.sampling.noise import noises_from_seed
 from tiue_export.specs import VAE_ENCODER
@@ -140,6 +141,11 @@ def test_sampled_latents_are_drawn_by_the_seed_from_what_the_encoder_spreads(tur
     assert (plain.latents != sampled.latents).any()
 
 
+def test_sampled_latents_want_a_seed(turbo):
+    with pytest.raises(UsageError, match="sampled by the seed, and latents were given"):
+        turbo(PROMPT, image=picture_of_stripes(), sampled=True, latents=np.zeros(SHAPE, np.float32))
+
+
 def test_a_picture_tells_its_start(turbo):
     told = turbo(PROMPT, image=picture_of_stripes(), strength=0.5).pictures[0].parameters
     assert told["strength"] == 0.5
@@ -194,6 +200,39 @@ def test_what_says_how_to_start_needs_a_picture(turbo, given):
     (name,) = given
     with pytest.raises(UsageError, match=f"--{name} is of a drawing that starts from a picture"):
         turbo(PROMPT, **given)
+
+
+def test_in_half_precision_it_is_audited_and_proven(teacher_folder, tmp_path):
+    student = load_student(teacher_folder, recipe="sd-turbo")
+    half = ExportOptions(precision="fp16", with_vae_encoder=True)
+    bundle = export_onnx(student, tmp_path / "half", half, audit_prompts=["an owl", "a cat"])
+    audited = load_audit(bundle)
+    assert audited is not None
+    assert VAE_ENCODER in {graph.graph for graph in audited.graphs}
+    record = bundle.manifest.graphs[VAE_ENCODER]
+    assert record.precision == "fp16"
+    assert record.max_abs_in_half is not None
+    hops = {r.hop for r in bundle.manifest.parity if r.subject == VAE_ENCODER and r.passed}
+    assert {"ONNX fp16", "fp16 arithmetic"} <= hops
+    with Pipeline.open(bundle) as pipeline:
+        assert pipeline(PROMPT, image=picture_of_stripes(), strength=0.5).pictures
+
+
+def test_pictures_of_a_batch_start_as_alone_and_a_tiled_decoder_leaves_the_encoder_whole(
+    turbo, teacher_folder, tmp_path
+):
+    student = load_student(teacher_folder, recipe="sd-turbo")
+    options = ExportOptions(batch=2, vae_tile=64, height=128, width=64, with_vae_encoder=True)
+    bundle = export_contract(student, tmp_path / "two", options)
+    graphs = build_graphs(taking_pictures(student, options), options)
+    assert bundle.spec(VAE_ENCODER).inputs[0].shape == (2, 3, 128, 64)
+    tall = np.concatenate([picture_of_stripes(), 255 - picture_of_stripes()])
+    with Pipeline.open(bundle, TorchRuntime(bundle, graphs, "cpu")) as pipeline:
+        started = pipeline.starting_at(tall, strength=0.5, sampled=True)
+        three = started(PROMPT, seed=4, count=3).pictures
+        alone = started(PROMPT, seed=6).pictures[0]
+    np.testing.assert_allclose(three[2].latents, alone.latents, atol=1e-5)
+    assert psnr_db(three[0].latents, three[1].latents) < 60
 
 
 def test_a_model_without_a_vae_cannot_take_pictures(ordinary_model, tmp_path):

@@ -39,6 +39,9 @@ def contract_problem(manifest: Manifest) -> str | None:
             problem = _tensors_problem(tensors, needed)
             if problem is not None:
                 return f"{graph} {kind} {problem}"
+        if graph == VAE_ENCODER and [len(spec.shape) for spec in record.outputs] != [4]:
+            given = ", ".join(f"{spec.name} {spec.shape}" for spec in record.outputs)
+            return f"{graph} gives {given}; expected one tensor of 4 sides"
     for spec in manifest.graphs[VAE_DECODER].outputs if VAE_DECODER in manifest.graphs else ():
         if spec.shape[1] != _CHANNELS:
             return f"{VAE_DECODER} gives {spec.shape}; expected {_CHANNELS} channels"

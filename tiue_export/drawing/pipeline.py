@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -247,8 +247,13 @@ class Pipeline:
             refuse_without_picture(mask=mask, strength=strength, steps=steps, sampled=sampled)
             drawing = self
         else:
-            how: Any = {"strength": strength, "steps": steps, "sampled": sampled}
-            drawing = self.starting_at(image, mask, **how)
+            if sampled and latents is not None:
+                raise UsageError(
+                    "the latents of a picture are sampled by the seed, and latents were given for "
+                    "the noise",
+                    "Give a seed, or leave --sampled out.",
+                )
+            drawing = self.starting_at(image, mask, strength=strength, steps=steps, sampled=sampled)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UsageError("no prompt was given")

@@ -158,7 +158,7 @@ def _in_rgb(image: Image, name: str) -> tuple[Image, tuple[str, ...]]:
 
     mode = image.mode
     if mode.startswith(("I", "F")):  # one channel of 16 or 32 bits
-        values = np.asarray(image, np.float64)
+        values = np.nan_to_num(np.asarray(image, np.float64))
         largest = 65535.0 if mode.startswith("I") else 1.0
         if values.max(initial=0) > largest:
             largest = float(values.max())

@@ -103,7 +103,7 @@ FEATURES: Mapping[str, Feature] = {
         lambda manifest: vae_tile_px(manifest) is not None,
     ),
     "vae-encoder": Feature(
-        "drawing from pictures (--with-vae-encoder)",
+        "VAE encoder beside the other graphs (--with-vae-encoder)",
         "has a VAE encoder",
         lambda manifest: VAE_ENCODER in manifest.graphs,
     ),
